@@ -1,0 +1,73 @@
+# `make` lists the targets; ARGS adds options to pytest, as in `make test ARGS="-k moe"`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# Tests never wait for a network, and tokenizers does not warn when a test forks.
+TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test test-all lint types format check golden clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed-dev  ## install the package and everything needed to work on it
+
+demo: $(VENV)/.installed-demo  ## train a small model on this machine, then sample and plot
+	$(BIN)/openmythos demo
+
+# Run-time shape checks fail under torch.compile and are not set up in worker processes, so those
+# tests run in a second call. Their workers share the machine: one thread each.
+test: $(VENV)/.installed-dev  ## run the tests, but for the slow ones
+	$(call run-tests,not slow)
+
+test-all: $(VENV)/.installed-dev  ## run all tests
+	$(call run-tests,slow or not slow)
+
+define run-tests
+$(TEST_ENV) $(BIN)/pytest -m "($(1)) and not compile and not distributed" \
+	--jaxtyping-packages=openmythos,beartype.beartype $(ARGS)
+$(TEST_ENV) OMP_NUM_THREADS=1 $(BIN)/pytest -m "($(1)) and (compile or distributed)" $(ARGS) \
+	|| [ $$? -eq 5 ]  # 5: none selected
+endef
+
+lint: $(VENV)/.installed-dev  ## check style, formatting and which room imports which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.installed-dev  ## check the types
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types test  ## what .ci/run runs: do it before a commit
+
+golden: $(VENV)/.installed-dev  ## record the golden losses anew; needs a line in CHANGELOG.md
+	$(TEST_ENV) UPDATE_GOLDEN=1 $(BIN)/pytest -m "slow or not slow" -k golden $(ARGS)
+
+clean:  ## remove the virtual environment, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# dev holds all that demo needs, so it satisfies both stamps.
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-demo: pyproject.toml | $(VENV)/.created
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "'$(PYTHON)' is not Python 3.11 or newer: name one, as in make PYTHON=python3.12" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@

@@ -1,0 +1,1 @@
+"""Looking inside the loop: trajectories, stability, routing, and the plots of them."""

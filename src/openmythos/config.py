@@ -1,0 +1,384 @@
+"""Strict configs: frozen keyword-only dataclasses from and to dict, TOML, JSON; "a.b=c" overrides.
+
+It reads annotations and knows nothing of what is configured. A swappable part is a union of
+dataclasses told apart by ``kind: Literal["lti"] = "lti"``. A table that names its ``kind`` starts
+from that kind's own defaults; one that does not goes on from the default of its field.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import json
+import operator
+import os
+import secrets
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
+
+import tomli_w
+
+T = TypeVar("T")
+
+AnyPath = str | os.PathLike[str]
+_MISSING = dataclasses.MISSING
+_WANTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_IS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
+
+
+class ConfigError(ValueError):
+    """Something a user wrote is wrong; the message is one line that says what is allowed."""
+
+
+def require(condition: bool, field: str, value: object, allowed: str) -> None:
+    """Raise a ConfigError naming field, value and what is allowed unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{field} = {value!r}: {allowed}")
+
+
+def require_int(
+    field: str, value: object, minimum: int | None = None, maximum: int | None = None
+) -> None:
+    """Accept an int (not a bool) within the inclusive bounds."""
+    _require_within(field, value, int, {"at least": minimum, "at most": maximum})
+
+
+def require_number(
+    field: str,
+    value: object,
+    *,
+    above: int | float | None = None,
+    at_least: int | float | None = None,
+    below: int | float | None = None,
+    at_most: int | float | None = None,
+) -> None:
+    """Accept an int or float (not a bool, not nan) within the bounds."""
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    _require_within(field, value, float, bounds)
+
+
+def _require_within(field: str, value: Any, wanted: type, bounds: Mapping[str, Any]) -> None:
+    given = {word: bound for word, bound in bounds.items() if bound is not None}
+    typed = isinstance(value, int | wanted) and not isinstance(value, bool)
+    # nan is the one number that differs from itself.
+    fits = typed and value == value and all(_IS[word](value, given[word]) for word in given)
+    limits = " and ".join(f"{word} {bound}" for word, bound in given.items())
+    require(fits, field, value, f"must be {_WANTED[wanted]}" + (f", {limits}" if limits else ""))
+
+
+def kinds(union: Any) -> dict[str, type]:
+    """The classes of a tagged union (or of one tagged class) by their ``kind``."""
+    found: dict[str, type] = {}
+    for member in get_args(union) or (union,):
+        tag = get_args(get_type_hints(member).get("kind"))
+        if len(tag) != 1 or tag[0] in found:
+            raise TypeError(f"{union}: {member} needs a kind of its own, a one-value Literal")
+        found[tag[0]] = member
+    return found
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A plain nested dict; tuples become lists, members of a union carry their ``kind``."""
+    return {name: _plain(getattr(config, name)) for name in _fields(type(config))}
+
+
+@overload
+def from_dict(cls: type[T], data: Any, path: str = "") -> T: ...
+@overload
+def from_dict(cls: object, data: Any, path: str = "") -> Any: ...
+def from_dict(cls: Any, data: Any, path: str = "") -> Any:
+    """Build a dataclass or a member of a tagged union; nothing in ``data`` is ever ignored."""
+    config = _build(cls, data, path)
+    if _build(type(config), to_dict(config), path) != config:
+        raise TypeError(f"{path or type(config).__name__}: does not survive to_dict and from_dict")
+    return config
+
+
+def apply_overrides(config: T, overrides: Sequence[str]) -> T:
+    """A new config with each "a.b=value" set in turn and the result validated once, at the end.
+
+    Naming another kind ("x.kind=add" or "x=add") replaces that part by the new kind's defaults.
+    """
+    data = to_dict(config)
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r}: must be written path.to.field=value")
+        keys = [key.strip() for key in dotted.split(".")]
+        _assign(type(config), data, keys, text.strip(), "")
+    return from_dict(type(config), data)
+
+
+def dumps_toml(config: Any) -> str:
+    """The config as TOML, every field written out."""
+    return tomli_w.dumps(_loadable(config))
+
+
+def save_toml(config: Any, path: AnyPath) -> None:
+    """Write the config as TOML, atomically."""
+    write_atomically(path, dumps_toml(config))
+
+
+def load_toml(cls: type[T], path: AnyPath) -> T:
+    """Read and validate a TOML file; every error names the file."""
+    return _load(cls, path, "TOML", tomllib.loads)
+
+
+def save_json(config: Any, path: AnyPath) -> None:
+    """Write the config as indented JSON, atomically."""
+    write_json(_loadable(config), path)
+
+
+def write_json(data: Mapping[str, Any], path: AnyPath) -> None:
+    """Write plain data as indented JSON, atomically."""
+    write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """Read a JSON object as plain data; every error names the file."""
+    data = _read(path, "JSON", functools.partial(json.loads, object_pairs_hook=_unrepeated))
+    require(isinstance(data, dict), str(path), type(data).__name__, "must hold a JSON object")
+    return data
+
+
+def load_json(cls: type[T], path: AnyPath) -> T:
+    """Read and validate a JSON file; every error names the file."""
+    return _load(cls, path, "JSON", functools.partial(json.loads, object_pairs_hook=_unrepeated))
+
+
+def write_atomically(path: AnyPath, data: str | bytes) -> None:
+    """Replace a file as a whole: whatever fails, the old one stays as it was."""
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing(path: AnyPath) -> Iterator[Path]:
+    """Yield a temporary path to write; it takes the place of `path` only if nothing failed."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The new name survives a power cut only once its directory is on disk too. Some systems cannot
+    # sync a directory, and by now the file is in place, so that is no failure.
+    with contextlib.suppress(OSError):
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _read(path: AnyPath, language: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(Path(path).read_bytes().decode())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid {language}: {error}") from error
+
+
+def _load(cls: type[T], path: AnyPath, language: str, parse: Callable[[str], Any]) -> T:
+    data = _read(path, language, parse)
+    try:
+        return from_dict(cls, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # The json module would keep the last of two equal keys and drop the first without a word.
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"key {key!r} is given twice")
+        table[key] = value
+    return table
+
+
+def _loadable(config: Any) -> dict[str, Any]:
+    data = to_dict(config)
+    # Better to fail now than when a finished run is read back.
+    from_dict(type(config), data)
+    return data
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _fields(cls: Any) -> dict[str, Any]:
+    """The default of each field that can be set, or _MISSING."""
+    return {
+        field.name: field.default if field.default_factory is _MISSING else field.default_factory()
+        for field in dataclasses.fields(cls)
+        if field.init
+    }
+
+
+def _defaults(wanted: Any) -> dict[str, Any]:
+    """What can be left out of a table; nothing while the member of a union is not known."""
+    fields = _fields(wanted) if dataclasses.is_dataclass(wanted) else {}
+    return {name: _plain(default) for name, default in fields.items() if default is not _MISSING}
+
+
+def _is_tagged(wanted: Any) -> bool:
+    if dataclasses.is_dataclass(wanted):
+        return len(get_args(get_type_hints(wanted).get("kind"))) == 1
+    # Never `int | None`: a None that means "decided later" is no value a file can state.
+    is_union = get_origin(wanted) in (Union, UnionType)
+    return is_union and all(dataclasses.is_dataclass(member) for member in get_args(wanted))
+
+
+def _is_config(wanted: Any) -> bool:
+    return dataclasses.is_dataclass(wanted) or _is_tagged(wanted)
+
+
+def _is_dict(wanted: Any) -> bool:
+    return get_origin(wanted) is dict and get_args(wanted)[0] is str
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _known(noun: str, given: object, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(str(given).lower(), names, n=1, cutoff=0.4)
+    hint = f", did you mean {near[0]!r}?" if near else ";"
+    return f"unknown {noun}{hint} known: {', '.join(names)}"
+
+
+def _member(wanted: Any, table: Mapping[str, Any], path: str, default: object = _MISSING) -> Any:
+    """The class that a table describes."""
+    if not _is_tagged(wanted):
+        return wanted
+    members = kinds(wanted)
+    if "kind" in table:
+        kind = table["kind"]
+        known = isinstance(kind, str) and kind in members
+        require(known, _join(path, "kind"), kind, _known("kind", kind, members))
+        return members[kind]
+    if len(members) > 1 and type(default) not in members.values():
+        raise ConfigError(f"{_join(path, 'kind')}: missing; known: {', '.join(sorted(members))}")
+    return type(default) if type(default) in members.values() else wanted
+
+
+def _check_key(cls: Any, key: object, path: str) -> None:
+    if key not in _fields(cls):
+        raise ConfigError(f"{_join(path, key)}: {_known('key', key, _fields(cls))}")
+
+
+def _build(wanted: Any, data: Any, path: str, default: object = _MISSING) -> Any:
+    if _is_config(wanted):
+        return _build_config(wanted, data, path, default)
+    if _is_dict(wanted):
+        require(isinstance(data, Mapping), path, data, "must be a table")
+        for key in data:
+            require(isinstance(key, str), f"a key of {path}", key, "must be a string")
+        return {key: _build(get_args(wanted)[1], data[key], _join(path, key)) for key in data}
+    if get_origin(wanted) is tuple and get_args(wanted)[1:] == (...,):
+        require(isinstance(data, list | tuple), path, data, "must be a list")
+        item = get_args(wanted)[0]
+        return tuple(_build(item, value, f"{path}[{i}]") for i, value in enumerate(data))
+    return _build_scalar(wanted, data, path)
+
+
+def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
+    if get_origin(wanted) is Literal:
+        choices = get_args(wanted)
+        # By type too: 1, 1.0 and True are equal.
+        known = any(type(value) is type(choice) and value == choice for choice in choices)
+        require(known, path, value, _known("choice", value, map(str, choices)))
+    elif wanted is int:
+        require_int(path, value)
+    elif wanted is float:
+        require_number(path, value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{path}: must be smaller, a float cannot hold it") from None
+    elif wanted in (bool, str):
+        require(isinstance(value, wanted), path, value, f"must be {_WANTED[wanted]}")
+    else:
+        raise TypeError(f"{path}: a config cannot hold {wanted}")
+    return value
+
+
+def _build_config(wanted: Any, data: Any, path: str, default: object) -> Any:
+    tagged = _is_tagged(wanted)
+    if isinstance(data, str) and tagged:
+        data = {"kind": data}
+    allowed = f"must be a table or one of {', '.join(sorted(kinds(wanted)))}" if tagged else ""
+    require(isinstance(data, Mapping), path or "config", data, allowed or "must be a table")
+    cls = _member(wanted, data, path, default)
+    for key in data:
+        _check_key(cls, key, path)
+    if type(default) is not cls or (tagged and "kind" in data):
+        default = _MISSING
+    hints, values = get_type_hints(cls), {}
+    for name, own in _fields(cls).items():
+        fallback = own if default is _MISSING else getattr(default, name)
+        here = _join(path, name)
+        values[name] = _build(hints[name], data[name], here, fallback) if name in data else fallback
+    missing = [_join(path, name) for name, value in values.items() if value is _MISSING]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: missing, must be given")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(_join(path, error)) from error
+
+
+def _assign(wanted: Any, table: dict[str, Any], keys: Sequence[str], text: str, path: str) -> None:
+    """Set one value in the nested plain dict of a config that may not be valid yet."""
+    key, deeper = keys[0], keys[1:]
+    value = _parse(text)
+    if _is_tagged(wanted) and keys == ["kind"]:
+        cls = _member(wanted, {"kind": value}, path)
+        if table.get("kind") != value:
+            table.clear()
+            table.update(_defaults(cls))
+        return
+    child, default = _child(wanted, table, key, path)
+    here = _join(path, key)
+    if _is_tagged(child) and isinstance(value, str) and not deeper:
+        deeper = ["kind"]
+    if not deeper:
+        text_wanted = child is str and not isinstance(value, str)
+        table[key] = text if text_wanted else _plain(_build(child, value, here, default))
+    elif _is_config(child) or _is_dict(child):
+        _assign(child, table.setdefault(key, _defaults(child)), deeper, text, here)
+    else:
+        raise ConfigError(f"{'.'.join([here, *deeper])}: {here} has no keys of its own")
+
+
+def _child(wanted: Any, table: Mapping[str, Any], key: str, path: str) -> tuple[Any, Any]:
+    """The annotation and the default of one key of a table."""
+    if _is_dict(wanted):
+        return get_args(wanted)[1], _MISSING
+    cls = _member(wanted, table, path)
+    _check_key(cls, key, path)
+    return get_type_hints(cls)[key], _fields(cls)[key]
+
+
+def _parse(text: str) -> Any:
+    try:
+        table = tomllib.loads(f"v = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # A line break in the text can end the value and start another key.
+    return table["v"] if len(table) == 1 else text

@@ -1,0 +1,164 @@
+"""Batches out of token shards, for training and for evaluation.
+
+Documents are packed: the token stream is cut into windows wherever they fall, and a batch says
+which document each token belongs to, so that attention can stop at their boundaries.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from openmythos.config import ConfigError, require, require_int
+from openmythos.data.shards import TokenShards
+from openmythos.types import PerToken, TokenIds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``targets`` are the tokens one further on.
+
+    ``documents`` tells the documents of a row apart: it starts at 0 and rises by 1 at every bos.
+    """
+
+    tokens: TokenIds
+    targets: TokenIds
+    documents: TokenIds
+
+
+@dataclass(frozen=True)
+class EvaluationBatch(Batch):
+    """``weights`` is 1 where a target counts, 0 where it is context or padding."""
+
+    weights: PerToken
+
+
+class Loader:
+    """Windows of seq_len tokens in random order, a pure function of (seed, step, rank).
+
+    Epoch e reads each of its ``windows_per_epoch`` windows once, in an order and from a first
+    token that are drawn from (seed, e); a step goes on where the one before ended, over the ends
+    of epochs. All ranks together read what one rank would read with the same ``batch_size``, which
+    is that of all ranks. To resume, ask for the next step.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        require_int("seq_len", seq_len, minimum=1)
+        require_int("batch_size", batch_size, minimum=1)
+        require_int("seed", seed, minimum=0)
+        require_int("world_size", world_size, minimum=1)
+        require_int("rank", rank, minimum=0, maximum=world_size - 1)
+        fits = batch_size % world_size == 0
+        require(fits, "batch_size", batch_size, f"must divide by world_size = {world_size}")
+        if len(shards) < seq_len + 1:
+            raise ConfigError(
+                f"the corpus has {len(shards)} tokens, seq_len = {seq_len} needs {seq_len + 1}"
+            )
+        self._shards = shards
+        self._seq_len = seq_len
+        self._batch_size = batch_size
+        self._seed = seed
+        self._rows = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        # As many as fit behind any first token, so that every epoch has the same number.
+        self.windows_per_epoch = max(1, (len(shards) - seq_len) // seq_len)
+        self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0; only this rank's rows."""
+        require_int("step", step, minimum=0)
+        starts = [self._start(step * self._batch_size + row) for row in self._rows]
+        windows = [self._shards.read(start, start + self._seq_len + 1) for start in starts]
+        return Batch(*_split(np.stack(windows), self._shards.bos_id))
+
+    def epochs(self, step: int) -> float:
+        """How often the corpus has been read before a step."""
+        return step * self._batch_size / self.windows_per_epoch
+
+    def _start(self, sample: int) -> int:
+        epoch, number = divmod(sample, self.windows_per_epoch)
+        if epoch != self._epoch[0]:
+            # Only a cache: what it holds follows from seed and epoch.
+            self._epoch = (epoch, self._window_starts(epoch))
+        return int(self._epoch[1][number])
+
+    def _window_starts(self, epoch: int) -> NDArray[np.int64]:
+        random = np.random.default_rng((self._seed, epoch))
+        spare = len(self._shards) - 1 - self.windows_per_epoch * self._seq_len
+        offset = random.integers(min(spare, self._seq_len - 1), endpoint=True)
+        return offset + self._seq_len * random.permutation(self.windows_per_epoch)
+
+
+def evaluation_windows(
+    tokens: TokenShards | NDArray[np.integer] | Sequence[int],
+    seq_len: int,
+    *,
+    batch_size: int = 8,
+    stride: int | None = None,
+    bos_id: int | None = None,
+) -> Iterator[EvaluationBatch]:
+    """Batches in which every token but the first is a target of weight 1 exactly once.
+
+    Windows start ``stride`` tokens apart (None: seq_len, no overlap); with a smaller one, targets
+    get more context at the price of more windows. The last window is padded. Tokens that are not
+    from shards are one document unless ``bos_id`` is given.
+    """
+    stride = seq_len if stride is None else stride
+    require_int("seq_len", seq_len, minimum=1)
+    require_int("stride", stride, minimum=1, maximum=seq_len)
+    require_int("batch_size", batch_size, minimum=1)
+    if len(tokens) < 2:
+        raise ConfigError(f"the held-out text has {len(tokens)} tokens, evaluation needs 2")
+    return _evaluation_windows(tokens, seq_len, stride, batch_size, bos_id)
+
+
+def _evaluation_windows(
+    tokens: TokenShards | NDArray[np.integer] | Sequence[int],
+    seq_len: int,
+    stride: int,
+    batch_size: int,
+    bos_id: int | None,
+) -> Iterator[EvaluationBatch]:
+    bos = tokens.bos_id if isinstance(tokens, TokenShards) else bos_id
+    last = len(tokens) - 1
+    # Stop at the first window that reaches the last target.
+    count = 1 + max(0, -(-(last - seq_len) // stride))
+    for first in range(0, count, batch_size):
+        rows = range(first, min(first + batch_size, count))
+        windows = np.zeros((len(rows), seq_len + 1), dtype=np.int64)
+        weights = np.zeros((len(rows), seq_len), dtype=np.float32)
+        for row, number in enumerate(rows):
+            start = number * stride
+            stop = min(start + seq_len, last)
+            windows[row, : stop + 1 - start] = _read(tokens, start, stop + 1)
+            done = seq_len - stride if number else 0
+            weights[row, done : stop - start] = 1
+        yield EvaluationBatch(*_split(windows, bos), torch.from_numpy(weights))
+
+
+def _read(
+    tokens: TokenShards | NDArray[np.integer] | Sequence[int], start: int, stop: int
+) -> NDArray[np.int64]:
+    if isinstance(tokens, TokenShards):
+        return tokens.read(start, stop)
+    return np.asarray(tokens[start:stop], dtype=np.int64)
+
+
+def _split(
+    windows: NDArray[np.int64], bos_id: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tokens, targets and documents of windows that are one longer."""
+    # Not .contiguous(), by which tokens and targets of a single row would share their memory.
+    tokens, targets = torch.tensor(windows[:, :-1]), torch.tensor(windows[:, 1:])
+    counted = torch.zeros_like(tokens) if bos_id is None else (tokens == bos_id).cumsum(1)
+    return tokens, targets, counted - counted[:, :1]

@@ -1,0 +1,267 @@
+"""Tokens on disk: memory-mapped files of ids, checked by their hash.
+
+    folder/
+    ├── tokens-00000.bin ...    ids, little-endian uint16 (uint32 for more than 65536 ids)
+    ├── documents.bin           where each document starts, little-endian int64
+    └── index.json              sizes and hashes; written last, so that a folder with it is whole
+
+Every document starts with bos.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openmythos.config import ConfigError, load_json, require_int, save_json, write_atomically
+from openmythos.data.sources import Document
+from openmythos.data.tokenizer import Tokenizer, fingerprint
+
+INDEX_FILE = "index.json"
+_DOCUMENTS_FILE = "documents.bin"
+_STARTS = np.dtype("<i8")
+# Long documents are tokenised in pieces, and pieces in batches, to fill every core.
+_PIECE_CHARACTERS = 1 << 17
+_BATCH_CHARACTERS = 1 << 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One file of ids as the index knows it."""
+
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """The content of index.json; ``tokenizer`` is the fingerprint of the one that was used."""
+
+    format_version: Literal[1] = 1
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: str
+    vocab_size: int
+    bos_id: int
+    num_documents: int
+    num_bytes: int
+    documents_sha256: str
+    shards: tuple[ShardEntry, ...]
+
+    def __post_init__(self) -> None:
+        require_int("vocab_size", self.vocab_size, minimum=1)
+        require_int("bos_id", self.bos_id, minimum=0, maximum=self.vocab_size - 1)
+        require_int("num_documents", self.num_documents, minimum=1)
+        for shard in self.shards:
+            require_int("tokens", shard.tokens, minimum=1)
+
+
+class TokenShards:
+    """The token stream of a folder that ``write_shards`` has written."""
+
+    def __init__(self, folder: Path, index: ShardIndex) -> None:
+        self.index = index
+        self._shards = [
+            _map(folder / _shard_name(number), _little_endian(index.dtype), entry.tokens)
+            for number, entry in enumerate(index.shards)
+        ]
+        # Position of the first token of each shard, and of the end.
+        self._bounds = np.array(list(accumulate((len(s) for s in self._shards), initial=0)))
+        self.document_starts = _map(folder / _DOCUMENTS_FILE, _STARTS, index.num_documents)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> "TokenShards":
+        """Map the files; ``verify`` reads them all once to compare hashes and ids."""
+        folder = Path(folder)
+        if not (folder / INDEX_FILE).is_file():
+            raise ConfigError(f"{folder}: holds no finished token shards, {INDEX_FILE} is missing")
+        index = load_json(ShardIndex, folder / INDEX_FILE)
+        shards = cls(folder, index)
+        if verify:
+            shards._verify(folder)
+        return shards
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    @property
+    def vocab_size(self) -> int:
+        return self.index.vocab_size
+
+    @property
+    def bos_id(self) -> int:
+        return self.index.bos_id
+
+    @property
+    def num_documents(self) -> int:
+        return self.index.num_documents
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the text as UTF-8."""
+        return self.index.num_bytes
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """A copy of the tokens from start to stop, across files."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start} to {stop}: there are {len(self)}")
+        result = np.empty(stop - start, dtype=np.int64)
+        number = int(np.searchsorted(self._bounds, start, side="right")) - 1
+        done = 0
+        while done < len(result):
+            first = start + done - int(self._bounds[number])
+            part = self._shards[number][first : first + len(result) - done]
+            result[done : done + len(part)] = part
+            done += len(part)
+            number += 1
+        return result
+
+    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise unless these are ids of this tokenizer."""
+        if fingerprint(tokenizer) != self.index.tokenizer:
+            raise ConfigError("the token shards were written with another tokenizer")
+
+    def _verify(self, folder: Path) -> None:
+        for number, (entry, tokens) in enumerate(zip(self.index.shards, self._shards, strict=True)):
+            path = folder / _shard_name(number)
+            _check_hash(path, tokens, entry.sha256)
+            highest = int(tokens.max())
+            if highest >= self.vocab_size:
+                raise ConfigError(f"{path}: holds id {highest}, vocab_size is {self.vocab_size}")
+        _check_hash(folder / _DOCUMENTS_FILE, self.document_starts, self.index.documents_sha256)
+
+
+def write_shards(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    *,
+    shard_tokens: int = 1 << 25,
+    progress: Callable[[int], None] | None = None,
+) -> TokenShards:
+    """Tokenise documents into a folder and open it; shards it held before are replaced.
+
+    ``progress`` is told the bytes of text done so far. Interrupted, the folder does not open.
+    """
+    require_int("shard_tokens", shard_tokens, minimum=1)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX_FILE).unlink(missing_ok=True)
+    for stale in folder.glob("tokens-*.bin"):
+        stale.unlink()
+    writer = _Writer(folder, "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+    starts: list[int] = []
+    num_bytes = 0
+    for batch in _batches(documents):
+        encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+        for (piece, is_start), ids in zip(batch, encoded, strict=True):
+            if is_start:
+                starts.append(writer.written)
+                ids.insert(0, tokenizer.bos_id)
+            writer.add(ids, shard_tokens)
+            num_bytes += len(piece.encode())
+        if progress is not None:
+            progress(num_bytes)
+    if not starts:
+        raise ConfigError("there is no document to tokenise")
+    writer.flush()
+    table = np.array(starts, dtype=_STARTS).tobytes()
+    write_atomically(folder / _DOCUMENTS_FILE, table)
+    index = ShardIndex(
+        dtype=writer.dtype,
+        tokenizer=fingerprint(tokenizer),
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        num_documents=len(starts),
+        num_bytes=num_bytes,
+        documents_sha256=hashlib.sha256(table).hexdigest(),
+        shards=tuple(writer.entries),
+    )
+    save_json(index, folder / INDEX_FILE)
+    return TokenShards.open(folder, verify=False)
+
+
+class _Writer:
+    """Gathers ids and writes a file whenever there are enough for one."""
+
+    def __init__(self, folder: Path, dtype: Literal["uint16", "uint32"]) -> None:
+        self.dtype = dtype
+        self.entries: list[ShardEntry] = []
+        self.written = 0
+        self._folder = folder
+        self._parts: list[NDArray[Any]] = []
+        self._gathered = 0
+
+    def add(self, ids: list[int], shard_tokens: int) -> None:
+        rest = np.array(ids, dtype=_little_endian(self.dtype))
+        self.written += len(rest)
+        while len(rest):
+            part, rest = np.split(rest, [shard_tokens - self._gathered])
+            self._parts.append(part)
+            self._gathered += len(part)
+            if self._gathered == shard_tokens:
+                self.flush()
+
+    def flush(self) -> None:
+        if not self._parts:
+            return
+        data = np.concatenate(self._parts).tobytes()
+        write_atomically(self._folder / _shard_name(len(self.entries)), data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.entries.append(ShardEntry(tokens=self._gathered, sha256=sha256))
+        self._parts, self._gathered = [], 0
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of text, each with whether it starts a document."""
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for document in documents:
+        for start, piece in _pieces(document.text):
+            batch.append((piece, start == 0))
+            size += len(piece)
+            if size >= _BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> Iterator[tuple[int, str]]:
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        limit = start + _PIECE_CHARACTERS
+        # Behind a line break, where few tokens would have crossed the cut.
+        stop = text.rfind("\n", start, limit) + 1 or limit
+        yield start, text[start:stop]
+        start = stop
+    yield start, text[start:]
+
+
+def _shard_name(number: int) -> str:
+    return f"tokens-{number:05d}.bin"
+
+
+def _little_endian(dtype: str) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def _map(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    try:
+        size = path.stat().st_size
+        if size != count * dtype.itemsize:
+            wanted = count * dtype.itemsize
+            raise ConfigError(f"{path}: is damaged, {size} bytes instead of {wanted}")
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(count,)))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _check_hash(path: Path, data: NDArray[Any], sha256: str) -> None:
+    if hashlib.sha256(data.data).hexdigest() != sha256:
+        raise ConfigError(f"{path}: is damaged, its sha256 is not that of {INDEX_FILE}")

@@ -1,0 +1,1 @@
+"""Scoring a trained model: likelihood and accuracy against the number of loops."""

@@ -1,0 +1,1 @@
+"""The whole model: its config, initialisation, presets and costs."""

@@ -1,0 +1,117 @@
+"""Decoding with a cache: prefill the prompt, then one token at a time. Token ids only, no text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from openmythos.config import require_int
+from openmythos.model.sampling import Sampling, sample
+from openmythos.nn.cache import CachePolicy, ExactCache
+from openmythos.recurrence.halting import ExitRule, FixedExit
+from openmythos.types import LoopsPerToken, NextTokenIds, TokenIds
+
+if TYPE_CHECKING:
+    from openmythos.model.mythos import OpenMythos
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to generate and how.
+
+    `prefill` and `decode` choose how the loops share a cache; `prefill_chunk` > 0 feeds the prompt
+    in pieces of that many tokens. Generation of a row ends at `stop_id`.
+    """
+
+    max_new_tokens: int = 64
+    num_loops: int = 4
+    sampling: Sampling = field(default_factory=Sampling)
+    exit_rule: ExitRule = field(default_factory=FixedExit)
+    prefill: CachePolicy = field(default_factory=ExactCache)
+    decode: CachePolicy = field(default_factory=ExactCache)
+    prefill_chunk: int = 0
+    stop_id: int | None = None
+
+    def __post_init__(self) -> None:
+        require_int("max_new_tokens", self.max_new_tokens, minimum=0)
+        require_int("num_loops", self.num_loops, minimum=1)
+        require_int("prefill_chunk", self.prefill_chunk, minimum=0)
+
+
+class DecodeStep(NamedTuple):
+    """One new token of every row; rows that have ended repeat the stop token."""
+
+    tokens: NextTokenIds
+    loops_used: Tensor  # [batch], loops behind the logits that this token was drawn from
+
+
+def stream(
+    model: "OpenMythos", prompt: TokenIds, request: Request, attention_mask: Tensor | None = None
+) -> Iterator[DecodeStep]:
+    """Check the request now, then yield a DecodeStep per new token."""
+    seq = prompt.shape[1]
+    total = seq + request.max_new_tokens
+    if total > model.config.context:
+        raise ValueError(
+            f"prompt: {seq} tokens and {request.max_new_tokens} new ones are longer than the "
+            f"context of {model.config.context}"
+        )
+    if seq == 0:
+        raise ValueError("prompt: is empty; start with at least one token")
+    if int(prompt.min()) < 0 or int(prompt.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"prompt: holds a token id outside the vocabulary of {model.config.vocab_size} tokens"
+        )
+    request.sampling.check(model.config.vocab_size)
+    return _stream(model, prompt, request, attention_mask)
+
+
+@torch.no_grad()
+def _stream(
+    model: "OpenMythos", prompt: Tensor, request: Request, attention_mask: Tensor | None
+) -> Iterator[DecodeStep]:
+    if request.max_new_tokens == 0:
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        batch, seq = prompt.shape
+        cache = model.new_cache(
+            batch,
+            seq + request.max_new_tokens,
+            num_loops=request.num_loops,
+            prefill=request.prefill,
+            decode=request.decode,
+        )
+        generator = torch.Generator().manual_seed(request.sampling.seed)
+        ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+
+        def run(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, LoopsPerToken]:
+            out = model(
+                tokens,
+                num_loops=request.num_loops,
+                exit_rule=request.exit_rule,
+                attention_mask=mask,
+                cache=cache,
+            )
+            cache.advance(tokens.shape[1])
+            return out.logits[:, -1], out.recurrence.loops_used[:, -1]
+
+        chunk = request.prefill_chunk or seq
+        for start in range(0, seq, chunk):
+            mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
+            logits, loops = run(prompt[:, start : start + chunk], mask)
+        cache.begin_decode()
+        for index in range(request.max_new_tokens):
+            tokens = sample(logits, request.sampling, generator)
+            if request.stop_id is not None:
+                tokens = torch.where(ended, request.stop_id, tokens)
+                ended = ended | (tokens == request.stop_id)
+            yield DecodeStep(tokens, loops)
+            if bool(ended.all()) or index + 1 == request.max_new_tokens:
+                return
+            logits, loops = run(tokens[:, None], None)
+    finally:
+        model.train(was_training)

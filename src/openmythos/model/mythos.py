@@ -1,0 +1,327 @@
+"""The model: embed -> prelude -> recurrent block, looped -> coda -> norm -> head."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openmythos.model import generation, storage
+from openmythos.model.config import MythosConfig
+from openmythos.model.init import init_weights
+from openmythos.model.sampling import Sampling
+from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
+from openmythos.nn.block import Block
+from openmythos.nn.cache import CachePolicy, CacheSlot, ExactCache, KVCache
+from openmythos.nn.linear import RMSNorm
+from openmythos.nn.moe import MoELayer, RouterStats
+from openmythos.recurrence.halting import ExitRule, ExitTracker, FixedExit
+from openmythos.recurrence.recurrent_block import RecurrentBlock, RecurrentOutput
+from openmythos.types import Hidden, Logits, LoopCounts, Mask, TokenIds
+
+
+@dataclass(frozen=True)
+class MythosOutput:
+    """Logits of every position, and how the loops went.
+
+    `loop_logits` holds the logits after every loop if asked for (see RecurrentOutput for rows that
+    ran different numbers of loops). `router` has the MoE statistics by layer name, in training.
+    """
+
+    logits: Logits
+    recurrence: RecurrentOutput
+    router: Mapping[str, RouterStats]
+    loop_logits: list[Tensor]
+
+
+class OpenMythos(nn.Module):
+    """A recurrent-depth transformer: p(next token | tokens, num_loops).
+
+    logits = head(norm(coda(h_T))),  h_T from `RecurrentBlock` on the prelude's output.
+    """
+
+    def __init__(self, config: MythosConfig, *, seed: int | None = None) -> None:
+        """Build and initialise; `seed` makes the weights independent of torch's global state."""
+        super().__init__()
+        self.config = config
+        c = config
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+
+        def dense_layers(count: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                Block(c.dim, c.attention, c.feed_forward, c.norm_eps) for _ in range(count)
+            )
+
+        self.prelude = dense_layers(c.prelude_layers)
+        self.recurrent = RecurrentBlock(config)
+        self.coda = dense_layers(c.coda_layers)
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        # A tied head is the embedding itself, not a second name for it in checkpoints.
+        self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
+        device = self.embed.weight.device
+        if device.type != "meta":
+            generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+            init_weights(self, config, generator)
+
+    def forward(
+        self,
+        tokens: TokenIds,
+        *,
+        num_loops: int | LoopCounts | None = None,
+        backprop_loops: int = 0,
+        attention_mask: Mask | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        exit_rule: ExitRule | None = None,
+        collect_loops: bool = False,
+    ) -> MythosOutput:
+        """Run tokens [batch, seq] through num_loops loops (one number, or one per sequence).
+
+        backprop_loops: loops of each sequence, counted from its last, that carry gradient (0: all).
+        attention_mask: False at padding; left padding where a cache is used.
+        documents: [batch, seq] document numbers of packed rows; attention stays inside each.
+        cache: appended to but not advanced; call `cache.advance(seq)` after the forward pass.
+        exit_rule: inference only, lets positions stop before num_loops.
+        collect_loops: also return the logits and states after every loop.
+        """
+        loops = self._check_loops(num_loops, tokens, cache, exit_rule)
+        layout = self._layout(tokens, attention_mask, documents, cache)
+        attention = self.config.attention
+        context = attention_context(
+            layout, attention.rotary_dim(self.config.dim), attention.rope_base, attention.window
+        )
+        router: dict[str, RouterStats] = {}
+        x = self.embed(tokens)
+        for index, layer in enumerate(self.prelude):
+            slot = None if cache is None else cache.prelude_slot(index)
+            x = self._layer(f"prelude.{index}", layer, x, context, slot, router)
+        recurrence = self.recurrent(
+            x,
+            context,
+            layout.positions(),
+            num_loops=loops,
+            backprop_loops=backprop_loops,
+            cache=cache,
+            tracker=self._tracker(exit_rule, layout, context, cache),
+            collect=collect_loops,
+        )
+        for index, stats in enumerate(recurrence.router):
+            if stats is not None:
+                router[f"recurrent.layers.{index}"] = stats
+        loop_logits = self._loop_logits(recurrence, context, cache)
+        logits = self._readout(recurrence.state, context, cache, router)
+        if cache is not None:
+            cache.exit_loop = recurrence.loops_used[:, -1]
+        return MythosOutput(logits, recurrence, router, loop_logits)
+
+    def _layer(
+        self,
+        name: str,
+        layer: nn.Module,
+        x: Hidden,
+        context: AttentionContext,
+        slot: CacheSlot | None,
+        router: dict[str, RouterStats] | None,
+    ) -> Hidden:
+        out = layer(x, context, slot=slot)
+        if router is not None and out.router is not None:
+            router[name] = out.router
+        return out.x
+
+    def _readout(
+        self,
+        state: Hidden,
+        context: AttentionContext,
+        cache: KVCache | None,
+        router: dict[str, RouterStats] | None = None,
+    ) -> Logits:
+        """Coda, norm and head on a state."""
+        x = state
+        for index, layer in enumerate(self.coda):
+            slot = None if cache is None else cache.coda_slot(index)
+            x = self._layer(f"coda.{index}", layer, x, context, slot, router)
+        x = self.norm(x)
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+
+    def _loop_logits(
+        self, recurrence: RecurrentOutput, context: AttentionContext, cache: KVCache | None
+    ) -> list[Tensor]:
+        if recurrence.order is not None:
+            context = context.select(recurrence.order)
+        return [
+            self._readout(state, context.rows(0, len(state)), cache) for state in recurrence.states
+        ]
+
+    def _tracker(
+        self,
+        rule: ExitRule | None,
+        layout: TokenLayout,
+        context: AttentionContext,
+        cache: KVCache | None,
+    ) -> ExitTracker | None:
+        if rule is None or isinstance(rule, FixedExit):
+            return None
+        shape = (1 if layout.valid is None else layout.valid.shape[0], layout.seq)
+        valid = torch.ones(shape, dtype=torch.bool, device=layout.device)
+        if layout.valid is not None:
+            valid = layout.valid[:, layout.start :]
+        return ExitTracker(
+            rule,
+            lambda state: self._readout(state, context, cache),
+            valid,
+            cache.exit_loop if cache is not None and cache.length else None,
+        )
+
+    def _check_loops(
+        self,
+        num_loops: int | Tensor | None,
+        tokens: Tensor,
+        cache: KVCache | None,
+        exit_rule: ExitRule | None,
+    ) -> int | Tensor:
+        loops = self.config.num_loops if num_loops is None else num_loops
+        if isinstance(loops, Tensor):
+            if loops.shape != tokens.shape[:1] or loops.is_floating_point() or loops.min() < 1:
+                raise ValueError(
+                    f"num_loops = {loops.tolist()}: must be one whole number >= 1 for each of the "
+                    f"{tokens.shape[0]} sequences"
+                )
+            if cache is not None or exit_rule is not None:
+                raise ValueError(
+                    "num_loops: one number per sequence goes with neither a cache nor an exit rule"
+                )
+            return loops
+        if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
+            raise ValueError(f"num_loops = {loops!r}: must be a whole number >= 1")
+        if cache is not None and loops > cache.num_loops:
+            raise ValueError(
+                f"num_loops = {loops}: the cache was made for at most {cache.num_loops} loops"
+            )
+        if exit_rule is not None and self.training:
+            raise ValueError("exit_rule: is for inference; call model.eval() first")
+        return loops
+
+    def _layout(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        documents: Tensor | None,
+        cache: KVCache | None,
+    ) -> TokenLayout:
+        batch, seq = tokens.shape
+        if seq == 0:
+            raise ValueError("tokens: is empty; start with at least one token")
+        start = 0 if cache is None else cache.length
+        if start + seq > self.config.context:
+            raise ValueError(
+                f"tokens: {start + seq} tokens are longer than the context of {self.config.context}"
+            )
+        # On an accelerator the check would wait for the device; ids are checked where they enter.
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"tokens: id {low if low < 0 else high} is outside the vocabulary of "
+                    f"{self.config.vocab_size} tokens"
+                )
+        if cache is None:
+            return TokenLayout(seq, 0, tokens.device, attention_mask, documents)
+        if documents is not None:
+            raise ValueError("documents: packed rows and a cache do not go together")
+        cache.check_room(seq, batch)
+        if attention_mask is not None:
+            cache.mark_padding(attention_mask)
+        valid = cache.valid[:, : start + seq] if cache.padded else None
+        return TokenLayout(seq, start, tokens.device, valid)
+
+    def new_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        num_loops: int | None = None,
+        prefill: CachePolicy | None = None,
+        decode: CachePolicy | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """A cache for `capacity` tokens and up to num_loops loops; policies default to exact."""
+        c = self.config
+        return KVCache(
+            layers=(c.prelude_layers, c.recurrent_layers, c.coda_layers),
+            kv_width=c.attention.kv_width(c.dim),
+            batch=batch,
+            capacity=capacity,
+            num_loops=c.num_loops if num_loops is None else num_loops,
+            prefill=ExactCache() if prefill is None else prefill,
+            decode=ExactCache() if decode is None else decode,
+            like=self.embed.weight.new_empty(0, dtype=dtype),
+        )
+
+    @torch.no_grad()
+    def update_router_bias(self, counts: Mapping[str, Tensor]) -> None:
+        """Move every router's bias by the expert counts of a whole step, by layer name."""
+        for name, count in counts.items():
+            layer = self.get_submodule(name)
+            assert isinstance(layer, Block) and isinstance(layer.feed_forward, MoELayer)
+            layer.feed_forward.update_router_bias(count)
+
+    def generate(
+        self,
+        prompt: TokenIds,
+        *,
+        max_new_tokens: int,
+        num_loops: int | None = None,
+        sampling: Sampling | None = None,
+        exit_rule: ExitRule | None = None,
+        attention_mask: Mask | None = None,
+        stop_id: int | None = None,
+    ) -> TokenIds:
+        """Continue prompt [batch, seq]; returns [batch, new tokens]. See `generation.stream`."""
+        steps = self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            num_loops=num_loops,
+            sampling=sampling,
+            exit_rule=exit_rule,
+            attention_mask=attention_mask,
+            stop_id=stop_id,
+        )
+        tokens = [step.tokens for step in steps]
+        return torch.stack(tokens, dim=1) if tokens else prompt.new_zeros(len(prompt), 0)
+
+    def stream(
+        self,
+        prompt: TokenIds,
+        *,
+        max_new_tokens: int,
+        num_loops: int | None = None,
+        sampling: Sampling | None = None,
+        exit_rule: ExitRule | None = None,
+        attention_mask: Mask | None = None,
+        stop_id: int | None = None,
+    ) -> Iterator[generation.DecodeStep]:
+        """Like `generate`, yielding each new token [batch] with the loops that it used."""
+        request = generation.Request(
+            max_new_tokens=max_new_tokens,
+            num_loops=self.config.num_loops if num_loops is None else num_loops,
+            sampling=Sampling() if sampling is None else sampling,
+            exit_rule=FixedExit() if exit_rule is None else exit_rule,
+            stop_id=stop_id,
+        )
+        return generation.stream(self, prompt, request, attention_mask)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, each replaced as a whole."""
+        storage.save(Path(folder), self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "OpenMythos":
+        """Load what `save_pretrained` wrote; a file that does not fit raises a ConfigError."""
+        config = storage.load_config(Path(folder))
+        with torch.device("meta"):
+            model = cls(config)
+        weights = storage.load_weights(Path(folder), model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        return model.eval()

@@ -1,0 +1,64 @@
+"""From next-token logits to a token: pure functions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openmythos.config import require_int, require_number
+from openmythos.types import NextLogits, NextTokenIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to draw the next token; temperature 0 is greedy.
+
+    top_k keeps the k most likely tokens (0: all), top_p the smallest set of probability >= top_p,
+    min_p those at least min_p times as likely as the most likely. Filters apply in this order, to
+    the probabilities at the given temperature.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_number("temperature", self.temperature, at_least=0)
+        require_int("top_k", self.top_k, minimum=0)
+        require_number("top_p", self.top_p, above=0, at_most=1)
+        require_number("min_p", self.min_p, at_least=0, at_most=1)
+        require_int("seed", self.seed, minimum=0)
+
+    def check(self, vocab_size: int) -> None:
+        require_int("top_k", self.top_k, minimum=0, maximum=vocab_size)
+
+
+def filtered_logits(logits: NextLogits, sampling: Sampling) -> NextLogits:
+    """Logits / temperature with everything that the filters drop at -inf."""
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k:
+        smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        dropped = torch.zeros_like(logits, dtype=torch.bool)
+        dropped = dropped.scatter(1, index, before >= sampling.top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    if sampling.min_p > 0:
+        probability = logits.softmax(dim=-1)
+        smallest = sampling.min_p * probability.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probability < smallest, -torch.inf)
+    return logits
+
+
+def sample(logits: NextLogits, sampling: Sampling, generator: torch.Generator) -> NextTokenIds:
+    """One token per row."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    probability = filtered_logits(logits, sampling).softmax(dim=-1)
+    # Drawn on the CPU, so that a seed means the same on every device.
+    drawn: Tensor = torch.multinomial(probability.cpu(), 1, generator=generator)
+    return drawn.squeeze(1).to(logits.device)

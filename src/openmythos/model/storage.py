@@ -1,0 +1,87 @@
+"""A saved model: a folder with config.json and model.safetensors, no pickle."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from openmythos.config import ConfigError, from_dict, read_json, replacing, to_dict, write_json
+from openmythos.model.config import MythosConfig
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save(folder: Path, config: MythosConfig, state: Mapping[str, Tensor]) -> None:
+    """Write both files, each under a temporary name first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / WEIGHTS_FILE, state)
+    header = {"model_type": "openmythos", "format_version": FORMAT_VERSION}
+    write_json(header | to_dict(config), folder / CONFIG_FILE)
+
+
+def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors; a full disk leaves the former file whole."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:
+            # The library wraps what the system said about disk or permission.
+            raise OSError(f"{path}: cannot be written: {error}") from error
+
+
+def load_config(folder: Path) -> MythosConfig:
+    """The config of a saved model."""
+    path = folder / CONFIG_FILE
+    data: dict[str, Any] = read_json(path)
+    if data.pop("model_type", None) != "openmythos":
+        raise ConfigError(f"{path}: is not the config of an OpenMythos model")
+    version = data.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"{path}: format_version = {version!r}: must be {FORMAT_VERSION}")
+    try:
+        return from_dict(MythosConfig, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a saved model, checked against the names and shapes of the config."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ConfigError(f"{path}: is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_names(path, found, expected)
+            weights = {name: file.get_tensor(name) for name in expected}
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: is damaged or no safetensors file: {error}") from error
+    for name, tensor in weights.items():
+        if not tensor.dtype.is_floating_point:
+            raise ConfigError(f"{path}: tensor {name} has dtype {tensor.dtype}, not a float")
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(f"{path}: tensor {name} holds values that are not finite")
+    return weights
+
+
+def _check_names(
+    path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]
+) -> None:
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ConfigError(f"{path}: tensor {name} is missing")
+        if found[name] != tuple(tensor.shape):
+            raise ConfigError(
+                f"{path}: tensor {name} has shape {list(found[name])}, "
+                f"the config wants {list(tensor.shape)}"
+            )
+    surplus = sorted(set(found) - set(expected))
+    if surplus:
+        raise ConfigError(f"{path}: tensor {surplus[0]} is not part of this model")

@@ -1,0 +1,1 @@
+"""Layers: attention, feed-forward, their cache. They know of loops only a cache's slots."""

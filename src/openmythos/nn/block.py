@@ -1,0 +1,91 @@
+"""One pre-norm layer: attention and feed-forward around a residual stream."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from openmythos.nn.attention import AttentionContext, GroupedQueryAttention
+from openmythos.nn.cache import CacheSlot
+from openmythos.nn.feed_forward import ReLU2, SwiGLU, TokenRows
+from openmythos.nn.latent_attention import LatentAttention
+from openmythos.nn.linear import NO_DELTAS, Deltas, RMSNorm
+from openmythos.nn.moe import MoE, RouterStats
+from openmythos.types import Hidden, KeyValues, Mask
+
+Attention = LatentAttention | GroupedQueryAttention
+FeedForward = SwiGLU | ReLU2 | MoE
+
+
+class BlockOutput(NamedTuple):
+    x: Hidden
+    kv: KeyValues  # of this call's own tokens, whatever older ones they attended to
+    router: RouterStats | None
+
+
+class Frozen(NamedTuple):
+    """Positions that have halted: their keys and values stay as they were, their x is not used."""
+
+    active: Mask
+    kv: KeyValues
+
+
+class Block(nn.Module):
+    """x = x + Attention(norm(x));  x = x + FeedForward(norm(x))."""
+
+    def __init__(
+        self, dim: int, attention: Attention, feed_forward: FeedForward, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(dim, norm_eps)
+        self.attention = attention.build(dim, norm_eps)
+        self.feed_forward_norm = RMSNorm(dim, norm_eps)
+        self.feed_forward = feed_forward.build(dim)
+
+    def forward(
+        self,
+        x: Hidden,
+        context: AttentionContext,
+        *,
+        slot: CacheSlot | None = None,
+        frozen: Frozen | None = None,
+        deltas: Deltas = NO_DELTAS,
+    ) -> BlockOutput:
+        normed = self.attention_norm(x)
+
+        def project() -> Tensor:
+            kv = self.attention.project_kv(normed, context, deltas)
+            return kv if frozen is None else torch.where(frozen.active[..., None], kv, frozen.kv)
+
+        kv, visible = exchange(project, slot, x.shape[1])
+        x = x + self.attention(normed, visible, context, deltas)
+        x, router = self._feed(x, None if frozen is None else frozen.active, deltas)
+        return BlockOutput(x, kv, router)
+
+    def _feed(
+        self, x: Hidden, active: Mask | None, deltas: Deltas
+    ) -> tuple[Hidden, RouterStats | None]:
+        """Add the feed-forward branch, computed at active positions only."""
+        batch, seq, _ = x.shape
+        if active is None:
+            index = torch.arange(batch, device=x.device).repeat_interleave(seq)
+            tokens = self.feed_forward_norm(x).flatten(0, 1)
+            update, router = self.feed_forward(tokens, TokenRows(index, batch), deltas)
+            return x + update.view_as(x), router
+        where = active.nonzero(as_tuple=True)
+        tokens = x[where]
+        normed = self.feed_forward_norm(tokens)
+        update, router = self.feed_forward(normed, TokenRows(where[0], batch), deltas)
+        return x.index_put(where, (tokens + update).to(x.dtype)), router
+
+
+def exchange(
+    project: Callable[[], Tensor], slot: CacheSlot | None, seq: int
+) -> tuple[Tensor, Tensor]:
+    """(own keys and values, all that may be attended to), by way of the cache if there is one."""
+    if slot is None:
+        kv = project()
+        return kv, kv
+    visible = slot.write(project()) if slot.writes else slot.read(seq)
+    return visible[:, slot.start :], visible

@@ -1,0 +1,159 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values from one latent.
+
+Two paths that compute the same function. The naive one expands the latent to keys and values per
+head: right for prefill and training. The absorbed one folds the expansion into query and output,
+so that all heads attend to the cached latent itself: right for decoding.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from openmythos.config import require, require_int, require_number
+from openmythos.nn.attention import AttentionContext, AttentionLayer, Position, attend, rotate
+from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, RMSNorm
+from openmythos.types import Hidden, KeyValues
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention: the cache holds kv_latent_dim + rope_head_dim numbers a token.
+
+    q_latent_dim = 0 projects queries directly. One rotary key of rope_head_dim is shared by all
+    heads. `qk_norm` normalises each query head and the shared rotary key (the latents always are
+    normed), which keeps the cache and the absorbed path exact.
+    """
+
+    kind: Literal["latent"] = "latent"
+    num_heads: int = 8
+    kv_latent_dim: int = 64
+    q_latent_dim: int = 128
+    nope_head_dim: int = 32
+    rope_head_dim: int = 16
+    value_head_dim: int = 32
+    position: Position = "rope"
+    rope_base: float = 10_000.0
+    window: int = 0
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "kv_latent_dim", "nope_head_dim", "value_head_dim"):
+            require_int(name, getattr(self, name), minimum=1)
+        require_int("q_latent_dim", self.q_latent_dim, minimum=0)
+        require_int("rope_head_dim", self.rope_head_dim, minimum=2)
+        require(self.rope_head_dim % 2 == 0, "rope_head_dim", self.rope_head_dim, "must be even")
+        require_int("window", self.window, minimum=0)
+        require_number("rope_base", self.rope_base, above=0)
+
+    def check(self, dim: int) -> None:
+        """Any width will do: head sizes are set independently of dim."""
+
+    def rotary_dim(self, dim: int) -> int:
+        return self.rope_head_dim if self.position == "rope" else 0
+
+    def kv_width(self, dim: int) -> int:
+        return self.kv_latent_dim + self.rope_head_dim
+
+    def build(self, dim: int, norm_eps: float) -> "LatentAttentionLayer":
+        return LatentAttentionLayer(self, dim, norm_eps)
+
+
+class LatentAttentionLayer(AttentionLayer):
+    """With c = norm(W_dkv x), k_r = rope(W_kr x) and q = [q_n | rope(q_r)] from norm(W_dq x):
+
+    naive:    k_h = [W_uk,h c | k_r],  v_h = W_uv,h c,  o_h = softmax(q_h k_h^T / sqrt(d)) v_h
+    absorbed: o_h = W_uv,h (softmax([W_uk,h^T q_n,h | q_r,h] [c | k_r]^T / sqrt(d)) c)
+    d = nope_head_dim + rope_head_dim
+    """
+
+    def __init__(self, config: LatentAttention, dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.config = config
+        self.kv_width = config.kv_width(dim)
+        heads, query_dim = config.num_heads, config.nope_head_dim + config.rope_head_dim
+        self.scale = query_dim**-0.5
+        if config.q_latent_dim:
+            self.query_down = Linear(dim, config.q_latent_dim, bias=False)
+            self.query_latent_norm = RMSNorm(config.q_latent_dim, norm_eps)
+            self.query_up = Linear(config.q_latent_dim, heads * query_dim, bias=False)
+        else:
+            self.query = Linear(dim, heads * query_dim, bias=False)
+        self.kv_down = Linear(dim, self.kv_width, bias=False)
+        self.kv_latent_norm = RMSNorm(config.kv_latent_dim, norm_eps)
+        kv_up_dim = heads * (config.nope_head_dim + config.value_head_dim)
+        self.kv_up = Linear(config.kv_latent_dim, kv_up_dim, bias=False)
+        self.output = Linear(heads * config.value_head_dim, dim, bias=False)
+        self.query_norm = RMSNorm(query_dim, norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.rope_head_dim, norm_eps) if config.qk_norm else nn.Identity()
+
+    def project_kv(
+        self, x: Hidden, context: AttentionContext, deltas: Deltas = NO_DELTAS
+    ) -> KeyValues:
+        down, split = self.kv_down(x, deltas), self.config.kv_latent_dim
+        latent, key = down[..., :split], down[..., split:]
+        key = rotate(self.key_norm(key).unsqueeze(1), context).squeeze(1)
+        return torch.cat((self.kv_latent_norm(latent), key), dim=-1)
+
+    def _queries(self, x: Tensor, context: AttentionContext, deltas: Deltas) -> Tensor:
+        """[batch, heads, seq, nope_head_dim + rope_head_dim], rotated."""
+        if self.config.q_latent_dim:
+            latent = self.query_latent_norm(self.query_down(x, deltas))
+            query = self.query_up(latent, deltas)
+        else:
+            query = self.query(x, deltas)
+        query = query.view(*x.shape[:2], self.config.num_heads, -1).transpose(1, 2)
+        query, split = self.query_norm(query), self.config.nope_head_dim
+        nope, rope = query[..., :split], query[..., split:]
+        return torch.cat((nope, rotate(rope, context)), dim=-1)
+
+    def forward(
+        self, x: Hidden, kv: KeyValues, context: AttentionContext, deltas: Deltas = NO_DELTAS
+    ) -> Hidden:
+        query = self._queries(x, context, deltas)
+        kv = kv.to(query.dtype)
+        path = self.absorbed if self.absorbing_is_cheaper(x.shape[1], kv.shape[1]) else self.naive
+        out = path(query, kv, context, deltas)
+        return self.output(out.transpose(1, 2).flatten(2), deltas)
+
+    def absorbing_is_cheaper(self, seq: int, total: int) -> bool:
+        """Compare the multiply-adds per head of both paths for `seq` queries on `total` keys."""
+        c = self.config
+        head_dims = c.nope_head_dim + c.value_head_dim
+        naive = total * c.kv_latent_dim * head_dims + seq * total * (head_dims + c.rope_head_dim)
+        absorbed = seq * c.kv_latent_dim * head_dims
+        absorbed += seq * total * (2 * c.kv_latent_dim + c.rope_head_dim)
+        return absorbed < naive
+
+    def naive(self, query: Tensor, kv: Tensor, context: AttentionContext, deltas: Deltas) -> Tensor:
+        """Expand keys and values per head; [batch, heads, seq, value_head_dim]."""
+        c = self.config
+        latent, rope_key = kv[..., : c.kv_latent_dim], kv[..., c.kv_latent_dim :]
+        expanded = self.kv_up(latent, deltas).view(*kv.shape[:2], c.num_heads, -1).transpose(1, 2)
+        nope_key, value = expanded[..., : c.nope_head_dim], expanded[..., c.nope_head_dim :]
+        rope_key = rope_key.unsqueeze(1).expand(-1, c.num_heads, -1, -1)
+        key = torch.cat((nope_key, rope_key), dim=-1)
+        return attend(query, key, value, context, self.scale)
+
+    def absorbed(
+        self, query: Tensor, kv: Tensor, context: AttentionContext, deltas: Deltas
+    ) -> Tensor:
+        """Attend to the latents themselves as one key-value head shared by all query heads."""
+        c = self.config
+        weight = self.kv_up.merged_weight(deltas).to(query.dtype)
+        weight = weight.view(c.num_heads, -1, c.kv_latent_dim)
+        key_up, value_up = weight[:, : c.nope_head_dim], weight[:, c.nope_head_dim :]
+        nope, rope = query[..., : c.nope_head_dim], query[..., c.nope_head_dim :]
+        query = torch.cat((nope @ key_up, rope), dim=-1)
+        # The rotary part rides along as value and is cut off after: no copy of the latents.
+        shared = kv.unsqueeze(1)
+        batch, heads, seq, _ = query.shape
+        if context.mask is None and not context.is_causal:
+            # One query token sees every key, so its heads may stand as rows of one head.
+            rows = query.transpose(1, 2).reshape(batch, 1, seq * heads, -1)
+            mixed = attend(rows, shared, shared, context, self.scale)
+            mixed = mixed.view(batch, seq, heads, -1).transpose(1, 2)
+        else:
+            mixed = attend(query, shared, shared, context, self.scale)
+        return mixed[..., : c.kv_latent_dim] @ value_up.transpose(1, 2)

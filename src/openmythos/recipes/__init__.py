@@ -1,0 +1,1 @@
+"""Named full runs as Python functions: model, data, training and evaluation."""

@@ -1,0 +1,143 @@
+"""What differs between loops: an embedding added to the state, low-rank deltas of linear maps.
+
+Beyond the last trained loop the last loop's parameters are used again, so that any number of loops
+is defined.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from openmythos.config import ConfigError, require_int
+from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, LowRank
+from openmythos.types import Channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoLoopEmbedding:
+    """Every loop sees the same input."""
+
+    kind: Literal["none"] = "none"
+
+    def build(self, dim: int) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopEmbedding:
+    """A learned vector per loop, added to u (the timestep embedding of Universal Transformers)."""
+
+    kind: Literal["learned"] = "learned"
+    num_loops: int = 16
+
+    def __post_init__(self) -> None:
+        require_int("num_loops", self.num_loops, minimum=1)
+
+    def build(self, dim: int) -> "LoopEmbeddingLayer":
+        return LoopEmbeddingLayer(self.num_loops, dim)
+
+
+class LoopEmbeddingLayer(nn.Module):
+    """u = u + table[min(loop, num_loops - 1)]."""
+
+    def __init__(self, num_loops: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_loops, dim))
+
+    def forward(self, loop: int) -> Channels:
+        return self.table[min(loop, self.table.shape[0] - 1)]
+
+
+LoopEmbeddings = NoLoopEmbedding | LoopEmbedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoLoopLoRA:
+    """Every loop uses the same weights."""
+
+    kind: Literal["none"] = "none"
+
+    def build(self, layers: nn.ModuleList) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopLoRA:
+    """A low-rank change of linear maps per loop (Relaxed Recursive Transformers, 2410.20672).
+
+    `targets` are names or shell patterns of the linear maps of a recurrent layer, for example
+    "attention.output" or "attention.*".
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: int = 4
+    num_loops: int = 8
+    targets: tuple[str, ...] = ("attention.query*", "attention.output")
+
+    def __post_init__(self) -> None:
+        require_int("rank", self.rank, minimum=1)
+        require_int("num_loops", self.num_loops, minimum=1)
+
+    def build(self, layers: nn.ModuleList) -> "LoopLoRALayer":
+        return LoopLoRALayer(self, layers)
+
+
+class LoopLoRALayer(nn.Module):
+    """W_loop = W + up[loop] down[loop], with the last loop's pair for every loop beyond."""
+
+    def __init__(self, config: LoopLoRA, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.num_loops = config.num_loops
+        self.down = nn.ParameterDict()
+        self.up = nn.ParameterDict()
+        maps = {
+            f"{index}.{name}": module
+            for index, layer in enumerate(layers)
+            for name, module in layer.named_modules()
+            if isinstance(module, Linear)
+        }
+        for target in config.targets:
+            chosen = {k: m for k, m in maps.items() if fnmatchcase(k.split(".", 1)[1], target)}
+            if not chosen:
+                known = sorted({key.split(".", 1)[1] for key in maps})
+                raise ConfigError(
+                    f"targets = {target!r}: names no linear map of a recurrent layer; "
+                    f"known: {', '.join(known)}"
+                )
+            for key, linear in chosen.items():
+                linear.delta_key = key
+                shape = (config.num_loops, config.rank)
+                # ParameterDict keys may not hold dots.
+                name = key.replace(".", "/")
+                self.down[name] = nn.Parameter(torch.empty(*shape, linear.in_features))
+                self.up[name] = nn.Parameter(
+                    torch.empty(config.num_loops, linear.out_features, config.rank)
+                )
+
+    def forward(self, loop: int) -> Deltas:
+        index = min(loop, self.num_loops - 1)
+        return {
+            name.replace("/", "."): LowRank(self.down[name][index], self.up[name][index])
+            for name in self.down
+        }
+
+
+LoopLoRAs = NoLoopLoRA | LoopLoRA
+
+
+class Conditioning(nn.Module):
+    """Embedding and low-rank deltas of one loop."""
+
+    def __init__(
+        self, dim: int, layers: nn.ModuleList, embedding: LoopEmbeddings, lora: LoopLoRAs
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding.build(dim)
+        self.lora = lora.build(layers)
+
+    def forward(self, loop: int) -> tuple[Tensor | None, Deltas]:
+        embedding = None if self.embedding is None else self.embedding(loop)
+        return embedding, NO_DELTAS if self.lora is None else self.lora(loop)

@@ -1,0 +1,262 @@
+"""When a position stops looping: learned halting (ACT), and exit rules for any model at inference.
+
+A position that has stopped keeps its state and its keys and values, and costs no feed-forward
+compute in later loops.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openmythos.config import require_int, require_number
+from openmythos.types import Hidden, Logits, LoopsPerToken, Mask, PerToken
+
+Scope = Literal["token", "prefix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoHalting:
+    """Every position runs every loop."""
+
+    kind: Literal["none"] = "none"
+
+    def build(self, dim: int) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACT:
+    """Adaptive computation time per position (Graves 2016; Universal Transformers 2019).
+
+    A position halts when its halting probabilities sum to more than `threshold`. `bias_init` sets
+    the first halting probabilities (sigmoid(-2) = 0.12), `min_loops` forbids halting earlier, and
+    `ponder_weight` scales the ponder cost in the loss.
+    """
+
+    kind: Literal["act"] = "act"
+    threshold: float = 0.99
+    bias_init: float = -2.0
+    min_loops: int = 1
+    ponder_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_number("threshold", self.threshold, above=0, below=1)
+        require_number("bias_init", self.bias_init)
+        require_int("min_loops", self.min_loops, minimum=1)
+        require_number("ponder_weight", self.ponder_weight, at_least=0)
+
+    def build(self, dim: int) -> "ACTHalting":
+        return ACTHalting(self, dim)
+
+
+Halting = NoHalting | ACT
+
+
+class HaltState(NamedTuple):
+    """What ACT carries from loop to loop, per position."""
+
+    cumulative: PerToken  # sum of the weights so far
+    output: Hidden  # sum of weight * state so far
+    last_weight: PerToken  # weight of the last loop that ran
+
+
+class ACTHalting(nn.Module):
+    """halt_prob p = sigmoid(w h + b), read from the state that a loop has produced.
+
+    halt_weight = p                       while sum(p) <= threshold
+                = 1 - (weights before)    in the loop that crosses it, or in the last loop
+    output      = sum over loops of halt_weight * h, weights summing to 1
+    ponder      = N + R: loops run, plus the weight of the last of them
+    """
+
+    def __init__(self, config: ACT, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(()))
+
+    def start(self, state: Hidden) -> HaltState:
+        zeros = state.new_zeros(state.shape[:2], dtype=torch.float32)
+        return HaltState(zeros, torch.zeros_like(state), zeros)
+
+    def halt_prob(self, state: Hidden) -> PerToken:
+        # fp32, so that weights sum to 1 and bf16 states stay in their dtype.
+        with torch.autocast(state.device.type, enabled=False):
+            return (state.float() @ self.weight.float() + self.bias.float()).sigmoid()
+
+    def update(
+        self, halt: HaltState, active: Mask, state: Hidden, loop: int
+    ) -> tuple[HaltState, Mask]:
+        """Weigh the state of this loop at active positions; return who goes on."""
+        prob = self.halt_prob(state)
+        if loop + 1 < self.config.min_loops:
+            prob = prob * 0
+        remainder = 1 - halt.cumulative
+        halts = active & (halt.cumulative + prob > self.config.threshold)
+        weight = torch.where(halts, remainder, prob) * active
+        updated = HaltState(
+            halt.cumulative + weight,
+            halt.output + weight.unsqueeze(-1).to(state.dtype) * state,
+            torch.where(active, weight, halt.last_weight),
+        )
+        return updated, active & ~halts
+
+    def finish(
+        self, halt: HaltState, state: Hidden, loops_used: LoopsPerToken
+    ) -> tuple[Hidden, PerToken]:
+        """(output, ponder) if the loops end here: the last one gets the weight still missing."""
+        missing = 1 - halt.cumulative
+        output = halt.output + missing.unsqueeze(-1).to(state.dtype) * state
+        return output, loops_used + halt.last_weight + missing
+
+
+class LoopView(NamedTuple):
+    """What an exit rule may look at after a loop; logits come from running coda and head."""
+
+    previous: Hidden
+    state: Hidden
+    previous_logits: Logits | None
+    logits: Logits | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedExit:
+    """Never leaves early: num_loops decides."""
+
+    kind: Literal["fixed"] = "fixed"
+    needs_logits = False
+
+    def stays(self, view: LoopView) -> Mask:
+        return torch.zeros(view.state.shape[:2], dtype=torch.bool, device=view.state.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Converging:
+    """Common to all rules: the criterion must hold `patience` loops in a row, after `min_loops`.
+
+    `scope` "prefix" lets a position leave only together with or after all positions before it:
+    an answer position may sit still while the chain that it waits for is being resolved upstream.
+    """
+
+    min_loops: int = 1
+    patience: int = 1
+    scope: Scope = "token"
+
+    def __post_init__(self) -> None:
+        require_int("min_loops", self.min_loops, minimum=1)
+        require_int("patience", self.patience, minimum=1)
+        for field in fields(self):
+            if field.name in ("threshold", "max_entropy"):
+                require_number(field.name, getattr(self, field.name), above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChangeExit(_Converging):
+    """|h' - h| / |h'| < threshold (Huginn's latent difference, 0.03)."""
+
+    kind: Literal["state_change"] = "state_change"
+    threshold: float = 0.03
+    needs_logits = False
+
+    def stays(self, view: LoopView) -> Mask:
+        change = (view.state - view.previous).float().norm(dim=-1)
+        return change < self.threshold * view.state.float().norm(dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLExit(_Converging):
+    """KL(p_loop || p_{loop-1}) < threshold (Huginn, 5e-4)."""
+
+    kind: Literal["kl"] = "kl"
+    threshold: float = 5e-4
+    needs_logits = True
+
+    def stays(self, view: LoopView) -> Mask:
+        return _kl(view) < self.threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLEntropyExit(_Converging):
+    """KL < threshold and entropy H(p_loop) < max_entropy nats (Loop, Think & Generalize)."""
+
+    kind: Literal["kl_entropy"] = "kl_entropy"
+    threshold: float = 1e-3
+    max_entropy: float = 3.0
+    needs_logits = True
+
+    def stays(self, view: LoopView) -> Mask:
+        assert view.logits is not None
+        log_p = F.log_softmax(view.logits.float(), dim=-1)
+        entropy = -(log_p.exp() * log_p).sum(dim=-1)
+        return (_kl(view) < self.threshold) & (entropy < self.max_entropy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArgmaxExit(_Converging):
+    """The most likely token is the same as after the loop before (`patience` times in a row)."""
+
+    kind: Literal["argmax"] = "argmax"
+    patience: int = 5
+    needs_logits = True
+
+    def stays(self, view: LoopView) -> Mask:
+        assert view.logits is not None and view.previous_logits is not None
+        return view.logits.argmax(dim=-1) == view.previous_logits.argmax(dim=-1)
+
+
+ExitRule = FixedExit | StateChangeExit | KLExit | KLEntropyExit | ArgmaxExit
+
+
+def _kl(view: LoopView) -> PerToken:
+    assert view.logits is not None and view.previous_logits is not None
+    log_p = F.log_softmax(view.logits.float(), dim=-1)
+    log_q = F.log_softmax(view.previous_logits.float(), dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+class ExitTracker:
+    """Applies an exit rule loop by loop to one forward pass and remembers who has left.
+
+    `readout` maps states to logits and is called only for rules that need them; the last logits
+    are kept for the caller. `valid` [batch, seq] is False at padding, `not_before` [batch] is the
+    loop in which the token before these left (prefix scope across cached tokens).
+    """
+
+    def __init__(
+        self,
+        rule: ExitRule,
+        readout: Callable[[Hidden], Logits],
+        valid: Mask,
+        not_before: Tensor | None,
+    ) -> None:
+        self.rule = rule
+        self._readout = readout
+        self._valid = valid
+        self._not_before = not_before
+        self._streak = torch.zeros(valid.shape, dtype=torch.long, device=valid.device)
+        self.logits: Tensor | None = None
+        self.active = torch.ones_like(valid)
+
+    def update(self, previous: Hidden, state: Hidden, output: Hidden, loop: int) -> None:
+        """Judge the loop from `previous` to `state`; `output` is what the model would read out."""
+        rule = self.rule
+        if isinstance(rule, FixedExit):
+            return
+        logits = self._readout(output) if rule.needs_logits else None
+        # The first loop has nothing to compare its logits with.
+        if not rule.needs_logits or self.logits is not None:
+            stays = rule.stays(LoopView(previous, state, self.logits, logits))
+            self._streak = torch.where(stays, self._streak + 1, 0)
+        self.logits = logits
+        if loop + 1 < rule.min_loops:
+            return
+        leaves = (self._streak >= rule.patience) | ~self.active
+        if rule.scope == "prefix":
+            leaves = (leaves | ~self._valid).long().cummin(dim=1).values.bool()
+            if self._not_before is not None:
+                leaves = leaves & (loop + 1 >= self._not_before[:, None])
+        self.active = self.active & ~leaves

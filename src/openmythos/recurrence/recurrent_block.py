@@ -1,0 +1,351 @@
+"""The loop: shared layers run num_loops times on a state, with the encoded input re-entering.
+
+    e   = norm(encoded)                       (prelude norm)
+    u   = decay * h + B e (+ embedding_loop)  (injection)
+    h'  = u + R(u)                            (the layers, R their residual branches)
+
+so the linear part of the update is exactly the injection's. Rows of a batch may run different
+numbers of loops: they are sorted by depth and leave the batch when they are done, so a step costs
+the sum of its depths, not its batch times the largest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openmythos.nn.attention import AttentionContext
+from openmythos.nn.block import Attention, Block, FeedForward, Frozen
+from openmythos.nn.cache import CacheSlot, KVCache
+from openmythos.nn.linear import Deltas, RMSNorm
+from openmythos.nn.moe import RouterStats
+from openmythos.recurrence.conditioning import Conditioning, LoopEmbeddings, LoopLoRAs
+from openmythos.recurrence.halting import ExitTracker, Halting, HaltState
+from openmythos.recurrence.injection import Drive, Injection
+from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Scalar
+
+StateInit = Literal["zeros", "encoded", "normal"]
+NOISE_BLOCK = 1024
+
+
+class RecurrentConfig(Protocol):
+    """The part of a model's config that the block reads."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def recurrent_layers(self) -> int: ...
+    @property
+    def attention(self) -> Attention: ...
+    @property
+    def recurrent_feed_forward(self) -> FeedForward: ...
+    @property
+    def injection(self) -> Injection: ...
+    @property
+    def halting(self) -> Halting: ...
+    @property
+    def loop_embedding(self) -> LoopEmbeddings: ...
+    @property
+    def loop_lora(self) -> LoopLoRAs: ...
+    @property
+    def state_init(self) -> StateInit: ...
+    @property
+    def prelude_norm(self) -> bool: ...
+    @property
+    def norm_eps(self) -> float: ...
+
+
+class Carry(NamedTuple):
+    """What goes from one loop to the next; every tensor has the batch as its first dimension."""
+
+    state: Tensor
+    loops_used: Tensor  # [batch, seq]
+    active: Tensor | None  # [batch, seq]; None where no position can stop
+    kv: tuple[Tensor, ...]  # per layer, kept only where positions can stop
+    halt: HaltState | None
+
+    def rows(self, start: int, stop: int) -> "Carry":
+        return Carry(
+            self.state[start:stop],
+            self.loops_used[start:stop],
+            None if self.active is None else self.active[start:stop],
+            tuple(kv[start:stop] for kv in self.kv),
+            None if self.halt is None else HaltState(*(x[start:stop] for x in self.halt)),
+        )
+
+    @staticmethod
+    def join(parts: "Sequence[Carry]") -> "Carry":
+        if len(parts) == 1:
+            return parts[0]
+        halts = [part.halt for part in parts if part.halt is not None]
+        masks = [part.active for part in parts if part.active is not None]
+        return Carry(
+            torch.cat([part.state for part in parts]),
+            torch.cat([part.loops_used for part in parts]),
+            torch.cat(masks) if masks else None,
+            tuple(torch.cat(kv) for kv in zip(*(part.kv for part in parts), strict=True)),
+            HaltState(*map(torch.cat, zip(*halts, strict=True))) if halts else None,
+        )
+
+
+@dataclass(frozen=True)
+class RecurrentOutput:
+    """State after the last loop and what happened on the way.
+
+    `states` and `halt_weights` hold one entry per loop if asked for. Where rows ran different
+    numbers of loops, entry t has only the rows that ran loop t, in the order of `order`.
+    """
+
+    state: Hidden
+    loops_used: LoopsPerToken
+    ponder_cost: Scalar | None
+    router: list[RouterStats | None]  # per recurrent layer, summed over loops
+    states: list[Tensor]
+    halt_weights: list[Tensor]
+    order: Tensor | None
+
+
+class RecurrentBlock(nn.Module):
+    """h_{t+1} = u_t + R(u_t), u_t = Injection(h_t, e), for t < num_loops.
+
+    `checkpoint_loops` recomputes each loop in the backward pass, so that the memory of a training
+    step holds one state per loop instead of every activation.
+    """
+
+    def __init__(self, config: RecurrentConfig) -> None:
+        super().__init__()
+        c = config
+        self.state_init = c.state_init
+        self.prelude_norm = RMSNorm(c.dim, c.norm_eps) if c.prelude_norm else nn.Identity()
+        self.injection = c.injection.build(c.dim)
+        self.layers = nn.ModuleList(
+            Block(c.dim, c.attention, c.recurrent_feed_forward, c.norm_eps)
+            for _ in range(c.recurrent_layers)
+        )
+        self.conditioning = Conditioning(c.dim, self.layers, c.loop_embedding, c.loop_lora)
+        self.halting = c.halting.build(c.dim)
+        self.checkpoint_loops = False
+        self._noise: dict[int, Tensor] = {}
+
+    def forward(
+        self,
+        encoded: Hidden,
+        context: AttentionContext,
+        positions: Tensor,
+        *,
+        num_loops: int | LoopCounts,
+        backprop_loops: int = 0,
+        cache: KVCache | None = None,
+        tracker: ExitTracker | None = None,
+        collect: bool = False,
+    ) -> RecurrentOutput:
+        """Run the loops; backprop_loops > 0 lets only each row's last ones carry gradient."""
+        batch = encoded.shape[0]
+        order: Tensor | None = None
+        if isinstance(num_loops, Tensor):
+            sorted_loops = num_loops.sort(descending=True, stable=True)
+            depths, order = sorted_loops.values.tolist(), sorted_loops.indices.to(encoded.device)
+            encoded, context = encoded[order], context.select(order)
+            positions = positions if positions.shape[0] == 1 else positions[order]
+        else:
+            depths = [num_loops] * batch
+        encoded = self.prelude_norm(encoded)
+        drive = self.injection.prepare(encoded)
+        carry = self._start(encoded, positions, can_stop=tracker is not None)
+        trace = _Trace(len(self.layers), collect)
+        done: list[Carry] = []
+        loops_run = 0
+        for loop in range(depths[0]):
+            running = _count_above(depths, loop)
+            if running < carry.state.shape[0]:
+                done.append(carry.rows(running, carry.state.shape[0]))
+                carry = carry.rows(0, running)
+            without_grad = _count_above(depths, loop + backprop_loops) if backprop_loops else 0
+            previous = carry.state
+            carry = self._run_rows(carry, drive, context, loop, without_grad, cache, trace)
+            if tracker is not None:
+                carry = self._judge(previous, carry, tracker, loop)
+            trace.record(carry)
+            loops_run = loop + 1
+            # Only at inference: in training all ranks must run the same loops.
+            if not self.training and carry.active is not None and not carry.active.any():
+                break
+        if cache is not None:
+            cache.fill_unrun_loops(loops_run, encoded.shape[1])
+        return self._finish(Carry.join([carry, *reversed(done)]), trace, order)
+
+    def _run_rows(
+        self,
+        carry: Carry,
+        drive: Drive,
+        context: AttentionContext,
+        loop: int,
+        without_grad: int,
+        cache: KVCache | None,
+        trace: "_Trace",
+    ) -> Carry:
+        """One loop of all running rows, the first `without_grad` of them without gradient."""
+        rows = carry.state.shape[0]
+        parts = []
+        for start, stop in ((0, without_grad), (without_grad, rows)):
+            if start == stop:
+                continue
+            part, cut, visible = (
+                (carry, drive.rows(0, rows), context.rows(0, rows))
+                if stop - start == rows
+                else (carry.rows(start, stop), drive.rows(start, stop), context.rows(start, stop))
+            )
+            with torch.set_grad_enabled(torch.is_grad_enabled() and start == without_grad):
+                if self.checkpoint_loops and torch.is_grad_enabled():
+                    part, router = checkpoint(
+                        self._loop, part, cut, visible, loop, use_reentrant=False
+                    )
+                else:
+                    part, router = self._loop(part, cut, visible, loop, cache)
+            if start < without_grad:
+                # Weights that autocast has cast without gradient must not serve the next part.
+                torch.clear_autocast_cache()
+            trace.add_router(router)
+            parts.append(part)
+        return Carry.join(parts)
+
+    def _loop(
+        self,
+        carry: Carry,
+        drive: Drive,
+        context: AttentionContext,
+        loop: int,
+        cache: KVCache | None = None,
+    ) -> tuple[Carry, list[RouterStats | None]]:
+        """One pass of the shared layers."""
+        u = self.injection(carry.state, drive)
+        embedding, deltas = self.conditioning(loop)
+        if embedding is not None:
+            u = u + embedding.to(u.dtype)
+        slots = [
+            None if cache is None else cache.recurrent_slot(layer, loop)
+            for layer in range(len(self.layers))
+        ]
+        frozen: list[Frozen | None] = [None] * len(self.layers)
+        if carry.active is not None and carry.kv:
+            frozen = [Frozen(carry.active, kv) for kv in carry.kv]
+        state, kv, router = self._layers(u, context, slots, frozen, deltas)
+        loops_used = carry.loops_used + 1
+        if carry.active is not None:
+            state = torch.where(carry.active[..., None], state, carry.state)
+            loops_used = carry.loops_used + carry.active
+        kept = kv if carry.active is not None else ()
+        halt, active = carry.halt, carry.active
+        if self.halting is not None and halt is not None and active is not None:
+            halt, active = self.halting.update(halt, active, state, loop)
+        return Carry(state, loops_used, active, kept, halt), router
+
+    def _layers(
+        self,
+        x: Tensor,
+        context: AttentionContext,
+        slots: list[CacheSlot | None],
+        frozen: list[Frozen | None],
+        deltas: Deltas,
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[RouterStats | None]]:
+        """x + R(x): the part that `compile_layers` compiles."""
+        kv, router = [], []
+        for layer, slot, stopped in zip(self.layers, slots, frozen, strict=True):
+            out = layer(x, context, slot=slot, frozen=stopped, deltas=deltas)
+            x = out.x
+            kv.append(out.kv)
+            router.append(out.router)
+        return x, tuple(kv), router
+
+    def compile_layers(self, **options: object) -> None:
+        """torch.compile the shared layers: one compilation serves all loops."""
+        self._layers = torch.compile(self._layers, **options)  # type: ignore[method-assign, call-overload]
+
+    def _start(self, encoded: Hidden, positions: Tensor, can_stop: bool) -> Carry:
+        state = self._initial_state(encoded, positions)
+        halt = None if self.halting is None else self.halting.start(state)
+        active = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
+        can_stop = can_stop or halt is not None
+        used = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
+        return Carry(state, used, active if can_stop else None, (), halt)
+
+    def _initial_state(self, encoded: Hidden, positions: Tensor) -> Hidden:
+        """h_0; "normal" is N(0, 2 / (5 dim)) as in Parcae, at inference a function of position."""
+        if self.state_init == "zeros":
+            return torch.zeros_like(encoded)
+        if self.state_init == "encoded":
+            return encoded
+        std = (2 / (5 * encoded.shape[-1])) ** 0.5
+        if self.training:
+            return torch.randn_like(encoded) * std
+        # Fixed noise per position: same logits every time, for any batch, prefill or cache.
+        blocks = range(int(positions.max()) // NOISE_BLOCK + 1)
+        noise = torch.cat([self._noise_block(block, encoded) for block in blocks])
+        return (noise[positions] * std).to(encoded.dtype).expand_as(encoded)
+
+    def _noise_block(self, block: int, like: Tensor) -> Tensor:
+        if block not in self._noise or self._noise[block].device != like.device:
+            generator = torch.Generator().manual_seed(block)
+            noise = torch.randn(NOISE_BLOCK, like.shape[-1], generator=generator)
+            self._noise[block] = noise.to(like.device)
+        return self._noise[block]
+
+    def _judge(self, previous: Hidden, carry: Carry, tracker: ExitTracker, loop: int) -> Carry:
+        """Let the exit rule look at the state and stop the positions that it lets go."""
+        assert carry.active is not None
+        output = carry.state
+        if self.halting is not None and carry.halt is not None:
+            output, _ = self.halting.finish(carry.halt, carry.state, carry.loops_used)
+        tracker.update(previous, carry.state, output, loop)
+        return carry._replace(active=carry.active & tracker.active)
+
+    def _finish(self, carry: Carry, trace: "_Trace", order: Tensor | None) -> RecurrentOutput:
+        state, loops_used, ponder_cost = carry.state, carry.loops_used, None
+        if self.halting is not None and carry.halt is not None:
+            state, ponder = self.halting.finish(carry.halt, state, loops_used)
+            ponder_cost = ponder.mean()
+        if order is not None:
+            back = order.argsort()
+            state, loops_used = state[back], loops_used[back]
+        return RecurrentOutput(
+            state, loops_used, ponder_cost, trace.router, trace.states, trace.halt_weights(), order
+        )
+
+
+class _Trace:
+    """Router statistics summed over loops and, if asked for, the states of every loop."""
+
+    def __init__(self, num_layers: int, collect: bool) -> None:
+        self.router: list[RouterStats | None] = [None] * num_layers
+        self.states: list[Tensor] = []
+        self._collect = collect
+        self._cumulative: list[Tensor] = []
+
+    def add_router(self, stats: list[RouterStats | None]) -> None:
+        self.router = [
+            old if new is None else new.plus(old)
+            for old, new in zip(self.router, stats, strict=True)
+        ]
+
+    def record(self, carry: Carry) -> None:
+        if self._collect:
+            self.states.append(carry.state)
+            if carry.halt is not None:
+                self._cumulative.append(carry.halt.cumulative)
+
+    def halt_weights(self) -> list[Tensor]:
+        """Weight of every loop's state, [rows, seq] each; a row's last loop has its remainder."""
+        weights = []
+        for loop, total in enumerate(self._cumulative):
+            before = self._cumulative[loop - 1][: len(total)] if loop else torch.zeros_like(total)
+            going_on = len(self._cumulative[loop + 1]) if loop + 1 < len(self._cumulative) else 0
+            last = torch.arange(len(total), device=total.device) >= going_on
+            weights.append(total - before + last[:, None] * (1 - total))
+        return weights
+
+
+def _count_above(depths: list[int], loop: int) -> int:
+    return sum(depth > loop for depth in depths)

@@ -1,0 +1,1 @@
+"""Training: loss, optimisers, parallelism, checkpoints, metrics and the trainer."""

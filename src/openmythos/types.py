@@ -1,0 +1,52 @@
+"""Names for the tensors that cross a public signature, each with its shape.
+
+An alias is a plain ``Tensor`` to mypy and costs nothing at run time. The tests check dtype, rank
+and sizes with ``pytest --jaxtyping-packages=openmythos,beartype.beartype``: within one call, a
+size of one name must be the same everywhere, so two lengths that may differ have two names here.
+The checker cannot look inside ``torch.compile``; tests that compile run without it.
+"""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# One entry per position of a padded batch.
+TokenIds = Int[Tensor, "batch seq"]
+Positions = Int[Tensor, "batch seq"]
+Mask = Bool[Tensor, "batch seq"]
+PerToken = Float[Tensor, "batch seq"]
+LoopsPerToken = Int[Tensor, "batch seq"]
+Hidden = Float[Tensor, "batch seq dim"]
+Logits = Float[Tensor, "batch seq vocab"]
+
+# One entry per sequence.
+LoopCounts = Int[Tensor, "batch"]
+Lengths = Int[Tensor, "batch"]
+SequenceMask = Bool[Tensor, "batch"]
+NextTokenIds = Int[Tensor, "batch"]
+NextLogits = Float[Tensor, "batch vocab"]
+
+# Attention: a cache makes the keys longer than the queries, grouping makes their heads fewer.
+Queries = Float[Tensor, "batch heads seq head_dim"]
+Keys = Float[Tensor, "batch kv_heads kv_seq head_dim"]
+Values = Float[Tensor, "batch kv_heads kv_seq value_dim"]
+AttentionOutput = Float[Tensor, "batch heads seq value_dim"]
+AttentionMask = Bool[Tensor, "batch #heads seq kv_seq"]
+
+# What an attention layer stores per token.
+KeyValues = Float[Tensor, "batch kv_seq kv_width"]
+
+# Positions flattened, as experts and packed halting see them.
+Tokens = Float[Tensor, "tokens dim"]
+TokenMask = Bool[Tensor, "tokens"]
+RouterScores = Float[Tensor, "tokens experts"]
+ExpertIds = Int[Tensor, "tokens top_k"]
+ExpertWeights = Float[Tensor, "tokens top_k"]
+ExpertCounts = Int[Tensor, "experts"]
+PerExpert = Float[Tensor, "experts"]
+
+# Stacked over loops.
+States = Float[Tensor, "loops batch seq dim"]
+HaltWeights = Float[Tensor, "loops batch seq"]
+
+Channels = Float[Tensor, "dim"]
+Scalar = Float[Tensor, ""]
