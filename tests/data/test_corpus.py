@@ -16,7 +16,7 @@ import pytest
 from openmythos.config import ConfigError
 from openmythos.data.corpus import Corpus, compression_baselines, open_corpus
 
-ROWS = [{"text": "first\r\n", "body": "1"}, {"text": "zweiter: ä 漢", "body": "2"}]
+ROWS = [{"text": "first\r\n", "body": "eins"}, {"text": "zweiter: ä 漢", "body": "zwei"}]
 
 
 def write_files(folder: Path, count: int, *, start: int = 0) -> None:
@@ -66,9 +66,7 @@ def test_globs(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("notes")
     (tmp_path / "image.png").write_bytes(b"\xff")
     assert set(texts(open_corpus([f"{tmp_path}/**/*1.py"]))) == {"part1/file1.py"}
-    assert set(texts(open_corpus([f"{tmp_path}/*[ed]*"]))) == {"notes.md"} | {
-        f"part{number % 3}/file{number}.py" for number in range(4) if False
-    }
+    assert set(texts(open_corpus([f"{tmp_path}/*.[mp]*"]))) == {"notes.md"}
     assert len(texts(open_corpus([f"{tmp_path}/*"]))) == 5
     with pytest.raises(ConfigError, match=r"\*\.txt': matches no file"):
         open_corpus([f"{tmp_path}/*.txt"])
@@ -196,7 +194,8 @@ def test_stdlib() -> None:
     corpus = open_corpus(["stdlib"])
     sizes = {document.name: len(document.text.encode()) for document in corpus.documents()}
     assert {"argparse.py", "asyncio/tasks.py"} <= sizes.keys()
-    assert not [name for name in sizes if "test/" in name or "tests/" in name or "site-" in name]
+    folders = {part for name in sizes for part in name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "idle_test", "site-packages", "__pycache__"}
     assert 8e6 < sum(sizes.values()) < 16e6
     train, held_out = names(corpus)
     assert train | held_out == sizes.keys()
@@ -292,7 +291,7 @@ def test_limit_bytes(tmp_path: Path) -> None:
         assert len(texts(open_corpus([str(tmp_path)], limit_bytes=limit))) == count
 
 
-@pytest.mark.parametrize("arguments", [{"held_out": 0}, {"held_out": 0.5}, {"limit_bytes": 0}])
+@pytest.mark.parametrize("arguments", [{"held_out": 0.0}, {"held_out": 0.5}, {"limit_bytes": 0}])
 def test_wrong_options_are_named(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(arguments))):
         open_corpus(["stdlib"], **arguments)

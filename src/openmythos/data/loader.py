@@ -70,7 +70,7 @@ class Loader:
         self._batch_size = batch_size
         self._seed = seed
         self._rows = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        # As many as fit behind any first token, so that every epoch has the same number.
+        # One fewer than may fit, which leaves the first token of an epoch free to move.
         self.windows_per_epoch = max(1, (len(shards) - seq_len) // seq_len)
         self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
 
@@ -94,8 +94,9 @@ class Loader:
 
     def _window_starts(self, epoch: int) -> NDArray[np.int64]:
         random = np.random.default_rng((self._seed, epoch))
+        # Up to all the tokens that are left over, so that the last ones have their turn too.
         spare = len(self._shards) - 1 - self.windows_per_epoch * self._seq_len
-        offset = random.integers(min(spare, self._seq_len - 1), endpoint=True)
+        offset = random.integers(spare, endpoint=True)
         return offset + self._seq_len * random.permutation(self.windows_per_epoch)
 
 

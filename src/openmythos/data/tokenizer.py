@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from openmythos.config import ConfigError, require, require_int, write_atomically
 
@@ -39,6 +39,7 @@ _BOS_NAMES = (_BOS, "<|begin_of_text|>", "<|begin_text|>", "<|endoftext|>", "<s>
 _PROBE = " The caf\u00e9's\tcost:\r\n\n    12345 \u20ac \u6f22\u5b57 \U0001f642 <s>  "
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the package knows of a tokenizer."""
 

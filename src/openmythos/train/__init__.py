@@ -1,1 +1,1 @@
-"""Training: loss, optimisers, parallelism, checkpoints, metrics and the trainer."""
+"""From a config and text to a trained model: run folders, optimisation, checkpoints."""

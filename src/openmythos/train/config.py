@@ -1,0 +1,107 @@
+"""The config of a whole run: model, tokenizer, data, training."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from openmythos.config import require, require_int, require_number
+from openmythos.data.tokenizer import Bytes, TokenizerChoice
+from openmythos.model.config import MythosConfig
+from openmythos.recurrence.loop_sampling import (
+    LoopCurriculum,
+    LoopSampling,
+    NoCurriculum,
+    PoissonLoops,
+)
+from openmythos.train.loss import FinalLoss, Loss
+from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from; see `data.corpus.open_corpus` for what a path may be.
+
+    `held_out` is the share of documents never trained on, `field` the text column of JSONL and
+    parquet, `limit_mb` > 0 stops reading a corpus (a streamed one, say) after that many megabytes.
+    """
+
+    paths: tuple[str, ...] = ("stdlib",)
+    field: str = "text"
+    held_out: float = 0.04
+    limit_mb: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(len(self.paths) > 0, "paths", list(self.paths), "must name at least one source")
+        require_number("limit_mb", self.limit_mb, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    A step sees batch_size sequences of seq_len tokens, in micro-batches of micro_batch_size (0: all
+    at once). Loops are drawn from `loops` under `curriculum`; only the last backprop_loops of each
+    sequence carry gradient (0: all). `mask_documents` keeps attention inside each packed document.
+    precision "bf16" is autocast over fp32 weights.
+    """
+
+    num_steps: int = 200
+    batch_size: int = 16
+    micro_batch_size: int = 0
+    seq_len: int = 256
+    seed: int = 0
+    loops: LoopSampling = field(default_factory=PoissonLoops)
+    curriculum: LoopCurriculum = field(default_factory=NoCurriculum)
+    backprop_loops: int = 0
+    loss: Loss = field(default_factory=FinalLoss)
+    optimizer: Optimizer = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=WSD)
+    clip_norm: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    mask_documents: bool = False
+    checkpoint_loops: bool = False
+    compile: bool = False
+    device: str = "auto"
+    log_every: int = 1
+    save_every: int = 100
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "seq_len", "log_every", "save_every"):
+            require_int(name, getattr(self, name), minimum=1)
+        require_int("keep_checkpoints", self.keep_checkpoints, minimum=1)
+        for name in ("micro_batch_size", "seed", "backprop_loops"):
+            require_int(name, getattr(self, name), minimum=0)
+        require(
+            self.batch_size % self.micro_size == 0,
+            "micro_batch_size",
+            self.micro_batch_size,
+            f"must divide batch_size = {self.batch_size}",
+        )
+        require_number("clip_norm", self.clip_norm, above=0)
+
+    @property
+    def micro_size(self) -> int:
+        """Sequences per forward pass."""
+        return self.micro_batch_size or self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a run is a function of.
+
+    The model's vocabulary follows the tokenizer: `model.vocab_size` is raised to it where it is
+    smaller, so that `model` alone need not know the text.
+    """
+
+    model: MythosConfig = field(default_factory=MythosConfig)
+    tokenizer: TokenizerChoice = field(default_factory=Bytes)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.train.seq_len <= self.model.context,
+            "train.seq_len",
+            self.train.seq_len,
+            f"must be at most model.context = {self.model.context}",
+        )

@@ -1,0 +1,220 @@
+"""Optimisers and learning-rate schedules; which parameter gets what, as one table.
+
+| parameters                                              | Muon run | weight decay |
+|---------------------------------------------------------|----------|--------------|
+| matrices of layers, each expert's matrices              | Muon     | yes          |
+| embedding, head                                         | AdamW    | no           |
+| router weight, LoopLoRA, halting                        | AdamW    | no           |
+| norms, decay, step size, input map, loop embedding      | AdamW    | no           |
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from openmythos.config import require_number
+
+_WITHOUT_DECAY = (
+    "embed.",
+    "head.",
+    ".router.",
+    ".conditioning.",
+    ".halting.",
+    ".injection.",
+    "norm.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW for everything (Loshchilov & Hutter 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = 3e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_adam(self.lr, self.weight_decay, self.beta1, self.beta2)
+
+    def build(self, model: nn.Module) -> "Optimizers":
+        decayed, plain = _split(model)
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        betas = (self.beta1, self.beta2)
+        return Optimizers([torch.optim.AdamW(groups, lr=self.lr, betas=betas, fused=True)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon:
+    """Muon for matrices (Jordan et al. 2024; scaled to AdamW's step, arXiv 2502.16982), AdamW else.
+
+    `lr` is for both, in AdamW's units; `adamw_lr_scale` multiplies it for AdamW's parameters.
+    """
+
+    kind: Literal["muon"] = "muon"
+    lr: float = 3e-3
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    adamw_lr_scale: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_adam(self.lr, self.weight_decay, self.beta1, self.beta2)
+        require_number("momentum", self.momentum, at_least=0, below=1)
+        require_number("adamw_lr_scale", self.adamw_lr_scale, above=0)
+
+    def build(self, model: nn.Module) -> "Optimizers":
+        decayed, plain = _split(model)
+        views = MatrixViews(decayed)
+        muon = torch.optim.Muon(
+            views.matrices,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        adamw = torch.optim.AdamW(
+            plain,
+            lr=self.lr * self.adamw_lr_scale,
+            betas=(self.beta1, self.beta2),
+            weight_decay=0.0,
+            fused=True,
+        )
+        return Optimizers([muon, adamw], views)
+
+
+Optimizer = AdamW | Muon
+
+
+class MatrixViews:
+    """Each matrix of stacked weights as a parameter: torch's Muon takes only matrices."""
+
+    def __init__(self, stacked: Iterable[nn.Parameter]) -> None:
+        self._stacked = list(stacked)
+        self._parts = [_matrices(weight.data) for weight in self._stacked]
+        self.matrices = [nn.Parameter(part) for parts in self._parts for part in parts]
+
+    def take_gradients(self) -> None:
+        """Point the views' gradients at their share of the stacked gradients."""
+        matrices = iter(self.matrices)
+        for weight, parts in zip(self._stacked, self._parts, strict=True):
+            gradients = [None] * len(parts) if weight.grad is None else _matrices(weight.grad)
+            for gradient in gradients:
+                next(matrices).grad = gradient
+
+
+def _matrices(weight: Tensor) -> list[Tensor]:
+    return [weight] if weight.ndim == 2 else list(weight.flatten(0, -3).unbind())
+
+
+class Optimizers:
+    """One or more optimisers stepped together, with learning rates scaled by a schedule."""
+
+    def __init__(
+        self, optimizers: list[torch.optim.Optimizer], views: MatrixViews | None = None
+    ) -> None:
+        self._optimizers = optimizers
+        self._views = views
+        self._base = [[group["lr"] for group in o.param_groups] for o in optimizers]
+
+    def step(self, scale: float) -> None:
+        """Update with every learning rate times `scale`."""
+        if self._views is not None:
+            self._views.take_gradients()
+        for optimizer, base in zip(self._optimizers, self._base, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * scale
+            optimizer.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(parameters with weight decay, the others)."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and not any(part in name for part in _WITHOUT_DECAY)
+        (decayed if is_matrix else plain).append(parameter)
+    return decayed, plain
+
+
+def _check_adam(lr: float, weight_decay: float, beta1: float, beta2: float) -> None:
+    require_number("lr", lr, above=0)
+    require_number("weight_decay", weight_decay, at_least=0)
+    require_number("beta1", beta1, at_least=0, below=1)
+    require_number("beta2", beta2, at_least=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Warmup:
+    """`warmup` and `decay` are shares of all steps; the rate ends at `final` times its peak."""
+
+    warmup: float = 0.02
+    final: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_number("warmup", self.warmup, at_least=0, below=1)
+        require_number("final", self.final, at_least=0, at_most=1)
+
+    def scale(self, step: int, num_steps: int) -> float:
+        """Factor on the learning rate for the update of step 0 ... num_steps - 1."""
+        warmup_steps = self.warmup * num_steps
+        if step + 1 < warmup_steps:
+            return (step + 1) / warmup_steps
+        return self.final + (1 - self.final) * self.shape((step + 1) / num_steps)
+
+    def shape(self, progress: float) -> float:
+        raise TypeError(f"{type(self).__name__} must define shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WSD(_Warmup):
+    """Warm up, stay, decay linearly over the last `decay` share (arXiv 2404.06395)."""
+
+    kind: Literal["wsd"] = "wsd"
+    decay: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("decay", self.decay, above=0, at_most=1)
+
+    def shape(self, progress: float) -> float:
+        return min(1.0, (1 - progress) / self.decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_Warmup):
+    """Warm up, then half a cosine to the end."""
+
+    kind: Literal["cosine"] = "cosine"
+
+    def shape(self, progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(_Warmup):
+    """Warm up, then stay."""
+
+    kind: Literal["constant"] = "constant"
+
+    def shape(self, progress: float) -> float:
+        return 1.0
+
+
+Schedule = WSD | Cosine | Constant

@@ -1,0 +1,156 @@
+"""The training loop.
+
+A step is a function of (config, seed, step) and the state before it: data order, loops and noise
+are drawn from (seed, step), so a resumed run goes on exactly as the uninterrupted one.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from openmythos.data.loader import Batch, Loader
+from openmythos.model.mythos import OpenMythos
+from openmythos.nn.moe import RouterStats
+from openmythos.recurrence.injection import LTIInjection
+from openmythos.recurrence.loop_sampling import sample_loops
+from openmythos.train.config import TrainConfig
+from openmythos.train.loss import IGNORE, LossParts, training_loss
+from openmythos.train.parallel import rank_and_world_size, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What a step did; losses are means over its tokens."""
+
+    step: int
+    loss: float  # cross-entropy, nats per token
+    total_loss: float
+    gradient_norm: float
+    lr_scale: float
+    mean_loops: float
+    tokens: int
+    tokens_per_second: float
+    balance: float
+    max_violation: float  # of the busiest expert, over recurrent MoE layers
+    ponder_cost: float
+    max_decay: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Trainer:
+    """Trains a model on a loader's batches from step `step` on."""
+
+    def __init__(self, model: OpenMythos, loader: Loader, config: TrainConfig) -> None:
+        self.model, self.loader, self.config = model, loader, config
+        self.device = next(model.parameters()).device
+        self.optimizers = config.optimizer.build(model)
+        self.step = 0
+        self.rank, self.world_size = rank_and_world_size()
+        model.recurrent.checkpoint_loops = config.checkpoint_loops
+        if config.compile:
+            model.recurrent.compile_layers()
+
+    def steps(self) -> Iterator[StepMetrics]:
+        """Run the remaining steps, yielding after each; stop iterating to stop training."""
+        while self.step < self.config.num_steps:
+            metrics = self.run_step()
+            self.step += 1
+            yield metrics
+
+    def run_step(self) -> StepMetrics:
+        started = time.perf_counter()
+        c = self.config
+        # Noise of the initial state; nothing else in a step draws from the global generator.
+        torch.manual_seed((c.seed * 1_000_003 + self.step) * 1_009 + self.rank)
+        batch = self.loader.batch(self.step)
+        loops = sample_loops(
+            c.loops,
+            c.curriculum,
+            batch=c.batch_size,
+            seed=c.seed,
+            step=self.step,
+            num_steps=c.num_steps,
+        )
+        rows = len(batch.tokens)
+        loops = loops[self.rank * rows : (self.rank + 1) * rows]
+        self.model.train()
+        parts, router = self._backward(batch, loops)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)
+        scale = c.schedule.scale(self.step, c.num_steps)
+        self.optimizers.step(scale)
+        self.model.zero_grad(set_to_none=True)
+        counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
+        self.model.update_router_bias(counts)
+        elapsed = time.perf_counter() - started
+        violations = [float(stats.max_violation()) for stats in router.values()]
+        return StepMetrics(
+            step=self.step,
+            loss=float(parts.cross_entropy),
+            total_loss=float(parts.total),
+            gradient_norm=float(norm),
+            lr_scale=scale,
+            mean_loops=float(loops.float().mean()),
+            tokens=batch.tokens.numel() * self.world_size,
+            tokens_per_second=batch.tokens.numel() * self.world_size / elapsed,
+            balance=float(parts.balance),
+            max_violation=max(violations, default=0.0),
+            ponder_cost=float(parts.ponder_cost),
+            max_decay=self._max_decay(),
+        )
+
+    def _backward(self, batch: Batch, loops: Tensor) -> tuple[LossParts, dict[str, RouterStats]]:
+        """Gradients of a step over its micro-batches; losses averaged, router statistics summed."""
+        c = self.config
+        size = min(c.micro_size, len(batch.tokens))
+        pieces = range(0, len(batch.tokens), size)
+        router: dict[str, RouterStats] = {}
+        sums: list[Tensor] | None = None
+        # One number suffices where all agree, and spares sorting the batch.
+        per_sequence = c.loops.per == "sequence"
+        for start in pieces:
+            rows = slice(start, start + size)
+            targets = batch.targets[rows]
+            documents = batch.documents[rows] if c.mask_documents else None
+            if documents is not None:
+                # The token after a document's last is another document's first.
+                next_document = torch.cat((documents[:, 1:], documents[:, -1:]), dim=1)
+                targets = targets.masked_fill(next_document != documents, IGNORE)
+                documents = documents.to(self.device)
+            with self._autocast():
+                output = self.model(
+                    batch.tokens[rows].to(self.device),
+                    num_loops=loops[rows] if per_sequence else int(loops[start]),
+                    backprop_loops=c.backprop_loops,
+                    documents=documents,
+                    collect_loops=c.loss.needs_loops,
+                )
+                parts = training_loss(output, targets.to(self.device), c.loss, self.model.config)
+            torch.autograd.backward(parts.total / len(pieces))
+            with torch.no_grad():
+                for name, stats in output.router.items():
+                    detached = RouterStats(*(x.detach() for x in stats))
+                    router[name] = detached.plus(router.get(name))
+                values = [part.detach() / len(pieces) for part in parts]
+                sums = (
+                    values if sums is None else [a + b for a, b in zip(sums, values, strict=True)]
+                )
+        assert sums is not None
+        return LossParts(*sums), router
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.config.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _max_decay(self) -> float:
+        injection = self.model.recurrent.injection
+        if not isinstance(injection, LTIInjection):
+            return float("nan")
+        with torch.no_grad():
+            return float(injection.discretize()[0].max())
