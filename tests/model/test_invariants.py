@@ -1,0 +1,464 @@
+"""What holds for every variant: causality, cached decoding, finite depth, dtypes, saving."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from variants import (
+    CACHE_POLICIES,
+    COMBINATION_IDS,
+    COMBINATIONS,
+    EXIT_RULES,
+    SEQ,
+    VARIANT_IDS,
+    VARIANTS,
+    VOCAB,
+    gradients,
+    members,
+    name_of,
+    random_tokens,
+    tiny_config,
+    tiny_model,
+)
+
+from openmythos.model.config import MythosConfig
+from openmythos.model.mythos import OpenMythos
+from openmythos.nn.block import Attention
+from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
+from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
+from openmythos.recurrence.halting import ExitRule, Halting, StateChangeExit
+
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
+every_variant = pytest.mark.parametrize("config", VARIANTS, ids=VARIANT_IDS)
+every_rule = pytest.mark.parametrize("rule", EXIT_RULES, ids=name_of)
+PADDING = torch.tensor([0, 3, 6])  # left padding of each row
+
+
+def left_padded() -> tuple[Tensor, Tensor]:
+    tokens = random_tokens(len(PADDING))
+    return tokens, torch.arange(SEQ) >= PADDING[:, None]
+
+
+def embedding_gradients(
+    model: OpenMythos, num_loops: int, exit_rule: ExitRule | None = None
+) -> Tensor:
+    """Row b: gradient of random weights on the logits of position b, [seq, seq, dim]."""
+    tokens = random_tokens(1).expand(SEQ, SEQ)
+    leaf = model.embed(tokens).detach().requires_grad_()
+    hook = model.embed.register_forward_hook(lambda *_: leaf)
+    logits = model(tokens, num_loops=num_loops, exit_rule=exit_rule).logits
+    hook.remove()
+    own = logits[torch.arange(SEQ), torch.arange(SEQ)]
+    (own * torch.randn_like(own)).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def check_causal(gradient: Tensor, window: int) -> None:
+    size = gradient.abs().amax(dim=-1)
+    assert torch.isfinite(size).all()
+    assert (size.triu(1) == 0).all(), "a position sees a later one"
+    seen = size.tril() if not window else size.tril() - size.tril(-window)
+    reachable = torch.ones_like(seen).tril()
+    if window:
+        reachable -= reachable.tril(-window)
+    assert (seen[reachable.bool()] > 0).all(), "a position does not see an earlier one"
+
+
+@every_variant
+def test_no_position_sees_a_later_one(config: MythosConfig) -> None:
+    check_causal(embedding_gradients(tiny_model(config), 3), config.attention.window)
+
+
+@every_variant
+def test_no_position_sees_a_later_one_in_training(config: MythosConfig) -> None:
+    check_causal(embedding_gradients(tiny_model(config).train(), 2), config.attention.window)
+
+
+@every_rule
+@pytest.mark.parametrize("config", COMBINATIONS, ids=COMBINATION_IDS)
+def test_exit_rules_do_not_look_ahead(config: MythosConfig, rule: ExitRule) -> None:
+    check_causal(embedding_gradients(tiny_model(config), 4, rule), config.attention.window)
+
+
+def decode(
+    model: OpenMythos,
+    tokens: Tensor,
+    chunks: list[int],
+    *,
+    num_loops: int,
+    mask: Tensor | None = None,
+    rule: ExitRule | None = None,
+    prefill: CachePolicy | None = None,
+    policy: CachePolicy | None = None,
+) -> Tensor:
+    """Logits of all positions: the prompt in `chunks`, then one token at a time."""
+    cache = model.new_cache(
+        len(tokens), tokens.shape[1], num_loops=num_loops, prefill=prefill, decode=policy
+    )
+    start, logits = 0, []
+    for size in [*chunks, *[1] * (tokens.shape[1] - sum(chunks))]:
+        if start == sum(chunks):
+            cache.begin_decode()
+        part = slice(start, start + size)
+        chunk_mask = None if mask is None or start >= sum(chunks) else mask[:, part]
+        out = model(
+            tokens[:, part],
+            num_loops=num_loops,
+            cache=cache,
+            attention_mask=chunk_mask,
+            exit_rule=rule,
+        )
+        cache.advance(size)
+        logits.append(out.logits)
+        start += size
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("num_loops", [1, 2, 5])
+@every_variant
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_pass(config: MythosConfig, num_loops: int) -> None:
+    model, (tokens, mask) = tiny_model(config), left_padded()
+    full = model(tokens, num_loops=num_loops, attention_mask=mask).logits
+    assert torch.isfinite(full).all()
+    cached = decode(model, tokens, [5, 4], num_loops=num_loops, mask=mask)
+    torch.testing.assert_close(cached[mask], full[mask], **CLOSE)
+
+
+@pytest.mark.parametrize("halting", members(Halting), ids=name_of)
+@pytest.mark.parametrize("attention", members(Attention), ids=name_of)
+@settings(max_examples=10)
+@given(st.lists(st.integers(1, 5), max_size=4), st.integers(1, 4))
+def test_cached_decoding_for_any_chunks(
+    attention: Attention, halting: Halting, chunks: list[int], num_loops: int
+) -> None:
+    chunks = [size for i, size in enumerate(chunks) if sum(chunks[: i + 1]) <= SEQ]
+    model = tiny_model(tiny_config(attention=attention, halting=halting))
+    tokens = random_tokens(2)
+    with torch.no_grad():
+        full = model(tokens, num_loops=num_loops).logits
+        cached = decode(model, tokens, chunks, num_loops=num_loops)
+    torch.testing.assert_close(cached, full, **CLOSE)
+
+
+@every_variant
+@torch.no_grad()
+def test_left_padding_and_the_other_rows_change_nothing(config: MythosConfig) -> None:
+    model, (tokens, mask) = tiny_model(config), left_padded()
+    batch = model(tokens, num_loops=3, attention_mask=mask)
+    for row, padding in enumerate(PADDING.tolist()):
+        alone = model(tokens[row : row + 1, padding:], num_loops=3)
+        torch.testing.assert_close(batch.logits[row, padding:], alone.logits[0], **CLOSE)
+        used = batch.recurrence.loops_used[row, padding:]
+        assert used.tolist() == alone.recurrence.loops_used[0].tolist()
+
+
+# Where the coda's keys and values are those of the final state, an exit rule that reads logits
+# inside the loop cannot be the same with a cache; without a coda nothing differs.
+CACHED_RULES = [
+    (rule, coda_layers)
+    for rule, coda_layers in itertools.product(EXIT_RULES, (0, 1))
+    if not (rule.needs_logits and coda_layers)
+]
+
+
+@pytest.mark.parametrize("halting", members(Halting), ids=name_of)
+@pytest.mark.parametrize("attention", members(Attention), ids=name_of)
+@pytest.mark.parametrize("rule, coda_layers", CACHED_RULES, ids=name_of)
+@torch.no_grad()
+def test_exit_rules_leave_alike_with_a_cache(
+    rule: ExitRule, coda_layers: int, attention: Attention, halting: Halting
+) -> None:
+    model = tiny_model(tiny_config(attention=attention, halting=halting, coda_layers=coda_layers))
+    tokens, mask = left_padded()
+    full = model(tokens, num_loops=6, attention_mask=mask, exit_rule=rule)
+    cached = decode(model, tokens, [5, 4], num_loops=6, mask=mask, rule=rule)
+    torch.testing.assert_close(cached[mask], full.logits[mask], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("halting", members(Halting), ids=name_of)
+@pytest.mark.parametrize(
+    "prefill, policy", list(itertools.product(CACHE_POLICIES, repeat=2)), ids=name_of
+)
+def test_every_pair_of_cache_policies_decodes(
+    prefill: CachePolicy, policy: CachePolicy, halting: Halting
+) -> None:
+    model, (tokens, mask) = tiny_model(tiny_config(halting=halting)), left_padded()
+    for chunks in ([9], [5, 4], []):
+        shared = {"num_loops": 5, "mask": mask if chunks else None}
+        logits = decode(model, tokens, chunks, prefill=prefill, policy=policy, **shared)
+        assert logits.shape == (3, SEQ, VOCAB)
+        assert torch.isfinite(logits).all()
+    if isinstance(prefill, ExactCache) and isinstance(policy, ExactCache):
+        full = model(tokens, num_loops=5).logits
+        torch.testing.assert_close(logits, full, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", CACHE_POLICIES, ids=name_of)
+def test_a_prompt_in_one_chunk_is_exact_where_every_loop_writes(policy: CachePolicy) -> None:
+    model, tokens = tiny_model(tiny_config()), random_tokens(2)
+    full = model(tokens, num_loops=5).logits
+    cached = decode(model, tokens, [SEQ], num_loops=5, prefill=policy)
+    same = torch.allclose(cached, full, **CLOSE)
+    assert same == all(policy.writes(loop) for loop in range(5))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", CACHE_POLICIES, ids=name_of)
+def test_a_shared_cache_shows_earlier_tokens_as_their_last_writer_left_them(
+    policy: CachePolicy,
+) -> None:
+    """Twin: an exact cache whose slots are overwritten by hand after every token."""
+    num_loops, tokens = 5, random_tokens(2)
+    model = tiny_model(tiny_config(recurrent_layers=2))
+    shared = decode(model, tokens, [6], num_loops=num_loops, policy=policy)
+    cache, logits = model.new_cache(2, SEQ, num_loops=num_loops), []
+    for part in (slice(0, 6), *(slice(i, i + 1) for i in range(6, SEQ))):
+        logits.append(model(tokens[:, part], num_loops=num_loops, cache=cache).logits)
+        cache.advance(part.stop - part.start)
+        for layer in range(2):
+            slots = [cache.recurrent_slot(layer, loop).storage for loop in range(num_loops)]
+            final = [slots[policy.last_writer(policy.slot(i), num_loops)].clone() for i in range(5)]
+            for slot, seen in zip(slots, final, strict=True):
+                slot[:, part] = seen[:, part]
+    torch.testing.assert_close(shared, torch.cat(logits, dim=1), **CLOSE)
+
+
+@torch.no_grad()
+def test_prefill_with_fewer_loops_than_decode_repeats_the_last_loops_keys_and_values() -> None:
+    model, tokens = tiny_model(tiny_config(recurrent_layers=2)), random_tokens(2)
+    cache = model.new_cache(2, SEQ, num_loops=5)
+    model(tokens[:, :8], num_loops=2, cache=cache)
+    cache.advance(8)
+    for layer in range(2):
+        first, last, *others = [cache.recurrent_slot(layer, i).storage[:, :8] for i in range(5)]
+        assert not torch.equal(first, last)
+        assert all(torch.equal(other, last) for other in others)
+    assert torch.isfinite(model(tokens[:, 8:9], num_loops=5, cache=cache).logits).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", members(Attention), ids=name_of)
+def test_decode_with_fewer_loops_than_prefill_equals_the_full_pass(attention: Attention) -> None:
+    # Without a coda, whose keys and values know how often the prompt was looped.
+    model = tiny_model(tiny_config(attention=attention, coda_layers=0))
+    tokens = random_tokens(2)
+    cache = model.new_cache(2, SEQ, num_loops=5)
+    model(tokens[:, :8], num_loops=5, cache=cache)
+    cache.advance(8)
+    full = model(tokens, num_loops=2).logits
+    cached = model(tokens[:, 8:], num_loops=2, cache=cache).logits
+    torch.testing.assert_close(cached, full[:, 8:], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("halting", members(Halting), ids=name_of)
+def test_loops_that_no_position_ran_are_filled_after_an_early_exit(halting: Halting) -> None:
+    model = tiny_model(tiny_config(halting=halting))
+    cache = model.new_cache(2, SEQ, num_loops=6)
+    rule = StateChangeExit(threshold=10.0)
+    out = model(random_tokens(2), num_loops=6, cache=cache, exit_rule=rule)
+    assert (out.recurrence.loops_used == 1).all()
+    slots = [cache.recurrent_slot(0, loop).storage for loop in range(6)]
+    assert slots[0][:, :SEQ].abs().sum() > 0
+    assert all(torch.equal(slot, slots[0]) for slot in slots)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("halting", members(Halting), ids=name_of)
+def test_the_forward_pass_does_not_advance_the_cache(halting: Halting) -> None:
+    model, tokens = tiny_model(tiny_config(halting=halting)), random_tokens(2)
+    cache = model.new_cache(2, SEQ, num_loops=3)
+    first = model(tokens[:, :7], cache=cache).logits
+    assert cache.length == 0
+    again = model(tokens[:, :7], cache=cache).logits
+    assert torch.equal(first, again)
+    cache.advance(7)
+    before = [storage_of(cache, loop)[:, :7].clone() for loop in range(3)]
+    once, twice = (model(tokens[:, 7:9], cache=cache).logits for _ in range(2))
+    assert cache.length == 7
+    assert torch.equal(once, twice)
+    assert all(torch.equal(storage_of(cache, i)[:, :7], before[i]) for i in range(3))
+
+
+def storage_of(cache: KVCache, loop: int) -> Tensor:
+    return cache.recurrent_slot(0, loop).storage
+
+
+@every_variant
+@torch.no_grad()
+def test_any_number_of_loops_is_finite(config: MythosConfig) -> None:
+    if config.injection.kind == "concat":
+        pytest.skip("an unconstrained state map promises no stability")
+    out = tiny_model(config)(random_tokens(2), num_loops=64)
+    assert torch.isfinite(out.logits).all()
+    assert torch.isfinite(out.recurrence.state).all()
+
+
+@torch.no_grad()
+def test_beyond_the_last_loop_its_parameters_are_used_again() -> None:
+    short = tiny_config(
+        loop_embedding=LoopEmbedding(num_loops=2), loop_lora=LoopLoRA(num_loops=2, targets=("*",))
+    )
+    long = replace(
+        short,
+        loop_embedding=LoopEmbedding(num_loops=6),
+        loop_lora=LoopLoRA(num_loops=6, targets=("*",)),
+    )
+    model, repeated = tiny_model(short), OpenMythos(long).eval()
+    last = torch.tensor([0, 1, 1, 1, 1, 1])
+    state = {
+        name: tensor[last] if ".conditioning." in name else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    repeated.load_state_dict(state)
+    tokens = random_tokens(2)
+    for num_loops in (1, 2, 6):
+        ours = model(tokens, num_loops=num_loops).logits
+        assert torch.equal(ours, repeated(tokens, num_loops=num_loops).logits)
+    assert torch.equal(model(tokens, num_loops=9).logits, repeated(tokens, num_loops=9).logits)
+
+
+@every_variant
+def test_sequences_of_different_depth_equal_each_alone(config: MythosConfig) -> None:
+    """Forward and every gradient; eval mode, where a random initial state is fixed."""
+    model, tokens = tiny_model(config), random_tokens(4)
+    depths, weights = [2, 5, 1, 3], torch.randn(4, SEQ, VOCAB)
+    out = model(tokens, num_loops=torch.tensor(depths))
+    (out.logits * weights).sum().backward()
+    together = dict(gradients(model))
+    model.zero_grad()
+    for row, depth in enumerate(depths):
+        alone = model(tokens[row : row + 1], num_loops=depth)
+        torch.testing.assert_close(out.logits[row], alone.logits[0], **CLOSE)
+        assert out.recurrence.loops_used[row].tolist() == alone.recurrence.loops_used[0].tolist()
+        (alone.logits[0] * weights[row]).sum().backward()
+    for name, gradient in gradients(model):
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(
+            together[name],
+            gradient,
+            rtol=1e-3,
+            atol=1e-5 + 1e-4 * scale,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@every_variant
+def test_checkpointed_loops_give_the_same_gradients(config: MythosConfig) -> None:
+    model, tokens = tiny_model(config).train(), random_tokens(3)
+    results = []
+    for checkpoint_loops in (False, True):
+        model.recurrent.checkpoint_loops = checkpoint_loops
+        model.zero_grad()
+        torch.manual_seed(0)
+        out = model(tokens, num_loops=torch.tensor([3, 1, 4]), backprop_loops=2)
+        loss = out.logits.square().sum()
+        if out.recurrence.ponder_cost is not None:
+            loss = loss + out.recurrence.ponder_cost
+        loss = loss + sum(stats.balance + stats.z for stats in out.router.values())
+        loss.backward()
+        results.append((out, dict(gradients(model))))
+    (plain, wanted), (checkpointed, found) = results
+    assert torch.equal(plain.logits, checkpointed.logits)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert plain.router.keys() == checkpointed.router.keys()
+    for name, stats in plain.router.items():
+        for ours, theirs in zip(stats, checkpointed.router[name], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@every_variant
+def test_bf16_weights(config: MythosConfig) -> None:
+    model, tokens = tiny_model(config).to(torch.bfloat16), random_tokens(2)
+    for mode in (True, False):
+        model.train(mode)
+        out = model(tokens, num_loops=3)
+        assert out.logits.dtype == out.recurrence.state.dtype == torch.bfloat16
+        assert torch.isfinite(out.logits).all()
+    out.logits.float().square().mean().backward()
+    for name, gradient in gradients(model):
+        assert torch.isfinite(gradient).all(), name
+    assert all(p.grad is None or p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    cache = model.new_cache(2, SEQ)
+    assert storage_of(cache, 0).dtype == torch.bfloat16
+    generated = model.generate(tokens, max_new_tokens=4, num_loops=3)
+    assert generated.shape == (2, 4)
+
+
+@every_variant
+def test_bf16_autocast(config: MythosConfig) -> None:
+    model, tokens = tiny_model(config), random_tokens(2)
+    exact = model(tokens, num_loops=3)
+    for mode in (True, False):
+        model.train(mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(tokens, num_loops=3)
+    assert out.recurrence.state.dtype == torch.float32
+    if not exact.router:  # a router may choose otherwise after rounding
+        same = exact.recurrence.loops_used == out.recurrence.loops_used
+        assert (out.logits.float() - exact.logits)[same].abs().mean() < 0.1
+    out.logits.float().square().mean().backward()
+    for name, gradient in gradients(model):
+        assert torch.isfinite(gradient).all(), name
+        assert gradient.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        generated = model.generate(tokens, max_new_tokens=4, num_loops=3)
+    assert generated.shape == (2, 4)
+
+
+@every_variant
+@torch.no_grad()
+def test_saving_and_loading_gives_the_same_model(config: MythosConfig, tmp_path: Path) -> None:
+    model, tokens = tiny_model(config), random_tokens(2)
+    model.save_pretrained(tmp_path)
+    loaded = OpenMythos.from_pretrained(tmp_path)
+    assert loaded.config == config
+    assert not loaded.training
+    weights, found = model.state_dict(), loaded.state_dict()
+    assert weights.keys() == found.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    ours, theirs = (m(tokens, num_loops=4).logits for m in (model, loaded))
+    torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
+
+
+@every_variant
+def test_every_parameter_gets_a_gradient(config: MythosConfig) -> None:
+    """Loops enough to reach every per-loop parameter; data-parallel training needs them all."""
+    model = tiny_model(config).train()
+    out = model(random_tokens(4, seed=1), num_loops=3)
+    out.logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_feed_forward_or_attention_variant_changes_the_logits() -> None:
+    """Guards the lists above: every variant is really another model."""
+    tokens = random_tokens(2)
+    with torch.no_grad():
+        logits = [tiny_model(config)(tokens, num_loops=3).logits for config in VARIANTS]
+    for (i, a), (j, b) in itertools.combinations(enumerate(logits), 2):
+        assert not torch.allclose(a, b), (VARIANT_IDS[i], VARIANT_IDS[j])
+
+
+def test_exit_rules_leave_early_and_at_different_loops() -> None:
+    """Guards the tests above: the rules that they run do something."""
+    for rule in EXIT_RULES:
+        model = tiny_model(tiny_config())
+        used = model(random_tokens(3), num_loops=6, exit_rule=rule).recurrence.loops_used
+        if rule.kind == "fixed":
+            assert (used == 6).all()
+        else:
+            assert used.min() < 6 and len(used.unique()) > 1, name_of(rule)
