@@ -6,7 +6,7 @@ variants. `VARIANTS` covers every pair of choices (not every combination) with f
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from openmythos.config import ConfigError
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy
 from openmythos.recurrence.conditioning import LoopEmbeddings, LoopLoRAs
@@ -198,6 +197,14 @@ EXIT_RULES = [
     )
 ]
 
+_RULE_PARTS = pairwise(AXES | {"rule": EXIT_RULES})
+RULE_VARIANTS = [
+    (tiny_config(**{name: parts[name] for name in AXES}), parts["rule"]) for parts in _RULE_PARTS
+]
+RULE_VARIANT_IDS = [
+    f"{i}: {name_of(parts['rule'])}, {_variant_id(parts)}" for i, parts in enumerate(_RULE_PARTS)
+]
+
 
 def tiny_model(config: MythosConfig, seed: int = 0, scale: float = 0.1) -> OpenMythos:
     """A model in eval mode with every parameter and buffer moved off its initial value."""
@@ -215,20 +222,20 @@ def random_tokens(batch: int, seq: int = SEQ, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB, (batch, seq), generator=generator)
 
 
-def block_input(
-    config: MythosConfig, batch: int, seq: int = SEQ
-) -> tuple[Tensor, AttentionContext, Tensor]:
-    """(encoded, context, positions) for calling a recurrent block by itself."""
-    layout = TokenLayout(seq, 0, torch.device("cpu"))
-    a = config.attention
-    context = attention_context(layout, a.rotary_dim(config.dim), a.rope_base, a.window)
-    return torch.randn(batch, seq, config.dim), context, layout.positions()
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Gradient of every parameter by name; one that got none counts as zero."""
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
 
 
-def gradients(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, gradient) of every parameter; one that got none counts as zero."""
-    for name, parameter in model.named_parameters():
-        yield (
-            name,
-            (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()),
+def assert_gradients_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare sums that were added up in another order: relative to each gradient's size."""
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        atol = 1e-6 + 1e-4 * float(gradient.abs().max())
+        message = f"gradient of {name}"
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-3, atol=atol, msg=lambda m, head=message: f"{head}: {m}"
         )

@@ -255,7 +255,8 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _known(noun: str, given: object, known: Iterable[str]) -> str:
+def unknown_name(noun: str, given: object, known: Iterable[str]) -> str:
+    """Text of an error about a name that does not exist: the nearest that does, and all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(str(given).lower(), names, n=1, cutoff=0.4)
     hint = f", did you mean {near[0]!r}?" if near else ";"
@@ -270,7 +271,7 @@ def _member(wanted: Any, table: Mapping[str, Any], path: str, default: object = 
     if "kind" in table:
         kind = table["kind"]
         known = isinstance(kind, str) and kind in members
-        require(known, _join(path, "kind"), kind, _known("kind", kind, members))
+        require(known, _join(path, "kind"), kind, unknown_name("kind", kind, members))
         return members[kind]
     if len(members) > 1 and type(default) not in members.values():
         raise ConfigError(f"{_join(path, 'kind')}: missing; known: {', '.join(sorted(members))}")
@@ -279,7 +280,7 @@ def _member(wanted: Any, table: Mapping[str, Any], path: str, default: object = 
 
 def _check_key(cls: Any, key: object, path: str) -> None:
     if key not in _fields(cls):
-        raise ConfigError(f"{_join(path, key)}: {_known('key', key, _fields(cls))}")
+        raise ConfigError(f"{_join(path, key)}: {unknown_name('key', key, _fields(cls))}")
 
 
 def _build(wanted: Any, data: Any, path: str, default: object = _MISSING) -> Any:
@@ -302,7 +303,7 @@ def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
         choices = get_args(wanted)
         # By type too: 1, 1.0 and True are equal.
         known = any(type(value) is type(choice) and value == choice for choice in choices)
-        require(known, path, value, _known("choice", value, map(str, choices)))
+        require(known, path, value, unknown_name("choice", value, map(str, choices)))
     elif wanted is int:
         require_int(path, value)
     elif wanted is float:

@@ -15,10 +15,13 @@ from variants import (
     COMBINATION_IDS,
     COMBINATIONS,
     EXIT_RULES,
+    RULE_VARIANT_IDS,
+    RULE_VARIANTS,
     SEQ,
     VARIANT_IDS,
     VARIANTS,
     VOCAB,
+    assert_gradients_close,
     gradients,
     members,
     name_of,
@@ -36,7 +39,6 @@ from openmythos.recurrence.halting import ExitRule, Halting, StateChangeExit
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 every_variant = pytest.mark.parametrize("config", VARIANTS, ids=VARIANT_IDS)
-every_rule = pytest.mark.parametrize("rule", EXIT_RULES, ids=name_of)
 PADDING = torch.tensor([0, 3, 6])  # left padding of each row
 
 
@@ -71,7 +73,7 @@ def check_causal(gradient: Tensor, window: int) -> None:
     assert (seen[reachable.bool()] > 0).all(), "a position does not see an earlier one"
 
 
-@every_variant
+@pytest.mark.parametrize("config", COMBINATIONS, ids=COMBINATION_IDS)
 def test_no_position_sees_a_later_one(config: MythosConfig) -> None:
     check_causal(embedding_gradients(tiny_model(config), 3), config.attention.window)
 
@@ -81,8 +83,7 @@ def test_no_position_sees_a_later_one_in_training(config: MythosConfig) -> None:
     check_causal(embedding_gradients(tiny_model(config).train(), 2), config.attention.window)
 
 
-@every_rule
-@pytest.mark.parametrize("config", COMBINATIONS, ids=COMBINATION_IDS)
+@pytest.mark.parametrize("config, rule", RULE_VARIANTS, ids=RULE_VARIANT_IDS)
 def test_exit_rules_do_not_look_ahead(config: MythosConfig, rule: ExitRule) -> None:
     check_causal(embedding_gradients(tiny_model(config), 4, rule), config.attention.window)
 
@@ -185,21 +186,18 @@ def test_exit_rules_leave_alike_with_a_cache(
 
 @torch.no_grad()
 @pytest.mark.parametrize("halting", members(Halting), ids=name_of)
-@pytest.mark.parametrize(
-    "prefill, policy", list(itertools.product(CACHE_POLICIES, repeat=2)), ids=name_of
-)
+@pytest.mark.parametrize("policy", CACHE_POLICIES, ids=name_of)
+@pytest.mark.parametrize("prefill", CACHE_POLICIES, ids=name_of)
 def test_every_pair_of_cache_policies_decodes(
     prefill: CachePolicy, policy: CachePolicy, halting: Halting
 ) -> None:
     model, (tokens, mask) = tiny_model(tiny_config(halting=halting)), left_padded()
-    for chunks in ([9], [5, 4], []):
-        shared = {"num_loops": 5, "mask": mask if chunks else None}
-        logits = decode(model, tokens, chunks, prefill=prefill, policy=policy, **shared)
-        assert logits.shape == (3, SEQ, VOCAB)
-        assert torch.isfinite(logits).all()
+    logits = decode(model, tokens, [5, 4], num_loops=5, mask=mask, prefill=prefill, policy=policy)
+    assert logits.shape == (3, SEQ, VOCAB)
+    assert torch.isfinite(logits).all()
     if isinstance(prefill, ExactCache) and isinstance(policy, ExactCache):
-        full = model(tokens, num_loops=5).logits
-        torch.testing.assert_close(logits, full, **CLOSE)
+        full = model(tokens, num_loops=5, attention_mask=mask).logits
+        torch.testing.assert_close(logits[mask], full[mask], **CLOSE)
 
 
 @torch.no_grad()
@@ -213,11 +211,14 @@ def test_a_prompt_in_one_chunk_is_exact_where_every_loop_writes(policy: CachePol
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", CACHE_POLICIES, ids=name_of)
+@pytest.mark.parametrize("policy", [p for p in CACHE_POLICIES if p.writes(1)], ids=name_of)
 def test_a_shared_cache_shows_earlier_tokens_as_their_last_writer_left_them(
     policy: CachePolicy,
 ) -> None:
-    """Twin: an exact cache whose slots are overwritten by hand after every token."""
+    """Twin: an exact cache whose slots are overwritten by hand after every token.
+
+    It stands for policies whose loops all write: another loop also reads its own token elsewhere.
+    """
     num_loops, tokens = 5, random_tokens(2)
     model = tiny_model(tiny_config(recurrent_layers=2))
     shared = decode(model, tokens, [6], num_loops=num_loops, policy=policy)
@@ -335,22 +336,14 @@ def test_sequences_of_different_depth_equal_each_alone(config: MythosConfig) -> 
     depths, weights = [2, 5, 1, 3], torch.randn(4, SEQ, VOCAB)
     out = model(tokens, num_loops=torch.tensor(depths))
     (out.logits * weights).sum().backward()
-    together = dict(gradients(model))
+    together = gradients(model)
     model.zero_grad()
     for row, depth in enumerate(depths):
         alone = model(tokens[row : row + 1], num_loops=depth)
         torch.testing.assert_close(out.logits[row], alone.logits[0], **CLOSE)
         assert out.recurrence.loops_used[row].tolist() == alone.recurrence.loops_used[0].tolist()
         (alone.logits[0] * weights[row]).sum().backward()
-    for name, gradient in gradients(model):
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(
-            together[name],
-            gradient,
-            rtol=1e-3,
-            atol=1e-5 + 1e-4 * scale,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
+    assert_gradients_close(together, gradients(model))
 
 
 @every_variant
@@ -367,7 +360,7 @@ def test_checkpointed_loops_give_the_same_gradients(config: MythosConfig) -> Non
             loss = loss + out.recurrence.ponder_cost
         loss = loss + sum(stats.balance + stats.z for stats in out.router.values())
         loss.backward()
-        results.append((out, dict(gradients(model))))
+        results.append((out, gradients(model)))
     (plain, wanted), (checkpointed, found) = results
     assert torch.equal(plain.logits, checkpointed.logits)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -379,41 +372,30 @@ def test_checkpointed_loops_give_the_same_gradients(config: MythosConfig) -> Non
 
 @every_variant
 def test_bf16_weights(config: MythosConfig) -> None:
-    model, tokens = tiny_model(config).to(torch.bfloat16), random_tokens(2)
-    for mode in (True, False):
-        model.train(mode)
-        out = model(tokens, num_loops=3)
-        assert out.logits.dtype == out.recurrence.state.dtype == torch.bfloat16
-        assert torch.isfinite(out.logits).all()
+    model, tokens = tiny_model(config).to(torch.bfloat16).train(), random_tokens(2)
+    out = model(tokens, num_loops=3)
+    assert out.logits.dtype == out.recurrence.state.dtype == torch.bfloat16
     out.logits.float().square().mean().backward()
-    for name, gradient in gradients(model):
-        assert torch.isfinite(gradient).all(), name
-    assert all(p.grad is None or p.grad.dtype == torch.bfloat16 for p in model.parameters())
-    cache = model.new_cache(2, SEQ)
-    assert storage_of(cache, 0).dtype == torch.bfloat16
-    generated = model.generate(tokens, max_new_tokens=4, num_loops=3)
-    assert generated.shape == (2, 4)
+    for name, gradient in gradients(model).items():
+        assert torch.isfinite(gradient).all() and gradient.dtype == torch.bfloat16, name
+    assert storage_of(model.new_cache(2, SEQ), 0).dtype == torch.bfloat16
+    assert model.generate(tokens, max_new_tokens=2, num_loops=3).shape == (2, 2)
 
 
 @every_variant
 def test_bf16_autocast(config: MythosConfig) -> None:
     model, tokens = tiny_model(config), random_tokens(2)
-    exact = model(tokens, num_loops=3)
-    for mode in (True, False):
-        model.train(mode)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model(tokens, num_loops=3)
-    assert out.recurrence.state.dtype == torch.float32
-    if not exact.router:  # a router may choose otherwise after rounding
-        same = exact.recurrence.loops_used == out.recurrence.loops_used
-        assert (out.logits.float() - exact.logits)[same].abs().mean() < 0.1
-    out.logits.float().square().mean().backward()
-    for name, gradient in gradients(model):
-        assert torch.isfinite(gradient).all(), name
-        assert gradient.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        generated = model.generate(tokens, max_new_tokens=4, num_loops=3)
-    assert generated.shape == (2, 4)
+        out = model(tokens, num_loops=3)
+        assert model.generate(tokens, max_new_tokens=2, num_loops=3).shape == (2, 2)
+    # The residual stream stays in fp32: bf16 would lose what late loops add.
+    assert out.recurrence.state.dtype == torch.float32
+    exact = model(tokens, num_loops=3).logits
+    # On average, since rounding may send a token to another expert or let it halt elsewhere.
+    assert (out.logits.float() - exact).abs().mean() < 0.1 * exact.std()
+    out.logits.float().square().mean().backward()
+    for name, gradient in gradients(model).items():
+        assert torch.isfinite(gradient).all() and gradient.dtype == torch.float32, name
 
 
 @every_variant
@@ -437,7 +419,7 @@ def test_saving_and_loading_gives_the_same_model(config: MythosConfig, tmp_path:
 def test_every_parameter_gets_a_gradient(config: MythosConfig) -> None:
     """Loops enough to reach every per-loop parameter; data-parallel training needs them all."""
     model = tiny_model(config).train()
-    out = model(random_tokens(4, seed=1), num_loops=3)
+    out = model(random_tokens(4, seed=1), num_loops=5)
     out.logits.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

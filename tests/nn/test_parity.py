@@ -292,7 +292,7 @@ def test_logits_and_every_gradient_equal_transformers(name: str) -> None:
     wanted = CASES[name].convert(source)
     for key, parameter in ours.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), key
-        torch.testing.assert_close(parameter.grad, wanted[key], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(parameter.grad, wanted[key], **TOLERANCE)
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""Scoring a trained model: likelihood and accuracy against the number of loops."""
+"""How good a model is, against the number of loops."""

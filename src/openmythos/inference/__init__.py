@@ -1,1 +1,1 @@
-"""Decoding a trained model: sampling and the engine that owns the cache."""
+"""Text in, text out."""

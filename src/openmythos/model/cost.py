@@ -1,17 +1,18 @@
 """What a config costs before anybody pays for it: parameters, cache, arithmetic, training memory.
 
-Everything is computed from the config alone, for a trillion parameters as fast as for a thousand.
-Counts of weights come from the module itself, built on the meta device, so that they cannot drift
-from the model. Memory of activations is an estimate; the rest is exact.
+All from the config alone, for a trillion parameters as fast as for a thousand. Weights are counted
+on the module itself, built on the meta device, so that the counts cannot drift from the model. The
+memory of training is an estimate, the rest is exact.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, assert_never
 
 import torch
 from torch import nn
 
-from openmythos.config import require, require_int
+from openmythos.config import require_int
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.attention import GroupedQueryAttention
@@ -19,8 +20,7 @@ from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
 from openmythos.nn.feed_forward import ReLU2, SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
-from openmythos.nn.linear import Linear
-from openmythos.nn.moe import Experts, MoE, Router
+from openmythos.nn.moe import MoE, MoELayer, Router
 
 Optimizer = Literal["adamw", "muon"]
 FP32 = 4
@@ -28,10 +28,10 @@ FP32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """Numbers of weights. The parts from `embedding` to `head` add up to `total`.
+    """Numbers of weights. The parts from `embedding` to `head` add up to `total`; a tied head is 0.
 
-    `active` are those that one token meets: of the routed experts top_k / num_experts, of all else
-    everything, the deltas of every loop and the whole embedding included. A tied head is 0.
+    `active` counts the routed experts at top_k / num_experts and all else in full, the deltas of
+    every loop and the whole embedding included.
     """
 
     total: int
@@ -48,7 +48,11 @@ class ParameterCount:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes on one device at the peak of a training step, without sharding."""
+    """Bytes of a training step on one device, without sharding.
+
+    `total` is reached without checkpointing and a bound with it: the logits are gone by the time
+    the first loop is computed anew.
+    """
 
     weights: int
     gradients: int
@@ -98,25 +102,21 @@ def plan(
     """Everything this file can say; context and num_loops default to the config's."""
     context = config.context if context is None else context
     loops = config.num_loops if num_loops is None else num_loops
+    for name, value in (("context", context), ("batch", batch), ("num_loops", loops)):
+        require_int(name, value, minimum=1)
+    require_int("backprop_loops", backprop_loops, minimum=0)
     count = parameters(config)
-
-    def cache(policy: CachePolicy) -> int:
-        return cache_bytes(
-            config, context=context, batch=batch, num_loops=loops, dtype=dtype, policy=policy
-        )
-
-    def training(checkpointing: bool) -> TrainingMemory:
-        return training_memory(
-            config,
-            batch=batch,
-            context=context,
-            num_loops=loops,
-            backprop_loops=backprop_loops,
-            checkpointing=checkpointing,
-            optimizer=optimizer,
-            dtype=dtype,
-        )
-
+    cache = partial(cache_bytes, config, context=context, batch=batch, num_loops=loops, dtype=dtype)
+    training = partial(
+        training_memory,
+        config,
+        batch=batch,
+        context=context,
+        num_loops=loops,
+        backprop_loops=backprop_loops,
+        optimizer=optimizer,
+        dtype=dtype,
+    )
     return Plan(
         context=context,
         batch=batch,
@@ -126,30 +126,27 @@ def plan(
         effective_depth=config.effective_depth(loops),
         parameters=count,
         weight_bytes=count.total * dtype.itemsize,
-        cache_bytes=cache(ExactCache()),
-        shared_cache_bytes=cache(LastLoopCache()),
+        cache_bytes=cache(policy=ExactCache()),
+        shared_cache_bytes=cache(policy=LastLoopCache()),
         forward_flops=forward_flops_per_token(config, num_loops=loops, context=context),
         training_flops=training_flops_per_token(
             config, num_loops=loops, backprop_loops=backprop_loops, context=context
         ),
-        training=training(False),
-        checkpointed=training(True),
+        training=training(checkpointing=False),
+        checkpointed=training(checkpointing=True),
     )
 
 
 def parameters(config: MythosConfig) -> ParameterCount:
     """Count the weights of the model that the config describes."""
     model = _on_meta(config)
-    routed = active = 0
-    for module in model.modules():
-        if isinstance(module, Experts):
-            routed += _numel(module)
-            active += _per_token(module, config)
+    mixtures = [module for module in model.modules() if isinstance(module, MoELayer)]
+    routed = sum(_numel(mixture.experts) for mixture in mixtures)
     total = _numel(model)
     lora = model.recurrent.conditioning.lora
     return ParameterCount(
         total=total,
-        active=total - routed + active,
+        active=total - routed + sum(map(_chosen, mixtures)),
         embedding=_numel(model.embed),
         prelude=_numel(model.prelude),
         recurrent=_numel(model.recurrent),
@@ -161,6 +158,97 @@ def parameters(config: MythosConfig) -> ParameterCount:
     )
 
 
+def cache_bytes(
+    config: MythosConfig,
+    *,
+    context: int,
+    batch: int = 1,
+    num_loops: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    policy: CachePolicy | None = None,
+) -> int:
+    """Keys and values of a full cache: kv_width numbers per token and slot.
+
+    A prelude or coda layer has one slot, a recurrent one as many as the policy (default: exact)
+    wants for num_loops.
+    """
+    loops = config.num_loops if num_loops is None else num_loops
+    policy = ExactCache() if policy is None else policy
+    slots = config.effective_depth(policy.slot(loops - 1) + 1)
+    width = config.attention.kv_width(config.dim)
+    return slots * batch * context * width * dtype.itemsize
+
+
+def forward_flops_per_token(
+    config: MythosConfig, *, num_loops: int | None = None, context: int | None = None
+) -> int:
+    """2 x multiply-adds of the matrix products, per token of a sequence of `context` tokens.
+
+    Causal attention is counted half: a token sees context / 2 others on average. Latent attention
+    is counted by its naive path, which training and prefill take.
+    """
+    loops = config.num_loops if num_loops is None else num_loops
+    once, per_loop = _flops(config, config.context if context is None else context)
+    return round(once + loops * per_loop)
+
+
+def training_flops_per_token(
+    config: MythosConfig,
+    *,
+    num_loops: int | None = None,
+    backprop_loops: int = 0,
+    context: int | None = None,
+) -> int:
+    """Forward and backward; the latter costs twice the former wherever gradient flows.
+
+    Recomputation (checkpointed loops) is not counted: it is a choice of how, not of what.
+    """
+    loops = config.num_loops if num_loops is None else num_loops
+    once, per_loop = _flops(config, config.context if context is None else context)
+    return round(3 * once + (loops + 2 * _grad_loops(loops, backprop_loops)) * per_loop)
+
+
+def training_memory(
+    config: MythosConfig,
+    *,
+    batch: int,
+    context: int,
+    num_loops: int | None = None,
+    backprop_loops: int = 0,
+    checkpointing: bool = False,
+    optimizer: Optimizer = "adamw",
+    dtype: torch.dtype = torch.bfloat16,
+) -> TrainingMemory:
+    """Estimate the peak of a step; weights are fp32, `dtype` is what autocast computes in.
+
+    weights      fp32, and a copy in `dtype` if that is another
+    gradients    fp32
+    optimizer    fp32; adamw: two moments, muon: one for the matrices of the layers, else two
+    activations  what autograd keeps per token (`_layer_bytes`) and the state of every loop; loops
+                 without gradient keep nothing, of checkpointed ones one at a time is computed anew
+    logits       in `dtype`, and in fp32 log-probabilities and their gradient
+    """
+    model, c, size = _on_meta(config), config, dtype.itemsize
+    total = _numel(model)
+    loops = _grad_loops(c.num_loops if num_loops is None else num_loops, backprop_loops)
+    outer = c.prelude_layers + c.coda_layers
+    # The norms before the loops and before the head keep their inputs, others their outputs.
+    once = outer * _layer_bytes(c, c.feed_forward, size) + 2 * c.dim * (FP32 + size)
+    inside = c.recurrent_layers * _layer_bytes(c, c.recurrent_feed_forward, size)
+    per_token = once + loops * c.dim * FP32 + (1 if checkpointing else loops) * inside
+    return TrainingMemory(
+        weights=total * (FP32 + (size if dtype != torch.float32 else 0)),
+        gradients=total * FP32,
+        optimizer=FP32 * (2 * total - (_matrix_numel(model) if optimizer == "muon" else 0)),
+        activations=batch * context * per_token,
+        logits=batch * context * c.vocab_size * (size + 2 * FP32),
+    )
+
+
+def _grad_loops(num_loops: int, backprop_loops: int) -> int:
+    return min(num_loops, backprop_loops) if backprop_loops else num_loops
+
+
 def _on_meta(config: MythosConfig) -> OpenMythos:
     with torch.device("meta"):
         return OpenMythos(config)
@@ -168,3 +256,95 @@ def _on_meta(config: MythosConfig) -> OpenMythos:
 
 def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _chosen(mixture: MoELayer) -> int:
+    """Weights of the experts that one token is routed to."""
+    return _numel(mixture.experts) // mixture.config.num_experts * mixture.config.top_k
+
+
+def _matrix_numel(model: OpenMythos) -> int:
+    layers = (model.prelude, model.recurrent.layers, model.coda)
+    return sum(p.numel() for part in layers for p in part.parameters() if p.ndim >= 2)
+
+
+def _flops(config: MythosConfig, context: int) -> tuple[float, float]:
+    """(once, per loop), per token."""
+    model = _on_meta(config)
+    recurrent = model.recurrent
+    once = _maps(model.prelude) + _maps(model.coda) + config.vocab_size * config.dim
+    per_loop = _maps(recurrent.layers)
+    lora = recurrent.conditioning.lora
+    if lora is not None:
+        per_loop += _numel(lora) // lora.num_loops
+    for name, parameter in recurrent.injection.named_parameters():
+        # An input_map is applied in `prepare`, before the loops; a vector is no matrix product.
+        if parameter.ndim == 2 and name.startswith("input_map"):
+            once += parameter.numel()
+        elif parameter.ndim == 2:
+            per_loop += parameter.numel()
+    window = min(config.attention.window or context, context)
+    visible = window - window**2 / (2 * context)
+    attention = visible * _pair_maps(config.attention, config.dim)
+    outer = config.prelude_layers + config.coda_layers
+    return 2 * (once + outer * attention), 2 * (per_loop + config.recurrent_layers * attention)
+
+
+def _maps(layers: nn.Module) -> int:
+    """Multiply-adds per token outside attention: one per weight that a token meets."""
+    count = 0
+    for module in layers.modules():
+        if isinstance(module, nn.Linear | Router):
+            count += _numel(module)
+        elif isinstance(module, MoELayer):  # its experts, and the weighted sum of their outputs
+            count += _chosen(module) + module.config.top_k * module.router.weight.shape[1]
+    return count
+
+
+def _pair_maps(attention: Attention, dim: int) -> int:
+    """Multiply-adds of a query with one key and one value, over all heads."""
+    match attention:
+        case LatentAttention(nope_head_dim=nope, rope_head_dim=rope, value_head_dim=value):
+            return attention.num_heads * (nope + rope + value)
+        case GroupedQueryAttention():
+            return 2 * dim
+        case _:
+            assert_never(attention)
+
+
+def _layer_bytes(config: MythosConfig, feed_forward: FeedForward, size: int) -> int:
+    """Bytes per token that one layer keeps for its backward pass.
+
+    Residual stream (inputs of both norms) in fp32, their outputs in the dtype of `size` bytes.
+    """
+    kept = 2 * config.dim + _attention_numbers(config.attention, config.dim)
+    wide = 2 * config.dim
+    match feed_forward:
+        case SwiGLU(hidden_dim=hidden):  # gate, up, silu(gate), their product
+            kept += 4 * hidden
+        case ReLU2(hidden_dim=hidden):  # relu, its square
+            kept += 2 * hidden
+        case MoE():  # rows in and out in both orders, and a SwiGLU for each chosen expert
+            experts = feed_forward.top_k + feed_forward.num_shared_experts
+            kept += 3 * feed_forward.top_k * config.dim + 4 * experts * feed_forward.expert_dim
+            # The router reads fp32: scores, logits and what the balance loss makes of them.
+            wide += 4 * feed_forward.num_experts + (config.dim if size < FP32 else 0)
+        case _:
+            assert_never(feed_forward)
+    return kept * size + wide * FP32
+
+
+def _attention_numbers(attention: Attention, dim: int) -> int:
+    """Numbers per token that fused attention and the maps around it keep."""
+    width = attention.kv_width(dim)
+    match attention:
+        case LatentAttention(num_heads=heads, value_head_dim=value):
+            query = attention.nope_head_dim + attention.rope_head_dim
+            # Values are padded to the width of the keys; latents are kept before and after norms.
+            per_head = 2 * query + 2 * max(query, value) + value
+            return heads * per_head + 2 * (attention.q_latent_dim + width)
+        case GroupedQueryAttention():
+            # query, keys and values, output by head and joined; qk_norm keeps its inputs.
+            return 3 * dim + width + attention.qk_norm * (dim + width // 2)
+        case _:
+            assert_never(attention)

@@ -1,6 +1,6 @@
 """The model: embed -> prelude -> recurrent block, looped -> coda -> norm -> head."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from openmythos.types import Hidden, Logits, LoopCounts, Mask, TokenIds
 class MythosOutput:
     """Logits of every position, and how the loops went.
 
-    `loop_logits` holds the logits after every loop if asked for (see RecurrentOutput for rows that
-    ran different numbers of loops). `router` has the MoE statistics by layer name, in training.
+    `loop_logits` holds the logits after the loops that were asked for, as if the model had stopped
+    there (see RecurrentOutput for rows that ran different numbers of loops). `router` has the MoE
+    statistics by layer name, in training.
     """
 
     logits: Logits
@@ -75,7 +76,7 @@ class OpenMythos(nn.Module):
         documents: Tensor | None = None,
         cache: KVCache | None = None,
         exit_rule: ExitRule | None = None,
-        collect_loops: bool = False,
+        collect_loops: Collection[int] = (),
     ) -> MythosOutput:
         """Run tokens [batch, seq] through num_loops loops (one number, or one per sequence).
 
@@ -84,7 +85,7 @@ class OpenMythos(nn.Module):
         documents: [batch, seq] document numbers of packed rows; attention stays inside each.
         cache: appended to but not advanced; call `cache.advance(seq)` after the forward pass.
         exit_rule: inference only, lets positions stop before num_loops.
-        collect_loops: also return the logits and states after every loop.
+        collect_loops: loop counts after which to keep states and logits too, e.g. (1, 2, 4).
         """
         loops = self._check_loops(num_loops, tokens, cache, exit_rule)
         layout = self._layout(tokens, attention_mask, documents, cache)
@@ -151,7 +152,7 @@ class OpenMythos(nn.Module):
         if recurrence.order is not None:
             context = context.select(recurrence.order)
         return [
-            self._readout(state, context.rows(0, len(state)), cache) for state in recurrence.states
+            self._readout(state, context.rows(0, len(state)), cache) for state in recurrence.outputs
         ]
 
     def _tracker(

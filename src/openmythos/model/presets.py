@@ -3,7 +3,8 @@
 A name states the measured number of parameters (`cost.parameters`) within 5 %. Three families:
 
 tiny, small        everything our own model has, at the size of a unit test and of a laptop
-140m 370m 770m     after Parcae's (arXiv 2604.12946): dense, with a full-rank input map
+140m 370m 770m     after Parcae's (arXiv 2604.12946): dense, with a full input map, but twice its
+                   layers in place of its value embeddings
 1b ... 1t          latent attention and a mixture of experts in one recurrent layer. Totals, active
                    parameters, loops and contexts are the announced ones; of the large ones nothing
                    has been trained by anybody, so take them as arithmetic, not as advice.
@@ -209,13 +210,17 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> MythosConfig:
-    """The preset of that name; an unknown one raises a ConfigError with the nearest."""
+    """The preset of that name."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.4)
+        hint = f", did you mean {near[0]!r}?" if near else ";"
+        raise ConfigError(f"preset {name!r}: unknown{hint} known: {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 
 def _parcae(*, dim: int, layers: int) -> MythosConfig:
-    # Parcae has half as many layers and fills its count with value embeddings, one more table of
-    # vocab_size x dim for every other layer, which we do not have; its head is tied.
+    # Parcae counts a third to a half of its parameters in value embeddings, a table of vocab_size x
+    # dim for every other layer, and ties its head; we have no such tables.
     return MythosConfig(
         vocab_size=32_768,
         dim=dim,
@@ -244,7 +249,7 @@ def _latent(dim: int, *, kv: int, rope: int, head: int, context: int) -> LatentA
         nope_head_dim=head,
         rope_head_dim=rope,
         value_head_dim=head,
-        # The slowest pair of channels must not turn full circle within the context.
+        # The slowest pairs of channels must tell the first token from the last.
         rope_base=500_000.0 if context <= 8192 else 10_000_000.0,
     )
 

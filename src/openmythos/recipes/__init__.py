@@ -1,1 +1,1 @@
-"""Named full runs as Python functions: model, data, training and evaluation."""
+"""Named full runs: model, data, training and evaluation in one config each."""

@@ -9,9 +9,9 @@ numbers of loops: they are sorted by depth and leave the batch when they are don
 the sum of its depths, not its batch times the largest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ StateInit = Literal["zeros", "encoded", "normal"]
 NOISE_BLOCK = 1024
 
 
+@runtime_checkable
 class RecurrentConfig(Protocol):
     """The part of a model's config that the block reads."""
 
@@ -95,15 +96,18 @@ class Carry(NamedTuple):
 class RecurrentOutput:
     """State after the last loop and what happened on the way.
 
-    `states` and `halt_weights` hold one entry per loop if asked for. Where rows ran different
-    numbers of loops, entry t has only the rows that ran loop t, in the order of `order`.
+    `states`, `outputs` (what the coda would get if the loops ended there: under halting, the
+    weighted sum) and `halt_weights` hold an entry for each loop count in `collected`. Where rows
+    ran different numbers of loops, an entry has only those that ran that loop, in `order`.
     """
 
     state: Hidden
     loops_used: LoopsPerToken
     ponder_cost: Scalar | None
     router: list[RouterStats | None]  # per recurrent layer, summed over loops
+    collected: list[int]
     states: list[Tensor]
+    outputs: list[Tensor]
     halt_weights: list[Tensor]
     order: Tensor | None
 
@@ -140,9 +144,12 @@ class RecurrentBlock(nn.Module):
         backprop_loops: int = 0,
         cache: KVCache | None = None,
         tracker: ExitTracker | None = None,
-        collect: bool = False,
+        collect: Collection[int] = (),
     ) -> RecurrentOutput:
-        """Run the loops; backprop_loops > 0 lets only each row's last ones carry gradient."""
+        """Run the loops; backprop_loops > 0 lets only each row's last ones carry gradient.
+
+        `collect` names the loop counts (1 = after the first loop) whose states are kept.
+        """
         batch = encoded.shape[0]
         order: Tensor | None = None
         if isinstance(num_loops, Tensor):
@@ -168,8 +175,8 @@ class RecurrentBlock(nn.Module):
             carry = self._run_rows(carry, drive, context, loop, without_grad, cache, trace)
             if tracker is not None:
                 carry = self._judge(previous, carry, tracker, loop)
-            trace.record(carry)
             loops_run = loop + 1
+            trace.record(loops_run, carry, self._output(carry)[0])
             # Only at inference: in training all ranks must run the same loops.
             if not self.training and carry.active is not None and not carry.active.any():
                 break
@@ -296,31 +303,42 @@ class RecurrentBlock(nn.Module):
     def _judge(self, previous: Hidden, carry: Carry, tracker: ExitTracker, loop: int) -> Carry:
         """Let the exit rule look at the state and stop the positions that it lets go."""
         assert carry.active is not None
-        output = carry.state
-        if self.halting is not None and carry.halt is not None:
-            output, _ = self.halting.finish(carry.halt, carry.state, carry.loops_used)
-        tracker.update(previous, carry.state, output, loop)
+        tracker.update(previous, carry.state, self._output(carry)[0], loop)
         return carry._replace(active=carry.active & tracker.active)
 
     def _finish(self, carry: Carry, trace: "_Trace", order: Tensor | None) -> RecurrentOutput:
-        state, loops_used, ponder_cost = carry.state, carry.loops_used, None
-        if self.halting is not None and carry.halt is not None:
-            state, ponder = self.halting.finish(carry.halt, state, loops_used)
-            ponder_cost = ponder.mean()
+        (state, ponder_cost), loops_used = self._output(carry), carry.loops_used
         if order is not None:
             back = order.argsort()
             state, loops_used = state[back], loops_used[back]
         return RecurrentOutput(
-            state, loops_used, ponder_cost, trace.router, trace.states, trace.halt_weights(), order
+            state,
+            loops_used,
+            ponder_cost,
+            trace.router,
+            trace.collected,
+            trace.states,
+            trace.outputs,
+            trace.halt_weights(),
+            order,
         )
+
+    def _output(self, carry: Carry) -> tuple[Hidden, Scalar | None]:
+        """(what the coda gets if the loops end here, ponder cost)."""
+        if self.halting is None or carry.halt is None:
+            return carry.state, None
+        output, ponder = self.halting.finish(carry.halt, carry.state, carry.loops_used)
+        return output, ponder.mean()
 
 
 class _Trace:
-    """Router statistics summed over loops and, if asked for, the states of every loop."""
+    """Router statistics summed over loops, and the states of the loops asked for."""
 
-    def __init__(self, num_layers: int, collect: bool) -> None:
+    def __init__(self, num_layers: int, collect: Collection[int]) -> None:
         self.router: list[RouterStats | None] = [None] * num_layers
+        self.collected: list[int] = []
         self.states: list[Tensor] = []
+        self.outputs: list[Tensor] = []
         self._collect = collect
         self._cumulative: list[Tensor] = []
 
@@ -330,11 +348,13 @@ class _Trace:
             for old, new in zip(self.router, stats, strict=True)
         ]
 
-    def record(self, carry: Carry) -> None:
-        if self._collect:
+    def record(self, loops_run: int, carry: Carry, output: Tensor) -> None:
+        if loops_run in self._collect:
+            self.collected.append(loops_run)
             self.states.append(carry.state)
-            if carry.halt is not None:
-                self._cumulative.append(carry.halt.cumulative)
+            self.outputs.append(output)
+        if self._collect and carry.halt is not None:
+            self._cumulative.append(carry.halt.cumulative)
 
     def halt_weights(self) -> list[Tensor]:
         """Weight of every loop's state, [rows, seq] each; a row's last loop has its remainder."""
@@ -344,7 +364,7 @@ class _Trace:
             going_on = len(self._cumulative[loop + 1]) if loop + 1 < len(self._cumulative) else 0
             last = torch.arange(len(total), device=total.device) >= going_on
             weights.append(total - before + last[:, None] * (1 - total))
-        return weights
+        return [weights[loop - 1] for loop in self.collected] if weights else []
 
 
 def _count_above(depths: list[int], loop: int) -> int:

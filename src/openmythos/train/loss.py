@@ -1,7 +1,8 @@
 """The training loss: cross-entropy at one or several loops, plus costs of routers and halting."""
 
+import sys
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +22,7 @@ class FinalLoss:
     """Cross-entropy after each sequence's last loop."""
 
     kind: Literal["final"] = "final"
-    needs_loops = False
+    collect_loops: ClassVar[range] = range(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class DeepSupervision:
 
     kind: Literal["deep"] = "deep"
     weight: float = 0.5
-    needs_loops = True
+    collect_loops: ClassVar[range] = range(1, sys.maxsize)
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight, above=0)

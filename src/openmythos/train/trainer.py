@@ -128,7 +128,7 @@ class Trainer:
                     num_loops=loops[rows] if per_sequence else int(loops[start]),
                     backprop_loops=c.backprop_loops,
                     documents=documents,
-                    collect_loops=c.loss.needs_loops,
+                    collect_loops=c.loss.collect_loops,
                 )
                 parts = training_loss(output, targets.to(self.device), c.loss, self.model.config)
             torch.autograd.backward(parts.total / len(pieces))

@@ -1,0 +1,262 @@
+"""The figures, in one style: data in, ``Figure`` out; nothing is computed, no window is opened.
+
+The only file that knows matplotlib, which it imports when a figure is drawn: without that extra
+the module can still be imported.
+"""
+
+import contextlib
+import csv
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from openmythos.config import ConfigError, replacing, require
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+# Okabe and Ito's, which colour-blind readers can tell apart; their yellow is too faint for a line.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# One more than the colours: a colour that comes again has another marker.
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_GREY = "#595959"
+_STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _GREY,
+    "axes.grid": True,
+    "axes.labelsize": 11,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.figsize": (7.0, 4.2),
+    "font.size": 10.5,
+    "grid.color": "#E6E6E6",
+    "legend.frameon": False,
+    "legend.handlelength": 2.5,
+    "xtick.color": _GREY,
+    "xtick.labelcolor": "black",
+    "ytick.color": _GREY,
+    "ytick.labelcolor": "black",
+}
+_DPI = 150
+# A smoothed point averages about the last twentieth of what came before it.
+_HORIZON = 0.05
+_LOG_SPAN = 1000
+_MIN_Y_SPAN = 0.1
+# One line of text beside the axes, as a share of their height.
+_LABEL_HEIGHT = 0.065
+# In characters.
+_LEGEND_WIDTH = 80
+
+
+def loss_curve(
+    series: Mapping[str, Sequence[tuple[float | int, float | int]]],
+    *,
+    x_label: str = "training tokens",
+    y_label: str = "cross-entropy [nats / token]",
+) -> "matplotlib.figure.Figure":
+    """Every run's (x, loss) points as a thin line and smoothed exponentially as a bold one.
+
+    x is logarithmic where it spans three decades or more. A loss that is not finite leaves a gap.
+    """
+    xs = [x for points in series.values() for x, _ in points]
+    if not xs or not all(series.values()):
+        raise ValueError(f"series of {[len(points) for points in series.values()]} points: no line")
+    with _style():
+        figure, axes = _axes(x_label, y_label)
+        for look, (name, points) in zip(_looks(), series.items(), strict=False):
+            losses = [_finite(loss) for _, loss in points]
+            positions = [x for x, _ in points]
+            axes.plot(positions, losses, color=look["color"], linewidth=0.8, alpha=0.4)
+            look = look | {"marker": "", "linewidth": 2}
+            axes.plot(positions, _smoothed(losses), **look, label=name)
+        if min(xs) > 0 and max(xs) >= _LOG_SPAN * min(xs):
+            axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(_short_number)
+        _legend(figure, series, title="bold: smoothed, thin: raw")
+    return figure
+
+
+def loss_against_loops(
+    curves: Mapping[str, Mapping[int, float | int]],
+    *,
+    references: Mapping[str, float | int] = MappingProxyType({}),
+    trained_loops: float | int | None = None,
+    y_label: str = "held-out bits per byte",
+) -> "matplotlib.figure.Figure":
+    """Each curve's value by ``num_loops``, beside constants to compare with.
+
+    The y axis holds every value and at least 0.1, lest noise look like an effect. A value that is
+    not finite leaves a gap.
+    """
+    loops = sorted({loop for curve in curves.values() for loop in curve})
+    if not loops or not all(curves.values()):
+        raise ValueError(f"curves of {[len(curve) for curve in curves.values()]} points: no line")
+    marks = [*loops, *([] if trained_loops is None else [trained_loops])]
+    if min(marks) < 1:
+        raise ValueError(f"num_loops = {min(marks)}: the log axis begins at 1")
+    with _style():
+        figure, axes = _axes("num_loops", y_label)
+        for look, (name, curve) in zip(_looks(), curves.items(), strict=False):
+            values = [_finite(curve[loop]) for loop in sorted(curve)]
+            axes.plot(sorted(curve), values, **look, linewidth=2, markersize=6, label=name)
+        _loop_axis(axes, loops, marks)
+        shown = [*(curve.values() for curve in curves.values()), references.values()]
+        axes.set_ylim(_y_range(itertools.chain.from_iterable(shown)))
+        _draw_references(axes, references)
+        if trained_loops is not None:
+            _draw_trained_loops(axes, trained_loops)
+        _legend(figure, curves)
+    return figure
+
+
+def save_figure(
+    figure: "matplotlib.figure.Figure", path: Path, rows: Sequence[Mapping[str, object]]
+) -> None:
+    """Write the figure as PNG and, beside it, the rows it shows as CSV: both or neither.
+
+    The columns are the rows' keys in order of appearance; what a row lacks stays empty.
+    """
+    require(path.suffix == ".png", "path", str(path), "must end in .png")
+    if not rows:
+        raise ValueError("rows: a figure is saved with what it shows")
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    with replacing(path.with_suffix(".csv")) as table, replacing(path) as image:
+        with open(table, "x", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        with _style():
+            # Without the version of matplotlib, so that equal pictures are equal files.
+            figure.savefig(image, format="png", dpi=_DPI, metadata={"Software": None})
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    try:
+        import matplotlib.style
+    except ImportError as error:
+        raise ConfigError("a figure needs: pip install 'openmythos[plots]'") from error
+    # From matplotlib's defaults, not from the settings file of whoever draws.
+    with matplotlib.style.context(_STYLE, after_reset=True):
+        yield
+
+
+def _axes(x_label: str, y_label: str) -> "tuple[matplotlib.figure.Figure, matplotlib.axes.Axes]":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes
+
+
+def _looks() -> Iterator[dict[str, Any]]:
+    """What tells lines apart: colour, marker and, once the colours are used up, dashes."""
+    markers = itertools.cycle(_MARKERS)
+    for dashes in itertools.cycle(("-", "--", ":", "-.")):
+        for colour in _COLOURS:
+            yield {"color": colour, "marker": next(markers), "linestyle": dashes}
+
+
+def _legend(figure: "matplotlib.figure.Figure", names: Iterable[str], title: str = "") -> None:
+    """Above the axes, where no data is, in as many columns as the names leave room for."""
+    columns = max(1, _LEGEND_WIDTH // (max(map(len, names)) + 8))
+    legend = figure.legend(
+        loc="outside upper left", ncols=columns, title=title, alignment="left", columnspacing=1.5
+    )
+    legend.get_title().set_color(_GREY)
+
+
+def _finite(value: float | int) -> float:
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """An exponential average whose horizon grows with what it has seen: no lag at the start."""
+    smoothed: list[float] = []
+    average, seen = 0.0, 0
+    for value in values:
+        if math.isfinite(value):
+            average += (value - average) / max(1, _HORIZON * seen)
+            seen += 1
+        smoothed.append(average if math.isfinite(value) else math.nan)
+    return smoothed
+
+
+def _short_number(value: float | int, _position: object = None) -> str:
+    """1500000 as 1.5M; matplotlib's own formatter would write 1e9 as 1G."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
+
+
+def _loop_axis(
+    axes: "matplotlib.axes.Axes", loops: Sequence[int], marks: Sequence[float | int]
+) -> None:
+    """Ticks at the powers of two within ``marks``; where those are too few, at ``loops``."""
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    powers = [2**i for i in range(int(max(marks)).bit_length()) if 2**i >= min(marks)]
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(marks) / 1.2, max(marks) * 1.2)
+    axes.xaxis.set_major_locator(FixedLocator(powers if len(powers) > 1 else list(loops)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _y_range(values: Iterable[float | int]) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    centre = (min(finite) + max(finite)) / 2
+    half = max(max(finite) - min(finite), _MIN_Y_SPAN) / 2 * 1.08
+    return centre - half, centre + half
+
+
+def _draw_references(axes: "matplotlib.axes.Axes", references: Mapping[str, float | int]) -> None:
+    """Dashed lines named beside the axes, the names moved apart where lines are close."""
+    low, high = axes.get_ylim()
+    names = sorted(references, key=lambda name: references[name])
+    places = _apart([float(references[name]) for name in names], (high - low) * _LABEL_HEIGHT)
+    beside = axes.get_yaxis_transform()
+    for name, place in zip(names, places, strict=True):
+        axes.axhline(
+            references[name], color=_GREY, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1.5
+        )
+        axes.text(1.01, place, name, color=_GREY, transform=beside, verticalalignment="center")
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Ascending values at least a gap apart: those too close are spread about their mean."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and _spread(groups[-1], gap)[0] - _spread(groups[-2], gap)[-1] < gap:
+            last = groups.pop()
+            groups[-1] += last
+    return [place for group in groups for place in _spread(group, gap)]
+
+
+def _spread(group: Sequence[float], gap: float) -> list[float]:
+    lowest = sum(group) / len(group) - gap * (len(group) - 1) / 2
+    return [lowest + i * gap for i in range(len(group))]
+
+
+def _draw_trained_loops(axes: "matplotlib.axes.Axes", trained_loops: float | int) -> None:
+    axes.axvline(trained_loops, color="#D9D9D9", linewidth=6, zorder=0.9)
+    axes.text(
+        trained_loops,
+        1.01,
+        f"mean loops in training: {trained_loops:g}",
+        transform=axes.get_xaxis_transform(),
+        color=_GREY,
+        horizontalalignment="center",
+        verticalalignment="bottom",
+    )

@@ -1,0 +1,83 @@
+"""Held-out likelihood of text: bits per byte and perplexity."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from openmythos.data.loader import evaluation_windows
+from openmythos.data.shards import TokenShards
+from openmythos.model.mythos import OpenMythos
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """`bits_per_byte` counts the UTF-8 bytes of the text, so tokenizers can be compared."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    perplexity: float
+    tokens: int
+    num_bytes: int
+
+
+@torch.no_grad()
+def depth_sweep(
+    model: OpenMythos,
+    shards: TokenShards,
+    loops: Sequence[int],
+    *,
+    seq_len: int,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, Likelihood]:
+    """The likelihood at each number of loops, all from one pass at the largest.
+
+    Every token but the first is scored once, in windows of seq_len tokens that do not overlap; a
+    token early in a window has little context, so this is an upper bound of the model's loss.
+    `progress` is told the tokens scored so far.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    totals, tokens = dict.fromkeys(sorted(loops), 0.0), 0
+    try:
+        for batch in evaluation_windows(shards, seq_len, batch_size=batch_size):
+            targets = batch.targets.flatten().to(device)
+            with _autocast(device, precision):
+                output = model(
+                    batch.tokens.to(device), num_loops=max(loops), collect_loops=tuple(loops)
+                )
+            by_loops = dict(zip(output.recurrence.collected, output.loop_logits, strict=True))
+            for num_loops in totals:
+                # Where all positions had halted before, further loops change nothing.
+                logits = by_loops.get(num_loops, output.logits)
+                losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+                totals[num_loops] += float((losses.cpu() * batch.weights.flatten()).sum())
+            tokens += int(batch.weights.sum())
+            if progress is not None:
+                progress(tokens)
+    finally:
+        model.train(was_training)
+    return {loop: _likelihood(total, tokens, shards) for loop, total in totals.items()}
+
+
+def _likelihood(total: float, tokens: int, shards: TokenShards) -> Likelihood:
+    nats = total / tokens
+    return Likelihood(
+        nats_per_token=nats,
+        bits_per_byte=total / math.log(2) / shards.num_bytes,
+        perplexity=math.exp(min(nats, 700.0)),
+        tokens=tokens,
+        num_bytes=shards.num_bytes,
+    )
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,145 @@
+"""Run folders: from a config to tokens, tokenizer, checkpoints and metrics on disk, and back.
+
+RUN/
+    config.toml                 everything that the run is a function of
+    tokenizer.json
+    tokens/{train,held_out}/    memory-mapped shards
+    metrics.jsonl               one object per logged step
+    checkpoints/step-*/         see `train.checkpoint`
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from openmythos.config import ConfigError, load_toml, save_toml
+from openmythos.data.corpus import Corpus, open_corpus
+from openmythos.data.loader import Loader
+from openmythos.data.shards import TokenShards, write_shards
+from openmythos.data.tokenizer import Tokenizer, load_tokenizer
+from openmythos.model.mythos import OpenMythos
+from openmythos.train.checkpoint import latest_checkpoint, load_training, save_checkpoint
+from openmythos.train.config import DataConfig, RunConfig
+from openmythos.train.metrics import MetricsLog
+from openmythos.train.parallel import choose_device, rank_and_world_size
+from openmythos.train.trainer import StepMetrics, Trainer
+
+CONFIG_FILE = "config.toml"
+Progress = Callable[[str, int], None]
+
+
+def open_data(config: DataConfig) -> Corpus:
+    """The corpus that a config names."""
+    limit = round(config.limit_mb * 1e6) or None
+    return open_corpus(
+        config.paths, field=config.field, held_out=config.held_out, limit_bytes=limit
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder."""
+
+    folder: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+
+    @classmethod
+    def create(cls, folder: Path, config: RunConfig, progress: Progress | None = None) -> "Run":
+        """Make the folder, train or load the tokenizer, write the token shards.
+
+        `progress` is told what is being done and the bytes of text done so far.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(
+                f"{folder}: exists already; choose another --out, or --resume {folder}"
+            )
+        report = progress or (lambda _stage, _done: None)
+        corpus = open_data(config.data)
+        report("tokenizer", 0)
+        tokenizer = config.tokenizer.build(document.text for document in corpus.train())
+        vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, documents in (("train", corpus.train()), ("held_out", corpus.held_out())):
+            write_shards(
+                documents,
+                tokenizer,
+                folder / "tokens" / name,
+                progress=lambda done, name=name: report(f"{name} tokens", done),  # type: ignore[misc]
+            )
+        tokenizer.save(folder)
+        # Last, so that a folder with a config is a folder with data.
+        save_toml(config, folder / CONFIG_FILE)
+        return cls(folder, config, tokenizer)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        """Open what `create` made."""
+        if not (folder / CONFIG_FILE).is_file():
+            raise ConfigError(f"{folder}: is not the folder of a run: it has no {CONFIG_FILE}")
+        return cls(folder, load_toml(RunConfig, folder / CONFIG_FILE), load_tokenizer(folder))
+
+    def shards(self, part: str) -> TokenShards:
+        """Tokens of "train" or "held_out", verified against their checksums."""
+        shards = TokenShards.open(self.folder / "tokens" / part)
+        shards.require_tokenizer(self.tokenizer)
+        return shards
+
+    def load_model(self) -> OpenMythos:
+        """The model of the newest checkpoint, in eval mode, on the CPU."""
+        return OpenMythos.from_pretrained(latest_checkpoint(self.folder))
+
+
+def train(run: Run, *, resume: bool = False) -> Generator[StepMetrics, None, None]:
+    """Train, logging and saving as the config says; yields every step's metrics.
+
+    Closing the iterator (as Ctrl-C does) saves a checkpoint of the last finished step.
+    """
+    config = run.config.train
+    rank, world_size = rank_and_world_size()
+    device = choose_device(config.device)
+    loader = Loader(
+        run.shards("train"),
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    checkpoint = latest_checkpoint(run.folder) if resume else None
+    if checkpoint is None:
+        model = OpenMythos(run.config.model, seed=config.seed)
+    else:
+        model = OpenMythos.from_pretrained(checkpoint)
+    trainer = Trainer(model.to(device), loader, config)
+    if checkpoint is not None:
+        state = load_training(checkpoint)
+        trainer.optimizers.load_state_dict(state["optimizers"])
+        trainer.step = state["step"]
+    return _steps(run, trainer)
+
+
+def _steps(run: Run, trainer: Trainer) -> Generator[StepMetrics, None, None]:
+    config = run.config.train
+    log = MetricsLog(run.folder, trainer.step)
+    saved = trainer.step
+
+    def save() -> None:
+        nonlocal saved
+        training = {"step": trainer.step, "optimizers": trainer.optimizers.state_dict()}
+        save_checkpoint(run.folder, trainer.model, training, config.keep_checkpoints)
+        saved = trainer.step
+
+    try:
+        for metrics in trainer.steps():
+            if metrics.step % config.log_every == 0 or trainer.step == config.num_steps:
+                log.write(metrics.as_dict())
+            if trainer.step % config.save_every == 0 or trainer.step == config.num_steps:
+                save()
+            yield metrics
+    except GeneratorExit:
+        # Between two steps, and only there, is the model in a state worth keeping.
+        if saved != trainer.step:
+            save()
+        raise

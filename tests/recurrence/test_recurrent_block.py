@@ -1,0 +1,303 @@
+"""The loop itself: truncated backprop, depths per sequence, checkpoints, statistics, states."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from variants import (
+    DIM,
+    SEQ,
+    assert_gradients_close,
+    gradients,
+    members,
+    name_of,
+    random_tokens,
+    tiny_config,
+    tiny_model,
+)
+
+from openmythos.model.config import MythosConfig
+from openmythos.model.mythos import MythosOutput, OpenMythos
+from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
+from openmythos.nn.block import Attention, FeedForward
+from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.moe import MoE
+from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
+from openmythos.recurrence.halting import ACT
+from openmythos.recurrence.injection import Injection
+from openmythos.recurrence.recurrent_block import NOISE_BLOCK, RecurrentBlock
+
+CONDITIONED: dict[str, Any] = {
+    "loop_embedding": LoopEmbedding(num_loops=3),
+    "loop_lora": LoopLoRA(num_loops=3, targets=("*",)),
+    "recurrent_layers": 2,
+}
+
+
+def causal(config: MythosConfig) -> tuple[AttentionContext, Tensor]:
+    layout, a = TokenLayout(SEQ, 0, torch.device("cpu")), config.attention
+    context = attention_context(layout, a.rotary_dim(config.dim), a.rope_base, a.window)
+    return context, layout.positions()
+
+
+def naive_loops(
+    block: RecurrentBlock,
+    initial: Tensor,
+    encoded: Tensor,
+    context: AttentionContext,
+    num_loops: int,
+    detach: int,
+) -> Tensor:
+    """h <- u + R(u) written out, cut from the graph before loop `detach`."""
+    drive, state = block.injection.prepare(encoded), initial
+    for loop in range(num_loops):
+        state = state.detach() if loop == detach else state
+        embedding, deltas = block.conditioning(loop)
+        x = block.injection(state, drive)
+        x = x if embedding is None else x + embedding
+        for layer in block.layers:
+            x = layer(x, context, deltas=deltas).x
+        state = x
+    return state
+
+
+@pytest.mark.parametrize("injection", members(Injection), ids=name_of)
+@pytest.mark.parametrize("backprop_loops", [0, 1, 4, 5, 99])
+def test_truncated_backprop_equals_a_manual_detach(
+    injection: Injection, backprop_loops: int
+) -> None:
+    config = tiny_config(injection=injection, state_init="encoded", **CONDITIONED)
+    model, num_loops = tiny_model(config), 5
+    encoded, weights = torch.randn(2, 2, SEQ, DIM)
+    encoded.requires_grad_()
+    context, positions = causal(config)
+    out = model.recurrent(
+        encoded, context, positions, num_loops=num_loops, backprop_loops=backprop_loops
+    )
+    normed = model.recurrent.prelude_norm(encoded)
+    # Where all loops carry gradient, so does the initial state.
+    detach = num_loops - backprop_loops if 0 < backprop_loops < num_loops else -1
+    state = naive_loops(model.recurrent, normed, normed, context, num_loops, detach)
+    torch.testing.assert_close(out.state, state, rtol=1e-5, atol=1e-5)
+    wanted = run_backward(model, encoded, (state * weights).sum())
+    assert_gradients_close(run_backward(model, encoded, (out.state * weights).sum()), wanted)
+    assert wanted["recurrent.layers.0.attention.output.weight"].any()
+
+
+def run_backward(model: OpenMythos, encoded: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    encoded.grad = None
+    loss.backward()
+    grad = torch.zeros_like(encoded) if encoded.grad is None else encoded.grad
+    return gradients(model) | {"encoded": grad}
+
+
+@pytest.mark.parametrize("halting", [tiny_config().halting, ACT(bias_init=-1.0)], ids=name_of)
+def test_truncation_counts_from_each_sequences_own_last_loop(halting: Any) -> None:
+    model, tokens = tiny_model(tiny_config(halting=halting, **CONDITIONED)), random_tokens(4)
+    depths, weights = [5, 1, 3, 2], torch.randn(4, SEQ, 50)
+    out = model(tokens, num_loops=torch.tensor(depths), backprop_loops=2)
+    (out.logits * weights).sum().backward()
+    together = gradients(model)
+    model.zero_grad()
+    for row, depth in enumerate(depths):
+        alone = model(tokens[row : row + 1], num_loops=depth, backprop_loops=2)
+        (alone.logits[0] * weights[row]).sum().backward()
+    assert_gradients_close(together, gradients(model))
+    # Loops 0 and 1 carry gradient only in the short sequences, loop 2 in the long ones.
+    model.zero_grad()
+    model(tokens, num_loops=5, backprop_loops=2).logits.sum().backward()
+    table = model.recurrent.conditioning.embedding.table.grad
+    assert table[:2].abs().sum() == 0 and table[2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("num_loops", [4, torch.tensor([4, 1, 2])], ids=["all", "each"])
+@pytest.mark.parametrize("feed_forward", members(FeedForward), ids=name_of)
+@pytest.mark.parametrize("attention", members(Attention), ids=name_of)
+def test_truncation_under_autocast_loses_no_gradient(
+    attention: Attention, feed_forward: FeedForward, num_loops: Any
+) -> None:
+    """Autocast caches cast weights; one cast without gradient must not be used with gradient."""
+    config = tiny_config(attention=attention, recurrent_feed_forward=feed_forward, **CONDITIONED)
+    model, tokens = tiny_model(config).train(), random_tokens(3)
+    found = []
+    for cache_enabled in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled):
+            out = model(tokens, num_loops=num_loops, backprop_loops=2)
+        out.logits.float().square().sum().backward()
+        found.append(gradients(model))
+    # Not equal to the last bit: a weight cast once adds up its gradients in bf16.
+    for (name, cached), uncached in zip(found[0].items(), found[1].values(), strict=True):
+        assert (cached - uncached).norm() <= 0.02 * uncached.norm(), name
+        assert uncached.any() or ".layers." not in name
+
+
+def test_loops_without_gradient_keep_no_graph() -> None:
+    """The memory of a truncated step does not grow with the loops that are cut off."""
+
+    def saved_numbers(num_loops: int) -> int:
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(random_tokens(2), num_loops=num_loops, backprop_loops=2)
+        return sum(sizes)
+
+    model = tiny_model(tiny_config(recurrent_feed_forward=SwiGLU(hidden_dim=24)))
+    assert saved_numbers(2) == saved_numbers(12)
+
+
+def test_checkpointed_loops_keep_one_state_each() -> None:
+    def saved_numbers(num_loops: int) -> int:
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(random_tokens(2), num_loops=num_loops)
+        return sum(sizes)
+
+    model = tiny_model(tiny_config(recurrent_feed_forward=SwiGLU(hidden_dim=24)))
+    plain = saved_numbers(12) - saved_numbers(2)
+    model.recurrent.checkpoint_loops = True
+    checkpointed = saved_numbers(12) - saved_numbers(2)
+    assert checkpointed < plain / 10
+
+
+def expert_calls(model: OpenMythos, run: Callable[[], MythosOutput]) -> tuple[MythosOutput, Any]:
+    """What each router of the recurrent block chose in each call, recorded from outside."""
+    chosen: dict[int, list[Tensor]] = {index: [] for index in range(len(model.recurrent.layers))}
+    hooks = [
+        layer.feed_forward.router.register_forward_hook(
+            lambda _m, _a, out, index=index: chosen[index].append(out[1])
+        )
+        for index, layer in enumerate(model.recurrent.layers)
+    ]
+    out = run()
+    for hook in hooks:
+        hook.remove()
+    return out, chosen
+
+
+@pytest.mark.parametrize("halting", [tiny_config().halting, ACT(bias_init=-1.0)], ids=name_of)
+@pytest.mark.parametrize("checkpoint_loops", [False, True])
+def test_router_statistics_are_summed_over_loops(halting: Any, checkpoint_loops: bool) -> None:
+    model = tiny_model(
+        tiny_config(halting=halting, feed_forward=MoE(num_experts=4, expert_dim=16), **CONDITIONED)
+    ).train()
+    model.recurrent.checkpoint_loops = checkpoint_loops
+    depths = torch.tensor([4, 1, 3])
+    out, chosen = expert_calls(
+        model, lambda: model(random_tokens(3), num_loops=depths, backprop_loops=2)
+    )
+    assert set(out.router) == {"prelude.0", "recurrent.layers.0", "recurrent.layers.1", "coda.0"}
+    for index, calls in chosen.items():
+        stats = out.router[f"recurrent.layers.{index}"]
+        experts = torch.cat(calls)
+        assert torch.equal(stats.counts, experts.flatten().bincount(minlength=4).float())
+        assert stats.tokens == len(experts) == int(out.recurrence.loops_used.sum())
+        assert stats.counts.sum() == 2 * stats.tokens
+    if halting.kind == "none":
+        assert out.recurrence.loops_used.sum() == depths.sum() * SEQ
+    for name in ("prelude.0", "coda.0"):
+        assert out.router[name].tokens == 3 * SEQ
+    assert model.eval()(random_tokens(3)).router == {}
+
+
+def test_the_forward_pass_changes_no_buffer_or_parameter() -> None:
+    model = tiny_model(tiny_config(halting=ACT(), **CONDITIONED)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(random_tokens(2), num_loops=3).logits.sum().backward()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("halting", [tiny_config().halting, ACT(bias_init=-1.0)], ids=name_of)
+@torch.no_grad()
+def test_collected_loops_are_what_fewer_loops_give(halting: Any) -> None:
+    model, tokens = tiny_model(tiny_config(halting=halting, **CONDITIONED)), random_tokens(3)
+    out = model(tokens, num_loops=6, collect_loops=(1, 2, 5))
+    plain = model(tokens, num_loops=6)
+    assert torch.equal(out.logits, plain.logits)
+    assert out.recurrence.collected == [1, 2, 5]
+    for loops, output, logits in zip(
+        (1, 2, 5), out.recurrence.outputs, out.loop_logits, strict=True
+    ):
+        fewer = model(tokens, num_loops=loops)
+        torch.testing.assert_close(output, fewer.recurrence.state)
+        torch.testing.assert_close(logits, fewer.logits)
+    assert plain.loop_logits == plain.recurrence.states == plain.recurrence.halt_weights == []
+
+
+@torch.no_grad()
+def test_collected_loops_of_sequences_of_different_depth() -> None:
+    model, tokens = tiny_model(tiny_config(**CONDITIONED)), random_tokens(4)
+    depths = torch.tensor([2, 5, 1, 3])
+    out = model(tokens, num_loops=depths, collect_loops=range(1, 6))
+    order = out.recurrence.order
+    assert order is not None and order.tolist() == [1, 3, 0, 2]
+    for loops, logits in zip(range(1, 6), out.loop_logits, strict=True):
+        rows = [row for row in order.tolist() if depths[row] >= loops]
+        assert len(logits) == len(rows)
+        torch.testing.assert_close(
+            logits, model(tokens[rows], num_loops=loops).logits, rtol=1e-4, atol=2e-5
+        )
+
+
+@torch.no_grad()
+def test_a_random_initial_state_is_fixed_at_inference_and_fresh_in_training() -> None:
+    model = tiny_model(tiny_config(state_init="normal", context=NOISE_BLOCK + 8))
+    block, encoded = model.recurrent, torch.zeros(2, 6, DIM)
+
+    def initial(first: int) -> Tensor:
+        return block._initial_state(encoded, torch.arange(first, first + 6)[None])
+
+    assert torch.equal(initial(0), initial(0))
+    assert torch.equal(initial(0)[:, 3:], initial(3)[:, :3])
+    # The same however much of the noise has been made before, and across its blocks.
+    other = OpenMythos(model.config).recurrent.eval()
+    far = other._initial_state(encoded, torch.arange(NOISE_BLOCK - 3, NOISE_BLOCK + 3)[None])
+    assert torch.equal(initial(NOISE_BLOCK - 3), far)
+    assert len(torch.cat((initial(0)[0], far[0]), dim=0).unique(dim=0)) == 12
+    block.train()
+    assert not torch.equal(initial(0), initial(0))
+    state = block._initial_state(torch.zeros(64, 64, DIM), torch.arange(64)[None])
+    assert state.std() == pytest.approx((2 / (5 * DIM)) ** 0.5, rel=0.02)
+    assert abs(state.mean()) < 0.002
+
+
+@torch.no_grad()
+def test_initial_states() -> None:
+    encoded, positions = torch.randn(2, SEQ, DIM), torch.arange(SEQ)[None]
+    blocks = {
+        name: tiny_model(tiny_config(state_init=name)).recurrent for name in ("zeros", "encoded")
+    }
+    assert not blocks["zeros"]._initial_state(encoded, positions).any()
+    assert torch.equal(blocks["encoded"]._initial_state(encoded, positions), encoded)
+
+
+@torch.no_grad()
+def test_a_block_of_equal_depths_is_the_same_as_one_number() -> None:
+    model, tokens = tiny_model(tiny_config(halting=ACT(), **CONDITIONED)), random_tokens(3)
+    one = model(tokens, num_loops=3)
+    each = model(tokens, num_loops=torch.tensor([3, 3, 3]))
+    assert torch.equal(one.logits, each.logits)
+    assert torch.equal(one.recurrence.loops_used, each.recurrence.loops_used)
+
+
+@torch.no_grad()
+def test_work_is_the_sum_of_the_depths() -> None:
+    model, fed = tiny_model(tiny_config()).train(), []
+    model.recurrent.layers[0].attention.register_forward_pre_hook(
+        lambda _, args: fed.append(len(args[0]))
+    )
+    model(random_tokens(4), num_loops=torch.tensor([1, 4, 2, 2]))
+    assert fed == [4, 3, 1, 1]
