@@ -114,7 +114,7 @@ class Generate:
     def run(self) -> None:
         run = Run.open(Path(self.folder))
         model = run.load_model()
-        request = Request(max_new_tokens=self.max_new_tokens, stop_id=run.tokenizer.bos_id)
+        request = Request(max_new_tokens=self.max_new_tokens, stop_ids=(run.tokenizer.bos_id,))
         chosen = [f"exit_rule.kind={self.exit_rule}", f"num_loops={model.config.num_loops}"]
         if self.num_loops != 0:
             chosen[1] = f"num_loops={self.num_loops}"
@@ -240,7 +240,9 @@ class Demo:
         engine = Engine(run.load_model(), run.tokenizer)
         for num_loops in (1, 4, 16):
             OUT.print(f"\n--- {num_loops} loop{'s' if num_loops > 1 else ''} ---")
-            request = Request(num_loops=num_loops, max_new_tokens=80, stop_id=run.tokenizer.bos_id)
+            request = Request(
+                num_loops=num_loops, max_new_tokens=80, stop_ids=(run.tokenizer.bos_id,)
+            )
             _stream(engine, DEMO_PROMPT, apply_overrides(request, ["sampling.temperature=0.7"]))
         OUT.print(f"\nIn {folder}: config.toml, metrics.jsonl, eval.json, loss.png, loops.png")
         OUT.print(f"Next:  openmythos generate {folder} --prompt 'class Stack' --num-loops 8")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from openmythos import ConfigError, MythosConfig, OpenMythos, presets
@@ -33,6 +34,7 @@ VARIANTS = {
     "concat": ["injection=concat"],
     "no injection": ["injection=none", "state_init=encoded"],
     "untied, embedding": ["tie_embeddings=false", "loop_embedding=learned"],
+    "halting": ["halting=act"],
     "deep": ["prelude_layers=2", "recurrent_layers=3", "coda_layers=0"],
 }
 
@@ -125,24 +127,27 @@ def padding_flops(config: MythosConfig, loops: int) -> int:
     return config.effective_depth(loops) * 2 * SEQ * c.num_heads * padding
 
 
-@pytest.mark.parametrize("loops", [1, 3])
-def test_forward_flops_are_what_torch_counts(config: MythosConfig, loops: int) -> None:
-    tokens = torch.zeros(BATCH, SEQ, dtype=torch.long, device="meta")
-    with counter() as counted:
-        on_meta(config).train()(tokens, num_loops=loops)
+def test_forward_flops_are_what_torch_counts(config: MythosConfig) -> None:
+    loops = 3
+    tokens = torch.zeros(BATCH, SEQ, dtype=torch.long)
+    # The CPU's fused attention is none of the operations that the counter knows.
+    with sdpa_kernel(SDPBackend.MATH), counter() as counted:
+        OpenMythos(config).train()(tokens, num_loops=loops)
     # The counter knows no causal mask: to it, each of SEQ tokens sees SEQ.
     predicted = cost.forward_flops_per_token(config, num_loops=loops, context=2 * SEQ)
     padding = padding_flops(config, loops)
     assert counted.get_total_flops() == BATCH * SEQ * (predicted + padding)
 
 
-@pytest.mark.parametrize("backprop_loops", [0, 1, 2, 5])
-@pytest.mark.parametrize("variant", ["as it is", "relu2", "full input map", "deep"])
+@pytest.mark.parametrize("backprop_loops", [0, 2, 5])
+@pytest.mark.parametrize("variant", ["as it is", "full input map", "relu2", "deep"])
 def test_training_flops_are_what_torch_counts(variant: str, backprop_loops: int) -> None:
-    config = tiny(*VARIANTS[variant], "attention.value_head_dim=24")
-    tokens = torch.zeros(BATCH, SEQ, dtype=torch.long, device="meta")
-    with counter() as counted:
-        out = on_meta(config).train()(tokens, num_loops=3, backprop_loops=backprop_loops)
+    # The counter's own hooks fail on deltas that are taken from their stack without gradient.
+    lora = NO_LORA if backprop_loops == 2 else []
+    config = tiny(*VARIANTS[variant], "attention.value_head_dim=24", *lora)
+    tokens = torch.zeros(BATCH, SEQ, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), counter() as counted:
+        out = OpenMythos(config).train()(tokens, num_loops=3, backprop_loops=backprop_loops)
         out.logits.sum().backward()
     predicted = cost.training_flops_per_token(
         config, num_loops=3, backprop_loops=backprop_loops, context=2 * SEQ
@@ -189,7 +194,7 @@ def kept_bytes(
             kept.setdefault(x.untyped_storage().data_ptr(), x)
         return x
 
-    tokens = torch.randint(config.vocab_size, (2, 256))
+    tokens = torch.randint(config.vocab_size, (2, 128))
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
         model(tokens, num_loops=loops, backprop_loops=backprop_loops)
@@ -200,14 +205,14 @@ def memory(config: MythosConfig, loops: int, backprop_loops: int = 0, **options:
     return cost.training_memory(
         config,
         batch=2,
-        context=256,
+        context=128,
         num_loops=loops,
         backprop_loops=backprop_loops,
         **{"dtype": torch.float32} | options,
     )
 
 
-LOOPS = [(1, 0), (4, 0), (6, 2)]
+LOOPS = [(3, 0), (4, 2)]
 
 
 @pytest.mark.parametrize(("loops", "backprop_loops"), LOOPS)
@@ -239,7 +244,7 @@ def test_activations_in_bfloat16(overrides: list[str]) -> None:
 def test_checkpointed_loops_cost_their_initial_state() -> None:
     config = presets.small()
     one, two, nine = (memory(config, loops, checkpointing=True) for loops in (1, 2, 9))
-    state = 2 * 256 * config.dim * 4
+    state = 2 * 128 * config.dim * 4
     assert one == memory(config, 1)
     assert two.activations - one.activations == state
     assert nine.activations - one.activations == 8 * state
@@ -260,7 +265,7 @@ def test_weights_gradients_and_moments() -> None:
     assert muon.optimizer == 8 * total - 4 * matrices
     assert memory(config, 4, dtype=torch.bfloat16).weights == 6 * total
     assert adamw.total == 16 * total + adamw.activations + adamw.logits
-    assert adamw.logits == 2 * 256 * config.vocab_size * 12
+    assert adamw.logits == 2 * 128 * config.vocab_size * 12
 
 
 def test_a_plan_holds_what_the_functions_say() -> None:

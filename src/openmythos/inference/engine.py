@@ -36,7 +36,7 @@ class Engine:
         loops = 0
         for step in steps:
             token, loops = int(step.tokens[0]), int(step.loops_used[0])
-            if token == request.stop_id:
+            if token in request.stop_ids:
                 break
             yield TextPiece(decoder.push(token), loops)
         rest = decoder.finish()

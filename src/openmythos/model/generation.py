@@ -22,7 +22,7 @@ class Request:
     """What to generate and how.
 
     `prefill` and `decode` choose how the loops share a cache; `prefill_chunk` > 0 feeds the prompt
-    in pieces of that many tokens. Generation of a row ends at `stop_id`.
+    in pieces of that many tokens. Generation of a row ends at any of `stop_ids`.
     """
 
     max_new_tokens: int = 64
@@ -32,7 +32,7 @@ class Request:
     prefill: CachePolicy = field(default_factory=ExactCache)
     decode: CachePolicy = field(default_factory=ExactCache)
     prefill_chunk: int = 0
-    stop_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_int("max_new_tokens", self.max_new_tokens, minimum=0)
@@ -41,7 +41,7 @@ class Request:
 
 
 class DecodeStep(NamedTuple):
-    """One new token of every row; rows that have ended repeat the stop token."""
+    """One new token of every row; rows that have ended repeat their stop token."""
 
     tokens: NextTokenIds
     loops_used: Tensor  # [batch], loops behind the logits that this token was drawn from
@@ -86,7 +86,9 @@ def _stream(
             decode=request.decode,
         )
         generator = torch.Generator().manual_seed(request.sampling.seed)
+        stop_ids = torch.tensor(request.stop_ids, dtype=torch.long, device=prompt.device)
         ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+        tokens = prompt[:, -1]
 
         def run(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, LoopsPerToken]:
             out = model(
@@ -105,10 +107,8 @@ def _stream(
             logits, loops = run(prompt[:, start : start + chunk], mask)
         cache.begin_decode()
         for index in range(request.max_new_tokens):
-            tokens = sample(logits, request.sampling, generator)
-            if request.stop_id is not None:
-                tokens = torch.where(ended, request.stop_id, tokens)
-                ended = ended | (tokens == request.stop_id)
+            tokens = torch.where(ended, tokens, sample(logits, request.sampling, generator))
+            ended = ended | torch.isin(tokens, stop_ids)
             yield DecodeStep(tokens, loops)
             if bool(ended.all()) or index + 1 == request.max_new_tokens:
                 return

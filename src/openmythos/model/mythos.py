@@ -309,7 +309,7 @@ class OpenMythos(nn.Module):
             num_loops=self.config.num_loops if num_loops is None else num_loops,
             sampling=Sampling() if sampling is None else sampling,
             exit_rule=FixedExit() if exit_rule is None else exit_rule,
-            stop_id=stop_id,
+            stop_ids=() if stop_id is None else (stop_id,),
         )
         return generation.stream(self, prompt, request, attention_mask)
 

@@ -46,7 +46,7 @@ def tiny() -> MythosConfig:
 
 
 def small() -> MythosConfig:
-    """About 5 M parameters: trains on a laptop."""
+    """4.4 M parameters: trains on a laptop."""
     return MythosConfig(
         vocab_size=4096,
         dim=256,
@@ -82,7 +82,7 @@ def parcae_770m() -> MythosConfig:
 
 
 def mythos_1b() -> MythosConfig:
-    """1.06 B parameters, 0.31 B of them active per token; 16 loops, 4k context."""
+    """1 B parameters, 0.31 B of them active per token; 16 loops, 4k context."""
     return MythosConfig(
         vocab_size=32_768,
         dim=2048,
@@ -92,7 +92,7 @@ def mythos_1b() -> MythosConfig:
         num_loops=16,
         attention=_latent(2048, kv=256, rope=32, head=64, context=4096),
         feed_forward=SwiGLU(hidden_dim=5632),
-        recurrent_feed_forward=MoE(num_experts=64, top_k=4, num_shared_experts=2, expert_dim=2048),
+        recurrent_feed_forward=MoE(num_experts=64, top_k=4, num_shared_experts=2, expert_dim=1984),
         loop_lora=LoopLoRA(rank=8, num_loops=16),
     )
 

@@ -61,7 +61,11 @@ class TokenLayout:
     documents: Tensor | None = None
 
     def positions(self) -> Tensor:
-        """Position of each token among the valid ones before it, [batch or 1, seq]."""
+        """Position of each token in its document, padding not counted, [batch or 1, seq]."""
+        if self.documents is not None:
+            index = torch.arange(self.seq, device=self.device).expand_as(self.documents)
+            begins = self.documents.diff(dim=1, prepend=self.documents[:, :1]) != 0
+            return index - (index * begins).cummax(dim=1).values
         if self.valid is None:
             return torch.arange(self.start, self.start + self.seq, device=self.device)[None]
         return (self.valid.long().cumsum(1) - 1).clamp_min(0)[:, self.start :]

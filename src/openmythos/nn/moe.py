@@ -19,6 +19,9 @@ from openmythos.nn.feed_forward import SwiGLULayer, TokenRows
 from openmythos.nn.linear import NO_DELTAS, Deltas
 from openmythos.types import Tokens
 
+# The grouped kernels want rows of whole 16 bytes: 8 numbers in bf16.
+ALIGNMENT = 8
+
 
 class RouterStats(NamedTuple):
     """Sums over the routed tokens of one or more calls: add two to join them."""
@@ -66,6 +69,12 @@ class MoE:
             require_int(name, getattr(self, name), minimum=1)
         require_int("num_shared_experts", self.num_shared_experts, minimum=0)
         require(
+            self.expert_dim % ALIGNMENT == 0,
+            "expert_dim",
+            self.expert_dim,
+            f"must be a multiple of {ALIGNMENT}",
+        )
+        require(
             self.top_k <= self.num_experts,
             "top_k",
             self.top_k,
@@ -76,6 +85,7 @@ class MoE:
             require_number(name, getattr(self, name), at_least=0)
 
     def build(self, dim: int) -> "MoELayer":
+        require(dim % ALIGNMENT == 0, "dim", dim, f"must be a multiple of {ALIGNMENT} with experts")
         return MoELayer(self, dim)
 
 

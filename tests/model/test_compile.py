@@ -1,0 +1,119 @@
+"""torch.compile of the shared layers changes nothing: forward, backward and generation.
+
+Code generation takes half a minute here, so the quick tests stop after tracing ("aot_eager").
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from variants import (
+    assert_gradients_close,
+    gradients,
+    members,
+    name_of,
+    random_tokens,
+    tiny_config,
+    tiny_model,
+)
+
+from openmythos.model.mythos import OpenMythos
+from openmythos.nn.attention import GroupedQueryAttention
+from openmythos.nn.block import Attention, FeedForward
+from openmythos.nn.moe import MoE
+from openmythos.recurrence.conditioning import LoopLoRA
+from openmythos.recurrence.halting import ACT, Halting
+
+pytestmark = [
+    pytest.mark.compile,
+    # Dynamo itself asks every input of a graph for its gradient.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
+TRACED = {"backend": "aot_eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def pair(options: dict[str, Any], **parts: Any) -> tuple[OpenMythos, OpenMythos]:
+    """The same model twice, the second compiled."""
+    config = tiny_config(loop_lora=LoopLoRA(rank=2, num_loops=2), **parts)
+    eager, compiled = tiny_model(config), tiny_model(config)
+    compiled.recurrent.compile_layers(**options)
+    return eager, compiled
+
+
+def check_training(eager: OpenMythos, compiled: OpenMythos, num_loops: Any) -> None:
+    results = []
+    for model in (eager.train(), compiled.train()):
+        out = model(random_tokens(2), num_loops=num_loops)
+        loss = out.logits.square().sum()
+        loss = loss + sum(stats.balance + stats.z for stats in out.router.values())
+        loss.backward()
+        results.append((out, gradients(model)))
+    (wanted, wanted_gradients), (found, found_gradients) = results
+    torch.testing.assert_close(found.logits, wanted.logits, **CLOSE)
+    assert_gradients_close(found_gradients, wanted_gradients)
+    for name, stats in wanted.router.items():
+        assert torch.equal(found.router[name].counts, stats.counts)
+
+
+@torch.no_grad()
+def check_generation(eager: OpenMythos, compiled: OpenMythos) -> None:
+    prompt = random_tokens(2, 6)
+    tokens = [m.generate(prompt, max_new_tokens=5, num_loops=3) for m in (eager, compiled)]
+    assert torch.equal(*tokens)
+    logits = []
+    for model in (eager.eval(), compiled.eval()):
+        cache = model.new_cache(2, 11, num_loops=3)
+        for part in (prompt, *tokens[0][:, :-1].split(1, dim=1)):
+            logits.append(model(part, num_loops=3, cache=cache).logits)
+            cache.advance(part.shape[1])
+    ours, theirs = logits[: len(logits) // 2], logits[len(logits) // 2 :]
+    torch.testing.assert_close(torch.cat(theirs, dim=1), torch.cat(ours, dim=1), **CLOSE)
+
+
+def test_latent_attention_and_experts_train_and_generate_as_in_eager_mode() -> None:
+    models = pair(TRACED, recurrent_feed_forward=MoE(num_experts=4, top_k=2, expert_dim=16))
+    check_training(*models, num_loops=3)
+    check_generation(*models)
+
+
+def test_halting_trains_as_in_eager_mode() -> None:
+    attention = GroupedQueryAttention(num_heads=4, num_kv_heads=2)
+    check_training(*pair(TRACED, attention=attention, halting=ACT(bias_init=-0.5)), num_loops=3)
+
+
+def test_one_graph_without_breaks_serves_all_loops() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    config = tiny_config()
+    model = tiny_model(config)
+    model.recurrent.compile_layers(backend=counter, fullgraph=True)
+    for num_loops in (1, 3, 9):
+        model(random_tokens(2), num_loops=num_loops)
+        assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_generated_code_trains_and_generates_as_in_eager_mode() -> None:
+    models = pair({}, recurrent_feed_forward=MoE(num_experts=4, top_k=2, expert_dim=16))
+    check_training(*models, num_loops=3)
+    check_generation(*models)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("halting", members(Halting), ids=name_of)
+@pytest.mark.parametrize("feed_forward", members(FeedForward), ids=name_of)
+@pytest.mark.parametrize("attention", members(Attention), ids=name_of)
+def test_every_variant_trains_and_generates_as_in_eager_mode(
+    attention: Attention, feed_forward: FeedForward, halting: Halting
+) -> None:
+    models = pair(TRACED, attention=attention, recurrent_feed_forward=feed_forward, halting=halting)
+    check_training(*models, num_loops=torch.tensor([3, 2]))
+    check_generation(*models)
