@@ -172,9 +172,26 @@ def _variant_id(parts: Mapping[str, Any]) -> str:
     return ", ".join(name_of(parts[name]) for name in list(AXES)[:4])
 
 
-_VARIANT_PARTS = pairwise(AXES)
-VARIANTS = [tiny_config(**parts) for parts in _VARIANT_PARTS]
-VARIANT_IDS = [f"{i}: {_variant_id(parts)}" for i, parts in enumerate(_VARIANT_PARTS)]
+def _usual(part: Any) -> Any:
+    return tiny(type(part)) if hasattr(part, "kind") else part
+
+
+_MEMBERS = {name: [v for v in values if v == _usual(v)] for name, values in AXES.items()}
+
+
+def _pairs_of_members() -> list[dict[str, Any]]:
+    """Every pair of members, and every other variation of a member once."""
+    rows = pairwise(_MEMBERS)
+    others = [(n, v) for n, values in AXES.items() for v in values if v != _usual(v)]
+    return rows + [rows[i % len(rows)] | {n: v} for i, (n, v) in enumerate(others)]
+
+
+_ALL, _FEW = pairwise(AXES), _pairs_of_members()
+VARIANTS = [tiny_config(**parts) for parts in _ALL]
+VARIANT_IDS = [f"{i}: {_variant_id(parts)}" for i, parts in enumerate(_ALL)]
+# For what costs more and depends less on details.
+FEW_VARIANTS = [tiny_config(**parts) for parts in _FEW]
+FEW_VARIANT_IDS = [f"{i}: {_variant_id(parts)}" for i, parts in enumerate(_FEW)]
 
 # Every combination of members of the unions that decide what a position can see or when it stops.
 COMBINATIONS = [
@@ -197,7 +214,7 @@ EXIT_RULES = [
     )
 ]
 
-_RULE_PARTS = pairwise(AXES | {"rule": EXIT_RULES})
+_RULE_PARTS = pairwise(_MEMBERS | {"rule": EXIT_RULES})
 RULE_VARIANTS = [
     (tiny_config(**{name: parts[name] for name in AXES}), parts["rule"]) for parts in _RULE_PARTS
 ]

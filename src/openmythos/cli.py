@@ -415,4 +415,35 @@ def _short(number: float) -> str:
 
 
 def _print_plan(name: str, plan: cost.Plan) -> None:
-    OUT.print(name, plan)
+    count, training = plan.parameters, plan.training
+    table = Table("", name, show_header=True)
+    table.add_row("parameters, total", _short(count.total))
+    table.add_row("  active per token", _short(count.active))
+    for part in ("embedding", "prelude", "recurrent", "coda", "head"):
+        table.add_row(f"  {part}", _short(getattr(count, part)))
+    table.add_row("  of it routed experts", _short(count.routed_experts))
+    table.add_section()
+    table.add_row("layers executed", f"{plan.effective_depth} with {plan.num_loops} loops")
+    table.add_row("FLOPs per token, forward", _short(plan.forward_flops))
+    table.add_row("FLOPs per token, training", _short(plan.training_flops))
+    table.add_section()
+    shape = f"{plan.batch} x {plan.context:,} tokens, {str(plan.dtype).removeprefix('torch.')}"
+    table.add_row("weights", _bytes(plan.weight_bytes))
+    table.add_row(f"KV cache, {shape}", _bytes(plan.cache_bytes))
+    table.add_row("  all loops sharing one slot", _bytes(plan.shared_cache_bytes))
+    table.add_section()
+    table.add_row(f"training memory, {shape}", _bytes(training.total))
+    table.add_row("  weights", _bytes(training.weights))
+    table.add_row("  gradients", _bytes(training.gradients))
+    table.add_row("  optimizer state", _bytes(training.optimizer))
+    table.add_row("  activations", _bytes(training.activations))
+    table.add_row("  logits", _bytes(training.logits))
+    table.add_row("  with checkpointed loops", _bytes(plan.checkpointed.total))
+    OUT.print(table)
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.0f} B"

@@ -15,6 +15,8 @@ from variants import (
     COMBINATION_IDS,
     COMBINATIONS,
     EXIT_RULES,
+    FEW_VARIANT_IDS,
+    FEW_VARIANTS,
     RULE_VARIANT_IDS,
     RULE_VARIANTS,
     SEQ,
@@ -38,7 +40,7 @@ from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
 from openmythos.recurrence.halting import ExitRule, Halting, StateChangeExit
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
-every_variant = pytest.mark.parametrize("config", VARIANTS, ids=VARIANT_IDS)
+few_variants = pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
 PADDING = torch.tensor([0, 3, 6])  # left padding of each row
 
 
@@ -78,7 +80,7 @@ def test_no_position_sees_a_later_one(config: MythosConfig) -> None:
     check_causal(embedding_gradients(tiny_model(config), 3), config.attention.window)
 
 
-@every_variant
+@few_variants
 def test_no_position_sees_a_later_one_in_training(config: MythosConfig) -> None:
     check_causal(embedding_gradients(tiny_model(config).train(), 2), config.attention.window)
 
@@ -88,7 +90,11 @@ def test_exit_rules_do_not_look_ahead(config: MythosConfig, rule: ExitRule) -> N
     check_causal(embedding_gradients(tiny_model(config), 4, rule), config.attention.window)
 
 
-def decode(
+def decode(model: OpenMythos, tokens: Tensor, chunks: list[int], **options: Any) -> Tensor:
+    return decode_with_loops(model, tokens, chunks, **options)[0]
+
+
+def decode_with_loops(
     model: OpenMythos,
     tokens: Tensor,
     chunks: list[int],
@@ -98,12 +104,12 @@ def decode(
     rule: ExitRule | None = None,
     prefill: CachePolicy | None = None,
     policy: CachePolicy | None = None,
-) -> Tensor:
-    """Logits of all positions: the prompt in `chunks`, then one token at a time."""
+) -> tuple[Tensor, Tensor]:
+    """(logits, loops used) of all positions: a prompt in `chunks`, then one token at a time."""
     cache = model.new_cache(
         len(tokens), tokens.shape[1], num_loops=num_loops, prefill=prefill, decode=policy
     )
-    start, logits = 0, []
+    start, logits, loops_used = 0, [], []
     for size in [*chunks, *[1] * (tokens.shape[1] - sum(chunks))]:
         if start == sum(chunks):
             cache.begin_decode()
@@ -118,12 +124,15 @@ def decode(
         )
         cache.advance(size)
         logits.append(out.logits)
+        loops_used.append(out.recurrence.loops_used)
         start += size
-    return torch.cat(logits, dim=1)
+    return torch.cat(logits, dim=1), torch.cat(loops_used, dim=1)
 
 
-@pytest.mark.parametrize("num_loops", [1, 2, 5])
-@every_variant
+DEPTHS = [(c, (5, 2, 1)[i % 3]) for i, c in enumerate(VARIANTS)] + [(c, 5) for c in FEW_VARIANTS]
+
+
+@pytest.mark.parametrize("config, num_loops", DEPTHS, ids=[*VARIANT_IDS, *FEW_VARIANT_IDS])
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_pass(config: MythosConfig, num_loops: int) -> None:
     model, (tokens, mask) = tiny_model(config), left_padded()
@@ -135,7 +144,7 @@ def test_cached_decoding_equals_the_full_pass(config: MythosConfig, num_loops: i
 
 @pytest.mark.parametrize("halting", members(Halting), ids=name_of)
 @pytest.mark.parametrize("attention", members(Attention), ids=name_of)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.lists(st.integers(1, 5), max_size=4), st.integers(1, 4))
 def test_cached_decoding_for_any_chunks(
     attention: Attention, halting: Halting, chunks: list[int], num_loops: int
@@ -149,7 +158,7 @@ def test_cached_decoding_for_any_chunks(
     torch.testing.assert_close(cached, full, **CLOSE)
 
 
-@every_variant
+@few_variants
 @torch.no_grad()
 def test_left_padding_and_the_other_rows_change_nothing(config: MythosConfig) -> None:
     model, (tokens, mask) = tiny_model(config), left_padded()
@@ -161,37 +170,30 @@ def test_left_padding_and_the_other_rows_change_nothing(config: MythosConfig) ->
         assert used.tolist() == alone.recurrence.loops_used[0].tolist()
 
 
-# Where the coda's keys and values are those of the final state, an exit rule that reads logits
-# inside the loop cannot be the same with a cache; without a coda nothing differs.
-CACHED_RULES = [
-    (rule, coda_layers)
-    for rule, coda_layers in itertools.product(EXIT_RULES, (0, 1))
-    if not (rule.needs_logits and coda_layers)
-]
-
-
 @pytest.mark.parametrize("halting", members(Halting), ids=name_of)
 @pytest.mark.parametrize("attention", members(Attention), ids=name_of)
-@pytest.mark.parametrize("rule, coda_layers", CACHED_RULES, ids=name_of)
+@pytest.mark.parametrize("rule", EXIT_RULES, ids=name_of)
 @torch.no_grad()
 def test_exit_rules_leave_alike_with_a_cache(
-    rule: ExitRule, coda_layers: int, attention: Attention, halting: Halting
+    rule: ExitRule, attention: Attention, halting: Halting
 ) -> None:
-    model = tiny_model(tiny_config(attention=attention, halting=halting, coda_layers=coda_layers))
-    tokens, mask = left_padded()
+    # With a coda, a rule that reads logits inside the loop sees the coda's keys and values of that
+    # loop, where a cache holds those of the last one: the same is promised only without.
+    coda_layers = 0 if rule.needs_logits else 1
+    config = tiny_config(attention=attention, halting=halting, coda_layers=coda_layers)
+    model, (tokens, mask) = tiny_model(config, scale=0.15), left_padded()
     full = model(tokens, num_loops=6, attention_mask=mask, exit_rule=rule)
-    cached = decode(model, tokens, [5, 4], num_loops=6, mask=mask, rule=rule)
+    cached, loops_used = decode_with_loops(model, tokens, [5, 4], num_loops=6, mask=mask, rule=rule)
+    assert torch.equal(loops_used[mask], full.recurrence.loops_used[mask])
     torch.testing.assert_close(cached[mask], full.logits[mask], **CLOSE)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("halting", members(Halting), ids=name_of)
 @pytest.mark.parametrize("policy", CACHE_POLICIES, ids=name_of)
 @pytest.mark.parametrize("prefill", CACHE_POLICIES, ids=name_of)
-def test_every_pair_of_cache_policies_decodes(
-    prefill: CachePolicy, policy: CachePolicy, halting: Halting
-) -> None:
-    model, (tokens, mask) = tiny_model(tiny_config(halting=halting)), left_padded()
+def test_every_pair_of_cache_policies_decodes(prefill: CachePolicy, policy: CachePolicy) -> None:
+    # Halting, since a shared slot must also keep the keys and values of halted positions.
+    model, (tokens, mask) = tiny_model(tiny_config(halting=members(Halting)[-1])), left_padded()
     logits = decode(model, tokens, [5, 4], num_loops=5, mask=mask, prefill=prefill, policy=policy)
     assert logits.shape == (3, SEQ, VOCAB)
     assert torch.isfinite(logits).all()
@@ -295,12 +297,10 @@ def storage_of(cache: KVCache, loop: int) -> Tensor:
     return cache.recurrent_slot(0, loop).storage
 
 
-@every_variant
+@few_variants
 @torch.no_grad()
 def test_any_number_of_loops_is_finite(config: MythosConfig) -> None:
-    if config.injection.kind == "concat":
-        pytest.skip("an unconstrained state map promises no stability")
-    out = tiny_model(config)(random_tokens(2), num_loops=64)
+    out = tiny_model(config)(random_tokens(1), num_loops=64)
     assert torch.isfinite(out.logits).all()
     assert torch.isfinite(out.recurrence.state).all()
 
@@ -329,7 +329,7 @@ def test_beyond_the_last_loop_its_parameters_are_used_again() -> None:
     assert torch.equal(model(tokens, num_loops=9).logits, repeated(tokens, num_loops=9).logits)
 
 
-@every_variant
+@few_variants
 def test_sequences_of_different_depth_equal_each_alone(config: MythosConfig) -> None:
     """Forward and every gradient; eval mode, where a random initial state is fixed."""
     model, tokens = tiny_model(config), random_tokens(4)
@@ -346,7 +346,7 @@ def test_sequences_of_different_depth_equal_each_alone(config: MythosConfig) -> 
     assert_gradients_close(together, gradients(model))
 
 
-@every_variant
+@few_variants
 def test_checkpointed_loops_give_the_same_gradients(config: MythosConfig) -> None:
     model, tokens = tiny_model(config).train(), random_tokens(3)
     results = []
@@ -370,7 +370,7 @@ def test_checkpointed_loops_give_the_same_gradients(config: MythosConfig) -> Non
             assert torch.equal(ours, theirs)
 
 
-@every_variant
+@few_variants
 def test_bf16_weights(config: MythosConfig) -> None:
     model, tokens = tiny_model(config).to(torch.bfloat16).train(), random_tokens(2)
     out = model(tokens, num_loops=3)
@@ -382,7 +382,7 @@ def test_bf16_weights(config: MythosConfig) -> None:
     assert model.generate(tokens, max_new_tokens=2, num_loops=3).shape == (2, 2)
 
 
-@every_variant
+@few_variants
 def test_bf16_autocast(config: MythosConfig) -> None:
     model, tokens = tiny_model(config), random_tokens(2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -398,7 +398,7 @@ def test_bf16_autocast(config: MythosConfig) -> None:
         assert torch.isfinite(gradient).all() and gradient.dtype == torch.float32, name
 
 
-@every_variant
+@few_variants
 @torch.no_grad()
 def test_saving_and_loading_gives_the_same_model(config: MythosConfig, tmp_path: Path) -> None:
     model, tokens = tiny_model(config), random_tokens(2)
@@ -415,7 +415,7 @@ def test_saving_and_loading_gives_the_same_model(config: MythosConfig, tmp_path:
     torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
 
 
-@every_variant
+@few_variants
 def test_every_parameter_gets_a_gradient(config: MythosConfig) -> None:
     """Loops enough to reach every per-loop parameter; data-parallel training needs them all."""
     model = tiny_model(config).train()
@@ -430,9 +430,9 @@ def test_a_feed_forward_or_attention_variant_changes_the_logits() -> None:
     """Guards the lists above: every variant is really another model."""
     tokens = random_tokens(2)
     with torch.no_grad():
-        logits = [tiny_model(config)(tokens, num_loops=3).logits for config in VARIANTS]
+        logits = [tiny_model(config)(tokens, num_loops=3).logits for config in FEW_VARIANTS]
     for (i, a), (j, b) in itertools.combinations(enumerate(logits), 2):
-        assert not torch.allclose(a, b), (VARIANT_IDS[i], VARIANT_IDS[j])
+        assert not torch.allclose(a, b), (FEW_VARIANT_IDS[i], FEW_VARIANT_IDS[j])
 
 
 def test_exit_rules_leave_early_and_at_different_loops() -> None:

@@ -368,7 +368,7 @@ def test_i_sampling_limits() -> None:
         model.generate(random_tokens(1), max_new_tokens=1, sampling=Sampling(top_k=VOCAB + 1))
     with pytest.raises(ConfigError, match=r"temperature = -1\.0: must be a number, at least 0"):
         Sampling(temperature=-1.0)
-    greedy = model.generate(random_tokens(2), max_new_tokens=1, sampling=Sampling(temperature=0))
+    greedy = model.generate(random_tokens(2), max_new_tokens=1, sampling=Sampling(temperature=0.0))
     assert torch.equal(greedy[:, 0], model(random_tokens(2)).logits[:, -1].argmax(-1))
 
 

@@ -49,7 +49,7 @@ def numbers(dtype: torch.dtype) -> st.SearchStrategy[float]:
     )
 
 
-@pytest.mark.parametrize("max_decay", [1e-3, 0.5, 0.99, LARGEST_MAX_DECAY])
+@pytest.mark.parametrize("max_decay", [0.5, LARGEST_MAX_DECAY])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(st.data())
 def test_decay_is_below_one_for_any_parameters(

@@ -101,8 +101,12 @@ def test_neighbouring_seeds_and_steps_share_no_draws(sampling: LoopSampling) -> 
     [
         (FixedLoops(mean_loops=5), 5, 0),
         (UniformLoops(min_loops=2, max_loops=9), 5.5, 63 / 12),
-        (PoissonLoops(mean_loops=6, max_loops=100), 6, 6),
-        (LogNormalPoissonLoops(mean_loops=6, max_loops=1000), 6, 6 + 36 * (2.718281828**0.25 - 1)),
+        (PoissonLoops(mean_loops=6.0, max_loops=100), 6, 6),
+        (
+            LogNormalPoissonLoops(mean_loops=6.0, max_loops=1000),
+            6,
+            6 + 36 * (2.718281828**0.25 - 1),
+        ),
     ],
     ids=str,
 )
@@ -122,12 +126,12 @@ def test_uniform_reaches_both_ends_equally() -> None:
 
 
 def test_poisson_is_clipped_at_both_ends() -> None:
-    loops = draw(PoissonLoops(mean_loops=4, min_loops=3, max_loops=5), batch=500)
+    loops = draw(PoissonLoops(mean_loops=4.0, min_loops=3, max_loops=5), batch=500)
     assert loops.unique().tolist() == [3, 4, 5]
 
 
 def test_a_batch_draw_has_the_same_distribution() -> None:
-    sampling = PoissonLoops(mean_loops=6, max_loops=100, per="batch")
+    sampling = PoissonLoops(mean_loops=6.0, max_loops=100, per="batch")
     loops = torch.stack([draw(sampling, batch=1, step=step)[0] for step in range(3000)]).double()
     assert abs(loops.mean() - 6) < 5 * (6 / 3000) ** 0.5 + 0.03
 
@@ -137,8 +141,8 @@ def test_a_linear_curriculum_raises_the_mean_and_then_holds_it() -> None:
     means = [curriculum.mean(10.0, progress) for progress in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)]
     assert means == [2, 4, 6, 10, 10, 10]
     for sampling in (
-        PoissonLoops(mean_loops=10, max_loops=100),
-        LogNormalPoissonLoops(mean_loops=10, max_loops=1000),
+        PoissonLoops(mean_loops=10.0, max_loops=100),
+        LogNormalPoissonLoops(mean_loops=10.0, max_loops=1000),
         UniformLoops(min_loops=1, max_loops=19),
     ):
         for step, mean in ((0, 2), (12, 3.92), (25, 6), (50, 10), (99, 10)):
@@ -156,7 +160,7 @@ def test_a_curriculum_moves_fixed_loops_too() -> None:
 
 
 def test_no_curriculum_keeps_the_mean() -> None:
-    assert [NONE.mean(7.0, progress) for progress in (0, 0.5, 1)] == [7, 7, 7]
+    assert [NONE.mean(7.0, progress) for progress in (0.0, 0.5, 1.0)] == [7, 7, 7]
 
 
 def test_all_ranks_know_the_global_batch() -> None:

@@ -64,7 +64,7 @@ def naive_loops(
 
 
 @pytest.mark.parametrize("injection", members(Injection), ids=name_of)
-@pytest.mark.parametrize("backprop_loops", [0, 1, 4, 5, 99])
+@pytest.mark.parametrize("backprop_loops", [0, 1, 4, 99])
 def test_truncated_backprop_equals_a_manual_detach(
     injection: Injection, backprop_loops: int
 ) -> None:
@@ -113,11 +113,10 @@ def test_truncation_counts_from_each_sequences_own_last_loop(halting: Any) -> No
     assert table[:2].abs().sum() == 0 and table[2].abs().sum() > 0
 
 
-@pytest.mark.parametrize("num_loops", [4, torch.tensor([4, 1, 2])], ids=["all", "each"])
 @pytest.mark.parametrize("feed_forward", members(FeedForward), ids=name_of)
 @pytest.mark.parametrize("attention", members(Attention), ids=name_of)
 def test_truncation_under_autocast_loses_no_gradient(
-    attention: Attention, feed_forward: FeedForward, num_loops: Any
+    attention: Attention, feed_forward: FeedForward
 ) -> None:
     """Autocast caches cast weights; one cast without gradient must not be used with gradient."""
     config = tiny_config(attention=attention, recurrent_feed_forward=feed_forward, **CONDITIONED)
@@ -126,7 +125,7 @@ def test_truncation_under_autocast_loses_no_gradient(
     for cache_enabled in (True, False):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled):
-            out = model(tokens, num_loops=num_loops, backprop_loops=2)
+            out = model(tokens, num_loops=torch.tensor([4, 1, 3]), backprop_loops=2)
         out.logits.float().square().sum().backward()
         found.append(gradients(model))
     # Not equal to the last bit: a weight cast once adds up its gradients in bf16.

@@ -11,7 +11,7 @@ from openmythos.config import require_int
 from openmythos.model.sampling import Sampling, sample
 from openmythos.nn.cache import CachePolicy, ExactCache
 from openmythos.recurrence.halting import ExitRule, FixedExit
-from openmythos.types import LoopsPerToken, NextTokenIds, TokenIds
+from openmythos.types import LoopCounts, NextTokenIds, TokenIds
 
 if TYPE_CHECKING:
     from openmythos.model.mythos import OpenMythos
@@ -90,7 +90,7 @@ def _stream(
         ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
         tokens = prompt[:, -1]
 
-        def run(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, LoopsPerToken]:
+        def run(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, LoopCounts]:
             out = model(
                 tokens,
                 num_loops=request.num_loops,

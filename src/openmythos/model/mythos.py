@@ -278,7 +278,7 @@ class OpenMythos(nn.Module):
         exit_rule: ExitRule | None = None,
         attention_mask: Mask | None = None,
         stop_id: int | None = None,
-    ) -> TokenIds:
+    ) -> Tensor:
         """Continue prompt [batch, seq]; returns [batch, new tokens]. See `generation.stream`."""
         steps = self.stream(
             prompt,

@@ -27,11 +27,11 @@ def demo() -> RunConfig:
         model=replace(presets.small(), tie_embeddings=False),
         tokenizer=BPE(vocab_size=4096),
         train=TrainConfig(
-            num_steps=200,
+            num_steps=220,
             batch_size=8,
             seq_len=256,
             loops=PoissonLoops(mean_loops=2.0, max_loops=8),
-            optimizer=Muon(lr=5e-3),
+            optimizer=Muon(lr=3e-3, adamw_lr_scale=4.0),
             schedule=WSD(warmup=0.02, decay=0.6),
             precision="bf16",
         ),

@@ -111,7 +111,10 @@ def train(run: Run, *, resume: bool = False) -> Generator[StepMetrics, None, Non
     if checkpoint is None:
         model = OpenMythos(run.config.model, seed=config.seed)
     else:
-        model = OpenMythos.from_pretrained(checkpoint)
+        # Copied, since kernels round by where a tensor starts and a file's tensors start anywhere.
+        saved = OpenMythos.from_pretrained(checkpoint)
+        model = OpenMythos(saved.config)
+        model.load_state_dict(saved.state_dict())
     trainer = Trainer(model.to(device), loader, config)
     if checkpoint is not None:
         state = load_training(checkpoint)

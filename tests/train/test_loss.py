@@ -1,0 +1,142 @@
+"""The loss against sums done by hand."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from variants import VOCAB, random_tokens, tiny, tiny_config, tiny_model
+
+from openmythos.model.mythos import MythosOutput, OpenMythos
+from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.moe import MoE
+from openmythos.recurrence.halting import ACT
+from openmythos.train.loss import IGNORE, DeepSupervision, FinalLoss, token_loss, training_loss
+
+BATCH = 4
+TOKENS, TARGETS = random_tokens(BATCH, seed=1), random_tokens(BATCH, seed=2)
+LOOPS = torch.tensor([2, 4, 1, 3])
+
+
+def run(model: OpenMythos, num_loops: Any, loss: Any) -> MythosOutput:
+    return model.train()(TOKENS, num_loops=num_loops, collect_loops=loss.collect_loops)
+
+
+def by_hand(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target), averaged over the targets that count."""
+    log_p = logits.double().log_softmax(dim=-1)
+    picked = log_p.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    return -picked[targets != IGNORE].mean()
+
+
+def test_token_loss_is_cross_entropy_in_fp32() -> None:
+    logits = torch.randn(BATCH, 12, VOCAB).bfloat16()
+    wanted = F.cross_entropy(logits.float().view(-1, VOCAB), TARGETS.view(-1))
+    assert torch.equal(token_loss(logits, TARGETS), wanted)
+    torch.testing.assert_close(wanted.double(), by_hand(logits, TARGETS), rtol=1e-5, atol=1e-6)
+
+
+def test_ignored_targets_do_not_count() -> None:
+    logits = torch.randn(BATCH, 12, VOCAB)
+    targets = TARGETS.masked_fill(torch.rand(BATCH, 12) < 0.4, IGNORE)
+    torch.testing.assert_close(
+        token_loss(logits, targets).double(), by_hand(logits, targets), rtol=1e-5, atol=1e-6
+    )
+    changed = torch.where(targets[..., None] == IGNORE, 5 * logits, logits)
+    assert torch.equal(token_loss(changed, targets), token_loss(logits, targets))
+
+
+def test_final_loss_without_extras_is_cross_entropy_alone() -> None:
+    model = tiny_model(tiny_config(recurrent_feed_forward=tiny(SwiGLU)))
+    output = run(model, 3, FinalLoss())
+    parts = training_loss(output, TARGETS, FinalLoss(), model.config)
+    assert output.loop_logits == []
+    assert torch.equal(parts.total, token_loss(output.logits, TARGETS))
+    assert float(parts.balance) == float(parts.z) == float(parts.ponder_cost) == 0
+
+
+def test_deep_supervision_is_the_mean_over_loops() -> None:
+    model = tiny_model(tiny_config(recurrent_feed_forward=tiny(SwiGLU)))
+    loss = DeepSupervision(weight=0.7)
+    parts = training_loss(run(model, 3, loss), TARGETS, loss, model.config)
+    losses = [by_hand(model(TOKENS, num_loops=n).logits, TARGETS) for n in (1, 2, 3)]
+    wanted = losses[-1] + 0.7 * sum(losses, torch.zeros(())) / 3
+    torch.testing.assert_close(parts.total.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts.cross_entropy.double(), losses[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_deep_supervision_with_loops_per_sequence() -> None:
+    model = tiny_model(tiny_config(recurrent_feed_forward=tiny(SwiGLU)))
+    loss = DeepSupervision(weight=0.7)
+    parts = training_loss(run(model, LOOPS, loss), TARGETS, loss, model.config)
+    rows = {}  # logits of each row after each loop that it ran, row by row
+    for row, depth in enumerate(LOOPS.tolist()):
+        for loop in range(1, depth + 1):
+            rows[row, loop] = model(TOKENS[row : row + 1], num_loops=loop).logits[0]
+    means = []
+    for loop in range(1, 5):
+        running = [row for row, depth in enumerate(LOOPS.tolist()) if depth >= loop]
+        logits = torch.stack([rows[row, loop] for row in running])
+        means.append(by_hand(logits, TARGETS[running]))
+    last = torch.stack([rows[row, depth] for row, depth in enumerate(LOOPS.tolist())])
+    wanted = by_hand(last, TARGETS) + 0.7 * torch.stack(means).mean()
+    torch.testing.assert_close(parts.total.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_router_costs_enter_the_total_by_their_weights() -> None:
+    moe = tiny(MoE, balance_weight=0.3, z_weight=0.2)
+    model = tiny_model(tiny_config(feed_forward=tiny(SwiGLU), recurrent_feed_forward=moe))
+    output = run(model, 2, FinalLoss())
+    (stats,) = output.router.values()
+    parts = training_loss(output, TARGETS, FinalLoss(), model.config)
+    assert float(stats.tokens) == 2 * TOKENS.numel()  # both loops
+    assert float(stats.sequences) == 2 * BATCH
+    balance, z = stats.balance / stats.sequences, stats.z / stats.tokens
+    torch.testing.assert_close(parts.balance, balance)
+    torch.testing.assert_close(parts.z, z)
+    torch.testing.assert_close(parts.total, parts.cross_entropy + 0.3 * balance + 0.2 * z)
+
+
+def test_layers_inside_and_outside_the_loop_have_their_own_weights() -> None:
+    inner, outer = tiny(MoE, balance_weight=0.3), tiny(MoE, balance_weight=0.1, z_weight=0.5)
+    model = tiny_model(tiny_config(feed_forward=outer, recurrent_feed_forward=inner))
+    output = run(model, 2, FinalLoss())
+    parts = training_loss(output, TARGETS, FinalLoss(), model.config)
+    assert set(output.router) == {"prelude.0", "recurrent.layers.0", "coda.0"}
+    wanted = parts.cross_entropy
+    for name, stats in output.router.items():
+        moe = inner if name.startswith("recurrent") else outer
+        wanted = wanted + moe.balance_weight * stats.balance / stats.sequences
+        wanted = wanted + moe.z_weight * stats.z / stats.tokens
+    torch.testing.assert_close(parts.total, wanted)
+
+
+def test_perfect_balance_costs_one() -> None:
+    moe = tiny(MoE, num_experts=4, top_k=4)
+    model = tiny_model(tiny_config(feed_forward=tiny(SwiGLU), recurrent_feed_forward=moe))
+    parts = training_loss(run(model, 2, FinalLoss()), TARGETS, FinalLoss(), model.config)
+    torch.testing.assert_close(parts.balance, torch.ones(()))
+
+
+def test_ponder_cost_enters_by_its_weight() -> None:
+    config = tiny_config(
+        recurrent_feed_forward=tiny(SwiGLU), halting=ACT(ponder_weight=0.25, bias_init=-0.5)
+    )
+    model = tiny_model(config)
+    output = run(model, 3, FinalLoss())
+    parts = training_loss(output, TARGETS, FinalLoss(), config)
+    assert output.recurrence.ponder_cost is not None
+    assert float(parts.ponder_cost.detach()) > 1
+    torch.testing.assert_close(parts.ponder_cost, output.recurrence.ponder_cost)
+    torch.testing.assert_close(parts.total, parts.cross_entropy + 0.25 * parts.ponder_cost)
+    unweighted = replace(config, halting=ACT(ponder_weight=0.0, bias_init=-0.5))
+    parts = training_loss(output, TARGETS, FinalLoss(), unweighted)
+    assert torch.equal(parts.total, parts.cross_entropy)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+def test_deep_supervision_wants_a_positive_weight(weight: float) -> None:
+    with pytest.raises(ValueError, match="weight = "):
+        DeepSupervision(weight=weight)

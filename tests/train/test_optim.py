@@ -1,0 +1,206 @@
+"""Which parameter gets which optimiser; Muon on stacked experts; schedules."""
+
+import copy
+import re
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+from variants import VARIANT_IDS, VARIANTS, members, tiny_config
+
+from openmythos.config import ConfigError
+from openmythos.model.mythos import OpenMythos
+from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
+from openmythos.recurrence.halting import ACT
+from openmythos.train.optim import AdamW, MatrixViews, Muon, Optimizer, Optimizers, Schedule
+
+# Everything that must never decay, said independently of the table in the code.
+NEVER_DECAYED = re.compile(
+    r"embed\.|head\.|norm\.weight$|\.router\.|\.injection\.|\.conditioning\.|\.halting\.|bias$"
+)
+STEPS = 50
+
+
+def rich_model() -> OpenMythos:
+    """A model with a parameter of every sort."""
+    return OpenMythos(
+        tiny_config(
+            halting=ACT(),
+            loop_lora=LoopLoRA(rank=2, num_loops=2),
+            loop_embedding=LoopEmbedding(num_loops=2),
+            tie_embeddings=False,
+        ),
+        seed=0,
+    )
+
+
+def torch_optimizers(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
+    return optimizers._optimizers
+
+
+def give_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("choice", get_args(Optimizer))
+@pytest.mark.parametrize("config", VARIANTS, ids=VARIANT_IDS)
+def test_every_parameter_is_in_exactly_one_group(choice: Any, config: Any) -> None:
+    model = OpenMythos(config, seed=0)
+    held: dict[int, int] = {}
+    for optimizer in torch_optimizers(choice().build(model)):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                start = parameter.data_ptr()
+                assert start not in held
+                held[start] = parameter.numel()
+    for name, parameter in model.named_parameters():
+        # A stacked weight is held as its matrices, one behind the other.
+        start, end = parameter.data_ptr(), parameter.data_ptr() + 4 * parameter.numel()
+        covered = sum(size for at, size in held.items() if start <= at < end)
+        assert covered == parameter.numel(), name
+    assert sum(held.values()) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("choice", get_args(Optimizer))
+def test_only_matrices_of_layers_decay(choice: Any) -> None:
+    model = rich_model()
+    decayed = {
+        parameter.data_ptr()
+        for optimizer in torch_optimizers(choice(weight_decay=0.1).build(model))
+        for group in optimizer.param_groups
+        if group["weight_decay"] > 0
+        for parameter in group["params"]
+    }
+    names = [name for name, p in model.named_parameters() if p.data_ptr() in decayed]
+    rest = [name for name, p in model.named_parameters() if p.data_ptr() not in decayed]
+    assert not [name for name in names if NEVER_DECAYED.search(name)]
+    assert not [name for name in rest if not NEVER_DECAYED.search(name)]
+    assert any("experts.gate_up" in name for name in names)
+    assert any("experts.down" in name for name in names)
+
+
+def test_weight_decay_shrinks_what_has_no_gradient_signal() -> None:
+    model = rich_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    AdamW(lr=0.1, weight_decay=0.5).build(model).step(1.0)
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if NEVER_DECAYED.search(name) else 0.95
+        torch.testing.assert_close(parameter.detach(), factor * before[name], msg=name)
+
+
+def test_muon_steps_stacked_experts_as_each_matrix_alone() -> None:
+    model = rich_model()
+    settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    stacked = {n: p for n, p in model.named_parameters() if ".experts." in n}
+    assert stacked and all(p.ndim == 3 for p in stacked.values())
+    alone = {n: [nn.Parameter(m.clone()) for m in p.detach()] for n, p in stacked.items()}
+    reference = torch.optim.Muon(
+        [m for parts in alone.values() for m in parts], adjust_lr_fn="match_rms_adamw", **settings
+    )
+    optimizers = Muon(**settings).build(model)
+    for step in range(3):
+        give_gradients(model, step)
+        for name, parts in alone.items():
+            gradient = stacked[name].grad
+            assert gradient is not None
+            for part, share in zip(parts, gradient, strict=True):
+                part.grad = share.clone()
+        reference.step()
+        optimizers.step(1.0)
+        for name, parts in alone.items():
+            assert torch.equal(stacked[name].detach(), torch.stack([p.detach() for p in parts]))
+
+
+def test_matrix_views_share_memory_and_follow_missing_gradients() -> None:
+    weight = nn.Parameter(torch.randn(2, 3, 4, 5))
+    views = MatrixViews([weight])
+    assert [tuple(matrix.shape) for matrix in views.matrices] == [(4, 5)] * 6
+    views.matrices[4].data.fill_(7.0)
+    assert (weight[1, 1] == 7.0).all()
+    weight.grad = torch.ones_like(weight)
+    views.take_gradients()
+    assert all(matrix.grad is not None for matrix in views.matrices)
+    weight.grad = None
+    views.take_gradients()
+    assert all(matrix.grad is None for matrix in views.matrices)
+
+
+def test_adamw_lr_scale_is_for_adamw_only() -> None:
+    muon, adamw = torch_optimizers(Muon(lr=0.01, adamw_lr_scale=3.0).build(rich_model()))
+    assert muon.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert adamw.param_groups[0]["lr"] == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("choice", members(Optimizer), ids=lambda choice: choice.kind)
+def test_state_round_trip_continues_bit_for_bit(choice: Any) -> None:
+    straight, resumed = rich_model(), rich_model()
+    optimizers = choice.build(straight)
+    for step in range(2):
+        give_gradients(straight, step)
+        optimizers.step(0.5)
+    state = copy.deepcopy(optimizers.state_dict())
+    resumed.load_state_dict(straight.state_dict())
+    again = choice.build(resumed)
+    again.load_state_dict(state)
+    for model, held in ((straight, optimizers), (resumed, again)):
+        give_gradients(model, 9)
+        held.step(1.0)
+    for name, weight in straight.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("choice", members(Optimizer), ids=lambda choice: choice.kind)
+def test_scale_multiplies_every_rate_once(choice: Any) -> None:
+    model = rich_model()
+    optimizers = choice.build(model)
+    base = [g["lr"] for o in torch_optimizers(optimizers) for g in o.param_groups]
+    for scale in (0.5, 0.25, 1.0):
+        give_gradients(model, 0)
+        optimizers.step(scale)
+        now = [g["lr"] for o in torch_optimizers(optimizers) for g in o.param_groups]
+        assert now == pytest.approx([scale * lr for lr in base])
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.2])
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_schedule_rises_then_falls_to_its_end(schedule: Any, warmup: float) -> None:
+    chosen = schedule(warmup=warmup, final=0.1)
+    scales = [chosen.scale(step, STEPS) for step in range(STEPS)]
+    rising = round(warmup * STEPS)
+    assert all(0 < scale <= 1 + 1e-12 for scale in scales)
+    for step in range(max(0, rising - 1)):
+        assert scales[step] == pytest.approx((step + 1) / rising)
+    falling = scales[max(0, rising - 1) :]
+    assert falling == sorted(falling, reverse=True)
+    end = 1.0 if chosen.kind == "constant" else 0.1
+    assert scales[-1] == pytest.approx(end)
+
+
+def test_wsd_stays_until_its_decay() -> None:
+    (wsd,) = (s for s in get_args(Schedule) if s().kind == "wsd")
+    chosen = wsd(warmup=0.0, final=0.0, decay=0.4)
+    scales = [chosen.scale(step, 10) for step in range(10)]
+    assert scales == pytest.approx([1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("choice", get_args(Optimizer))
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lr", 0.0), ("lr", float("nan")), ("weight_decay", -1.0), ("beta1", 1.0), ("beta2", -0.1)],
+)
+def test_bad_optimizer_settings_are_named(choice: Any, field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} = "):
+        choice(**{field: value})
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_bad_schedule_settings_are_named(schedule: Any) -> None:
+    with pytest.raises(ConfigError, match="warmup = 1"):
+        schedule(warmup=1.0)
+    with pytest.raises(ConfigError, match="final = "):
+        schedule(final=1.5)

@@ -1,0 +1,345 @@
+"""Run folders: resumed equals uninterrupted, and what happens when a disk or a file fails."""
+
+import errno
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from variants import tiny_config
+
+from openmythos.config import ConfigError, load_toml
+from openmythos.data.tokenizer import BPE
+from openmythos.recurrence.halting import ACT
+from openmythos.recurrence.loop_sampling import PoissonLoops
+from openmythos.train import checkpoint
+from openmythos.train.checkpoint import latest_checkpoint, list_checkpoints, load_training
+from openmythos.train.config import DataConfig, RunConfig, TrainConfig
+from openmythos.train.metrics import MetricsLog, read_metrics
+from openmythos.train.optim import AdamW, Muon
+from openmythos.train.run import Run, train
+
+STEPS = 6
+
+
+def config_of(corpus: Path, **changes: Any) -> RunConfig:
+    parts = {"vocab_size": 257, "context": 32} | changes.pop("model", {})
+    usual: dict[str, Any] = {
+        "num_steps": STEPS,
+        "batch_size": 4,
+        "seq_len": 32,
+        "loops": PoissonLoops(mean_loops=2.0, max_loops=4),
+        "save_every": 2,
+    }
+    return RunConfig(
+        model=tiny_config(**parts),
+        data=DataConfig(paths=(str(corpus),)),
+        train=TrainConfig(**(usual | changes)),
+    )
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rng = random.Random(0)
+    words = "loop state encoded halt router expert decay prelude coda token".split()
+    for number in range(8):
+        text = " ".join(rng.choice(words) for _ in range(150))
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, corpus: Path) -> Run:
+    return Run.create(tmp_path / "run", config_of(corpus))
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(latest_checkpoint(run.folder) / "model.safetensors")
+
+
+def steps_of(run: Run) -> list[float]:
+    return [metrics["step"] for metrics in read_metrics(run.folder)]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"optimizer": AdamW()},
+    {"optimizer": Muon()},
+    {"optimizer": Muon(), "model": {"state_init": "normal"}},
+    {"model": {"halting": ACT()}, "micro_batch_size": 2},
+    {"precision": "bf16", "backprop_loops": 1, "mask_documents": True},
+]
+
+
+@pytest.mark.parametrize("stop", [2, 3], ids=["at a checkpoint", "between checkpoints"])
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "-".join(c))
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, corpus: Path, changes: dict[str, Any], stop: int
+) -> None:
+    config = config_of(corpus, **changes)
+    straight = Run.create(tmp_path / "straight", config)
+    wanted = [(m.loss, m.total_loss, m.gradient_norm, m.max_violation) for m in train(straight)]
+    broken = Run.create(tmp_path / "broken", config)
+    steps = train(broken)
+    found = [next(steps) for _ in range(stop)]
+    steps.close()
+    assert latest_checkpoint(broken.folder).name == f"step-{stop:08d}"
+    torch.manual_seed(stop)  # the global generator is not what the steps depend on
+    found += list(train(Run.open(broken.folder), resume=True))
+    assert [(m.loss, m.total_loss, m.gradient_norm, m.max_violation) for m in found] == wanted
+    first, second = weights(straight), weights(broken)
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    assert steps_of(broken) == list(range(STEPS))
+
+
+def test_resume_after_a_crash_repeats_the_lost_steps(tmp_path: Path, corpus: Path) -> None:
+    straight = Run.create(tmp_path / "straight", config_of(corpus))
+    wanted = [metrics.loss for metrics in train(straight)]
+    run = Run.create(tmp_path / "run", config_of(corpus, save_every=4))
+    losses = [metrics.loss for metrics in train(run)][:4]
+    # As if the process had died after step 6's line, before its checkpoint.
+    for folder in list_checkpoints(run.folder)[1:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    losses += [metrics.loss for metrics in train(run, resume=True)]
+    assert losses == wanted
+    assert steps_of(run) == list(range(STEPS))
+
+
+def test_closing_before_the_first_step_saves_nothing(run: Run) -> None:
+    steps = train(run)
+    steps.close()
+    assert list_checkpoints(run.folder) == []
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        train(run, resume=True)
+
+
+def test_resuming_a_finished_run_does_nothing_and_more_steps_go_on(run: Run) -> None:
+    list(train(run))
+    assert list(train(run, resume=True)) == []
+    assert steps_of(run) == list(range(STEPS))
+    longer = replace(run, config=replace(run.config, train=replace(run.config.train, num_steps=8)))
+    assert [metrics.step for metrics in train(longer, resume=True)] == [6, 7]
+    assert steps_of(run) == list(range(8))
+
+
+def no_space(*_args: object, **_kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fail_torch_save(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "save", no_space)
+
+
+def fail_weights(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(os, "replace", no_space)
+
+
+def fail_rename(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Path, "rename", no_space)
+
+
+def fail_sync(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(checkpoint.os, "fsync", no_space)
+
+
+@pytest.mark.parametrize("fail", [fail_torch_save, fail_weights, fail_rename, fail_sync])
+def test_full_disk_leaves_the_former_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch, fail: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    steps = train(run)
+    for _ in range(3):
+        next(steps)
+    before = {path: path.read_bytes() for path in latest_checkpoint(run.folder).iterdir()}
+    assert len(before) == 3
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        fail(patch)
+        list(steps)
+    assert names(run.folder / "checkpoints") == ["step-00000002"]
+    assert {path: path.read_bytes() for path in before} == before
+    run.load_model()
+    assert [metrics.step for metrics in train(run, resume=True)] == [2, 3, 4, 5]
+
+
+def test_interrupted_creation_is_not_a_run(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        fail_weights(patch)
+        Run.create(tmp_path / "run", config_of(corpus))
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
+        Run.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a pickle", None])
+def test_damaged_training_file_is_named(run: Run, damage: bytes | None) -> None:
+    list(train(run))
+    path = latest_checkpoint(run.folder) / "training.pt"
+    path.write_bytes(path.read_bytes()[:-2000] if damage is None else damage)
+    with pytest.raises(ConfigError, match=r"training\.pt: is damaged") as caught:
+        train(run, resume=True)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_training_file_runs_no_code(run: Run) -> None:
+    list(train(run))
+    path = latest_checkpoint(run.folder) / "training.pt"
+    torch.save({"step": print}, path)
+    with pytest.raises(ConfigError, match=r"training\.pt: is damaged"):
+        load_training(path.parent)
+
+
+@pytest.mark.parametrize("name", ["training.pt", "model.safetensors", "config.json"])
+def test_missing_file_of_a_checkpoint_is_named(run: Run, name: str) -> None:
+    list(train(run))
+    path = latest_checkpoint(run.folder) / name
+    path.unlink()
+    with pytest.raises(ConfigError) as caught:
+        train(run, resume=True)
+    assert str(path) in str(caught.value)
+
+
+def test_damaged_weights_are_named(run: Run) -> None:
+    list(train(run))
+    path = latest_checkpoint(run.folder) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"model\.safetensors: is damaged"):
+        run.load_model()
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (9, [2, 4, 6])])
+def test_only_the_newest_checkpoints_are_kept(
+    tmp_path: Path, corpus: Path, keep: int, left: list[int]
+) -> None:
+    run = Run.create(tmp_path / "run", config_of(corpus, keep_checkpoints=keep))
+    list(train(run))
+    assert names(run.folder / "checkpoints") == [f"step-{step:08d}" for step in left]
+
+
+def test_folder_that_exists_is_refused(tmp_path: Path, corpus: Path, run: Run) -> None:
+    with pytest.raises(ConfigError, match="exists already"):
+        Run.create(run.folder, config_of(corpus))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="exists already"):
+        Run.create(tmp_path / "file", config_of(corpus))
+    (tmp_path / "empty").mkdir()
+    Run.create(tmp_path / "empty", config_of(corpus))
+
+
+def test_foreign_folders_are_refused(tmp_path: Path, corpus: Path) -> None:
+    for folder in (corpus, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="is not the folder of a run"):
+            Run.open(folder)
+
+
+def test_open_finds_what_create_made(run: Run) -> None:
+    opened = Run.open(run.folder)
+    assert opened.config == run.config == load_toml(RunConfig, run.folder / "config.toml")
+    assert opened.tokenizer.serialized() == run.tokenizer.serialized()
+    assert len(opened.shards("train")) > len(opened.shards("held_out")) > 0
+
+
+def test_vocabulary_follows_the_tokenizer(tmp_path: Path, corpus: Path) -> None:
+    config = replace(config_of(corpus, num_steps=1), tokenizer=BPE(vocab_size=300))
+    run = Run.create(tmp_path / "run", config)
+    assert run.config.model.vocab_size == run.tokenizer.vocab_size > 257
+    assert Run.open(run.folder).config == run.config
+    list(train(run))
+    assert run.load_model().embed.weight.shape[0] == run.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_damaged_shard_is_refused_by_name(run: Run, part: str) -> None:
+    path = run.folder / "tokens" / part / "tokens-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="is damaged") as caught:
+        run.shards(part)
+    assert str(path) in str(caught.value)
+    path.unlink()
+    with pytest.raises(ConfigError) as caught:
+        run.shards(part)
+    assert str(path) in str(caught.value)
+
+
+def test_shards_of_another_tokenizer_are_refused(run: Run) -> None:
+    other = BPE(vocab_size=300).build(["loop state encoded halt " * 20])
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        replace(run, tokenizer=other).shards("train")
+
+
+def test_metrics_are_logged_every_so_often_and_at_the_end(tmp_path: Path, corpus: Path) -> None:
+    run = Run.create(tmp_path / "run", config_of(corpus, log_every=4))
+    found = list(train(run))
+    assert steps_of(run) == [0, 4, 5]
+    assert read_metrics(run.folder)[1] == found[4].as_dict()
+
+
+def test_metrics_log_drops_what_comes_again_and_forgives_a_cut_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in range(4):
+        log.write({"step": step, "loss": float(step)})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    assert steps_in(path) == [0, 1, 2, 3]
+    MetricsLog(tmp_path, 2).write({"step": 2, "loss": 9.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    MetricsLog(tmp_path, 0)
+    assert path.read_text() == ""
+
+
+def steps_in(path: Path) -> list[float]:
+    return [metrics["step"] for metrics in read_metrics(path.parent)]
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: is missing"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('nonsense\n{"step": 1}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1: is not JSON"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_steps", 0),
+        ("batch_size", 2.5),
+        ("seq_len", True),
+        ("seed", -1),
+        ("keep_checkpoints", 0),
+        ("micro_batch_size", 3),
+        ("clip_norm", 0.0),
+    ],
+)
+def test_bad_training_settings_are_named(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field} = {value}"):
+        TrainConfig(**({"batch_size": 4} | {field: value}))
+
+
+def test_windows_longer_than_the_context_are_refused(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.seq_len = 64: must be at most model\.context"):
+        config_of(corpus, seq_len=64)
+
+
+def test_corpus_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    run = Run.create(tmp_path / "run", config_of(tmp_path / "short.txt"))
+    with pytest.raises(ConfigError, match="seq_len = 32 needs 33"):
+        train(run)

@@ -1,0 +1,276 @@
+"""A training step: accumulation, routers, precision, and every variant of every training choice."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, get_args
+
+import pytest
+import torch
+from variants import assert_gradients_close, gradients, members, name_of, tiny, tiny_config
+
+from openmythos.config import apply_overrides
+from openmythos.data.loader import Loader
+from openmythos.data.shards import TokenShards, write_shards
+from openmythos.data.sources import Document
+from openmythos.data.tokenizer import ByteTokenizer
+from openmythos.model.mythos import OpenMythos
+from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.moe import MoE, MoELayer
+from openmythos.recurrence.halting import ACT, Halting
+from openmythos.recurrence.injection import Injection
+from openmythos.recurrence.loop_sampling import (
+    FixedLoops,
+    LoopCurriculum,
+    LoopSampling,
+    UniformLoops,
+)
+from openmythos.train.config import RunConfig, TrainConfig
+from openmythos.train.loss import Loss
+from openmythos.train.optim import AdamW, Muon, Optimizer, Schedule
+from openmythos.train.trainer import StepMetrics, Trainer
+
+SEQ, BATCH = 32, 4
+MODEL = tiny_config(vocab_size=257, context=SEQ)
+TRAIN = TrainConfig(
+    num_steps=2, batch_size=BATCH, seq_len=SEQ, loops=FixedLoops(mean_loops=2), optimizer=AdamW()
+)
+PER_SEQUENCE = UniformLoops(min_loops=1, max_loops=4)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+    texts = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(60)]
+    documents = [Document(name=str(i), text=text) for i, text in enumerate(texts)]
+    return write_shards(documents, ByteTokenizer(), tmp_path_factory.mktemp("shards"))
+
+
+def trainer_of(shards: TokenShards, model: Any = MODEL, **changes: Any) -> Trainer:
+    config = replace(TRAIN, **changes)
+    loader = Loader(shards, seq_len=SEQ, batch_size=BATCH, seed=config.seed)
+    return Trainer(OpenMythos(model, seed=0), loader, config)
+
+
+def train(shards: TokenShards, model: Any = MODEL, **changes: Any) -> list[StepMetrics]:
+    return list(trainer_of(shards, model, **changes).steps())
+
+
+def losses(metrics: list[StepMetrics]) -> list[float]:
+    return [metric.loss for metric in metrics]
+
+
+def assert_finite(metrics: list[StepMetrics], steps: int = 2) -> None:
+    assert [metric.step for metric in metrics] == list(range(steps))
+    for metric in metrics:
+        values = metric.as_dict()
+        values.pop("max_decay")  # nan where there is no decay
+        assert all(value == value and abs(value) < 1e6 for value in values.values()), values
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("loops", [FixedLoops(mean_loops=3), PER_SEQUENCE], ids=name_of)
+def test_micro_batches_add_up_to_the_batch(shards: TokenShards, loops: Any, micro: int) -> None:
+    found = {}
+    for size in (0, micro):
+        trainer = trainer_of(shards, loops=loops, micro_batch_size=size)
+        trainer.model.train()
+        batch = trainer.loader.batch(0)
+        counts = (
+            torch.tensor([4, 1, 3, 2]) if loops is PER_SEQUENCE else torch.full((BATCH,), 3)
+        )
+        parts, router = trainer._backward(batch, counts)
+        found[size] = parts, router, gradients(trainer.model)
+        (stats,) = router.values()
+        moe = MODEL.recurrent_feed_forward
+        assert isinstance(moe, MoE)
+        assert float(stats.counts.sum()) == int(counts.sum()) * SEQ * moe.top_k
+        assert float(stats.tokens) == int(counts.sum()) * SEQ
+        assert float(stats.sequences) == int(counts.sum())
+    (whole, router, wanted), (pieces, router_pieces, grads) = found[0], found[micro]
+    torch.testing.assert_close(pieces.cross_entropy, whole.cross_entropy)
+    for name, stats in router.items():
+        assert torch.equal(router_pieces[name].counts, stats.counts)
+        torch.testing.assert_close(router_pieces[name].balance, stats.balance)
+    if loops is not PER_SEQUENCE:  # else the balance loss weighs each micro-batch's loops alike
+        torch.testing.assert_close(pieces.total, whole.total)
+        assert_gradients_close(grads, wanted)
+
+
+def test_micro_batches_take_the_same_steps(shards: TokenShards) -> None:
+    whole = train(shards, num_steps=4)
+    pieces = train(shards, num_steps=4, micro_batch_size=1)
+    assert losses(pieces) == pytest.approx(losses(whole), rel=1e-4)
+    norms = [metric.gradient_norm for metric in whole]
+    assert [metric.gradient_norm for metric in pieces] == pytest.approx(norms, rel=1e-3)
+
+
+def test_router_bias_moves_after_each_step(shards: TokenShards) -> None:
+    moe = tiny(MoE, bias_rate=0.01)
+    trainer = trainer_of(shards, replace(MODEL, recurrent_feed_forward=moe), num_steps=3)
+    layer = trainer.model.recurrent.layers[0].feed_forward
+    assert isinstance(layer, MoELayer)
+    former = layer.router.router_bias.clone()
+    for _ in trainer.steps():
+        moved = layer.router.router_bias - former
+        assert bool(((moved.abs() - 0.01).abs() < 1e-6).any())
+        assert bool((moved.abs() < 0.0101).all())
+        former = layer.router.router_bias.clone()
+
+
+def test_violation_falls_from_a_skewed_start(shards: TokenShards) -> None:
+    moe = tiny(MoE, num_experts=8, bias_rate=0.05, balance_weight=0.0)
+    trainer = trainer_of(shards, replace(MODEL, recurrent_feed_forward=moe), num_steps=40)
+    layer = trainer.model.recurrent.layers[0].feed_forward
+    assert isinstance(layer, MoELayer)
+    layer.router.router_bias[:2] = 1.0  # all tokens to two of eight experts
+    violations = [metric.max_violation for metric in trainer.steps()]
+    assert violations[0] == pytest.approx(3.0)
+    assert sum(violations[-5:]) / 5 < 1.5
+
+
+def test_loss_falls(shards: TokenShards) -> None:
+    found = losses(train(shards, num_steps=30, optimizer=Muon(lr=5e-3)))
+    assert sum(found[-5:]) / 5 < 0.7 * found[0]
+
+
+def test_bf16_is_close_to_fp32_and_keeps_fp32_weights(shards: TokenShards) -> None:
+    trainer = trainer_of(shards, precision="bf16", num_steps=3)
+    found = list(trainer.steps())
+    assert_finite(found, 3)
+    assert losses(found) == pytest.approx(losses(train(shards, num_steps=3)), rel=0.02)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("state_init", ["zeros", "normal"])
+@pytest.mark.parametrize("loops", [FixedLoops(mean_loops=3), PER_SEQUENCE], ids=name_of)
+def test_checkpointed_loops_change_nothing(
+    shards: TokenShards, loops: Any, state_init: Any
+) -> None:
+    model = replace(MODEL, state_init=state_init)
+    plain = train(shards, model, num_steps=4, loops=loops)
+    spared = train(shards, model, num_steps=4, loops=loops, checkpoint_loops=True)
+    assert losses(spared) == pytest.approx(losses(plain), rel=1e-6)
+    wanted = [metric.max_violation for metric in plain]
+    assert [metric.max_violation for metric in spared] == wanted
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layers_train(
+    shards: TokenShards, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Code generation takes half a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model = replace(MODEL, recurrent_feed_forward=tiny(SwiGLU))
+    compiled = train(shards, model, compile=True)
+    assert losses(compiled) == pytest.approx(losses(train(shards, model)), rel=1e-4)
+
+
+def test_act_by_one_line_of_config(shards: TokenShards) -> None:
+    config = apply_overrides(RunConfig(model=MODEL, train=TRAIN), ["model.halting=act"])
+    assert isinstance(config.model.halting, ACT)
+    found = train(shards, config.model, num_steps=3, loops=FixedLoops(mean_loops=4))
+    assert_finite(found, 3)
+    assert all(1 < metric.ponder_cost <= 5 for metric in found)
+    assert all(metric.total_loss > metric.loss for metric in found)
+
+
+CHOICES = [
+    {field: choice}
+    for field, union in {
+        "loops": LoopSampling,
+        "curriculum": LoopCurriculum,
+        "loss": Loss,
+        "optimizer": Optimizer,
+        "schedule": Schedule,
+        "halting": Halting,
+        "injection": Injection,
+    }.items()
+    for choice in members(union)
+]
+
+
+@pytest.mark.parametrize(
+    "choice", CHOICES, ids=lambda c: "-".join(f"{k}={v.kind}" for k, v in c.items())
+)
+def test_every_choice_trains(shards: TokenShards, choice: dict[str, Any]) -> None:
+    parts = {name: value for name, value in choice.items() if hasattr(MODEL, name)}
+    model = tiny_config(vocab_size=257, context=SEQ, **parts)
+    changes = {name: value for name, value in choice.items() if name not in parts}
+    assert_finite(train(shards, model, **({"loops": PER_SEQUENCE} | changes)))
+
+
+@pytest.mark.parametrize("sampling", get_args(LoopSampling))
+@pytest.mark.parametrize("per", ["batch", "sequence"])
+def test_loops_of_a_step_follow_from_seed_and_step(
+    shards: TokenShards, sampling: Any, per: Any
+) -> None:
+    first = train(shards, loops=sampling(per=per))
+    again = train(shards, loops=sampling(per=per))
+    assert [m.mean_loops for m in first] == [m.mean_loops for m in again]
+    assert losses(first) == losses(again)
+    if per == "batch":
+        assert all(m.mean_loops == round(m.mean_loops) for m in first)
+
+
+def test_seeds_differ(shards: TokenShards) -> None:
+    assert losses(train(shards, seed=0)) != losses(train(shards, seed=1))
+
+
+def test_global_generator_decides_nothing(shards: TokenShards) -> None:
+    model = replace(MODEL, state_init="normal")
+    torch.manual_seed(1)
+    first = losses(train(shards, model))
+    torch.manual_seed(2)
+    assert losses(train(shards, model)) == first
+
+
+def test_backprop_loops_cut_the_gradient_not_the_loss(shards: TokenShards) -> None:
+    loops = FixedLoops(mean_loops=4)
+    full = train(shards, loops=loops)[0]
+    cut = train(shards, loops=loops, backprop_loops=1)[0]
+    assert cut.loss == pytest.approx(full.loss, rel=1e-6)
+    assert cut.gradient_norm != pytest.approx(full.gradient_norm, rel=1e-3)
+
+
+def test_masked_documents_are_each_on_their_own(shards: TokenShards) -> None:
+    """A row of two documents counts what the two say alone; no document predicts the next."""
+    trainer = trainer_of(shards, mask_documents=True)
+    assert_finite(list(trainer.steps()))
+    trainer = trainer_of(shards, mask_documents=True)
+    batches = (trainer.loader.batch(step) for step in range(20))
+    batch = next(batch for batch in batches if int(batch.documents.max()) > 0)
+    trainer.model.train()
+    parts, _ = trainer._backward(batch, torch.full((BATCH,), 2))
+    losses_alone: list[torch.Tensor] = []
+    for tokens, targets, documents in zip(
+        batch.tokens, batch.targets, batch.documents, strict=True
+    ):
+        for number in documents.unique():
+            inside = documents == number
+            last = bool(inside[-1])
+            logits = trainer.model(tokens[inside][None], num_loops=2).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits, targets[inside], reduction="none")
+            # The target of the last token is the next document's first, unless the row ends there.
+            losses_alone.append(loss if last else loss[:-1])
+    torch.testing.assert_close(parts.cross_entropy, torch.cat(losses_alone).mean())
+
+
+def test_metrics_say_what_a_step_did(shards: TokenShards) -> None:
+    first, second = train(shards, loops=FixedLoops(mean_loops=3))
+    assert (first.step, second.step) == (0, 1)
+    assert first.tokens == BATCH * SEQ
+    assert first.mean_loops == 3
+    assert first.tokens_per_second > 0
+    assert 0 < first.max_decay < 1
+    assert first.balance >= 0.99
+    assert (first.lr_scale, second.lr_scale) == pytest.approx((1.0, 0.05))
+
+
+def test_steps_go_on_where_they_stopped(shards: TokenShards) -> None:
+    trainer = trainer_of(shards, num_steps=4)
+    steps = trainer.steps()
+    first = [next(steps), next(steps)]
+    steps.close()  # type: ignore[attr-defined]
+    found = first + list(trainer.steps())
+    assert losses(found) == losses(train(shards, num_steps=4))
