@@ -399,11 +399,12 @@ def _stream(engine: Engine, prompt: str, request: Request) -> list[int]:
     """Print prompt and continuation as they come; returns the loops of every token."""
     loops = []
     pieces = engine.stream(prompt, request)
-    OUT.print(prompt, end="", soft_wrap=True)
+    # Not through rich, which would turn ":smile:" into a face and tabs into spaces.
+    print(prompt, end="", flush=True)
     for piece in pieces:
-        OUT.print(piece.text, end="", soft_wrap=True)
+        print(piece.text, end="", flush=True)
         loops.append(piece.loops_used)
-    OUT.print()
+    print()
     return loops
 
 

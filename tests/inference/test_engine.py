@@ -70,9 +70,7 @@ def test_prompt_in_pieces_gives_the_same_text(engine: Engine, chunk: int) -> Non
     assert engine.generate(PROMPT, replace(REQUEST, prefill_chunk=chunk)) == wanted
 
 
-def test_empty_prompt_is_the_start_token(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_prompt_is_the_start_token(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
     original = engine_module.stream
 

@@ -1,7 +1,7 @@
 """Two gloo processes see what one process sees: router counts, loops, biases."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import ByteTokenizer
 from openmythos.model.mythos import OpenMythos
-from openmythos.recurrence.loop_sampling import PoissonLoops
+from openmythos.recurrence.loop_sampling import Granularity, PoissonLoops
 from openmythos.train.config import TrainConfig
 from openmythos.train.parallel import choose_device, rank_and_world_size, sum_over_ranks
 from openmythos.train.trainer import Trainer
@@ -23,6 +23,7 @@ from openmythos.train.trainer import Trainer
 pytestmark = pytest.mark.distributed
 
 SEQ, BATCH, RANKS = 32, 4, 2
+GRANULARITIES = get_args(Granularity)
 
 
 def first_step(shards: Path, per: Any) -> dict[str, Any]:
@@ -60,23 +61,31 @@ def first_step(shards: Path, per: Any) -> dict[str, Any]:
     return heard
 
 
-def worker(rank: int, folder: str, per: Any) -> None:
+def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    method = f"file://{folder}/meeting-{per}"
+    method = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=RANKS)
     try:
-        torch.save(first_step(Path(folder) / "shards", per), Path(folder) / f"{per}-{rank}.pt")
+        for per in GRANULARITIES:
+            torch.save(first_step(Path(folder) / "shards", per), Path(folder) / f"{per}-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("per", ["batch", "sequence"])
-def test_two_ranks_hear_what_one_hears(tmp_path: Path, per: Any) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have written what they heard."""
+    path = tmp_path_factory.mktemp("ranks")
     documents = [Document(name=str(i), text=f"text number {i} " * 9) for i in range(20)]
-    write_shards(documents, ByteTokenizer(), tmp_path / "shards")
-    mp.spawn(worker, args=(str(tmp_path), per), nprocs=RANKS)
-    alone = first_step(tmp_path / "shards", per)
-    ranks = [torch.load(tmp_path / f"{per}-{rank}.pt") for rank in range(RANKS)]
+    write_shards(documents, ByteTokenizer(), path / "shards")
+    mp.spawn(worker, args=(str(path),), nprocs=RANKS)
+    return path
+
+
+@pytest.mark.parametrize("per", GRANULARITIES)
+def test_two_ranks_hear_what_one_hears(folder: Path, per: Any) -> None:
+    alone = first_step(folder / "shards", per)
+    ranks = [torch.load(folder / f"{per}-{rank}.pt") for rank in range(RANKS)]
     for heard in ranks:
         assert heard["counts"].keys() == alone["counts"].keys()
         for name, counts in alone["counts"].items():

@@ -74,9 +74,7 @@ def test_micro_batches_add_up_to_the_batch(shards: TokenShards, loops: Any, micr
         trainer = trainer_of(shards, loops=loops, micro_batch_size=size)
         trainer.model.train()
         batch = trainer.loader.batch(0)
-        counts = (
-            torch.tensor([4, 1, 3, 2]) if loops is PER_SEQUENCE else torch.full((BATCH,), 3)
-        )
+        counts = torch.tensor([4, 1, 3, 2]) if loops is PER_SEQUENCE else torch.full((BATCH,), 3)
         parts, router = trainer._backward(batch, counts)
         found[size] = parts, router, gradients(trainer.model)
         (stats,) = router.values()

@@ -1,0 +1,89 @@
+"""Run the demo recipe with several seeds and write results/demo: JSON, CSV, PNG.
+
+    python benchmarks/demo_seeds.py --seeds 3
+
+Every number that the README quotes of the demo comes from here. A seed changes weights, data order
+and loops; corpus, split and tokenizer are the same.
+"""
+
+import argparse
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from openmythos.analysis import plots
+from openmythos.config import to_dict, write_json
+from openmythos.recipes import catalogue, report
+from openmythos.train.run import Run, train
+
+LOOPS = (1, 2, 4, 8, 16)
+
+
+def run_seed(seed: int) -> dict[str, object]:
+    """Train and evaluate one seed in a temporary run folder."""
+    config = catalogue.get("demo")
+    config = replace(config, train=replace(config.train, seed=seed))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.create(Path(folder) / "run", config)
+        started = time.perf_counter()
+        speeds = [metrics.tokens_per_second for metrics in train(run)]
+        seconds = time.perf_counter() - started
+        found = report.evaluate(run, LOOPS)
+    print(f"seed {seed}: {seconds:.0f} s, {found.bits_per_byte}", flush=True)
+    return {
+        "seed": seed,
+        "training_seconds": round(seconds, 1),
+        "tokens_per_second_median": round(statistics.median(speeds)),
+        "held_out": {str(loop): asdict(result) for loop, result in found.loops.items()},
+        "compressors_bits_per_byte": dict(found.compressors),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("results/demo"))
+    options = parser.parse_args()
+    runs = [run_seed(seed) for seed in range(options.seeds)]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    curves = {
+        f"seed {run['seed']}": {loop: run["held_out"][str(loop)]["bits_per_byte"] for loop in LOOPS}
+        for run in runs
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(
+        {
+            "command": f"python benchmarks/demo_seeds.py --seeds {options.seeds}",
+            "config": to_dict(catalogue.get("demo")),
+            "commit": commit.stdout.strip(),
+            "hardware": {
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "runs": runs,
+        },
+        options.out / "results.json",
+    )
+    figure = plots.loss_against_loops(
+        curves,
+        references=runs[0]["compressors_bits_per_byte"],
+        trained_loops=float(catalogue.get("demo").train.loops.mean_loops),
+    )
+    rows = [
+        {"seed": name.removeprefix("seed "), "num_loops": loop, "bits_per_byte": bits}
+        for name, curve in curves.items()
+        for loop, bits in curve.items()
+    ]
+    plots.save_figure(figure, options.out / "loops.png", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The evaluation that comes with a run: verdict, files, text to score."""
+
+import csv
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from variants import tiny_config
+
+from openmythos.config import ConfigError
+from openmythos.data.corpus import compression_baselines
+from openmythos.eval.likelihood import Likelihood, depth_sweep
+from openmythos.recipes import report
+from openmythos.recipes.report import LoopReport
+from openmythos.recurrence.loop_sampling import FixedLoops
+from openmythos.train.config import DataConfig, RunConfig, TrainConfig
+from openmythos.train.metrics import read_metrics
+from openmythos.train.run import Run, train
+
+LOOPS = (1, 2, 4)
+
+
+def with_bits(bits: Mapping[int, float]) -> LoopReport:
+    loops = {loop: Likelihood(1.0, value, 2.7, 10, 10) for loop, value in bits.items()}
+    return LoopReport(loops, {"gzip-9": 3.0}, 2.0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("report")
+    rng = random.Random(0)
+    (folder / "text").mkdir()
+    for number in range(20):
+        text = " ".join(rng.choice(["loop", "state", "déjà", "vu"]) for _ in range(60))
+        (folder / "text" / f"{number}.txt").write_text(text)
+    config = RunConfig(
+        model=tiny_config(vocab_size=257, context=32),
+        data=DataConfig(paths=(str(folder / "text"),), held_out=0.1),
+        train=TrainConfig(num_steps=3, batch_size=4, seq_len=32, loops=FixedLoops(mean_loops=2)),
+    )
+    made = Run.create(folder / "run", config)
+    list(train(made))
+    return made
+
+
+def test_gain_is_against_the_fewest_loops() -> None:
+    found = with_bits({2: 4.0, 4: 3.0, 8: 3.5})
+    assert found.best == 3.0
+    assert found.gain == pytest.approx(0.25)
+    assert found.verdict() == "Looping helps: 4 loops need 25.0% fewer bits than 2 loops."
+    assert "than 1 loop." in with_bits({1: 4.0, 4: 3.0}).verdict()
+
+
+@pytest.mark.parametrize(
+    "bits", [{1: 4.0, 2: 3.99}, {1: 4.0, 2: 4.0}, {1: 4.0, 2: 5.0}, {1: 4.0}], ids=str
+)
+def test_no_gain_is_called_flat(bits: dict[int, float]) -> None:
+    found = with_bits(bits)
+    assert 0 <= found.gain < report.FLAT
+    assert "nearly flat" in found.verdict()
+
+
+def test_held_out_text_is_scored(run: Run) -> None:
+    told: list[tuple[int, int]] = []
+    found = report.evaluate(run, LOOPS, progress=lambda done, total: told.append((done, total)))
+    shards = run.shards("held_out")
+    assert found.loops == depth_sweep(run.load_model(), shards, LOOPS, seq_len=32)
+    assert told[-1] == (len(shards) - 1, len(shards) - 1)
+    assert found.mean_loops == 2.0
+    text = report.decode_text(run, shards)
+    assert len(text) == shards.num_bytes
+    assert found.compressors == compression_baselines(text)
+
+
+def test_other_text_is_scored_whole(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("some other text: äöü " * 4)
+    found = report.evaluate(run, (1,), data=[str(tmp_path / "other.txt")])
+    text = (tmp_path / "other.txt").read_bytes()
+    assert found.loops[1].num_bytes == found.loops[1].tokens == len(text)
+    assert found.compressors == compression_baselines(text)
+
+
+def test_untrained_run_has_nothing_to_score(run: Run, tmp_path: Path) -> None:
+    fresh = Run.create(tmp_path / "fresh", run.config)
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        report.evaluate(fresh, (1,))
+
+
+def test_report_is_written_as_json_csv_and_figure(run: Run, tmp_path: Path) -> None:
+    found = report.evaluate(run, LOOPS)
+    report.write_report(found, tmp_path / "new" / "folder")
+    written = json.loads((tmp_path / "new" / "folder" / "eval.json").read_text())
+    assert [row["num_loops"] for row in written["held_out"]] == [1, 2, 4]
+    assert [row["bits_per_byte"] for row in written["held_out"]] == list(
+        found.bits_per_byte.values()
+    )
+    assert written["compressors_bits_per_byte"] == found.compressors
+    assert written["mean_loops_in_training"] == 2.0
+    assert written["verdict"] == found.verdict()
+    png = (tmp_path / "new" / "folder" / "loops.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    with (tmp_path / "new" / "folder" / "loops.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["nats_per_token"]) for row in rows] == pytest.approx(
+        [result.nats_per_token for result in found.loops.values()]
+    )
+
+
+def test_loss_curve_is_written(run: Run) -> None:
+    report.write_loss_curve(run)
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with (run.folder / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["tokens"]) for row in rows] == [128, 256, 384]
+    wanted = [metrics["loss"] for metrics in read_metrics(run.folder)]
+    assert [float(row["loss"]) for row in rows] == pytest.approx(wanted)
+
+
+def test_loss_curve_needs_a_step(run: Run, tmp_path: Path) -> None:
+    fresh = Run.create(tmp_path / "fresh", run.config)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: is missing"):
+        report.write_loss_curve(fresh)
+    (fresh.folder / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="no step has been logged yet"):
+        report.write_loss_curve(fresh)

@@ -1,0 +1,416 @@
+"""The command line, called in this process: what it makes, prints and refuses."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openmythos import cli
+from openmythos.config import load_toml
+from openmythos.model import presets
+from openmythos.train.config import RunConfig
+from openmythos.train.metrics import read_metrics
+from openmythos.train.run import Run
+
+STEPS = 3
+SMALL = ["train.seq_len=32", f"train.num_steps={STEPS}", "model.dim=32"]
+TINY = ["train", "--recipe", "tiny", "--data", "text", "--set", *SMALL]
+
+
+class Result:
+    """Exit code, standard output and standard error of a command."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(*argv: str) -> Result:
+        capsys.readouterr()
+        try:
+            code = cli.main(list(argv))
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def write_text(folder: Path) -> None:
+    folder.mkdir()
+    for number in range(6):
+        lines = [f"def f{number}_{line}(x):\n    return {line} * x\n" for line in range(20)]
+        (folder / f"{number}.py").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text and a trained run, copied by the tests."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_text(folder / "text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main([*TINY, "--out", "run"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    """Exit code 2 and one line that names what is wrong."""
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1, result.err
+    for part in parts:
+        assert part in result.err
+    assert "Traceback" not in result.out + result.err
+
+
+def test_train_makes_a_run_folder(here: Path, call: Call) -> None:
+    result = call(*TINY)
+    assert result.code == 0, result.err
+    folder = here / "runs" / "tiny-1"
+    wanted = {"config.toml", "tokenizer.json", "tokens", "metrics.jsonl", "checkpoints"}
+    assert wanted | {"loss.png", "loss.csv"} == {path.name for path in folder.iterdir()}
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+    assert load_toml(RunConfig, folder / "config.toml").model.dim == 32
+    assert [metrics["step"] for metrics in read_metrics(folder)] == [0, 1, 2]
+    assert "openmythos generate runs/tiny-1" in result.out
+    assert call(*TINY).code == 0
+    assert (here / "runs" / "tiny-2").is_dir()
+
+
+def test_train_into_a_named_folder_with_changes(here: Path, call: Call) -> None:
+    result = call(*TINY, "model.halting=act", "train.optimizer=adamw", "--out", "other")
+    assert result.code == 0, result.err
+    config = Run.open(here / "other").config
+    assert (config.model.halting.kind, config.train.optimizer.kind) == ("act", "adamw")
+
+
+def test_resume_adds_steps(here: Path, call: Call) -> None:
+    result = call("train", "--resume", "run", "--set", "train.num_steps=5")
+    assert result.code == 0, result.err
+    assert [metrics["step"] for metrics in read_metrics(here / "run")] == [0, 1, 2, 3, 4]
+    assert Run.open(here / "run").config.train.num_steps == 5
+    again = call("train", "--resume", "run")
+    assert (again.code, "all 5 steps are done already" in again.out) == (0, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_resume_goes_on(
+    here: Path, call: Call, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    original = cli.train
+
+    def interrupted(run: Run, *, resume: bool) -> Any:
+        steps = original(run, resume=resume)
+        yield next(steps)
+        os.kill(os.getpid(), number)
+        try:
+            yield from steps
+        finally:
+            steps.close()
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "train", interrupted)
+        result = call(*TINY, "--out", "stopped")
+    assert result.code == 0
+    assert signal.getsignal(number) is before
+    assert "stopped after step 2, checkpoint saved" in result.out
+    assert "openmythos train --resume stopped" in result.out
+    assert call("train", "--resume", "stopped").code == 0
+    straight = [metrics["loss"] for metrics in read_metrics(here / "run")]
+    assert [metrics["loss"] for metrics in read_metrics(here / "stopped")] == straight
+
+
+def test_generate_continues_the_prompt(here: Path, call: Call) -> None:
+    result = call("generate", "run", "--prompt", "def f", "--max-new-tokens", "8")
+    assert result.code == 0, result.err
+    assert result.out.startswith("def f")
+    again = call("generate", "run", "--prompt", "def f", "--max-new-tokens", "8")
+    assert again.out == result.out
+    other = call("generate", "run", "--prompt", "def f", "--max-new-tokens", "8", "--seed", "1")
+    assert other.out != result.out
+
+
+def test_generate_prints_prompts_as_they_are(here: Path, call: Call) -> None:
+    prompt = "[bold]x[/bold]\t:smile: [/nonsense] " + 30 * "long "
+    result = call("generate", "run", "--prompt", prompt, "--max-new-tokens", "0")
+    assert result.out == prompt + "\n"
+
+
+def test_generate_with_more_loops_and_an_exit_rule(here: Path, call: Call) -> None:
+    argv = ["generate", "run", "--num-loops", "9", "--max-new-tokens", "4", "--prompt", "def f"]
+    rule = ["--exit-rule", "state_change", "--set", "exit_rule.threshold=100", "prefill_chunk=2"]
+    assert "loops per token" not in call(*argv).out
+    result = call(*argv, *rule)
+    assert result.code == 0, result.err
+    assert " of 9 loops per token]" in result.out
+
+
+def test_eval_writes_its_report(here: Path, call: Call) -> None:
+    result = call("eval", "run", "--num-loops", "1,2,4")
+    assert result.code == 0, result.err
+    assert "bits per byte" in result.out and "gzip-9" in result.out
+    written = json.loads((here / "run" / "eval.json").read_text())
+    assert [row["num_loops"] for row in written["held_out"]] == [1, 2, 4]
+    assert written["verdict"] in " ".join(result.out.split())
+    assert (here / "run" / "loops.png").is_file() and (here / "run" / "loops.csv").is_file()
+
+
+def test_eval_of_other_text_into_another_folder(here: Path, call: Call) -> None:
+    argv = ["eval", "run", "--data", "text/1.py", "--num-loops", "2", "--out", "elsewhere"]
+    assert call(*argv).code == 0
+    (row,) = json.loads((here / "elsewhere" / "eval.json").read_text())["held_out"]
+    assert row["num_bytes"] == (here / "text" / "1.py").stat().st_size
+    assert not (here / "run" / "eval.json").exists()
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_plan_of_every_preset(call: Call, name: str) -> None:
+    result = call("plan", name)
+    assert result.code == 0, result.err
+    assert name in result.out
+
+
+def test_plan_takes_changes(call: Call) -> None:
+    plain = call("plan", "1b", "--num-loops", "4")
+    changed = call("plan", "1b", "--num-loops", "4", "--set", "recurrent_feed_forward.top_k=2")
+    assert changed.code == 0, changed.err
+    assert changed.out != plain.out
+    assert call("plan", "1b", "--batch", "3", "--context", "512").code == 0
+
+
+def test_presets_are_listed(call: Call) -> None:
+    result = call("presets")
+    assert result.code == 0
+    lines = result.out.splitlines()
+    for name in presets.names():
+        assert any(line.startswith(f"│ {name} ") for line in lines), name
+
+
+def test_tokenizer_is_trained_and_used(here: Path, call: Call) -> None:
+    argv = ["tokenizer", "--data", "text", "--vocab-size", "300", "--out", "bpe"]
+    result = call(*argv)
+    assert result.code == 0, result.err
+    assert "bpe/tokenizer.json: 300 tokens" in result.out
+    used = ["tokenizer.kind=file", "tokenizer.path=bpe", "--out", "other"]
+    result = call(*TINY, *used)
+    assert result.code == 0, result.err
+    assert Run.open(here / "other").config.model.vocab_size == 300
+    assert_refused(call(*argv), "bpe/tokenizer.json: exists already")
+
+
+DEMO = [
+    'data.paths=["text"]',
+    "tokenizer.vocab_size=300",
+    "model.vocab_size=257",
+    "model.dim=64",
+    "model.recurrent_feed_forward.expert_dim=32",
+    "model.feed_forward.hidden_dim=64",
+    "train.num_steps=3",
+    "train.batch_size=2",
+    "train.seq_len=64",
+]
+
+
+def test_demo_trains_evaluates_and_samples(here: Path, call: Call) -> None:
+    result = call("demo", "--set", *DEMO)
+    assert result.code == 0, result.err
+    folder = here / "runs" / "demo-1"
+    for name in ("config.toml", "metrics.jsonl", "eval.json", "loss.png", "loops.png"):
+        assert (folder / name).is_file()
+    written = json.loads((folder / "eval.json").read_text())
+    assert [row["num_loops"] for row in written["held_out"]] == [1, 2, 4, 8, 16]
+    assert "perplexity per token" in result.out and "xz-9" in result.out
+    assert written["verdict"] in " ".join(result.out.split())
+    samples = [line for line in result.out.splitlines() if line.startswith("--- ")]
+    assert samples == ["--- 1 loop ---", "--- 4 loops ---", "--- 16 loops ---"]
+    assert result.out.count("def main(") == 3
+
+
+NEW = ["train", "--recipe", "tiny", "--out", "new"]
+WRONG: dict[str, tuple[list[str], list[str]]] = {
+    "recipe": (["train", "--recipe", "tinny"], ["recipe = 'tinny'", "'tiny'", "demo"]),
+    "key": ([*NEW, "--set", "train.num_step=3"], ["train.num_step", "'num_steps'"]),
+    "room": ([*NEW, "--set", "trian.num_steps=3"], ["trian", "'train'"]),
+    "kind": (
+        [*NEW, "--set", "model.injection=lt"],
+        ["model.injection", "'lt'", "'lti'", "concat"],
+    ),
+    "no value": ([*NEW, "--set", "train.num_steps"], ["train.num_steps"]),
+    "top_k": (
+        [*NEW, "--set", "model.recurrent_feed_forward.top_k=99"],
+        ["model.recurrent_feed_forward.top_k = 99", "num_experts = 8"],
+    ),
+    "heads": (
+        [*NEW, "--set", "model.attention=grouped_query", "model.dim=60"],
+        ["num_heads = 8", "must divide dim = 60"],
+    ),
+    "zero steps": ([*NEW, "--set", "train.num_steps=0"], ["train.num_steps = 0", "at least 1"]),
+    "model loops": ([*NEW, "--set", "model.num_loops=2.5"], ["model.num_loops", "2.5", "integer"]),
+    "window": ([*NEW, "--set", "train.seq_len=512"], ["train.seq_len = 512", "context = 256"]),
+    "empty corpus": ([*NEW, "--data", "empty"], ["empty", "no text found"]),
+    "empty file": ([*NEW, "--data", "empty.txt"], ["empty.txt", "no text found"]),
+    "binary file": ([*NEW, "--data", "binary"], ["binary: is not UTF-8 text"]),
+    "missing data": ([*NEW, "--data", "nowhere"], ["nowhere: no such file or folder"]),
+    "glob": ([*NEW, "--data", "no*where"], ["path = 'no*where'", "matches no file"]),
+    "existing run": ([*TINY, "--out", "run"], ["run: exists already", "--out", "--resume run"]),
+    "foreign folder": (["generate", "text"], ["text: is not the folder of a run"]),
+    "foreign eval": (["eval", "nowhere"], ["nowhere: is not the folder of a run"]),
+    "foreign resume": (["train", "--resume", "text"], ["text: is not the folder of a run"]),
+    "resumed model": (
+        ["train", "--resume", "run", "--set", "model.dim=64"],
+        ["model: cannot change when a run is resumed"],
+    ),
+    "resumed data": (["train", "--resume", "run", "--data", "text"], ["data = ", "--resume"]),
+    "negative loops": (["generate", "run", "--num-loops", "-1"], ["num_loops = -1", "at least 1"]),
+    "top_k of the vocabulary": (
+        ["generate", "run", "--top-k", "999"],
+        ["top_k = 999", "at most 257"],
+    ),
+    "top_p": (["generate", "run", "--top-p", "1.5"], ["top_p = 1.5", "at most 1"]),
+    "temperature": (["generate", "run", "--temperature", "-1"], ["temperature = -1"]),
+    "exit rule": (
+        ["generate", "run", "--exit-rule", "argmx"],
+        ["exit_rule.kind", "'argmx'", "'argmax'"],
+    ),
+    "long prompt": (
+        ["generate", "run", "--prompt", "x" * 300],
+        ["prompt: 301 tokens", "context of 256"],
+    ),
+    "preset": (["plan", "1bb"], ["preset '1bb'", "1b"]),
+    "loop list": (["eval", "run", "--num-loops", "1,x"], ["num_loops = '1,x'", "whole numbers"]),
+    "no loops": (["eval", "run", "--num-loops", "0"], ["num_loops = '0'", ">= 1"]),
+    "half loops": (["eval", "run", "--num-loops", "2.5"], ["num_loops = '2.5'", ">= 1"]),
+    "small vocabulary": (
+        ["tokenizer", "--data", "text", "--vocab-size", "100", "--out", "bpe"],
+        ["vocab_size = 100", "at least 257"],
+    ),
+    "plan context": (["plan", "tiny", "--context", "-1"], ["context", "-1"]),
+}
+
+
+@pytest.mark.parametrize("argv_and_parts", WRONG.values(), ids=WRONG.keys())
+def test_wrong_input_gets_one_line(
+    here: Path, call: Call, argv_and_parts: tuple[list[str], list[str]]
+) -> None:
+    (here / "empty").mkdir()
+    (here / "empty.txt").write_text("")
+    (here / "binary").write_bytes(bytes(range(256)))
+    argv, parts = argv_and_parts
+    assert_refused(call(*argv), *parts)
+    assert not (here / "new").exists()
+    assert not (here / "bpe").exists()
+
+
+@pytest.mark.parametrize("name", ["training.pt", "model.safetensors", "config.json"])
+def test_damaged_checkpoint_is_named(here: Path, call: Call, name: str) -> None:
+    path = Path("run/checkpoints/step-00000003") / name
+    path.write_bytes(path.read_bytes()[:50])
+    assert_refused(call("train", "--resume", "run"), str(path))
+    if name != "training.pt":
+        assert_refused(call("generate", "run"), str(path))
+        assert_refused(call("eval", "run"), str(path))
+
+
+@pytest.mark.parametrize("name", ["config.toml", "tokenizer.json"])
+def test_damaged_run_is_named(here: Path, call: Call, name: str) -> None:
+    (here / "run" / name).write_text("{nonsense")
+    assert_refused(call("generate", "run"), f"run/{name}")
+
+
+def test_failed_resume_leaves_the_config_alone(here: Path, call: Call) -> None:
+    before = (here / "run" / "config.toml").read_bytes()
+    argv = ["train", "--resume", "run", "--set", "train.num_steps=9", "model.dim=64"]
+    assert_refused(call(*argv), "model")
+    assert (here / "run" / "config.toml").read_bytes() == before
+
+
+def test_full_disk_is_no_fault_of_the_user(
+    here: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", no_space)
+        result = call("train", "--resume", "run", "--set", "train.num_steps=4")
+    assert result.code == 1
+    assert "No space left on device" in result.err.splitlines()[-1]
+    assert "Traceback" not in result.out + result.err
+    assert call("generate", "run", "--max-new-tokens", "1").code == 0
+
+
+def test_keyboard_interrupt_is_not_a_crash(
+    here: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "open_data", interrupted)
+    result = call("tokenizer", "--data", "text")
+    assert (result.code, result.err) == (130, "interrupted\n")
+
+
+FLAGS = {
+    "demo": ["--out", "--set"],
+    "train": ["--recipe", "--data", "--set", "--out", "--resume"],
+    "generate": [
+        *("--prompt", "--num-loops", "--max-new-tokens", "--temperature", "--top-k", "--top-p"),
+        *("--min-p", "--seed", "--exit-rule", "--set"),
+    ],
+    "eval": ["--data", "--num-loops", "--out"],
+    "plan": ["--context", "--batch", "--num-loops", "--set"],
+    "presets": [],
+    "tokenizer": ["--data", "--vocab-size", "--out"],
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_of_every_command(call: Call, command: str) -> None:
+    result = call(command, "--help")
+    assert result.code == 0
+    for flag in FLAGS[command]:
+        assert flag in result.out
+
+
+def test_help_names_every_command(call: Call) -> None:
+    result = call("--help")
+    assert result.code == 0
+    for command in FLAGS:
+        assert command in result.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ([], "demo"),
+        (["nonsense"], "nonsense"),
+        (["train", "--nonsense", "3"], "--nonsense"),
+        (["generate", "run", "--num-loops", "2.5"], "--num-loops"),
+        (["generate"], "folder"),
+    ],
+)
+def test_wrong_arguments_are_explained(call: Call, argv: list[str], part: str) -> None:
+    result = call(*argv)
+    assert result.code == 2
+    assert part.lower() in result.err.lower()
+    assert "Traceback" not in result.out + result.err
