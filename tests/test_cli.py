@@ -282,6 +282,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "resumed data": (["train", "--resume", "run", "--data", "text"], ["data = ", "--resume"]),
     "negative loops": (["generate", "run", "--num-loops", "-1"], ["num_loops = -1", "at least 1"]),
+    "zero loops": (["generate", "run", "--num-loops", "0"], ["num_loops = 0", "at least 1"]),
+    "plan without loops": (["plan", "1b", "--num-loops", "0"], ["num_loops = 0", "at least 1"]),
     "top_k of the vocabulary": (
         ["generate", "run", "--top-k", "999"],
         ["top_k = 999", "at most 257"],

@@ -92,8 +92,8 @@ class Generate:
     """Run folder."""
     prompt: str = ""
     """Text to continue; empty: from the start token."""
-    num_loops: int = 0
-    """Loops per token (0: the model's default). More than in training is allowed."""
+    num_loops: int | None = None
+    """Loops per token (default: the model's). More than in training is allowed."""
     max_new_tokens: int = 128
     """Tokens to generate."""
     temperature: float = 0.8
@@ -116,7 +116,7 @@ class Generate:
         model = run.load_model()
         request = Request(max_new_tokens=self.max_new_tokens, stop_ids=(run.tokenizer.bos_id,))
         chosen = [f"exit_rule.kind={self.exit_rule}", f"num_loops={model.config.num_loops}"]
-        if self.num_loops != 0:
+        if self.num_loops is not None:
             chosen[1] = f"num_loops={self.num_loops}"
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             chosen.append(f"sampling.{name}={getattr(self, name)}")
@@ -154,12 +154,12 @@ class Plan:
 
     preset: tyro.conf.Positional[str]
     """Preset name; see `openmythos presets`."""
-    context: int = 0
-    """Tokens per sequence (0: the preset's context)."""
+    context: int | None = None
+    """Tokens per sequence (default: the preset's context)."""
     batch: int = 1
     """Sequences."""
-    num_loops: int = 0
-    """Loops (0: the preset's)."""
+    num_loops: int | None = None
+    """Loops (default: the preset's)."""
     set: Many = ()
     """Changes to the preset, such as recurrent_feed_forward.top_k=4."""
 
@@ -169,9 +169,9 @@ class Plan:
             self.preset,
             cost.plan(
                 config,
-                context=self.context or config.context,
+                context=config.context if self.context is None else self.context,
                 batch=self.batch,
-                num_loops=self.num_loops or config.num_loops,
+                num_loops=config.num_loops if self.num_loops is None else self.num_loops,
             ),
         )
 
@@ -408,7 +408,7 @@ def _stream(engine: Engine, prompt: str, request: Request) -> list[int]:
     return loops
 
 
-def _short(number: float) -> str:
+def _short(number: int | float) -> str:
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -443,7 +443,7 @@ def _print_plan(name: str, plan: cost.Plan) -> None:
     OUT.print(table)
 
 
-def _bytes(number: float) -> str:
+def _bytes(number: int | float) -> str:
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if number >= size:
             return f"{number / size:.4g} {unit}"

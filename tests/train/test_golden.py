@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).with_name("golden_tiny.json")
 def write_corpus(folder: Path) -> None:
     """Text that no Python version changes: Random.random is fixed, unlike the standard library."""
     rng = random.Random(0)
-    words = "def return self loop state class import for in if not None decay token".split()
+    words = ("def", "return", "self", "loop", "state", "class", "if", "not", "None", "decay")
     folder.mkdir()
     for number in range(10):
         lines = [

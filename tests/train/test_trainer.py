@@ -232,7 +232,7 @@ def test_backprop_loops_cut_the_gradient_not_the_loss(shards: TokenShards) -> No
 
 
 def test_masked_documents_are_each_on_their_own(shards: TokenShards) -> None:
-    """A row of two documents counts what the two say alone; no document predicts the next."""
+    """A row of two documents counts what the two say alone."""
     trainer = trainer_of(shards, mask_documents=True)
     assert_finite(list(trainer.steps()))
     trainer = trainer_of(shards, mask_documents=True)
@@ -246,11 +246,10 @@ def test_masked_documents_are_each_on_their_own(shards: TokenShards) -> None:
     ):
         for number in documents.unique():
             inside = documents == number
-            last = bool(inside[-1])
             logits = trainer.model(tokens[inside][None], num_loops=2).logits[0]
+            # The next document's start token is the last target: where this one ends.
             loss = torch.nn.functional.cross_entropy(logits, targets[inside], reduction="none")
-            # The target of the last token is the next document's first, unless the row ends there.
-            losses_alone.append(loss if last else loss[:-1])
+            losses_alone.append(loss)
     torch.testing.assert_close(parts.cross_entropy, torch.cat(losses_alone).mean())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from openmythos.config import ConfigError
 
 FILE = "metrics.jsonl"
-Metrics = dict[str, float]
+Metrics = dict[str, int | float]
 
 
 class MetricsLog:
@@ -18,7 +18,7 @@ class MetricsLog:
         kept = [m for m in read_metrics(run) if m["step"] < next_step] if next_step else []
         self._path.write_text("".join(json.dumps(m) + "\n" for m in kept))
 
-    def write(self, metrics: Mapping[str, float]) -> None:
+    def write(self, metrics: Mapping[str, int | float]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(dict(metrics)) + "\n")
 

@@ -8,6 +8,8 @@ RUN/
     checkpoints/step-*/         see `train.checkpoint`
 """
 
+import functools
+import shutil
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,17 +62,25 @@ class Run:
         tokenizer = config.tokenizer.build(document.text for document in corpus.train())
         vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, documents in (("train", corpus.train()), ("held_out", corpus.held_out())):
-            write_shards(
-                documents,
-                tokenizer,
-                folder / "tokens" / name,
-                progress=lambda done, name=name: report(f"{name} tokens", done),  # type: ignore[misc]
-            )
-        tokenizer.save(folder)
-        # Last, so that a folder with a config is a folder with data.
-        save_toml(config, folder / CONFIG_FILE)
+        # Under another name until it is whole, so that a failure leaves nothing in the way.
+        unfinished = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            for part, documents in (("train", corpus.train()), ("held_out", corpus.held_out())):
+                shards = write_shards(
+                    documents,
+                    tokenizer,
+                    unfinished / "tokens" / part,
+                    progress=functools.partial(report, f"{part} tokens"),
+                )
+                if part == "train":
+                    _check_length(shards, config)
+            tokenizer.save(unfinished)
+            save_toml(config, unfinished / CONFIG_FILE)
+            unfinished.replace(folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         return cls(folder, config, tokenizer)
 
     @classmethod
@@ -89,6 +99,11 @@ class Run:
     def load_model(self) -> OpenMythos:
         """The model of the newest checkpoint, in eval mode, on the CPU."""
         return OpenMythos.from_pretrained(latest_checkpoint(self.folder))
+
+
+def _check_length(shards: TokenShards, config: RunConfig) -> None:
+    """A Loader refuses a corpus shorter than one window; ask before the folder is there."""
+    Loader(shards, seq_len=config.train.seq_len, batch_size=1, seed=0)
 
 
 def train(run: Run, *, resume: bool = False) -> Generator[StepMetrics, None, None]:

@@ -18,7 +18,7 @@ from openmythos.nn.moe import RouterStats
 from openmythos.recurrence.injection import LTIInjection
 from openmythos.recurrence.loop_sampling import sample_loops
 from openmythos.train.config import TrainConfig
-from openmythos.train.loss import IGNORE, LossParts, training_loss
+from openmythos.train.loss import LossParts, training_loss
 from openmythos.train.parallel import rank_and_world_size, sum_over_ranks
 
 
@@ -39,7 +39,7 @@ class StepMetrics:
     ponder_cost: float
     max_decay: float
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, int | float]:
         return asdict(self)
 
 
@@ -115,12 +115,10 @@ class Trainer:
         per_sequence = c.loops.per == "sequence"
         for start in pieces:
             rows = slice(start, start + size)
-            targets = batch.targets[rows]
+            targets = batch.targets[rows].to(self.device)
             documents = batch.documents[rows] if c.mask_documents else None
+            # The start token after a document's last one stays a target: it says where to end.
             if documents is not None:
-                # The token after a document's last is another document's first.
-                next_document = torch.cat((documents[:, 1:], documents[:, -1:]), dim=1)
-                targets = targets.masked_fill(next_document != documents, IGNORE)
                 documents = documents.to(self.device)
             with self._autocast():
                 output = self.model(
@@ -130,7 +128,7 @@ class Trainer:
                     documents=documents,
                     collect_loops=c.loss.collect_loops,
                 )
-                parts = training_loss(output, targets.to(self.device), c.loss, self.model.config)
+                parts = training_loss(output, targets, c.loss, self.model.config)
             torch.autograd.backward(parts.total / len(pieces))
             with torch.no_grad():
                 for name, stats in output.router.items():
