@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 # Tests never wait for a network, and tokenizers does not warn when a test forks.
-TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -17,11 +17,12 @@ help:  ## list the targets
 
 setup: $(VENV)/.installed-dev  ## install the package and everything needed to work on it
 
+# Waiting threads spin by default, which costs tenfold as soon as another program wants a core.
 demo: $(VENV)/.installed-demo  ## train a small model on this machine, then sample and plot
-	$(BIN)/openmythos demo
+	OMP_WAIT_POLICY=passive $(BIN)/openmythos demo
 
 # Run-time shape checks fail under torch.compile and are not set up in worker processes, so those
-# tests run in a second call. Their workers share the machine: one thread each.
+# tests run in a second call. One thread per process: the processes share the machine.
 test: $(VENV)/.installed-dev  ## run the tests, but for the slow ones
 	$(call run-tests,not slow)
 
@@ -29,9 +30,9 @@ test-all: $(VENV)/.installed-dev  ## run all tests
 	$(call run-tests,slow or not slow)
 
 define run-tests
-$(TEST_ENV) $(BIN)/pytest -m "($(1)) and not compile and not distributed" \
+$(TEST_ENV) $(BIN)/pytest -n 2 -m "($(1)) and not compile and not distributed" \
 	--jaxtyping-packages=openmythos,beartype.beartype $(ARGS)
-$(TEST_ENV) OMP_NUM_THREADS=1 $(BIN)/pytest -m "($(1)) and (compile or distributed)" $(ARGS) \
+$(TEST_ENV) $(BIN)/pytest -m "($(1)) and (compile or distributed)" $(ARGS) \
 	|| [ $$? -eq 5 ]  # 5: none selected
 endef
 

@@ -34,7 +34,7 @@ def demo() -> RunConfig:
         model=replace(model, tie_embeddings=False, recurrent_feed_forward=experts),
         tokenizer=BPE(vocab_size=4096),
         train=TrainConfig(
-            num_steps=220,
+            num_steps=260,
             batch_size=8,
             seq_len=256,
             loops=PoissonLoops(mean_loops=2.0, max_loops=8),
