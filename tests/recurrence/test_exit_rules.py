@@ -27,6 +27,7 @@ from openmythos.recurrence.halting import (
     FixedExit,
     KLEntropyExit,
     KLExit,
+    LoopStates,
     LoopView,
     NoHalting,
     StateChangeExit,
@@ -82,9 +83,10 @@ def leave_by_hand(rule: ExitRule, stays: Tensor, not_before: Tensor | None = Non
         rule, lambda _: next(logits), torch.ones(batch, seq, dtype=torch.bool), not_before
     )
     state, left = torch.zeros(batch, seq, 1), torch.zeros(batch, seq, dtype=torch.long)
+    active = torch.ones(batch, seq, dtype=torch.bool)
     for loop in range(loops):
-        tracker.update(state, state, state, loop)
-        left = torch.where(~tracker.active & (left == 0), loop + 1, left)
+        active = tracker.update(LoopStates(state, state, state), active, loop)
+        left = torch.where(~active & (left == 0), loop + 1, left)
     return left
 
 

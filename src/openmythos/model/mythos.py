@@ -114,7 +114,7 @@ class OpenMythos(nn.Module):
         loop_logits = self._loop_logits(recurrence, context, cache)
         logits = self._readout(recurrence.state, context, cache, router)
         if cache is not None:
-            cache.exit_loop = recurrence.loops_used[:, -1]
+            cache.note_exits(recurrence.loops_used)
         return MythosOutput(logits, recurrence, router, loop_logits)
 
     def _layer(

@@ -131,8 +131,8 @@ class KVCache:
         self.length = 0
         self.padded = False
         self.valid = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)
-        # The loop in which a sequence's newest token left the recurrence: an exit rule that judges
-        # the whole prefix must not leave earlier at a later token.
+        # The loop in which the last of a sequence's tokens stopped: an exit rule that judges the
+        # whole prefix must not leave earlier at a later token.
         self.exit_loop = torch.zeros(batch, dtype=torch.long, device=like.device)
         prelude, recurrent, coda = layers
         shape = (batch, capacity, kv_width)
@@ -184,6 +184,11 @@ class KVCache:
         index = torch.tensor([old.slot(loop) for loop in writers], device=self.valid.device)
         self._recurrent = [storage.index_select(0, index) for storage in self._recurrent]
         self.policy = new
+
+    def note_exits(self, loops_used: Tensor) -> None:
+        """Keep the largest of loops_used [batch, seq] over the real tokens of every sequence."""
+        used = loops_used * self.valid[:, self.length : self.length + loops_used.shape[1]]
+        self.exit_loop = torch.maximum(self.exit_loop, used.amax(dim=1))
 
     def mark_padding(self, attention_mask: Tensor) -> None:
         """Declare which of the columns about to be written are real tokens."""

@@ -123,6 +123,14 @@ class LoopView(NamedTuple):
     logits: Logits | None
 
 
+class LoopStates(NamedTuple):
+    """State before and after a loop, and what the model would read out after it."""
+
+    previous: Hidden
+    state: Hidden
+    output: Hidden
+
+
 @dataclass(frozen=True, kw_only=True)
 class FixedExit:
     """Never leaves early: num_loops decides."""
@@ -219,11 +227,11 @@ def _kl(view: LoopView) -> PerToken:
 
 
 class ExitTracker:
-    """Applies an exit rule loop by loop to one forward pass and remembers who has left.
+    """Applies an exit rule loop by loop to one forward pass.
 
-    `readout` maps states to logits and is called only for rules that need them; the last logits
-    are kept for the caller. `valid` [batch, seq] is False at padding, `not_before` [batch] is the
-    loop in which the token before these left (prefix scope across cached tokens).
+    `readout` maps states to logits and is called only for rules that need them. `valid`
+    [batch, seq] is False at padding, `not_before` [batch] is the loop in which the last of the
+    cached tokens stopped (prefix scope).
     """
 
     def __init__(
@@ -238,25 +246,25 @@ class ExitTracker:
         self._valid = valid
         self._not_before = not_before
         self._streak = torch.zeros(valid.shape, dtype=torch.long, device=valid.device)
-        self.logits: Tensor | None = None
-        self.active = torch.ones_like(valid)
+        self._logits: Tensor | None = None
 
-    def update(self, previous: Hidden, state: Hidden, output: Hidden, loop: int) -> None:
-        """Judge the loop from `previous` to `state`; `output` is what the model would read out."""
+    def update(self, view: LoopStates, active: Mask, loop: int) -> Mask:
+        """Who goes on after this loop, of the positions still `active`."""
         rule = self.rule
         if isinstance(rule, FixedExit):
-            return
-        logits = self._readout(output) if rule.needs_logits else None
+            return active
+        logits = self._readout(view.output) if rule.needs_logits else None
         # The first loop has nothing to compare its logits with.
-        if not rule.needs_logits or self.logits is not None:
-            stays = rule.stays(LoopView(previous, state, self.logits, logits))
+        if not rule.needs_logits or self._logits is not None:
+            stays = rule.stays(LoopView(view.previous, view.state, self._logits, logits))
             self._streak = torch.where(stays, self._streak + 1, 0)
-        self.logits = logits
+        self._logits = logits
         if loop + 1 < rule.min_loops:
-            return
-        leaves = (self._streak >= rule.patience) | ~self.active
+            return active
+        leaves = (self._streak >= rule.patience) | ~active
         if rule.scope == "prefix":
+            # Who has stopped for another reason, or is padding, holds nobody back.
             leaves = (leaves | ~self._valid).long().cummin(dim=1).values.bool()
             if self._not_before is not None:
                 leaves = leaves & (loop + 1 >= self._not_before[:, None])
-        self.active = self.active & ~leaves
+        return active & ~leaves

@@ -162,7 +162,8 @@ class ConcatInjection(InjectionLayer):
         return Drive(self.input_map(encoded), encoded.new_ones(()))
 
     def forward(self, state: Hidden, drive: Drive) -> Hidden:
-        return self.state_map(state) + drive.forced
+        # Autocast maps in bf16, but what runs from loop to loop stays in its own dtype.
+        return (self.state_map(state) + drive.forced).to(state.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from openmythos.nn.cache import CacheSlot, KVCache
 from openmythos.nn.linear import Deltas, RMSNorm
 from openmythos.nn.moe import RouterStats
 from openmythos.recurrence.conditioning import Conditioning, LoopEmbeddings, LoopLoRAs
-from openmythos.recurrence.halting import ExitTracker, Halting, HaltState
+from openmythos.recurrence.halting import ExitTracker, Halting, HaltState, LoopStates
 from openmythos.recurrence.injection import Drive, Injection
 from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Scalar
 
@@ -303,8 +303,8 @@ class RecurrentBlock(nn.Module):
     def _judge(self, previous: Hidden, carry: Carry, tracker: ExitTracker, loop: int) -> Carry:
         """Let the exit rule look at the state and stop the positions that it lets go."""
         assert carry.active is not None
-        tracker.update(previous, carry.state, self._output(carry)[0], loop)
-        return carry._replace(active=carry.active & tracker.active)
+        view = LoopStates(previous, carry.state, self._output(carry)[0])
+        return carry._replace(active=tracker.update(view, carry.active, loop))
 
     def _finish(self, carry: Carry, trace: "_Trace", order: Tensor | None) -> RecurrentOutput:
         (state, ponder_cost), loops_used = self._output(carry), carry.loops_used
