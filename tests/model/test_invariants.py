@@ -351,17 +351,18 @@ def test_beyond_the_last_loop_its_parameters_are_used_again() -> None:
 @few_variants
 def test_sequences_of_different_depth_equal_each_alone(config: MythosConfig) -> None:
     """Forward and every gradient; eval mode, where a random initial state is fixed."""
-    model, tokens = tiny_model(config), random_tokens(4)
-    depths, weights = [2, 5, 1, 3], torch.randn(4, SEQ, VOCAB)
-    out = model(tokens, num_loops=torch.tensor(depths))
-    (out.logits * weights).sum().backward()
+    model, (tokens, mask) = tiny_model(config), left_padded()
+    depths, weights = [2, 5, 1], torch.randn(len(tokens), SEQ, VOCAB)
+    out = model(tokens, num_loops=torch.tensor(depths), attention_mask=mask)
+    (out.logits * weights)[mask].sum().backward()
     together = gradients(model)
     model.zero_grad()
-    for row, depth in enumerate(depths):
-        alone = model(tokens[row : row + 1], num_loops=depth)
-        torch.testing.assert_close(out.logits[row], alone.logits[0], **CLOSE)
-        assert out.recurrence.loops_used[row].tolist() == alone.recurrence.loops_used[0].tolist()
-        (alone.logits[0] * weights[row]).sum().backward()
+    for row, (depth, padding) in enumerate(zip(depths, PADDING.tolist(), strict=True)):
+        alone = model(tokens[row : row + 1, padding:], num_loops=depth)
+        torch.testing.assert_close(out.logits[row, padding:], alone.logits[0], **CLOSE)
+        used = out.recurrence.loops_used[row, padding:]
+        assert used.tolist() == alone.recurrence.loops_used[0].tolist()
+        (alone.logits[0] * weights[row, padding:]).sum().backward()
     assert_gradients_close(together, gradients(model))
 
 

@@ -15,7 +15,7 @@ from jaxtyping import TypeCheckError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from variants import SEQ, VOCAB, name_of, random_tokens, tiny_config, tiny_model
+from variants import CACHE_POLICIES, SEQ, VOCAB, name_of, random_tokens, tiny_config, tiny_model
 
 from openmythos.config import ConfigError, from_dict, to_dict
 from openmythos.model import storage
@@ -24,7 +24,7 @@ from openmythos.model.generation import Request, stream
 from openmythos.model.mythos import OpenMythos
 from openmythos.model.sampling import Sampling, filtered_logits, sample
 from openmythos.nn.attention import GroupedQueryAttention
-from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
+from openmythos.nn.cache import CachePolicy, ExactCache
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT, StateChangeExit
@@ -370,7 +370,7 @@ def greedy_by_hand(model: OpenMythos, prompt: Tensor, new: int, num_loops: int) 
     return tokens[:, prompt.shape[1] :]
 
 
-@pytest.mark.parametrize("prefill_chunk", [0, 1, 4, 99])
+@pytest.mark.parametrize("prefill_chunk", [0, 1, 5])
 @pytest.mark.parametrize("halting", [tiny_config().halting, ACT(bias_init=-0.5)], ids=name_of)
 def test_temperature_zero_is_greedy_without_a_cache(halting: Any, prefill_chunk: int) -> None:
     model, prompt = tiny_model(tiny_config(halting=halting)), random_tokens(3)
@@ -452,10 +452,26 @@ def test_seeds_decide_what_is_drawn(model: OpenMythos) -> None:
     assert len({str(drawn(seed)) for seed in range(4)}) == 4
 
 
-@pytest.mark.parametrize("policy", [ExactCache(), LastLoopCache()], ids=name_of)
-def test_more_loops_and_policies_can_be_asked_for(model: OpenMythos, policy: CachePolicy) -> None:
-    request = Request(max_new_tokens=4, num_loops=9, prefill=policy, decode=policy)
-    assert len(list(stream(model, random_tokens(2), request))) == 4
+@pytest.mark.parametrize("decode", CACHE_POLICIES, ids=name_of)
+@torch.no_grad()
+def test_prompt_and_new_tokens_follow_their_cache_policies(
+    model: OpenMythos, decode: CachePolicy
+) -> None:
+    prompt, seen = random_tokens(2), []
+    hook = model.register_forward_hook(lambda _m, _a, out: seen.append(out.logits))
+    request = Request(max_new_tokens=5, num_loops=9, prefill=ExactCache(), decode=decode)
+    tokens = [step.tokens for step in stream(model, prompt, request)]
+    hook.remove()
+    cache = model.new_cache(2, SEQ + 5, num_loops=9, decode=decode)
+    for index, part in enumerate((prompt, *(t[:, None] for t in tokens[:-1]))):
+        logits = model(part, num_loops=9, cache=cache).logits
+        cache.advance(part.shape[1])
+        cache.begin_decode()
+        torch.testing.assert_close(logits, seen[index])
+        assert torch.equal(logits[:, -1].argmax(-1), tokens[index])
+    exact = model(torch.cat((prompt, torch.stack(tokens[:-1], dim=1)), dim=1), num_loops=9).logits
+    same = torch.allclose(exact[:, -1], logits[:, -1], atol=1e-4)
+    assert same == isinstance(decode, ExactCache)
 
 
 @pytest.mark.parametrize(
