@@ -4,13 +4,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor
 
 from openmythos.config import ConfigError
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import GroupedQueryAttention
-from openmythos.nn.block import Attention, exchange
+from openmythos.nn.attention import GroupedQueryAttention, TokenLayout, attention_context
+from openmythos.nn.block import Attention, Block
 from openmythos.nn.cache import (
     CachePolicy,
     CacheSlot,
@@ -20,6 +19,8 @@ from openmythos.nn.cache import (
     KVCache,
     LastLoopCache,
 )
+from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.latent_attention import LatentAttention
 
 POLICIES = [*(policy() for policy in get_args(CachePolicy)), GroupedLoopCache(group=3)]
 WIDTH, BATCH, CAPACITY = 5, 2, 8
@@ -177,26 +178,25 @@ def test_a_slot_returns_all_columns_up_to_its_own() -> None:
     assert slot.read(2).equal(torch.cat((first, -second), dim=1))
 
 
-def test_exchange_projects_only_where_the_slot_is_written() -> None:
-    kv, storage = torch.randn(BATCH, 2, WIDTH), torch.randn(BATCH, CAPACITY, WIDTH)
-    own, visible = exchange(lambda: kv, None, 2)
-    assert own is kv and visible is kv
-    own, visible = exchange(lambda: kv, CacheSlot(storage, 3, True), 2)
-    assert own.equal(kv) and visible.equal(storage[:, :5]) and storage[:, 3:5].equal(kv)
-
-    def never() -> Tensor:
-        raise AssertionError("projected for nothing")
-
-    own, visible = exchange(never, CacheSlot(storage, 3, False), 2)
-    assert own.equal(kv) and visible.equal(storage[:, :5])
+def test_a_block_projects_only_where_the_slot_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LatentAttention(num_heads=2, kv_latent_dim=WIDTH - 2, rope_head_dim=2)
+    block = Block(16, config, SwiGLU(hidden_dim=8), 1e-6)
+    storage, x = torch.randn(BATCH, CAPACITY, WIDTH), torch.randn(BATCH, 2, 16)
+    layout = TokenLayout(2, 3, x.device)
+    context = attention_context(layout, 2, 10_000.0, 0)
+    with torch.no_grad():
+        written = block(x, context, slot=CacheSlot(storage, 3, True))
+        assert storage[:, 3:5].equal(written.kv)
+        monkeypatch.delattr(type(block.attention), "project_kv")
+        reused = block(x, context, slot=CacheSlot(storage, 3, False))
+    assert reused.kv.equal(written.kv) and reused.x.equal(written.x)
 
 
 def test_a_low_precision_cache_shows_what_it_stored() -> None:
     kv = torch.randn(BATCH, 2, WIDTH)
     slot = make(like=torch.empty(0, dtype=torch.bfloat16)).prelude_slot(0)
-    own, visible = exchange(lambda: kv, slot, 2)
-    assert own.dtype == visible.dtype == torch.bfloat16
-    assert own.equal(kv.to(torch.bfloat16)) and visible.equal(own)
+    visible = slot.write(kv)
+    assert visible.dtype == torch.bfloat16 and visible.equal(kv.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("loops_run", [1, 2, 3, 4, 5])

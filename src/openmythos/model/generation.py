@@ -64,6 +64,11 @@ def stream(
         raise ValueError(
             f"prompt: holds a token id outside the vocabulary of {model.config.vocab_size} tokens"
         )
+    if attention_mask is not None and attention_mask.shape != prompt.shape:
+        raise ValueError(
+            f"attention_mask: has shape {list(attention_mask.shape)}, "
+            f"the prompt has {list(prompt.shape)}"
+        )
     request.sampling.check(model.config.vocab_size)
     return _stream(model, prompt, request, attention_mask)
 

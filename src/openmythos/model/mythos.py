@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openmythos.config import require_int
 from openmythos.model import generation, storage
 from openmythos.model.config import MythosConfig
 from openmythos.model.init import init_weights
@@ -88,6 +89,12 @@ class OpenMythos(nn.Module):
         collect_loops: loop counts after which to keep states and logits too, e.g. (1, 2, 4).
         """
         loops = self._check_loops(num_loops, tokens, cache, exit_rule)
+        require_int("backprop_loops", backprop_loops, minimum=0)
+        if attention_mask is not None and attention_mask.shape != tokens.shape:
+            raise ValueError(
+                f"attention_mask: has shape {list(attention_mask.shape)}, "
+                f"the tokens have {list(tokens.shape)}"
+            )
         layout = self._layout(tokens, attention_mask, documents, cache)
         attention = self.config.attention
         context = attention_context(

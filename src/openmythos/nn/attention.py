@@ -5,7 +5,7 @@ An attention layer is two maps: `project_kv` turns the layer's input into what a
 decides which keys and values it sees: its own, a cache's, or those of an earlier loop.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -31,19 +31,18 @@ class AttentionContext:
 
     def rows(self, start: int, stop: int) -> "AttentionContext":
         """The context of a slice of the batch."""
-
-        def cut(x: Tensor | None) -> Tensor | None:
-            return x if x is None or x.shape[0] == 1 else x[start:stop]
-
-        return replace(self, cos=cut(self.cos), sin=cut(self.sin), mask=cut(self.mask))
+        return self._take(slice(start, stop))
 
     def select(self, rows: Tensor) -> "AttentionContext":
         """The context of the batch reordered by `rows`."""
+        return self._take(rows)
 
-        def take(x: Tensor | None) -> Tensor | None:
-            return x if x is None or x.shape[0] == 1 else x[rows]
-
-        return replace(self, cos=take(self.cos), sin=take(self.sin), mask=take(self.mask))
+    def _take(self, rows: Tensor | slice) -> "AttentionContext":
+        # What has no batch dimension of its own serves every row.
+        cos, sin, mask = (
+            x if x is None or x.shape[0] == 1 else x[rows] for x in (self.cos, self.sin, self.mask)
+        )
+        return AttentionContext(cos, sin, mask, self.is_causal)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """One pre-norm layer: attention and feed-forward around a residual stream."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from openmythos.nn.attention import AttentionContext, GroupedQueryAttention
 from openmythos.nn.cache import CacheSlot
@@ -53,12 +52,14 @@ class Block(nn.Module):
         deltas: Deltas = NO_DELTAS,
     ) -> BlockOutput:
         normed = self.attention_norm(x)
-
-        def project() -> Tensor:
+        if slot is not None and not slot.writes:
+            visible = slot.read(x.shape[1])
+            kv = visible[:, slot.start :]
+        else:
             kv = self.attention.project_kv(normed, context, deltas)
-            return kv if frozen is None else torch.where(frozen.active[..., None], kv, frozen.kv)
-
-        kv, visible = exchange(project, slot, x.shape[1])
+            if frozen is not None:
+                kv = torch.where(frozen.active[..., None], kv, frozen.kv)
+            visible = kv if slot is None else slot.write(kv)
         x = x + self.attention(normed, visible, context, deltas)
         x, router = self._feed(x, None if frozen is None else frozen.active, deltas)
         return BlockOutput(x, kv, router)
@@ -78,14 +79,3 @@ class Block(nn.Module):
         normed = self.feed_forward_norm(tokens)
         update, router = self.feed_forward(normed, TokenRows(where[0], batch), deltas)
         return x.index_put(where, (tokens + update).to(x.dtype)), router
-
-
-def exchange(
-    project: Callable[[], Tensor], slot: CacheSlot | None, seq: int
-) -> tuple[Tensor, Tensor]:
-    """(own keys and values, all that may be attended to), by way of the cache if there is one."""
-    if slot is None:
-        kv = project()
-        return kv, kv
-    visible = slot.write(project()) if slot.writes else slot.read(seq)
-    return visible[:, slot.start :], visible
