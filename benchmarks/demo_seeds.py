@@ -50,8 +50,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
     options = parser.parse_args()
-    runs = [run_seed(seed) for seed in range(options.seeds)]
+    # Asked before the runs: it names the code that they use.
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    runs = [run_seed(seed) for seed in range(options.seeds)]
     curves = {
         f"seed {run['seed']}": {loop: run["held_out"][str(loop)]["bits_per_byte"] for loop in LOOPS}
         for run in runs
