@@ -19,7 +19,7 @@ setup: $(VENV)/.installed-dev  ## install the package and everything needed to w
 
 # Waiting threads spin by default, which costs tenfold as soon as another program wants a core.
 demo: $(VENV)/.installed-demo  ## train a small model on this machine, then sample and plot
-	OMP_WAIT_POLICY=passive $(BIN)/openmythos demo
+	GOMP_SPINCOUNT=3000 $(BIN)/openmythos demo
 
 # Run-time shape checks fail under torch.compile and are not set up in worker processes, so those
 # tests run in a second call. One thread per process: the processes share the machine.

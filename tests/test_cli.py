@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from openmythos import cli
+from openmythos.cli import commands, screen
 from openmythos.config import load_toml
 from openmythos.model import presets
 from openmythos.train.config import RunConfig
@@ -116,7 +117,7 @@ def test_resume_adds_steps(here: Path, call: Call) -> None:
 def test_signal_saves_and_resume_goes_on(
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    original = cli.train
+    original = screen.train
 
     def interrupted(run: Run, *, resume: bool) -> Any:
         steps = original(run, resume=resume)
@@ -129,7 +130,7 @@ def test_signal_saves_and_resume_goes_on(
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "train", interrupted)
+        patch.setattr(screen, "train", interrupted)
         result = call(*TINY, "--out", "stopped")
     assert result.code == 0
     assert signal.getsignal(number) is before
@@ -367,7 +368,7 @@ def test_keyboard_interrupt_is_not_a_crash(
     def interrupted(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "open_data", interrupted)
+    monkeypatch.setattr(commands, "open_data", interrupted)
     result = call("tokenizer", "--data", "text")
     assert (result.code, result.err) == (130, "interrupted\n")
 

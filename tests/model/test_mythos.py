@@ -115,7 +115,10 @@ def test_effective_depth_counts_executed_layers() -> None:
 
 @pytest.mark.parametrize(
     "num_loops",
-    [0, -1, 2.5, True, "2", torch.tensor([2]), torch.tensor([0, 1]), torch.tensor([1.0, 2.0])],
+    [
+        *(0, -1, 2.5, True, "2", torch.tensor([2]), torch.tensor([0, 1])),
+        *(torch.tensor([1.0, 2.0]), torch.tensor([True, True])),
+    ],
     ids=str,
 )
 def test_impossible_loops_are_refused(model: OpenMythos, num_loops: Any) -> None:
@@ -129,6 +132,31 @@ def test_loops_per_sequence_go_with_neither_cache_nor_exit_rule(model: OpenMytho
         model(random_tokens(2), num_loops=loops, cache=model.new_cache(2, SEQ))
     with pytest.raises(ValueError, match=message):
         model(random_tokens(2), num_loops=loops, exit_rule=StateChangeExit())
+
+
+@pytest.mark.parametrize("backprop_loops", [-1, 1.5, True])
+def test_impossible_backprop_loops_are_refused(model: OpenMythos, backprop_loops: Any) -> None:
+    with pytest.raises(REFUSED, match=r"backprop_loops = .*must be an integer|[Tt]ype"):
+        model(random_tokens(2), backprop_loops=backprop_loops)
+
+
+def test_arguments_of_the_wrong_shape_are_refused(model: OpenMythos) -> None:
+    tokens = random_tokens(2)
+    mask = torch.ones(2, SEQ - 1, dtype=torch.bool)
+    with pytest.raises(REFUSED, match=r"attention_mask: has shape \[2, 11\]|[Tt]ype"):
+        model(tokens, attention_mask=mask)
+    with pytest.raises(REFUSED, match=r"attention_mask: has shape \[2, 11\]|[Tt]ype"):
+        model.generate(tokens, max_new_tokens=1, attention_mask=mask)
+    with pytest.raises(REFUSED, match=r"tokens: has shape \[12\], must be|[Tt]ype"):
+        model(tokens[0])
+    with pytest.raises(REFUSED, match=r"prompt: has shape \[12\], must be|[Tt]ype"):
+        model.generate(tokens[0], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("stop_id", [-1, VOCAB])
+def test_a_stop_token_that_cannot_come_is_refused(model: OpenMythos, stop_id: int) -> None:
+    with pytest.raises(ConfigError, match=f"stop_ids = {stop_id}: must be an integer"):
+        model.generate(random_tokens(1), max_new_tokens=1, stop_id=stop_id)
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB, 10**6])
@@ -147,8 +175,12 @@ def test_too_long_and_empty_inputs_are_refused(model: OpenMythos) -> None:
         model(random_tokens(1, CONTEXT + 1))
     with pytest.raises(ValueError, match="tokens: is empty"):
         model(random_tokens(1, 0))
+    with pytest.raises(ValueError, match="tokens: is empty"):
+        model(random_tokens(0))
     with pytest.raises(ValueError, match="prompt: is empty"):
         model.generate(random_tokens(1, 0), max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompt: is empty"):
+        model.generate(random_tokens(0), max_new_tokens=1)
     message = f"20 tokens and 5 new ones are longer than the context of {CONTEXT}"
     with pytest.raises(ValueError, match=message):
         # Before the first token, not in the middle of the stream.
@@ -496,6 +528,7 @@ def test_impossible_requests_are_refused(fields: dict[str, Any], message: str) -
         ({"top_p": 1.5}, "top_p = 1.5: must be a number, above 0 and at most 1"),
         ({"min_p": -0.5}, "min_p = -0.5: must be a number, at least 0 and at most 1"),
         ({"seed": -1}, "seed = -1: must be an integer, at least 0"),
+        ({"seed": 2**70}, "seed = 1180591620717411303424: must be an integer"),
     ],
 )
 def test_impossible_sampling_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -564,6 +597,14 @@ def test_samples_follow_the_distribution() -> None:
     expected = filtered_logits(logits, sampling).softmax(-1)[0]
     assert expected[3] == drawn[3] == 0
     assert ((drawn - expected).abs() < 5 * (expected * (1 - expected) / size).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-12, 1e12])
+def test_any_temperature_gives_probabilities(temperature: float) -> None:
+    logits = torch.tensor([[3.0, -2.0, 2.999, 3e4]])
+    probability = filtered_logits(logits, Sampling(temperature=temperature)).softmax(dim=-1)
+    expected = [0.25] * 4 if temperature > 1 else [0.0, 0.0, 0.0, 1.0]
+    torch.testing.assert_close(probability, torch.tensor([expected]))
 
 
 def test_greedy_draws_nothing() -> None:

@@ -6,22 +6,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from jaxtyping import TypeCheckError
 from torch import Tensor
 from variants import VOCAB, random_tokens, tiny, tiny_config, tiny_model
 
-from openmythos.model.mythos import MythosOutput, OpenMythos
+from openmythos.model.mythos import MythosLosses, OpenMythos
+from openmythos.nn.cross_entropy import CHUNK_TOKENS, IGNORE, linear_cross_entropy
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
-from openmythos.train.loss import IGNORE, DeepSupervision, FinalLoss, token_loss, training_loss
+from openmythos.train.loss import DeepSupervision, FinalLoss, training_loss
 
 BATCH = 4
 TOKENS, TARGETS = random_tokens(BATCH, seed=1), random_tokens(BATCH, seed=2)
 LOOPS = torch.tensor([2, 4, 1, 3])
 
 
-def run(model: OpenMythos, num_loops: Any, loss: Any) -> MythosOutput:
-    return model.train()(TOKENS, num_loops=num_loops, collect_loops=loss.collect_loops)
+def run(model: OpenMythos, num_loops: Any, loss: Any) -> MythosLosses:
+    model.train()
+    return model.losses(TOKENS, TARGETS, num_loops=num_loops, collect_loops=loss.collect_loops)
 
 
 def by_hand(logits: Tensor, targets: Tensor) -> Tensor:
@@ -31,36 +34,83 @@ def by_hand(logits: Tensor, targets: Tensor) -> Tensor:
     return -picked[targets != IGNORE].mean()
 
 
-def test_token_loss_is_cross_entropy_in_fp32() -> None:
-    logits = torch.randn(BATCH, 12, VOCAB).bfloat16()
-    wanted = F.cross_entropy(logits.float().view(-1, VOCAB), TARGETS.view(-1))
-    assert torch.equal(token_loss(logits, TARGETS), wanted)
-    torch.testing.assert_close(wanted.double(), by_hand(logits, TARGETS), rtol=1e-5, atol=1e-6)
-
-
-def test_ignored_targets_do_not_count() -> None:
-    logits = torch.randn(BATCH, 12, VOCAB)
-    targets = TARGETS.masked_fill(torch.rand(BATCH, 12) < 0.4, IGNORE)
-    torch.testing.assert_close(
-        token_loss(logits, targets).double(), by_hand(logits, targets), rtol=1e-5, atol=1e-6
+def readout_case(dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, readout weight and targets, some of them ignored."""
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(2, tokens, 16, generator=generator).to(dtype)
+    weight = torch.randn(VOCAB, 16, generator=generator).to(dtype)
+    targets = torch.randint(0, VOCAB, (2, tokens), generator=generator)
+    ignored = torch.rand(2, tokens, generator=generator) < 0.4
+    return (
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        targets.masked_fill(ignored, IGNORE),
     )
-    changed = torch.where(targets[..., None] == IGNORE, 5 * logits, logits)
-    assert torch.equal(token_loss(changed, targets), token_loss(logits, targets))
+
+
+@pytest.mark.parametrize("tokens", [1, 12, CHUNK_TOKENS, CHUNK_TOKENS + 37])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_chunked_cross_entropy_equals_full_logits(dtype: torch.dtype, tokens: int) -> None:
+    hidden, weight, targets = readout_case(dtype, tokens)
+    targets[0, 0] = 3
+    found = linear_cross_entropy(hidden, weight, targets)
+    logits = F.linear(hidden, weight)
+    wanted = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.double(), by_hand(logits, targets), rtol=1e-5, atol=1e-5)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    grads = torch.autograd.grad(3 * found, (hidden, weight))
+    for grad, other in zip(grads, torch.autograd.grad(3 * wanted, (hidden, weight)), strict=True):
+        assert grad.dtype == other.dtype
+        assert float((grad - other).norm()) <= tolerance * float(other.norm())
+
+
+def test_chunked_cross_entropy_follows_autocast() -> None:
+    hidden, weight, targets = readout_case(torch.float32, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, targets)
+        logits = F.linear(hidden, weight)
+    assert logits.dtype == torch.bfloat16 and found.dtype == torch.float32
+    wanted = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(found, weight)
+    assert grad.dtype == torch.float32
+
+
+def test_no_target_that_counts_is_nan_as_in_torch() -> None:
+    hidden, weight, _ = readout_case(torch.float32, 4)
+    assert linear_cross_entropy(hidden, weight, torch.full((2, 4), IGNORE)).isnan()
+
+
+def test_losses_are_those_of_the_logits() -> None:
+    model = tiny_model(tiny_config())
+    output = model(TOKENS, num_loops=LOOPS, collect_loops=(1, 3))
+    losses = model.losses(TOKENS, TARGETS, num_loops=LOOPS, collect_loops=(1, 3))
+    torch.testing.assert_close(
+        losses.cross_entropy.double(), by_hand(output.logits, TARGETS), rtol=1e-5, atol=1e-5
+    )
+    order = output.recurrence.order
+    assert order is not None
+    for loss, logits in zip(losses.by_loop, output.loop_logits, strict=True):
+        wanted = by_hand(logits, TARGETS[order][: len(logits)])
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises((ValueError, TypeCheckError), match=r"targets: has shape|[Tt]ype"):
+        model.losses(TOKENS, TARGETS[:, 1:])
 
 
 def test_final_loss_without_extras_is_cross_entropy_alone() -> None:
     model = tiny_model(tiny_config(recurrent_feed_forward=tiny(SwiGLU)))
     output = run(model, 3, FinalLoss())
-    parts = training_loss(output, TARGETS, FinalLoss(), model.config)
-    assert output.loop_logits == []
-    assert torch.equal(parts.total, token_loss(output.logits, TARGETS))
+    parts = training_loss(output, FinalLoss(), model.config)
+    assert output.by_loop == []
+    assert torch.equal(parts.total, output.cross_entropy)
     assert float(parts.balance) == float(parts.z) == float(parts.ponder_cost) == 0
 
 
 def test_deep_supervision_is_the_mean_over_loops() -> None:
     model = tiny_model(tiny_config(recurrent_feed_forward=tiny(SwiGLU)))
     loss = DeepSupervision(weight=0.7)
-    parts = training_loss(run(model, 3, loss), TARGETS, loss, model.config)
+    parts = training_loss(run(model, 3, loss), loss, model.config)
     losses = [by_hand(model(TOKENS, num_loops=n).logits, TARGETS) for n in (1, 2, 3)]
     wanted = losses[-1] + 0.7 * sum(losses, torch.zeros(())) / 3
     torch.testing.assert_close(parts.total.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -70,7 +120,7 @@ def test_deep_supervision_is_the_mean_over_loops() -> None:
 def test_deep_supervision_with_loops_per_sequence() -> None:
     model = tiny_model(tiny_config(recurrent_feed_forward=tiny(SwiGLU)))
     loss = DeepSupervision(weight=0.7)
-    parts = training_loss(run(model, LOOPS, loss), TARGETS, loss, model.config)
+    parts = training_loss(run(model, LOOPS, loss), loss, model.config)
     rows = {}  # logits of each row after each loop that it ran, row by row
     for row, depth in enumerate(LOOPS.tolist()):
         for loop in range(1, depth + 1):
@@ -90,7 +140,7 @@ def test_router_costs_enter_the_total_by_their_weights() -> None:
     model = tiny_model(tiny_config(feed_forward=tiny(SwiGLU), recurrent_feed_forward=moe))
     output = run(model, 2, FinalLoss())
     (stats,) = output.router.values()
-    parts = training_loss(output, TARGETS, FinalLoss(), model.config)
+    parts = training_loss(output, FinalLoss(), model.config)
     assert float(stats.tokens) == 2 * TOKENS.numel()  # both loops
     assert float(stats.sequences) == 2 * BATCH
     balance, z = stats.balance / stats.sequences, stats.z / stats.tokens
@@ -103,7 +153,7 @@ def test_layers_inside_and_outside_the_loop_have_their_own_weights() -> None:
     inner, outer = tiny(MoE, balance_weight=0.3), tiny(MoE, balance_weight=0.1, z_weight=0.5)
     model = tiny_model(tiny_config(feed_forward=outer, recurrent_feed_forward=inner))
     output = run(model, 2, FinalLoss())
-    parts = training_loss(output, TARGETS, FinalLoss(), model.config)
+    parts = training_loss(output, FinalLoss(), model.config)
     assert set(output.router) == {"prelude.0", "recurrent.layers.0", "coda.0"}
     wanted = parts.cross_entropy
     for name, stats in output.router.items():
@@ -116,7 +166,7 @@ def test_layers_inside_and_outside_the_loop_have_their_own_weights() -> None:
 def test_perfect_balance_costs_one() -> None:
     moe = tiny(MoE, num_experts=4, top_k=4)
     model = tiny_model(tiny_config(feed_forward=tiny(SwiGLU), recurrent_feed_forward=moe))
-    parts = training_loss(run(model, 2, FinalLoss()), TARGETS, FinalLoss(), model.config)
+    parts = training_loss(run(model, 2, FinalLoss()), FinalLoss(), model.config)
     torch.testing.assert_close(parts.balance, torch.ones(()))
 
 
@@ -126,13 +176,13 @@ def test_ponder_cost_enters_by_its_weight() -> None:
     )
     model = tiny_model(config)
     output = run(model, 3, FinalLoss())
-    parts = training_loss(output, TARGETS, FinalLoss(), config)
+    parts = training_loss(output, FinalLoss(), config)
     assert output.recurrence.ponder_cost is not None
     assert float(parts.ponder_cost.detach()) > 1
     torch.testing.assert_close(parts.ponder_cost, output.recurrence.ponder_cost)
     torch.testing.assert_close(parts.total, parts.cross_entropy + 0.25 * parts.ponder_cost)
     unweighted = replace(config, halting=ACT(ponder_weight=0.0, bias_init=-0.5))
-    parts = training_loss(output, TARGETS, FinalLoss(), unweighted)
+    parts = training_loss(output, FinalLoss(), unweighted)
     assert torch.equal(parts.total, parts.cross_entropy)
 
 

@@ -18,6 +18,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
+from openmythos.nn.cross_entropy import CHUNK_TOKENS
 from openmythos.nn.feed_forward import ReLU2, SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE, MoELayer, Router
@@ -226,7 +227,7 @@ def training_memory(
     optimizer    fp32; adamw: two moments, muon: one for the matrices of the layers, else two
     activations  what autograd keeps per token (`_layer_bytes`) and the state of every loop; loops
                  without gradient keep nothing, of checkpointed ones one at a time is computed anew
-    logits       in `dtype`, and in fp32 log-probabilities and their gradient
+    logits       of one chunk of the loss: in `dtype`, and in fp32 two more such matrices
     """
     model, c, size = _on_meta(config), config, dtype.itemsize
     total = _numel(model)
@@ -241,7 +242,7 @@ def training_memory(
         gradients=total * FP32,
         optimizer=FP32 * (2 * total - (_matrix_numel(model) if optimizer == "muon" else 0)),
         activations=batch * context * per_token,
-        logits=batch * context * c.vocab_size * (size + 2 * FP32),
+        logits=min(batch * context, CHUNK_TOKENS) * c.vocab_size * (size + 2 * FP32),
     )
 
 

@@ -51,6 +51,8 @@ def stream(
     model: "OpenMythos", prompt: TokenIds, request: Request, attention_mask: Tensor | None = None
 ) -> Iterator[DecodeStep]:
     """Check the request now, then yield a DecodeStep per new token."""
+    if prompt.ndim != 2:
+        raise ValueError(f"prompt: has shape {list(prompt.shape)}, must be [batch, seq]")
     seq = prompt.shape[1]
     total = seq + request.max_new_tokens
     if total > model.config.context:
@@ -58,7 +60,7 @@ def stream(
             f"prompt: {seq} tokens and {request.max_new_tokens} new ones are longer than the "
             f"context of {model.config.context}"
         )
-    if seq == 0:
+    if prompt.numel() == 0:
         raise ValueError("prompt: is empty; start with at least one token")
     if int(prompt.min()) < 0 or int(prompt.max()) >= model.config.vocab_size:
         raise ValueError(
@@ -70,6 +72,8 @@ def stream(
             f"the prompt has {list(prompt.shape)}"
         )
     request.sampling.check(model.config.vocab_size)
+    for stop_id in request.stop_ids:
+        require_int("stop_ids", stop_id, minimum=0, maximum=model.config.vocab_size - 1)
     return _stream(model, prompt, request, attention_mask)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,12 @@ from openmythos.model.sampling import Sampling
 from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.block import Block
 from openmythos.nn.cache import CachePolicy, CacheSlot, ExactCache, KVCache
+from openmythos.nn.cross_entropy import linear_cross_entropy
 from openmythos.nn.linear import RMSNorm
 from openmythos.nn.moe import MoELayer, RouterStats
 from openmythos.recurrence.halting import ExitRule, ExitTracker, FixedExit
 from openmythos.recurrence.recurrent_block import RecurrentBlock, RecurrentOutput
-from openmythos.types import Hidden, Logits, LoopCounts, Mask, TokenIds
+from openmythos.types import Hidden, Logits, LoopCounts, Mask, Scalar, TokenIds
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,28 @@ class MythosOutput:
     recurrence: RecurrentOutput
     router: Mapping[str, RouterStats]
     loop_logits: list[Tensor]
+
+
+@dataclass(frozen=True)
+class MythosLosses:
+    """Mean cross-entropy after the last loop, and after each loop that was asked for.
+
+    In nats per token. Where sequences ran different numbers of loops, an entry of `by_loop` is
+    the mean over those that ran that loop.
+    """
+
+    cross_entropy: Scalar
+    by_loop: list[Tensor]
+    recurrence: RecurrentOutput
+    router: Mapping[str, RouterStats]
+
+
+class _Run(NamedTuple):
+    """The model up to its readout."""
+
+    recurrence: RecurrentOutput
+    context: AttentionContext
+    router: dict[str, RouterStats]
 
 
 class OpenMythos(nn.Module):
@@ -88,6 +112,77 @@ class OpenMythos(nn.Module):
         exit_rule: inference only, lets positions stop before num_loops.
         collect_loops: loop counts after which to keep states and logits too, e.g. (1, 2, 4).
         """
+        run = self._run(
+            tokens,
+            num_loops=num_loops,
+            backprop_loops=backprop_loops,
+            attention_mask=attention_mask,
+            documents=documents,
+            cache=cache,
+            exit_rule=exit_rule,
+            collect_loops=collect_loops,
+        )
+        loop_logits = [
+            self._logits(state, context, cache) for state, context in self._collected(run)
+        ]
+        hidden = self._hidden(run.recurrence.state, run.context, cache, run.router)
+        if cache is not None:
+            cache.note_exits(run.recurrence.loops_used)
+        return MythosOutput(self._head(hidden), run.recurrence, run.router, loop_logits)
+
+    def losses(
+        self,
+        tokens: TokenIds,
+        targets: TokenIds,
+        *,
+        num_loops: int | LoopCounts | None = None,
+        backprop_loops: int = 0,
+        documents: Tensor | None = None,
+        collect_loops: Collection[int] = (),
+    ) -> MythosLosses:
+        """Cross-entropy against targets [batch, seq]; a target of IGNORE = -100 does not count.
+
+        The arguments are those of `forward`, the losses those of its logits, but the logits of all
+        tokens are never in memory at once.
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets: has shape {list(targets.shape)}, the tokens have {list(tokens.shape)}"
+            )
+        run = self._run(
+            tokens,
+            num_loops=num_loops,
+            backprop_loops=backprop_loops,
+            documents=documents,
+            collect_loops=collect_loops,
+        )
+        order = run.recurrence.order
+        ordered = targets if order is None else targets[order]
+        by_loop = [
+            self._cross_entropy(self._hidden(state, context), ordered[: len(state)])
+            for state, context in self._collected(run)
+        ]
+        hidden = self._hidden(run.recurrence.state, run.context, router=run.router)
+        loss = self._cross_entropy(hidden, targets)
+        return MythosLosses(loss, by_loop, run.recurrence, run.router)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        *,
+        num_loops: int | Tensor | None,
+        backprop_loops: int,
+        documents: Tensor | None,
+        collect_loops: Collection[int],
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        exit_rule: ExitRule | None = None,
+    ) -> _Run:
+        """Embedding, prelude and loops."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens: has shape {list(tokens.shape)}, must be [batch, seq]")
+        if tokens.numel() == 0:
+            raise ValueError("tokens: is empty; start with at least one token")
         loops = self._check_loops(num_loops, tokens, cache, exit_rule)
         require_int("backprop_loops", backprop_loops, minimum=0)
         if attention_mask is not None and attention_mask.shape != tokens.shape:
@@ -95,6 +190,8 @@ class OpenMythos(nn.Module):
                 f"attention_mask: has shape {list(attention_mask.shape)}, "
                 f"the tokens have {list(tokens.shape)}"
             )
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
         layout = self._layout(tokens, attention_mask, documents, cache)
         attention = self.config.attention
         context = attention_context(
@@ -118,11 +215,7 @@ class OpenMythos(nn.Module):
         for index, stats in enumerate(recurrence.router):
             if stats is not None:
                 router[f"recurrent.layers.{index}"] = stats
-        loop_logits = self._loop_logits(recurrence, context, cache)
-        logits = self._readout(recurrence.state, context, cache, router)
-        if cache is not None:
-            cache.note_exits(recurrence.loops_used)
-        return MythosOutput(logits, recurrence, router, loop_logits)
+        return _Run(recurrence, context, router)
 
     def _layer(
         self,
@@ -138,29 +231,40 @@ class OpenMythos(nn.Module):
             router[name] = out.router
         return out.x
 
-    def _readout(
+    def _hidden(
         self,
         state: Hidden,
         context: AttentionContext,
-        cache: KVCache | None,
+        cache: KVCache | None = None,
         router: dict[str, RouterStats] | None = None,
-    ) -> Logits:
-        """Coda, norm and head on a state."""
+    ) -> Hidden:
+        """Coda and norm on a state: what the head reads."""
         x = state
         for index, layer in enumerate(self.coda):
             slot = None if cache is None else cache.coda_slot(index)
             x = self._layer(f"coda.{index}", layer, x, context, slot, router)
-        x = self.norm(x)
-        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+        return self.norm(x)
 
-    def _loop_logits(
-        self, recurrence: RecurrentOutput, context: AttentionContext, cache: KVCache | None
-    ) -> list[Tensor]:
-        if recurrence.order is not None:
-            context = context.select(recurrence.order)
-        return [
-            self._readout(state, context.rows(0, len(state)), cache) for state in recurrence.outputs
-        ]
+    def _head(self, hidden: Hidden) -> Logits:
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab_size, dim], the embedding's where they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def _cross_entropy(self, hidden: Hidden, targets: TokenIds) -> Scalar:
+        return linear_cross_entropy(hidden, self.head_weight, targets)
+
+    def _logits(self, state: Hidden, context: AttentionContext, cache: KVCache | None) -> Logits:
+        return self._head(self._hidden(state, context, cache))
+
+    def _collected(self, run: _Run) -> Iterator[tuple[Hidden, AttentionContext]]:
+        """Each collected output with the context of its rows."""
+        order = run.recurrence.order
+        context = run.context if order is None else run.context.select(order)
+        for state in run.recurrence.outputs:
+            yield state, context.rows(0, len(state))
 
     def _tracker(
         self,
@@ -177,7 +281,7 @@ class OpenMythos(nn.Module):
             valid = layout.valid[:, layout.start :]
         return ExitTracker(
             rule,
-            lambda state: self._readout(state, context, cache),
+            lambda state: self._logits(state, context, cache),
             valid,
             cache.exit_loop if cache is not None and cache.length else None,
         )
@@ -191,7 +295,8 @@ class OpenMythos(nn.Module):
     ) -> int | Tensor:
         loops = self.config.num_loops if num_loops is None else num_loops
         if isinstance(loops, Tensor):
-            if loops.shape != tokens.shape[:1] or loops.is_floating_point() or loops.min() < 1:
+            whole = not loops.is_floating_point() and loops.dtype != torch.bool
+            if loops.shape != tokens.shape[:1] or not whole or loops.min() < 1:
                 raise ValueError(
                     f"num_loops = {loops.tolist()}: must be one whole number >= 1 for each of the "
                     f"{tokens.shape[0]} sequences"
@@ -219,8 +324,6 @@ class OpenMythos(nn.Module):
         cache: KVCache | None,
     ) -> TokenLayout:
         batch, seq = tokens.shape
-        if seq == 0:
-            raise ValueError("tokens: is empty; start with at least one token")
         start = 0 if cache is None else cache.length
         if start + seq > self.config.context:
             raise ValueError(

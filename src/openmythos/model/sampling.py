@@ -29,7 +29,7 @@ class Sampling:
         require_int("top_k", self.top_k, minimum=0)
         require_number("top_p", self.top_p, above=0, at_most=1)
         require_number("min_p", self.min_p, at_least=0, at_most=1)
-        require_int("seed", self.seed, minimum=0)
+        require_int("seed", self.seed, minimum=0, maximum=2**63 - 1)
 
     def check(self, vocab_size: int) -> None:
         require_int("top_k", self.top_k, minimum=0, maximum=vocab_size)
@@ -37,7 +37,9 @@ class Sampling:
 
 def filtered_logits(logits: NextLogits, sampling: Sampling) -> NextLogits:
     """Logits / temperature with everything that the filters drop at -inf."""
-    logits = logits.float() / sampling.temperature
+    # The maximum at 0, so that no temperature, however small, makes an infinity of it.
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k:
         smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

@@ -18,22 +18,18 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def save(folder: Path, config: MythosConfig, state: Mapping[str, Tensor]) -> None:
-    """Write both files, each under a temporary name first."""
+    """Write both files under temporary names and put them in place when both are whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(folder / WEIGHTS_FILE, state)
-    header = {"model_type": "openmythos", "format_version": FORMAT_VERSION}
-    write_json(header | to_dict(config), folder / CONFIG_FILE)
-
-
-def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors; a full disk leaves the former file whole."""
+    weights = folder / WEIGHTS_FILE
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    with replacing(path) as temporary:
+    header = {"model_type": "openmythos", "format_version": FORMAT_VERSION}
+    with replacing(folder / CONFIG_FILE) as new_config, replacing(weights) as new_weights:
+        write_json(header | to_dict(config), new_config)
         try:
-            save_file(tensors, temporary)
+            save_file(tensors, new_weights)
         except SafetensorError as error:
             # The library wraps what the system said about disk or permission.
-            raise OSError(f"{path}: cannot be written: {error}") from error
+            raise OSError(f"{weights}: cannot be written: {error}") from error
 
 
 def load_config(folder: Path) -> MythosConfig:

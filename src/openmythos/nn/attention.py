@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.config import ConfigError, require, require_int, require_number
+from openmythos.nn.blockwise import blockwise_attention
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, RMSNorm
 from openmythos.nn.rope import apply_rope, rope_tables
 from openmythos.types import Hidden, KeyValues
@@ -28,6 +29,7 @@ class AttentionContext:
     sin: Tensor | None
     mask: Tensor | None  # [batch or 1, 1, seq, total], True = may attend
     is_causal: bool  # the mask is the plain causal one and need not be built
+    window: int = 0  # keys that the mask lets a query see at most; 0: unlimited
 
     def rows(self, start: int, stop: int) -> "AttentionContext":
         """The context of a slice of the batch."""
@@ -42,7 +44,7 @@ class AttentionContext:
         cos, sin, mask = (
             x if x is None or x.shape[0] == 1 else x[rows] for x in (self.cos, self.sin, self.mask)
         )
-        return AttentionContext(cos, sin, mask, self.is_causal)
+        return AttentionContext(cos, sin, mask, self.is_causal, self.window)
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ def attention_context(
     """The shared part of attention for `layout`; rotary_dim 0 means no rotary positions."""
     mask, is_causal = layout.mask(window)
     if rotary_dim == 0:
-        return AttentionContext(None, None, mask, is_causal)
+        return AttentionContext(None, None, mask, is_causal, window)
     cos, sin = rope_tables(layout.positions(), rotary_dim, base)
-    return AttentionContext(cos, sin, mask, is_causal)
+    return AttentionContext(cos, sin, mask, is_causal, window)
 
 
 def rotate(x: Tensor, context: AttentionContext) -> Tensor:
@@ -109,11 +111,20 @@ def rotate(x: Tensor, context: AttentionContext) -> Tensor:
     return apply_rope(x, context.cos.unsqueeze(1), context.sin.unsqueeze(1))
 
 
+def in_blocks(query: Tensor, context: AttentionContext) -> bool:
+    """Whether `attend` leaves torch's kernel for our own: a CPU computes several queries."""
+    causal = context.is_causal or context.mask is not None
+    on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and causal and query.shape[2] > 1
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float
 ) -> Tensor:
     """softmax(scale q k^T) v on [batch, heads, seq, head_dim]; keys may have fewer heads."""
     value_dim = value.shape[-1]
+    if in_blocks(query, context):
+        return blockwise_attention(query, key, value, context.mask, context.window, scale)
     padding = query.shape[-1] - value_dim
     if padding > 0:
         # The fused CPU and GPU kernels want equal head dims; torch falls back to the slow one.

@@ -10,8 +10,8 @@ from openmythos.nn.cache import CacheSlot
 from openmythos.nn.feed_forward import ReLU2, SwiGLU, TokenRows
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.linear import NO_DELTAS, Deltas, RMSNorm
-from openmythos.nn.moe import MoE, RouterStats
-from openmythos.types import Hidden, KeyValues, Mask
+from openmythos.nn.moe import ExpertWeights, MoE, MoELayer, RouterStats
+from openmythos.types import Hidden, KeyValues, Mask, Tokens
 
 Attention = LatentAttention | GroupedQueryAttention
 FeedForward = SwiGLU | ReLU2 | MoE
@@ -42,6 +42,12 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(dim, norm_eps)
         self.feed_forward = feed_forward.build(dim)
 
+    def prepare(self) -> ExpertWeights | None:
+        """What a caller that runs the layer many times makes once, for `expert_weights`."""
+        if isinstance(self.feed_forward, MoELayer):
+            return self.feed_forward.experts.weights()
+        return None
+
     def forward(
         self,
         x: Hidden,
@@ -50,6 +56,7 @@ class Block(nn.Module):
         slot: CacheSlot | None = None,
         frozen: Frozen | None = None,
         deltas: Deltas = NO_DELTAS,
+        expert_weights: ExpertWeights | None = None,
     ) -> BlockOutput:
         normed = self.attention_norm(x)
         if slot is not None and not slot.writes:
@@ -61,21 +68,33 @@ class Block(nn.Module):
                 kv = torch.where(frozen.active[..., None], kv, frozen.kv)
             visible = kv if slot is None else slot.write(kv)
         x = x + self.attention(normed, visible, context, deltas)
-        x, router = self._feed(x, None if frozen is None else frozen.active, deltas)
+        active = None if frozen is None else frozen.active
+        x, router = self._feed(x, active, deltas, expert_weights)
         return BlockOutput(x, kv, router)
 
     def _feed(
-        self, x: Hidden, active: Mask | None, deltas: Deltas
+        self, x: Hidden, active: Mask | None, deltas: Deltas, expert_weights: ExpertWeights | None
     ) -> tuple[Hidden, RouterStats | None]:
         """Add the feed-forward branch, computed at active positions only."""
         batch, seq, _ = x.shape
         if active is None:
             index = torch.arange(batch, device=x.device).repeat_interleave(seq)
             tokens = self.feed_forward_norm(x).flatten(0, 1)
-            update, router = self.feed_forward(tokens, TokenRows(index, batch), deltas)
+            update, router = self._branch(tokens, TokenRows(index, batch), deltas, expert_weights)
             return x + update.view_as(x), router
         where = active.nonzero(as_tuple=True)
         tokens = x[where]
         normed = self.feed_forward_norm(tokens)
-        update, router = self.feed_forward(normed, TokenRows(where[0], batch), deltas)
+        update, router = self._branch(normed, TokenRows(where[0], batch), deltas, expert_weights)
         return x.index_put(where, (tokens + update).to(x.dtype)), router
+
+    def _branch(
+        self,
+        tokens: Tokens,
+        rows: TokenRows,
+        deltas: Deltas,
+        expert_weights: ExpertWeights | None,
+    ) -> tuple[Tokens, RouterStats | None]:
+        if isinstance(self.feed_forward, MoELayer):
+            return self.feed_forward(tokens, rows, deltas, expert_weights)
+        return self.feed_forward(tokens, rows, deltas)

@@ -137,6 +137,13 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
+class ExpertWeights(NamedTuple):
+    """The stacked weights in the dtype that they are used in, made once for all loops."""
+
+    gate_up: Tensor  # [num_experts, 2 * expert_dim, dim]
+    down: Tensor  # [num_experts, dim, expert_dim]
+
+
 class Experts(nn.Module):
     """num_experts SwiGLU networks with stacked weights."""
 
@@ -145,11 +152,14 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
 
-    def forward(self, tokens: Tokens, ends: Tensor) -> Tokens:
+    def weights(self) -> ExpertWeights:
+        """Cast as autocast would: it caches only what its own operators cast."""
+        return ExpertWeights(_autocast(self.gate_up), _autocast(self.down))
+
+    def forward(self, tokens: Tokens, ends: Tensor, weights: ExpertWeights) -> Tokens:
         """Tokens sorted by expert; expert g owns the rows before ends[g]."""
-        tokens, gate_up, down = map(_autocast, (tokens, self.gate_up, self.down))
-        gate, up = grouped_linear(tokens, gate_up, ends).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, down, ends)
+        gate, up = grouped_linear(_autocast(tokens), weights.gate_up, ends).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * up, weights.down, ends)
 
 
 class Router(nn.Module):
@@ -192,10 +202,16 @@ class MoELayer(nn.Module):
         )
 
     def forward(
-        self, tokens: Tokens, rows: TokenRows, deltas: Deltas = NO_DELTAS
+        self,
+        tokens: Tokens,
+        rows: TokenRows,
+        deltas: Deltas = NO_DELTAS,
+        expert_weights: ExpertWeights | None = None,
     ) -> tuple[Tokens, RouterStats | None]:
         """Statistics come in training only; `rows` is for the sequence-wise balance loss."""
         c = self.config
+        if expert_weights is None:
+            expert_weights = self.experts.weights()
         weights, experts, scores, logits = self.router(tokens)
         counts = torch.zeros(c.num_experts, dtype=torch.int32, device=tokens.device)
         chosen = experts.flatten()
@@ -203,7 +219,7 @@ class MoELayer(nn.Module):
         order = chosen.argsort()
         source = order // c.top_k
         ends = counts.cumsum(0, dtype=torch.int32)
-        routed = self.experts(tokens[source], ends)
+        routed = self.experts(tokens[source], ends, expert_weights)
         # Back to token order, where the top_k outputs of a token are neighbours.
         routed = torch.empty_like(routed).index_copy(0, order, routed)
         routed = routed.view(-1, c.top_k, routed.shape[-1])

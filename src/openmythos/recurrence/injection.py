@@ -55,7 +55,7 @@ class LTI:
 
     def __post_init__(self) -> None:
         require_number("max_decay", self.max_decay, above=0, at_most=LARGEST_MAX_DECAY)
-        require_number("init_decay", self.init_decay, above=0)
+        require_number("init_decay", self.init_decay, at_least=1e-6)
         require(
             self.init_decay < self.max_decay,
             "init_decay",

@@ -21,13 +21,14 @@ from openmythos.nn.attention import AttentionContext
 from openmythos.nn.block import Attention, Block, FeedForward, Frozen
 from openmythos.nn.cache import CacheSlot, KVCache
 from openmythos.nn.linear import Deltas, RMSNorm
-from openmythos.nn.moe import RouterStats
+from openmythos.nn.moe import ExpertWeights, RouterStats
 from openmythos.recurrence.conditioning import Conditioning, LoopEmbeddings, LoopLoRAs
 from openmythos.recurrence.halting import ExitTracker, Halting, HaltState, LoopStates
 from openmythos.recurrence.injection import Drive, Injection
 from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Scalar
 
 StateInit = Literal["zeros", "encoded", "normal"]
+Experts = list[ExpertWeights | None]  # of each layer
 NOISE_BLOCK = 1024
 
 
@@ -161,6 +162,7 @@ class RecurrentBlock(nn.Module):
             depths = [num_loops] * batch
         encoded = self.prelude_norm(encoded)
         drive = self.injection.prepare(encoded)
+        experts = [block.prepare() for block in self.layers if isinstance(block, Block)]
         carry = self._start(encoded, positions, can_stop=tracker is not None)
         trace = _Trace(len(self.layers), collect)
         done: list[Carry] = []
@@ -172,7 +174,7 @@ class RecurrentBlock(nn.Module):
                 carry = carry.rows(0, running)
             without_grad = _count_above(depths, loop + backprop_loops) if backprop_loops else 0
             previous = carry.state
-            carry = self._run_rows(carry, drive, context, loop, without_grad, cache, trace)
+            carry = self._run_rows(carry, drive, context, experts, loop, without_grad, cache, trace)
             if tracker is not None:
                 carry = self._judge(previous, carry, tracker, loop)
             loops_run = loop + 1
@@ -189,6 +191,7 @@ class RecurrentBlock(nn.Module):
         carry: Carry,
         drive: Drive,
         context: AttentionContext,
+        experts: Experts,
         loop: int,
         without_grad: int,
         cache: KVCache | None,
@@ -206,12 +209,12 @@ class RecurrentBlock(nn.Module):
                 else (carry.rows(start, stop), drive.rows(start, stop), context.rows(start, stop))
             )
             with torch.set_grad_enabled(torch.is_grad_enabled() and start == without_grad):
-                if self.checkpoint_loops and torch.is_grad_enabled():
+                if self.checkpoint_loops and cache is None and torch.is_grad_enabled():
                     part, router = checkpoint(
-                        self._loop, part, cut, visible, loop, use_reentrant=False
+                        self._loop, part, cut, visible, experts, loop, use_reentrant=False
                     )
                 else:
-                    part, router = self._loop(part, cut, visible, loop, cache)
+                    part, router = self._loop(part, cut, visible, experts, loop, cache)
             if start < without_grad:
                 # Weights that autocast has cast without gradient must not serve the next part.
                 torch.clear_autocast_cache()
@@ -224,6 +227,7 @@ class RecurrentBlock(nn.Module):
         carry: Carry,
         drive: Drive,
         context: AttentionContext,
+        experts: Experts,
         loop: int,
         cache: KVCache | None = None,
     ) -> tuple[Carry, list[RouterStats | None]]:
@@ -239,7 +243,7 @@ class RecurrentBlock(nn.Module):
         frozen: list[Frozen | None] = [None] * len(self.layers)
         if carry.active is not None and carry.kv:
             frozen = [Frozen(carry.active, kv) for kv in carry.kv]
-        state, kv, router = self._layers(u, context, slots, frozen, deltas)
+        state, kv, router = self._layers(u, context, slots, frozen, deltas, experts)
         loops_used = carry.loops_used + 1
         if carry.active is not None:
             state = torch.where(carry.active[..., None], state, carry.state)
@@ -257,11 +261,14 @@ class RecurrentBlock(nn.Module):
         slots: list[CacheSlot | None],
         frozen: list[Frozen | None],
         deltas: Deltas,
+        experts: Experts,
     ) -> tuple[Tensor, tuple[Tensor, ...], list[RouterStats | None]]:
         """x + R(x): the part that `compile_layers` compiles."""
         kv, router = [], []
-        for layer, slot, stopped in zip(self.layers, slots, frozen, strict=True):
-            out = layer(x, context, slot=slot, frozen=stopped, deltas=deltas)
+        for layer, slot, stopped, weights in zip(self.layers, slots, frozen, experts, strict=True):
+            out = layer(
+                x, context, slot=slot, frozen=stopped, deltas=deltas, expert_weights=weights
+            )
             x = out.x
             kv.append(out.kv)
             router.append(out.router)

@@ -4,17 +4,14 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-import torch.nn.functional as F
-from torch import Tensor
+import torch
 
 from openmythos.config import require_number
 from openmythos.model.config import MythosConfig
-from openmythos.model.mythos import MythosOutput
+from openmythos.model.mythos import MythosLosses
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
-from openmythos.types import Logits, Scalar, TokenIds
-
-IGNORE = -100
+from openmythos.types import Scalar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,39 +47,24 @@ class LossParts(NamedTuple):
     ponder_cost: Scalar
 
 
-def training_loss(
-    output: MythosOutput, targets: TokenIds, loss: Loss, config: MythosConfig
-) -> LossParts:
-    """All parts of the loss of one micro-batch; targets of IGNORE do not count."""
-    cross_entropy = token_loss(output.logits, targets)
+def training_loss(losses: MythosLosses, loss: Loss, config: MythosConfig) -> LossParts:
+    """All parts of the loss of one micro-batch."""
+    cross_entropy = losses.cross_entropy
     total = cross_entropy
     if isinstance(loss, DeepSupervision):
-        total = total + loss.weight * _loop_loss(output, targets)
+        total = total + loss.weight * torch.stack(losses.by_loop).mean()
     zero = cross_entropy.new_zeros(())
     balance, z = zero, zero
-    for name, stats in output.router.items():
+    for name, stats in losses.router.items():
         inside = name.startswith("recurrent")
         moe = config.recurrent_feed_forward if inside else config.feed_forward
         assert isinstance(moe, MoE)
         layer_balance = stats.balance / stats.sequences.clamp_min(1)
         layer_z = stats.z / stats.tokens.clamp_min(1)
         total = total + moe.balance_weight * layer_balance + moe.z_weight * layer_z
-        balance = balance + layer_balance / len(output.router)
-        z = z + layer_z / len(output.router)
-    ponder_cost = output.recurrence.ponder_cost
+        balance = balance + layer_balance / len(losses.router)
+        z = z + layer_z / len(losses.router)
+    ponder_cost = losses.recurrence.ponder_cost
     if isinstance(config.halting, ACT) and ponder_cost is not None:
         total = total + config.halting.ponder_weight * ponder_cost
     return LossParts(total, cross_entropy, balance, z, zero if ponder_cost is None else ponder_cost)
-
-
-def token_loss(logits: Logits, targets: TokenIds) -> Scalar:
-    """Mean cross-entropy in nats over the targets that count."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
-
-
-def _loop_loss(output: MythosOutput, targets: Tensor) -> Tensor:
-    """Mean over loops of the cross-entropy of the rows that ran them."""
-    order = output.recurrence.order
-    targets = targets if order is None else targets[order]
-    losses = [token_loss(logits, targets[: len(logits)]) for logits in output.loop_logits]
-    return sum(losses[1:], start=losses[0]) / len(losses)

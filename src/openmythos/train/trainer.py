@@ -121,17 +121,18 @@ class Trainer:
             if documents is not None:
                 documents = documents.to(self.device)
             with self._autocast():
-                output = self.model(
+                losses = self.model.losses(
                     batch.tokens[rows].to(self.device),
+                    targets,
                     num_loops=loops[rows] if per_sequence else int(loops[start]),
                     backprop_loops=c.backprop_loops,
                     documents=documents,
                     collect_loops=c.loss.collect_loops,
                 )
-                parts = training_loss(output, targets, c.loss, self.model.config)
+                parts = training_loss(losses, c.loss, self.model.config)
             torch.autograd.backward(parts.total / len(pieces))
             with torch.no_grad():
-                for name, stats in output.router.items():
+                for name, stats in losses.router.items():
                     detached = RouterStats(*(x.detach() for x in stats))
                     router[name] = detached.plus(router.get(name))
                 values = [part.detach() / len(pieces) for part in parts]

@@ -1,0 +1,64 @@
+"""The command line: the only room that knows argv and prints."""
+
+import io
+import itertools
+import logging
+import sys
+from contextlib import redirect_stderr
+from typing import Annotated
+
+import tyro
+
+from openmythos.cli.commands import Demo, Eval, Generate, Plan, Presets, Tokenizer, Train
+from openmythos.machine import keep_freed_memory
+
+# What tyro draws around its messages.
+BOX = " │─╭╮╰╯"
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Presets, tyro.conf.subcommand("presets")]
+    | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 when the user's input is at fault, 1 on other failures."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    keep_freed_memory()
+    try:
+        _parse(argv).run()
+    except (ValueError, FileExistsError, FileNotFoundError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(argv: list[str] | None) -> Command:
+    """The command of argv; bad flags raise a ValueError of one line instead of tyro's box."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(
+                Command,
+                prog="openmythos",
+                description="Recurrent-depth transformers: train, sample, evaluate, plan.",
+                args=argv,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        lines = [line.strip(BOX) for line in box.getvalue().splitlines()[1:]]
+        first = itertools.takewhile(bool, lines)
+        raise ValueError(f"{' '.join(first)} (see --help)") from None

@@ -1,0 +1,180 @@
+"""What the commands show: progress bars, tables, streamed text."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from openmythos.inference.engine import Engine
+from openmythos.model import cost
+from openmythos.model.generation import Request
+from openmythos.recipes import report
+from openmythos.recipes.report import LoopReport
+from openmythos.train.config import RunConfig
+from openmythos.train.run import Run, train
+
+# Numbers and code are what gets printed: nothing for rich to colour or to read as markup.
+OUT = Console(highlight=False, markup=False)
+
+
+def create(folder: Path, config: RunConfig) -> Run:
+    with OUT.status("reading the corpus") as status:
+        run = Run.create(
+            folder,
+            config,
+            lambda stage, done: status.update(f"{stage}: {done / 1e6:.1f} MB"),
+        )
+    tokens, held_out = len(run.shards("train")), len(run.shards("held_out"))
+    OUT.print(
+        f"{folder}: {tokens:,} training and {held_out:,} held-out tokens, "
+        f"vocabulary of {run.tokenizer.vocab_size}"
+    )
+    return run
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """A list that gets the first SIGINT or SIGTERM; a second one acts as always."""
+    received: list[int] = []
+    former = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    for number in former:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def train_with_bar(run: Run, *, resume: bool) -> bool:
+    """Train with a progress bar; False if a signal stopped it before its last step."""
+    steps = train(run, resume=resume)
+    num_steps = run.config.train.num_steps
+    columns: tuple[ProgressColumn, ...] = (
+        TextColumn("training"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    last = None
+    with _stop_on_signal() as received, Progress(*columns, console=OUT) as bar:
+        task = bar.add_task("training", total=num_steps, text="starting")
+        smooth = None
+        for metrics in steps:
+            last = metrics
+            smooth = metrics.loss if smooth is None else 0.9 * smooth + 0.1 * metrics.loss
+            text = f"loss {smooth:.3f}  {metrics.tokens_per_second:,.0f} tokens/s"
+            bar.update(task, completed=metrics.step + 1, text=text)
+            if received:
+                steps.close()
+                break
+    if last is None:
+        OUT.print(f"{run.folder}: all {num_steps} steps are done already")
+        return True
+    report.write_loss_curve(run)
+    if last.step + 1 < num_steps:
+        OUT.print(f"stopped after step {last.step + 1}, checkpoint saved; go on with")
+        OUT.print(f"    openmythos train --resume {run.folder}")
+        return False
+    return True
+
+
+def evaluate(run: Run, loops: tuple[int, ...], data: tuple[str, ...]) -> LoopReport:
+    """Score and print the table of bits per byte against loops."""
+    columns = (TextColumn("evaluating"), BarColumn(bar_width=24), TimeRemainingColumn())
+    with Progress(*columns, console=OUT, transient=True) as bar:
+        task = bar.add_task("evaluating")
+        found = report.evaluate(
+            run,
+            loops,
+            data=data,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    table = Table("loops", "bits per byte", "perplexity per token", title="held-out text")
+    for loop, result in found.loops.items():
+        table.add_row(str(loop), f"{result.bits_per_byte:.4f}", f"{result.perplexity:.2f}")
+    table.add_section()
+    for name, bits in found.compressors.items():
+        table.add_row(name, f"{bits:.4f}", "")
+    OUT.print(table)
+    OUT.print(found.verdict())
+    return found
+
+
+def stream(engine: Engine, prompt: str, request: Request) -> list[int]:
+    """Print prompt and continuation as they come; returns the loops of every token."""
+    loops = []
+    pieces = engine.stream(prompt, request)
+    # Not through rich, which would turn ":smile:" into a face and tabs into spaces.
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+        loops.append(piece.loops_used)
+    print()
+    return loops
+
+
+def short(number: int | float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def print_plan(name: str, plan: cost.Plan) -> None:
+    count, training = plan.parameters, plan.training
+    table = Table("", name, show_header=True)
+    table.add_row("parameters, total", short(count.total))
+    table.add_row("  active per token", short(count.active))
+    for part in ("embedding", "prelude", "recurrent", "coda", "head"):
+        table.add_row(f"  {part}", short(getattr(count, part)))
+    table.add_row("  of it routed experts", short(count.routed_experts))
+    table.add_section()
+    table.add_row("layers executed", f"{plan.effective_depth} with {plan.num_loops} loops")
+    table.add_row("FLOPs per token, forward", short(plan.forward_flops))
+    table.add_row("FLOPs per token, training", short(plan.training_flops))
+    table.add_section()
+    shape = f"{plan.batch} x {plan.context:,} tokens, {str(plan.dtype).removeprefix('torch.')}"
+    table.add_row("weights", _bytes(plan.weight_bytes))
+    table.add_row(f"KV cache, {shape}", _bytes(plan.cache_bytes))
+    table.add_row("  all loops sharing one slot", _bytes(plan.shared_cache_bytes))
+    table.add_section()
+    table.add_row(f"training memory, {shape}", _bytes(training.total))
+    table.add_row("  weights", _bytes(training.weights))
+    table.add_row("  gradients", _bytes(training.gradients))
+    table.add_row("  optimizer state", _bytes(training.optimizer))
+    table.add_row("  activations", _bytes(training.activations))
+    table.add_row("  logits", _bytes(training.logits))
+    table.add_row("  with checkpointed loops", _bytes(plan.checkpointed.total))
+    OUT.print(table)
+
+
+def _bytes(number: int | float) -> str:
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.0f} B"

@@ -1,0 +1,72 @@
+"""Cross-entropy of a linear readout without the logits of all tokens in memory.
+
+The gradient is computed in the forward pass, chunk by chunk, so that logits exist once and for one
+chunk only. `torch.nn.functional.linear_cross_entropy` has the same idea; on the CPU it took longer
+than full logits in bf16 and with large vocabularies, see docs/performance.md.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from openmythos.types import Hidden, Scalar, TokenIds
+
+IGNORE = -100
+CHUNK_TOKENS = 512
+
+
+def linear_cross_entropy(hidden: Hidden, weight: Tensor, targets: TokenIds) -> Scalar:
+    """Mean of -log softmax(W h)[target] in nats, over the targets that are not IGNORE.
+
+    weight [vocab, dim]. Equal to `F.cross_entropy(F.linear(hidden, weight).float(), targets)`;
+    under autocast the matmuls run in its dtype, softmax and sums always in fp32.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    flat, targets = hidden.flatten(0, -2), targets.flatten()
+    loss: Tensor = _LinearCrossEntropy.apply(flat, weight, targets)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """With z = W h and p = softmax(z):  dL/dz = (p - onehot(target)) / count."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
+        counted = targets != IGNORE
+        share = counted / counted.sum()
+        targets = targets.clamp_min(0)[:, None]
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        with_grad = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden) if with_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), CHUNK_TOKENS):
+                rows = slice(start, start + CHUNK_TOKENS)
+                scores = F.linear(hidden[rows], weight).float()
+                log_sum = scores.logsumexp(dim=-1, keepdim=True)
+                losses = (log_sum - scores.gather(1, targets[rows]))[:, 0]
+                # Where nothing counts, share is nan and so is the mean, as in F.cross_entropy.
+                loss += (losses * share[rows]).sum()
+                if grad_hidden is None or grad_weight is None:
+                    continue
+                grad = scores.sub_(log_sum).exp_()
+                grad.scatter_add_(1, targets[rows], torch.full_like(losses, -1)[:, None])
+                grad = grad.mul_(share[rows, None]).to(hidden.dtype)
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                if weight.dtype == torch.float32:
+                    grad_weight.addmm_(grad.t(), hidden[rows])
+                else:
+                    grad_weight += grad.t() @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.dtype), None
