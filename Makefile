@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 ARGS ?=
 
 # Tests never wait for a network, and tokenizers does not warn when a test forks.
@@ -10,7 +11,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint types format check golden clean
+.PHONY: help setup demo bench test test-all lint types format check golden clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +42,11 @@ lint: $(VENV)/.installed-dev  ## check style, formatting and which room imports 
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+# The peers pin old versions of torch or want packages that only their training scripts use.
+bench: $(BENCH)/.installed  ## time the models beside their peers; writes results/bench
+	GOMP_SPINCOUNT=3000 $(BENCH)/bin/python benchmarks/bench.py $(ARGS)
+	GOMP_SPINCOUNT=3000 $(BENCH)/bin/python benchmarks/scaling.py
+
 types: $(VENV)/.installed-dev  ## check the types
 	$(BIN)/mypy
 
@@ -54,7 +60,7 @@ golden: $(VENV)/.installed-dev  ## record the golden losses anew; needs a line i
 	$(TEST_ENV) UPDATE_GOLDEN=1 $(BIN)/pytest -m "slow or not slow" -k golden $(ARGS)
 
 clean:  ## remove the virtual environment, caches and builds; runs/ stays
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # dev holds all that demo needs, so it satisfies both stamps.
@@ -64,6 +70,13 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 
 $(VENV)/.installed-demo: pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+$(BENCH)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check -e '.[demo]' 'transformers>=5'
+	$(BENCH)/bin/python -m pip install --disable-pip-version-check --no-deps \
+		open-mythos==0.5.0
 	@touch $@
 
 $(VENV)/.created:

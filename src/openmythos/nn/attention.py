@@ -30,6 +30,7 @@ class AttentionContext:
     mask: Tensor | None  # [batch or 1, 1, seq, total], True = may attend
     is_causal: bool  # the mask is the plain causal one and need not be built
     window: int = 0  # keys that the mask lets a query see at most; 0: unlimited
+    packed: bool = False  # the queries are not the last of the keys
 
     def rows(self, start: int, stop: int) -> "AttentionContext":
         """The context of a slice of the batch."""
@@ -38,6 +39,23 @@ class AttentionContext:
     def select(self, rows: Tensor) -> "AttentionContext":
         """The context of the batch reordered by `rows`."""
         return self._take(rows)
+
+    def pick(self, columns: Tensor, total: int) -> "AttentionContext":
+        """The context of the queries at `columns` [batch, picked] of each row, on `total` keys."""
+        batch, picked = columns.shape
+
+        def along(x: Tensor) -> Tensor:
+            index = columns[..., None].expand(-1, -1, x.shape[-1])
+            return x.expand(batch, -1, -1).gather(1, index)
+
+        cos, sin = (None if x is None else along(x) for x in (self.cos, self.sin))
+        if self.mask is not None:
+            mask = along(self.mask[:, 0])
+        elif self.is_causal:
+            mask = torch.arange(total, device=columns.device) <= columns[..., None]
+        else:
+            mask = columns.new_ones(batch, picked, total, dtype=torch.bool)
+        return AttentionContext(cos, sin, mask[:, None], False, self.window, packed=True)
 
     def _take(self, rows: Tensor | slice) -> "AttentionContext":
         # What has no batch dimension of its own serves every row.
@@ -114,6 +132,7 @@ def rotate(x: Tensor, context: AttentionContext) -> Tensor:
 def in_blocks(query: Tensor, context: AttentionContext) -> bool:
     """Whether `attend` leaves torch's kernel for our own: a CPU computes several queries."""
     causal = context.is_causal or context.mask is not None
+    causal = causal and not context.packed
     on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
     return on_cpu and causal and query.shape[2] > 1
 

@@ -42,10 +42,10 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(dim, norm_eps)
         self.feed_forward = feed_forward.build(dim)
 
-    def prepare(self) -> ExpertWeights | None:
+    def prepare(self, *, compiled: bool = False) -> ExpertWeights | None:
         """What a caller that runs the layer many times makes once, for `expert_weights`."""
         if isinstance(self.feed_forward, MoELayer):
-            return self.feed_forward.experts.weights()
+            return self.feed_forward.experts.weights(sum_gradients=not compiled)
         return None
 
     def forward(
@@ -58,35 +58,62 @@ class Block(nn.Module):
         deltas: Deltas = NO_DELTAS,
         expert_weights: ExpertWeights | None = None,
     ) -> BlockOutput:
+        if frozen is not None and not bool(frozen.active.all()):
+            return self._forward_active(x, context, slot, frozen, deltas, expert_weights)
         normed = self.attention_norm(x)
         if slot is not None and not slot.writes:
             visible = slot.read(x.shape[1])
             kv = visible[:, slot.start :]
         else:
             kv = self.attention.project_kv(normed, context, deltas)
-            if frozen is not None:
-                kv = torch.where(frozen.active[..., None], kv, frozen.kv)
             visible = kv if slot is None else slot.write(kv)
         x = x + self.attention(normed, visible, context, deltas)
-        active = None if frozen is None else frozen.active
-        x, router = self._feed(x, active, deltas, expert_weights)
-        return BlockOutput(x, kv, router)
-
-    def _feed(
-        self, x: Hidden, active: Mask | None, deltas: Deltas, expert_weights: ExpertWeights | None
-    ) -> tuple[Hidden, RouterStats | None]:
-        """Add the feed-forward branch, computed at active positions only."""
         batch, seq, _ = x.shape
-        if active is None:
-            index = torch.arange(batch, device=x.device).repeat_interleave(seq)
-            tokens = self.feed_forward_norm(x).flatten(0, 1)
-            update, router = self._branch(tokens, TokenRows(index, batch), deltas, expert_weights)
-            return x + update.view_as(x), router
+        rows = torch.arange(batch, device=x.device).repeat_interleave(seq)
+        tokens = self.feed_forward_norm(x).flatten(0, 1)
+        update, router = self._branch(tokens, TokenRows(rows, batch), deltas, expert_weights)
+        return BlockOutput(x + update.view_as(x), kv, router)
+
+    def _forward_active(
+        self,
+        x: Hidden,
+        context: AttentionContext,
+        slot: CacheSlot | None,
+        frozen: Frozen,
+        deltas: Deltas,
+        expert_weights: ExpertWeights | None,
+    ) -> BlockOutput:
+        """The same at active positions alone, moved to the front of their rows.
+
+        Rows are as long as the one with most active positions; what others have behind theirs is
+        computed with them and dropped, save that no expert sees it.
+        """
+        # At least one, so that a row of none is no special case further down.
+        longest = max(1, int(frozen.active.sum(dim=1).max()))
+        order = (~frozen.active).to(torch.int8).argsort(dim=1, stable=True)
+        columns = order[:, :longest]
+        active = frozen.active.gather(1, columns)
+        packed = x.gather(1, columns[..., None].expand(-1, -1, x.shape[2]))
+        start = 0 if slot is None else slot.start
+        context = context.pick(columns, start + x.shape[1])
+        normed = self.attention_norm(packed)
+        if slot is not None and not slot.writes:
+            visible = slot.read(x.shape[1])
+            kv = visible[:, slot.start :]
+        else:
+            places = columns[..., None].expand(-1, -1, frozen.kv.shape[2])
+            new = self.attention.project_kv(normed, context, deltas)
+            new = torch.where(active[..., None], new, frozen.kv.gather(1, places))
+            kv = frozen.kv.scatter(1, places, new)
+            visible = kv if slot is None else slot.write(kv)
+        packed = packed + self.attention(normed, visible, context, deltas)
         where = active.nonzero(as_tuple=True)
-        tokens = x[where]
-        normed = self.feed_forward_norm(tokens)
-        update, router = self._branch(normed, TokenRows(where[0], batch), deltas, expert_weights)
-        return x.index_put(where, (tokens + update).to(x.dtype)), router
+        tokens = packed[where]
+        update, router = self._branch(
+            self.feed_forward_norm(tokens), TokenRows(where[0], len(x)), deltas, expert_weights
+        )
+        changed = (tokens + update).to(x.dtype)
+        return BlockOutput(x.index_put((where[0], columns[where]), changed), kv, router)
 
     def _branch(
         self,

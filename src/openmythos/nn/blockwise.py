@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Up to so many keys blocks are small and the backward pass keeps the weights; beyond, blocks are
-# large and it computes them again.
+# Up to so many keys a block has 64 queries, beyond 128.
 FEW_KEYS = 512
+# Up to so many keys the backward pass keeps the weights, beyond it computes them again.
+KEPT_KEYS = 256
 
 
 class _Blocks(NamedTuple):
@@ -81,7 +82,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         blocks = _Blocks.cut(query.shape[1], key.shape[1], window)
         out = torch.empty(*query.shape[:2], value.shape[2], dtype=query.dtype)
         kept = []
-        keep = key.shape[1] <= FEW_KEYS and any(ctx.needs_input_grad)
+        keep = key.shape[1] <= KEPT_KEYS and any(ctx.needs_input_grad)
         for queries, keys in zip(*blocks, strict=True):
             weights = _weights(query, key, mask, queries, keys, scale)
             torch.bmm(weights, value[:, slice(*keys)], out=out[:, slice(*queries)])

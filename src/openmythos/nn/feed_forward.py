@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from openmythos.config import require_int
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
@@ -32,6 +34,24 @@ class SwiGLU:
         return SwiGLULayer(dim, self.hidden_dim)
 
 
+class _Gate(torch.autograd.Function):
+    """silu(g) * u, keeping [g | u] alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gated):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gated)
+        gate, up = gated.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (gated,) = ctx.saved_tensors
+        gate, up = gated.chunk(2, dim=-1)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.cat((grad_gate, F.silu(gate).mul_(grad)), dim=-1)
+
+
 class SwiGLULayer(nn.Module):
     """y = W_down (silu(g) * u) with [g | u] = W_gate_up x."""
 
@@ -43,8 +63,8 @@ class SwiGLULayer(nn.Module):
     def forward(
         self, tokens: Tokens, rows: TokenRows, deltas: Deltas = NO_DELTAS
     ) -> tuple[Tokens, None]:
-        gate, up = self.gate_up(tokens, deltas).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up, deltas), None
+        hidden: Tensor = _Gate.apply(self.gate_up(tokens, deltas))  # type: ignore[no-untyped-call]
+        return self.down(hidden, deltas), None
 
 
 @dataclass(frozen=True, kw_only=True)

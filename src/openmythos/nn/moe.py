@@ -8,11 +8,12 @@ it may run any number of times per step, also under activation checkpointing.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from openmythos.config import require, require_int, require_number
 from openmythos.nn.feed_forward import SwiGLULayer, TokenRows
@@ -21,6 +22,8 @@ from openmythos.types import Tokens
 
 # The grouped kernels want rows of whole 16 bytes: 8 numbers in bf16.
 ALIGNMENT = 8
+# Measured on a CPU: below so many routed rows per expert, expert by expert is faster.
+FEW_ROWS_PER_EXPERT = 0.25
 
 
 class RouterStats(NamedTuple):
@@ -115,20 +118,6 @@ def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
 
 
-def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _grouped_linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    x, weight, ends = ctx.saved_tensors
-    grad = grad.contiguous()  # grouped_mm refuses the stride-0 gradient that sum() produces
-    grad_x = grouped_linear(grad, weight.transpose(-2, -1), ends)
-    return grad_x, grouped_outer(grad, x, ends), None
-
-
-grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_save_for_backward)
-
-
 def _autocast(x: Tensor) -> Tensor:
     """x in the dtype that a matmul would run in here; custom operators do not see autocast."""
     device = x.device.type
@@ -142,6 +131,114 @@ class ExpertWeights(NamedTuple):
 
     gate_up: Tensor  # [num_experts, 2 * expert_dim, dim]
     down: Tensor  # [num_experts, dim, expert_dim]
+    sums: "GradientSums | None" = None
+
+
+class GradientSums:
+    """Where all uses of the weights add up their gradients, in place.
+
+    Autograd would make a whole gradient in every loop and add it to the last sum: for many experts
+    that is most of the memory traffic of a step. Each use instead adds its product to the sum here
+    and hands on nothing; `_Collect`, which autograd runs after the last of them, takes the sum.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, which: int, left: Tensor, right: Tensor, ends: Tensor) -> None:
+        """Add left_g^T right_g of each group g of rows to the gradient of weight `which`."""
+        total = self._sums.get(which)
+        if total is None:
+            self._sums[which] = grouped_outer(left, right, ends)
+        elif left.device.type == "cpu":
+            start = 0
+            for group, end in enumerate(ends.tolist()):
+                if end > start:
+                    total[group].addmm_(left[start:end].t(), right[start:end])
+                start = end
+        else:
+            total += grouped_outer(left, right, ends)
+
+    def take(self, which: int) -> Tensor | None:
+        return self._sums.pop(which, None)
+
+
+class _Collect(torch.autograd.Function):
+    """The identity, whose gradient is what `sums` holds beside what arrives."""
+
+    @staticmethod
+    def forward(ctx, weight, sums, which):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.sums, ctx.which = sums, which
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        total = ctx.sums.take(ctx.which)
+        if total is not None and grad is not None:
+            total = total + grad
+        return grad if total is None else total, None, None
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """out_t = sum over rows r of t:  w_r W_down h_r,  h = silu(g) * u,  [g | u] = W_gate_up x_t
+
+    Rows are sorted by expert; `source` names the token of each, `place` the row of each choice of
+    a token, [tokens, top_k]. Only [g | u] is kept: all else is made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+        ctx, tokens, gate_up, down, row_weights, source, place, ends, sums
+    ):
+        gated = grouped_linear(tokens[source], gate_up, ends)
+        gate, up = gated.chunk(2, dim=-1)
+        hidden = F.silu(gate).mul_(up).mul_(row_weights[:, None])
+        routed = grouped_linear(hidden, down, ends)
+        ctx.save_for_backward(tokens, gate_up, down, row_weights, source, place, ends, gated)
+        ctx.sums = sums
+        ctx.collectors = None if sums is None else (gate_up.grad_fn, down.grad_fn)
+        return _sum_choices(routed, place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        tokens, gate_up, down, row_weights, source, place, ends, gated = ctx.saved_tensors
+        gate, up = gated.chunk(2, dim=-1)
+        grad = grad[source]
+        grad_hidden = grouped_linear(grad, down.transpose(-2, -1), ends)
+        silu = F.silu(gate)
+        hidden = silu * up
+        grad_weights = (grad_hidden * hidden).sum(dim=-1)
+        grad_hidden.mul_(row_weights[:, None])
+        grad_down = _weight_gradient(ctx, 1, grad, hidden.mul_(row_weights[:, None]), ends)
+        grad_gated = torch.cat(
+            (torch.ops.aten.silu_backward(grad_hidden * up, gate), grad_hidden.mul_(silu)), dim=-1
+        )
+        grad_gate_up = _weight_gradient(ctx, 0, grad_gated, tokens[source], ends)
+        grad_rows = grouped_linear(grad_gated, gate_up.transpose(-2, -1), ends)
+        grad_tokens = _sum_choices(grad_rows, place)
+        return grad_tokens, grad_gate_up, grad_down, grad_weights, None, None, None, None
+
+
+def _weight_gradient(
+    ctx: Any, which: int, left: Tensor, right: Tensor, ends: Tensor
+) -> Tensor | None:
+    """The gradient of gate_up (0) or down (1), or None where it has gone to the shared sums."""
+    if not ctx.needs_input_grad[1 + which]:
+        return None
+    if ctx.sums is None:
+        return grouped_outer(left, right, ends)
+    # A backward pass that asks for other gradients alone would leave the sum for the next one.
+    if torch._C._will_engine_execute_node(ctx.collectors[which]):
+        ctx.sums.add(which, left, right, ends)
+    return None
+
+
+def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
+    """Sum the top_k rows of each token, in a fixed order on every device."""
+    return rows[place.flatten()].view(*place.shape, rows.shape[-1]).sum(dim=1)
 
 
 class Experts(nn.Module):
@@ -152,14 +249,26 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
 
-    def weights(self) -> ExpertWeights:
-        """Cast as autocast would: it caches only what its own operators cast."""
-        return ExpertWeights(_autocast(self.gate_up), _autocast(self.down))
+    def weights(self, *, sum_gradients: bool = False) -> ExpertWeights:
+        """Cast as autocast would: it caches only what its own operators cast.
 
-    def forward(self, tokens: Tokens, ends: Tensor, weights: ExpertWeights) -> Tokens:
-        """Tokens sorted by expert; expert g owns the rows before ends[g]."""
-        gate, up = grouped_linear(_autocast(tokens), weights.gate_up, ends).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, weights.down, ends)
+        sum_gradients is for many uses of the result, none of them compiled.
+        """
+        gate_up, down = _autocast(self.gate_up), _autocast(self.down)
+        trained = self.gate_up.requires_grad and self.down.requires_grad
+        if not (sum_gradients and trained and torch.is_grad_enabled()):
+            return ExpertWeights(gate_up, down)
+        sums = GradientSums()
+        return ExpertWeights(
+            _Collect.apply(gate_up, sums, 0),  # type: ignore[no-untyped-call]
+            _Collect.apply(down, sums, 1),  # type: ignore[no-untyped-call]
+            sums,
+        )
+
+    def one(self, tokens: Tokens, expert: int, weights: ExpertWeights) -> Tokens:
+        """All tokens through a single expert."""
+        gate, up = F.linear(tokens, weights.gate_up[expert]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, weights.down[expert])
 
 
 class Router(nn.Module):
@@ -184,7 +293,9 @@ class Router(nn.Module):
         weights = scores.gather(1, experts)
         if c.normalize_top_k:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights * c.route_scale, experts, scores, logits
+        if c.route_scale != 1:
+            weights = weights * c.route_scale
+        return weights, experts, scores, logits
 
 
 class MoELayer(nn.Module):
@@ -209,26 +320,64 @@ class MoELayer(nn.Module):
         expert_weights: ExpertWeights | None = None,
     ) -> tuple[Tokens, RouterStats | None]:
         """Statistics come in training only; `rows` is for the sequence-wise balance loss."""
-        c = self.config
         if expert_weights is None:
             expert_weights = self.experts.weights()
         weights, experts, scores, logits = self.router(tokens)
+        counts = None
+        if self._are_few(tokens):
+            out = self._one_by_one(tokens, weights, experts, expert_weights)
+        else:
+            out, counts = self._sorted(tokens, weights, experts, expert_weights)
+        if self.shared_expert is not None:
+            out = out + self.shared_expert(tokens, rows, deltas)[0]
+        if counts is None or not self.training:
+            return out, None
+        return out, self._stats(counts, experts, scores, logits, rows)
+
+    def _sorted(
+        self, tokens: Tensor, weights: Tensor, experts: Tensor, expert_weights: ExpertWeights
+    ) -> tuple[Tensor, Tensor]:
+        """(sum over the chosen experts, tokens per expert) by grouped products."""
+        c = self.config
         counts = torch.zeros(c.num_experts, dtype=torch.int32, device=tokens.device)
         chosen = experts.flatten()
         counts = counts.scatter_add(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
         order = chosen.argsort()
-        source = order // c.top_k
         ends = counts.cumsum(0, dtype=torch.int32)
-        routed = self.experts(tokens[source], ends, expert_weights)
-        # Back to token order, where the top_k outputs of a token are neighbours.
-        routed = torch.empty_like(routed).index_copy(0, order, routed)
-        routed = routed.view(-1, c.top_k, routed.shape[-1])
-        out = torch.einsum("tkd,tk->td", routed, weights.to(routed.dtype))
-        if self.shared_expert is not None:
-            out = out + self.shared_expert(tokens, rows, deltas)[0]
-        if not self.training:
-            return out, None
-        return out, self._stats(counts, experts, scores, logits, rows)
+        place = torch.empty_like(order).scatter(
+            0, order, torch.arange(len(order), device=order.device)
+        )
+        tokens = _autocast(tokens)
+        out: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
+            tokens,
+            expert_weights.gate_up,
+            expert_weights.down,
+            weights.to(tokens.dtype).flatten()[order],
+            order // c.top_k,
+            place.view_as(experts),
+            ends,
+            expert_weights.sums,
+        )
+        return out, counts
+
+    def _are_few(self, tokens: Tensor) -> bool:
+        """Whether a CPU decodes so few tokens that grouping costs more than it saves."""
+        here = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        few = FEW_ROWS_PER_EXPERT * self.config.num_experts
+        return here and not self.training and len(tokens) * self.config.top_k <= few
+
+    def _one_by_one(
+        self, tokens: Tensor, weights: Tensor, experts: Tensor, expert_weights: ExpertWeights
+    ) -> Tensor:
+        """The same sum, token by token and expert by expert."""
+        tokens = _autocast(tokens)
+        sums = []
+        for token, weight, chosen in zip(
+            tokens.unbind(), weights.to(tokens.dtype).unbind(), experts.tolist(), strict=True
+        ):
+            outputs = [self.experts.one(token, expert, expert_weights) for expert in chosen]
+            sums.append(weight @ torch.stack(outputs))
+        return torch.stack(sums) if sums else tokens.new_zeros(tokens.shape)
 
     def _stats(
         self,

@@ -133,6 +133,7 @@ class RecurrentBlock(nn.Module):
         self.conditioning = Conditioning(c.dim, self.layers, c.loop_embedding, c.loop_lora)
         self.halting = c.halting.build(c.dim)
         self.checkpoint_loops = False
+        self._compiled = False
         self._noise: dict[int, Tensor] = {}
 
     def forward(
@@ -162,7 +163,11 @@ class RecurrentBlock(nn.Module):
             depths = [num_loops] * batch
         encoded = self.prelude_norm(encoded)
         drive = self.injection.prepare(encoded)
-        experts = [block.prepare() for block in self.layers if isinstance(block, Block)]
+        experts = [
+            block.prepare(compiled=self._compiled)
+            for block in self.layers
+            if isinstance(block, Block)
+        ]
         carry = self._start(encoded, positions, can_stop=tracker is not None)
         trace = _Trace(len(self.layers), collect)
         done: list[Carry] = []
@@ -276,6 +281,7 @@ class RecurrentBlock(nn.Module):
 
     def compile_layers(self, **options: object) -> None:
         """torch.compile the shared layers: one compilation serves all loops."""
+        self._compiled = True
         self._layers = torch.compile(self._layers, **options)  # type: ignore[method-assign, call-overload]
 
     def _start(self, encoded: Hidden, positions: Tensor, can_stop: bool) -> Carry:

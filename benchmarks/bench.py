@@ -1,0 +1,343 @@
+"""Time this project's models beside its peers' in one process and write results/bench.
+
+    make bench                                     (own virtual environment, both workloads)
+    python benchmarks/bench.py --workload S --threads 1 --rounds 7 --set seq=512 batch=4
+
+Contenders take turns (A B A B ...), so that a machine that slows down slows all of them; a figure
+is the median over rounds. Peak memory is measured in a process per contender.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import CONTENDERS, REFERENCE, WORKLOADS, Contender, Workload, with_shape
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from openmythos.analysis import plots
+from openmythos.config import write_json
+from openmythos.machine import keep_freed_memory
+from openmythos.model import cost
+from openmythos.nn.cache import ExactCache
+
+PROMPT = 512
+DEFAULT = ("openmythos-fp32", "openmythos-bf16", "open-mythos", "deepseek-v3")
+# What the project has set itself to reach: ratios to the reference, S and M.
+FLOORS = {
+    ("openmythos-fp32", "training step"): (1.35, 1.4),
+    ("openmythos-bf16", "training step"): (2.0, 2.3),
+    ("openmythos-fp32", "prefill, batch 8"): (2.3, 1.4),
+    ("openmythos-fp32", "decode, batch 1"): (2.5, 2.5),
+    ("openmythos-fp32", "decode, batch 8"): (5.0, 4.0),
+}
+PEAK_FLOORS = {"S": 0.60, "M": 0.65}
+MEMORY_CEILING = 0.7
+OUT = Console(highlight=False)
+
+
+def median_seconds(run: Callable[[], object], rounds: int) -> float:
+    taken = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def machine_limits(threads: int) -> dict[str, float]:
+    """Matmul peaks in FLOP/s and memory bandwidth in byte/s, at this number of threads."""
+    torch.set_num_threads(threads)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rates = []
+        for m, k, n in ((1024, 1024, 1024), (2048, 256, 1024), (2048, 512, 512)):
+            a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+            seconds = median_seconds(lambda a=a, b=b: a @ b, 30)
+            rates.append(2 * m * k * n / seconds)
+        found["fp32" if dtype == torch.float32 else "bf16"] = max(rates)
+    large = torch.zeros(64 << 20)
+    found["bandwidth"] = large.nbytes / median_seconds(large.sum, 9)
+    return found
+
+
+def measures(workload: Workload) -> dict[str, Callable[[Contender], Callable[[], object]]]:
+    """Per figure, a function that prepares a contender and returns what is timed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(batch: int, seq: int) -> torch.Tensor:
+        return torch.randint(workload.vocab, (batch, seq), generator=generator)
+
+    batch, targets = (tokens(workload.batch, workload.seq) for _ in range(2))
+    prompts = {size: tokens(size, PROMPT) for size in (1, 8)}
+
+    def training(contender: Contender) -> Callable[[], object]:
+        contender.start_training()
+        return lambda: contender.train_step(batch, targets)
+
+    def without_grad(contender: Contender, run: Callable[[], object]) -> Callable[[], object]:
+        contender.model.eval()
+        return torch.no_grad()(run)
+
+    def decoding(size: int) -> Callable[[Contender], Callable[[], object]]:
+        def prepare(contender: Contender) -> Callable[[], object]:
+            contender.model.eval()
+            with torch.no_grad():
+                cache = contender.prefill(prompts[size], 256)
+            return without_grad(contender, lambda: contender.decode(cache, prompts[size][:, :1]))
+
+        return prepare
+
+    return {
+        "forward": lambda c: without_grad(c, lambda: c.forward(batch)),
+        "training step": training,
+        "prefill, batch 1": lambda c: without_grad(c, lambda: c.prefill(prompts[1], 256)),
+        "prefill, batch 8": lambda c: without_grad(c, lambda: c.prefill(prompts[8], 256)),
+        "decode, batch 1": decoding(1),
+        "decode, batch 8": decoding(8),
+    }
+
+
+def bound_seconds(workload: Workload, figure: str, limits: dict[str, float], peak: str) -> float:
+    """The least time that the useful work can take here: arithmetic or memory, what is more."""
+    config, loops = workload.config(), workload.loops
+    parameters = cost.parameters(config)
+    weight = 2 if peak == "bf16" else 4
+    moved = 0.0
+    if figure in ("training step", "forward"):
+        count, seq = workload.batch * workload.seq, workload.seq
+        per_token = (
+            cost.training_flops_per_token(config, num_loops=loops, context=seq)
+            if figure == "training step"
+            else cost.forward_flops_per_token(config, num_loops=loops, context=seq)
+        )
+    elif figure.startswith("prefill"):
+        count = int(figure.split()[-1]) * PROMPT
+        per_token = cost.forward_flops_per_token(config, num_loops=loops, context=PROMPT)
+    else:
+        count = int(figure.split()[-1])
+        # A token at the end sees all keys, twice the mean of a causal pass.
+        per_token = cost.forward_flops_per_token(config, num_loops=loops, context=2 * PROMPT)
+        cache = cost.cache_bytes(
+            config,
+            context=PROMPT,
+            batch=count,
+            num_loops=loops,
+            policy=ExactCache(),
+            dtype=torch.bfloat16 if peak == "bf16" else torch.float32,
+        )
+        moved = min(parameters.total, parameters.active * count) * weight + cache
+    return max(count * per_token / limits[peak], moved / limits["bandwidth"])
+
+
+def time_workload(workload: Workload, names: tuple[str, ...], threads: int, rounds: int) -> Any:
+    """Median seconds of every figure and contender, and cache bytes per token."""
+    torch.set_num_threads(threads)
+    contenders = {name: CONTENDERS[name](workload) for name in names}
+    figures = measures(workload)
+    seconds: dict[str, dict[str, float]] = {}
+    with Progress(console=OUT, transient=True) as bar:
+        task = bar.add_task("", total=len(figures) * (rounds + 1))
+        for figure, prepare in figures.items():
+            bar.update(task, description=f"{workload.name}, {threads} thread(s): {figure}")
+            runs = {name: prepare(contender) for name, contender in contenders.items()}
+            taken: dict[str, list[float]] = {name: [] for name in names}
+            # A decode step is short: more of them per turn cost nothing.
+            steps = 5 if figure.startswith("decode") else 1
+            for turn in range(rounds + 1):
+                for name, run in runs.items():
+                    for _ in range(steps):
+                        started = time.perf_counter()
+                        run()
+                        if turn:  # the first turn warms up
+                            taken[name].append(time.perf_counter() - started)
+                bar.advance(task)
+            seconds[figure] = {name: statistics.median(times) for name, times in taken.items()}
+    cache = {}
+    with torch.no_grad():
+        for name, contender in contenders.items():
+            prompt = torch.zeros(1, 64, dtype=torch.long)
+            cache[name] = (
+                contender.cache_bytes(contender.model.eval() and contender.prefill(prompt, 0)) / 64
+            )
+    return {"seconds": seconds, "cache_bytes_per_token": cache}
+
+
+def peak_megabytes(workload: Workload, name: str) -> float:
+    """Growth of resident memory by model, optimizer and training steps, in this process."""
+    torch.set_num_threads(1)
+    if name in ("open-mythos", "deepseek-v3"):
+        CONTENDERS[name](WORKLOADS["S"])  # its libraries are not the model
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * resource.getpagesize()
+    contender = CONTENDERS[name](workload)
+    contender.start_training()
+    tokens = torch.randint(workload.vocab, (workload.batch, workload.seq))
+    for _ in range(3):
+        contender.train_step(tokens, tokens)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (peak - before) / 2**20
+
+
+def measure_memory(workload: Workload, names: tuple[str, ...]) -> dict[str, float]:
+    command = [sys.executable, __file__, "--workload", workload.name.split()[0]]
+    for part in workload.name.split()[1:]:
+        command += ["--set", part]
+    found = {}
+    for name in names:
+        done = subprocess.run(
+            [*command, "--memory-of", name], capture_output=True, text=True, check=True
+        )
+        found[name] = float(done.stdout)
+    return found
+
+
+def report(workload: Workload, threads: int, result: dict[str, Any], limits: Any) -> None:
+    """Print a table of times, ratios to the reference and shares of the bound."""
+    seconds = result["seconds"]
+    names = list(next(iter(seconds.values())))
+    table = Table("", *names, title=f"workload {workload.name}, {threads} thread(s)")
+    result["ratio"], result["share_of_bound"] = {}, {}
+    for figure, times in seconds.items():
+        ratios = {name: times[REFERENCE] / times[name] for name in names if REFERENCE in times}
+        shares = {}
+        for name in names:
+            peak = "bf16" if "bf16" in name else "fp32"
+            shares[name] = bound_seconds(workload, figure, limits, peak) / times[name]
+        result["ratio"][figure], result["share_of_bound"][figure] = ratios, shares
+        cells = []
+        for name in names:
+            ratio = f"{ratios[name]:.2f}x " if ratios else ""
+            cells.append(f"{1e3 * times[name]:.1f} ms {ratio}{100 * shares[name]:.0f}%")
+        table.add_row(figure, *cells)
+    cache = result["cache_bytes_per_token"]
+    table.add_row("cache, bytes per token", *(f"{cache[name]:.0f}" for name in names))
+    if "peak_megabytes" in result:
+        memory = result["peak_megabytes"]
+        table.add_row("peak memory, training", *(f"{memory[name]:.0f} MiB" for name in names))
+    OUT.print(table)
+
+
+def check_floors(results: list[dict[str, Any]]) -> list[str]:
+    """What the floors ask and this run did not show."""
+    missed = []
+
+    def expect(fits: bool, text: str) -> None:
+        if not fits:
+            missed.append(text)
+
+    for result in results:
+        base = result["workload"]["name"]
+        if base not in PEAK_FLOORS:
+            continue
+        where = f"{base}, {result['threads']} thread(s)"
+        for (name, figure), floors in FLOORS.items():
+            ratio = result["ratio"][figure].get(name)
+            floor = floors[0 if base == "S" else 1]
+            if ratio is not None:
+                text = f"{where}: {figure} of {name} {ratio:.2f}x < {floor}x"
+                expect(ratio >= floor, text)
+        share = result["share_of_bound"]["training step"].get("openmythos-fp32")
+        if share is not None:
+            text = f"{where}: fp32 training at {share:.0%} of peak < {PEAK_FLOORS[base]:.0%}"
+            expect(share >= PEAK_FLOORS[base], text)
+        memory = result.get("peak_megabytes", {})
+        if REFERENCE in memory and "openmythos-fp32" in memory:
+            ratio = memory["openmythos-fp32"] / memory[REFERENCE]
+            text = f"{where}: peak memory {ratio:.2f}x > {MEMORY_CEILING}x"
+            expect(ratio <= MEMORY_CEILING, text)
+    return missed
+
+
+def hardware() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    model = "unknown"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    return {
+        "commit": commit.stdout.strip(),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--set", nargs="+", default=[], metavar="SHAPE=N", action="extend")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="as the command line does")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    options = parser.parse_args()
+    if options.keep_freed_memory:
+        keep_freed_memory()
+    changes = {key: int(value) for key, value in (text.split("=") for text in options.set)}
+    workloads = [with_shape(WORKLOADS[name], **changes) for name in options.workload]
+    if options.memory_of:
+        print(peak_megabytes(workloads[0], options.memory_of))
+        return
+    names = tuple(options.contenders)
+    results, all_limits = [], {}
+    for workload in workloads:
+        memory = {} if options.no_memory else measure_memory(workload, names)
+        for threads in options.threads:
+            limits = all_limits.setdefault(str(threads), machine_limits(threads))
+            result = time_workload(workload, names, threads, options.rounds)
+            if memory:
+                result["peak_megabytes"] = memory
+            report(workload, threads, result, limits)
+            shape = vars(workload)
+            results.append({"workload": shape, "threads": threads, **result})
+    missed = check_floors(results)
+    for text in missed:
+        OUT.print(f"below its floor: {text}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(
+        {
+            "command": "python benchmarks/bench.py " + " ".join(sys.argv[1:]),
+            "hardware": hardware(),
+            "limits": all_limits,
+            "rounds": options.rounds,
+            "results": json.loads(json.dumps(results)),
+            "below_floor": missed,
+        },
+        options.out / "bench.json",
+    )
+    if all(REFERENCE in result["ratio"]["forward"] for result in results):
+        bars = {
+            f"{result['workload']['name']}, {result['threads']} thread(s)": {
+                figure: {n: r for n, r in ratios.items() if n != REFERENCE}
+                for figure, ratios in result["ratio"].items()
+            }
+            for result in results
+        }
+        rows = [
+            {"workload": panel, "figure": figure, "contender": name, "ratio": ratio}
+            for panel, figures in bars.items()
+            for figure, ratios in figures.items()
+            for name, ratio in ratios.items()
+        ]
+        figure = plots.speed_ratios(bars, reference="open-mythos 0.5.0")
+        plots.save_figure(figure, options.out / "bench.png", rows)
+
+
+if __name__ == "__main__":
+    main()

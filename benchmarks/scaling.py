@@ -1,0 +1,276 @@
+"""How cost grows with loops, context and halted positions; writes results/bench/scaling.*.
+
+    python benchmarks/scaling.py
+
+Shapes of workload S at batch 1 (halting: batch 8), one thread, fp32. Every figure is a median; the
+settings of one curve take turns.
+"""
+
+import argparse
+import functools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import hardware
+from contenders import S
+from rich.console import Console
+from torch import Tensor
+
+from openmythos import MythosConfig, OpenMythos
+from openmythos.analysis import plots
+from openmythos.config import write_json
+from openmythos.machine import keep_freed_memory
+from openmythos.nn.attention import TokenLayout, attention_context
+from openmythos.recurrence.halting import StateChangeExit
+
+LOOPS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
+SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
+OUT = Console(highlight=False)
+
+
+def model_of(config: MythosConfig) -> OpenMythos:
+    return OpenMythos(config, seed=0).eval()
+
+
+def interleaved(runs: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
+    """Median seconds of each, taken in turns after one turn to warm up."""
+    taken: dict[Any, list[float]] = {key: [] for key in runs}
+    for turn in range(rounds + 1):
+        for key, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if turn:
+                taken[key].append(time.perf_counter() - started)
+    return {key: statistics.median(times) for key, times in taken.items()}
+
+
+def draw(batch: int, seq: int) -> Tensor:
+    return torch.randint(S.vocab, (batch, seq), generator=torch.Generator().manual_seed(seq))
+
+
+def against_loops(rounds: int) -> dict[str, dict[int, float]]:
+    model, tokens = model_of(S.config()), draw(1, 256)
+
+    def train(loops: int) -> None:
+        model.losses(tokens, tokens, num_loops=loops).cross_entropy.backward()
+        model.zero_grad()
+
+    forward = torch.no_grad()(lambda loops: model(tokens, num_loops=loops))
+    return {
+        "forward": interleaved({n: (lambda n=n: forward(n)) for n in LOOPS}, rounds),
+        "forward + backward": interleaved({n: (lambda n=n: train(n)) for n in LOOPS}, rounds),
+    }
+
+
+def outside_the_loop(rounds: int) -> float:
+    """Seconds of embedding, prelude, coda and head alone, for a forward pass of 256 tokens."""
+    config = S.config()
+    model, tokens = model_of(config), draw(1, 256)
+    layout, a = TokenLayout(256, 0, tokens.device), config.attention
+    context = attention_context(layout, a.rotary_dim(config.dim), a.rope_base, a.window)
+
+    @torch.no_grad()
+    def run() -> None:
+        x = model.embed(tokens)
+        for layer in (*model.prelude, *model.coda):
+            x = layer(x, context).x
+        torch.nn.functional.linear(model.norm(x), model.head_weight)
+
+    return interleaved({0: run}, rounds)[0]
+
+
+def against_context(rounds: int) -> dict[str, dict[int, float]]:
+    config = replace(S.config(), context=2 * max(CONTEXTS))
+    model = model_of(config)
+    prefill, decode = {}, {}
+    for context in CONTEXTS:
+        tokens = draw(1, context)
+        with torch.no_grad():
+            cache = model.new_cache(1, context + 64)
+            model(tokens, cache=cache)
+            cache.advance(context)
+        # Not advanced: each step writes the same column anew.
+        decode[context] = torch.no_grad()(
+            lambda cache=cache, tokens=tokens: model(tokens[:, :1], cache=cache)
+        )
+        prefill[context] = torch.no_grad()(lambda tokens=tokens: model(tokens))
+    return {
+        "prefill": interleaved(prefill, max(3, rounds // 2)),
+        "decode, one token": interleaved(decode, 3 * rounds),
+    }
+
+
+def peak_of(loops: int, context: int, mode: str) -> float:
+    """MiB of a process that trains one step; asked in a process of its own."""
+    code = (
+        "import resource, torch, sys; sys.path.insert(0, 'benchmarks')\n"
+        "from dataclasses import replace\n"
+        "from scaling import S, draw, model_of\n"
+        "from openmythos.machine import keep_freed_memory\n"
+        "keep_freed_memory(); torch.set_num_threads(1)\n"
+        f"model = model_of(replace(S.config(), context={max(CONTEXTS)})).train()\n"
+        f"model.recurrent.checkpoint_loops = {mode == 'checkpointed'}\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"tokens = draw(1, {context})\n"
+        f"losses = model.losses(tokens, tokens, num_loops={loops},"
+        f" backprop_loops={4 if mode == 'last 4 loops' else 0})\n"
+        "losses.cross_entropy.backward()\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+class _Halted:
+    """Stands in for an exit rule: after the first loop a fixed set of positions has halted."""
+
+    def __init__(self, share: float, batch: int, seq: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._running = torch.rand(batch, seq, generator=generator).argsort(dim=1) >= share * seq
+
+    def update(self, states: object, active: Tensor, loop: int) -> Tensor:
+        return active & self._running
+
+
+def against_halted_share(rounds: int) -> dict[str, dict[float, float]]:
+    """Seconds per loop by the share of halted positions, at 256 tokens, batch 8."""
+    config = S.config()
+    model, batch, seq = model_of(config), 8, 256
+    layout, a = TokenLayout(seq, 0, torch.device("cpu")), config.attention
+    context = attention_context(layout, a.rotary_dim(config.dim), a.rope_base, a.window)
+    encoded = torch.randn(batch, seq, config.dim, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def run(share: float | None, loops: int) -> None:
+        tracker: Any = None if share is None else _Halted(share, batch, seq)
+        model.recurrent(encoded, context, layout.positions(), num_loops=loops, tracker=tracker)
+
+    keys = [(share, loops) for share in (None, *SHARES) for loops in (1, 9)]
+    found = interleaved({key: functools.partial(run, *key) for key in keys}, rounds)
+    seconds = {share: (found[share, 9] - found[share, 1]) / 8 for share in (None, *SHARES)}
+    return {"time of a loop": {100 * share: seconds[share] / seconds[None] for share in SHARES}}
+
+
+def against_exit(rounds: int) -> dict[str, dict[int, float]]:
+    """Seconds of a decoded token by the loops after which an exit rule lets it go, of 16."""
+    model, tokens = model_of(S.config()), draw(1, 512)
+    runs: dict[Any, Callable[[], object]] = {}
+    for loops in (1, 2, 4, 8, 16):
+        with torch.no_grad():
+            cache = model.new_cache(1, 520, num_loops=16)
+            model(tokens, num_loops=16, cache=cache)
+            cache.advance(512)
+        # Any change is small enough, so a token leaves as soon as min_loops lets it.
+        rule = StateChangeExit(threshold=1e9, min_loops=loops)
+        step = torch.no_grad()(
+            lambda cache=cache, rule=rule: model(
+                tokens[:, :1], num_loops=16, cache=cache, exit_rule=rule
+            )
+        )
+        used = int(step().recurrence.loops_used)
+        assert used == loops, (used, loops)
+        runs[loops] = step
+    return {"decode, one token": interleaved(runs, 5 * rounds)}
+
+
+def line_fit(points: Mapping[int, float]) -> dict[str, float]:
+    """Least squares in relative error: seconds = fixed + slope * loops, and the worst misfit."""
+    x = torch.tensor(list(points), dtype=torch.double)
+    y = torch.tensor(list(points.values()), dtype=torch.double)
+    terms = torch.stack((torch.ones_like(x), x), dim=1) / y[:, None]
+    fixed, slope = torch.linalg.lstsq(terms, torch.ones_like(y)[:, None]).solution[:, 0].tolist()
+    worst = max(abs(fixed + slope * n - seconds) / seconds for n, seconds in points.items())
+    return {"fixed_seconds": fixed, "seconds_per_loop": slope, "largest_relative_error": worst}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    rounds = options.rounds
+    OUT.print("time against loops")
+    loops = against_loops(rounds)
+    fits = {name: line_fit(points) for name, points in loops.items()}
+    outside = outside_the_loop(3 * rounds)
+    for name, fit in fits.items():
+        OUT.print(f"  {name}: {fit}")
+    OUT.print(f"  outside the loop, measured alone: {outside:.4f} s")
+    OUT.print("time against context")
+    contexts = against_context(rounds)
+    OUT.print("time against halted share and exit")
+    halted, exits = against_halted_share(rounds), against_exit(rounds)
+    OUT.print(f"  {halted}\n  {exits}")
+    OUT.print("memory")
+    modes = ("all loops", "last 4 loops", "checkpointed")
+    memory = {mode: {n: peak_of(n, 256, mode) for n in LOOPS} for mode in modes}
+    memory_context = {"4 loops": {n: peak_of(4, n, "all loops") for n in CONTEXTS}}
+    OUT.print(f"  {memory}\n  {memory_context}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    milliseconds = {
+        name: {line: {x: 1e3 * y for x, y in points.items()} for line, points in lines.items()}
+        for name, lines in (("loops", loops), ("context", contexts), ("exit", exits))
+    }
+    write_json(
+        {
+            "command": "python benchmarks/scaling.py " + " ".join(sys.argv[1:]),
+            "hardware": hardware(),
+            "rounds": rounds,
+            "milliseconds_by_loops": _text_keys(milliseconds["loops"]),
+            "line_fits": fits,
+            "outside_the_loop_seconds": outside,
+            "milliseconds_by_context": _text_keys(milliseconds["context"]),
+            "loop_cost_by_halted_percent": _text_keys(halted),
+            "milliseconds_by_exit_loop": _text_keys(milliseconds["exit"]),
+            "training_mib_by_loops": _text_keys(memory),
+            "training_mib_by_context": _text_keys(memory_context),
+            "peak_of_this_process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        },
+        options.out / "scaling.json",
+    )
+    panels = {
+        "num_loops, 256 tokens": milliseconds["loops"],
+        "context, 4 loops": milliseconds["context"],
+    }
+    rows = _rows({**panels, "num_loops, training memory": memory})
+    figure = plots.cost_lines(
+        {**panels, "num_loops, training step": memory},
+        y_labels=("time [ms]", "time [ms]", "peak memory [MiB]"),
+    )
+    plots.save_figure(figure, options.out / "scaling.png", rows)
+    panels = {
+        "halted positions [%]": {"measured": halted["time of a loop"]},
+        "loops used, of at most 16": milliseconds["exit"],
+    }
+    figure = plots.cost_lines(
+        panels, y_labels=("time of a loop, relative", "time per token [ms]"), logarithmic=False
+    )
+    plots.save_figure(figure, options.out / "stopping.png", _rows(panels))
+
+
+def _text_keys(lines: Mapping[str, Mapping[Any, float]]) -> dict[str, dict[str, float]]:
+    return {name: {f"{x:g}": y for x, y in points.items()} for name, points in lines.items()}
+
+
+def _rows(panels: Mapping[str, Mapping[str, Mapping[Any, float]]]) -> list[dict[str, object]]:
+    return [
+        {"against": name, "line": line, "x": x, "y": y}
+        for name, lines in panels.items()
+        for line, points in lines.items()
+        for x, y in points.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()
