@@ -103,7 +103,10 @@ class Contender(ABC):
 
     @abstractmethod
     def prefill(self, tokens: Tensor, room: int) -> Any:
-        """A cache that holds the tokens and has room for as many more."""
+        """A cache that holds the tokens and has room for more; logits of the last token only.
+
+        As each model's own `generate` does it: the reference's computes the logits of all.
+        """
 
     @abstractmethod
     def decode(self, cache: Any, tokens: Tensor) -> None:
@@ -140,7 +143,7 @@ class Ours(Contender):
         dtype = torch.bfloat16 if self.precision == "bf16" else None
         cache = self.model.new_cache(batch, seq + room, num_loops=self.loops, dtype=dtype)
         with self._autocast():
-            self.model(tokens, num_loops=self.loops, cache=cache)
+            self.model(tokens, num_loops=self.loops, cache=cache, last_only=True)
         cache.advance(seq)
         return cache
 
@@ -250,7 +253,7 @@ class DeepSeek(Contender):
         return self.model(tokens, use_cache=False).logits
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
-        return self.model(tokens, use_cache=True).past_key_values
+        return self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
 
     def decode(self, cache: Any, tokens: Tensor) -> None:
         self.model(tokens, past_key_values=cache, use_cache=True)

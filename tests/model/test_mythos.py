@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -219,6 +220,29 @@ def test_packed_documents_do_not_see_each_other(model: OpenMythos) -> None:
     for start, stop in ((0, 5), (5, 9), (9, 12)):
         alone = model(tokens[:, start:stop]).logits
         torch.testing.assert_close(packed[:, start:stop], alone, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("coda_layers", [0, 1, 2])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("window", [0, 4])
+def test_last_only_is_the_last_of_all(coda_layers: int, padded: bool, window: int) -> None:
+    attention = replace(tiny_config().attention, window=window)
+    model = tiny_model(tiny_config(coda_layers=coda_layers, attention=attention)).eval()
+    tokens = random_tokens(2)
+    mask = torch.arange(SEQ) >= torch.tensor([[0], [3 if padded else 0]])
+    full, last = (
+        model(tokens, num_loops=3, attention_mask=mask, collect_loops=(1,), last_only=only)
+        for only in (False, True)
+    )
+    assert last.logits.shape == (2, 1, VOCAB)
+    torch.testing.assert_close(last.logits, full.logits[:, -1:])
+    torch.testing.assert_close(last.loop_logits[0], full.loop_logits[0][:, -1:])
+    caches = [model.new_cache(2, SEQ + 1, num_loops=3) for _ in range(2)]
+    for cache, only in zip(caches, (False, True), strict=True):
+        model(tokens, num_loops=3, attention_mask=mask, cache=cache, last_only=only)
+        cache.advance(SEQ)
+    after = [model(tokens[:, :1], num_loops=3, cache=cache).logits for cache in caches]
+    assert after[0].equal(after[1])
 
 
 def test_a_tied_head_is_the_embedding() -> None:
@@ -499,7 +523,7 @@ def test_prompt_and_new_tokens_follow_their_cache_policies(
         logits = model(part, num_loops=9, cache=cache).logits
         cache.advance(part.shape[1])
         cache.begin_decode()
-        torch.testing.assert_close(logits, seen[index])
+        torch.testing.assert_close(logits[:, -1:], seen[index])
         assert torch.equal(logits[:, -1].argmax(-1), tokens[index])
     exact = model(torch.cat((prompt, torch.stack(tokens[:-1], dim=1)), dim=1), num_loops=9).logits
     same = torch.allclose(exact[:, -1], logits[:, -1], atol=1e-4)

@@ -297,8 +297,8 @@ def _maps(layers: nn.Module) -> int:
     for module in layers.modules():
         if isinstance(module, nn.Linear | Router):
             count += _numel(module)
-        elif isinstance(module, MoELayer):  # its experts, and the weighted sum of their outputs
-            count += _chosen(module) + module.config.top_k * module.router.weight.shape[1]
+        elif isinstance(module, MoELayer):
+            count += _chosen(module)
     return count
 
 
@@ -321,13 +321,13 @@ def _layer_bytes(config: MythosConfig, feed_forward: FeedForward, size: int) -> 
     kept = 2 * config.dim + _attention_numbers(config.attention, config.dim)
     wide = 2 * config.dim
     match feed_forward:
-        case SwiGLU(hidden_dim=hidden):  # gate, up, silu(gate), their product
-            kept += 4 * hidden
+        case SwiGLU(hidden_dim=hidden):  # gate, up, silu(gate) * up
+            kept += 3 * hidden
         case ReLU2(hidden_dim=hidden):  # relu, its square
             kept += 2 * hidden
-        case MoE():  # rows in and out in both orders, and a SwiGLU for each chosen expert
-            experts = feed_forward.top_k + feed_forward.num_shared_experts
-            kept += 3 * feed_forward.top_k * config.dim + 4 * experts * feed_forward.expert_dim
+        case MoE():  # gate and up of each chosen expert, a SwiGLU of the shared ones
+            per_unit = 2 * feed_forward.top_k + 3 * feed_forward.num_shared_experts
+            kept += per_unit * feed_forward.expert_dim
             # The router reads fp32: scores, logits and what the balance loss makes of them.
             wide += 4 * feed_forward.num_experts + (config.dim if size < FP32 else 0)
         case _:

@@ -106,9 +106,10 @@ def _stream(
                 exit_rule=request.exit_rule,
                 attention_mask=mask,
                 cache=cache,
+                last_only=True,
             )
             cache.advance(tokens.shape[1])
-            return out.logits[:, -1], out.recurrence.loops_used[:, -1]
+            return out.logits[:, 0], out.recurrence.loops_used[:, -1]
 
         chunk = request.prefill_chunk or seq
         for start in range(0, seq, chunk):

@@ -91,7 +91,7 @@ class OpenMythos(nn.Module):
             generator = None if seed is None else torch.Generator(device).manual_seed(seed)
             init_weights(self, config, generator)
 
-    def forward(
+    def forward(  # noqa: PLR0913
         self,
         tokens: TokenIds,
         *,
@@ -102,6 +102,7 @@ class OpenMythos(nn.Module):
         cache: KVCache | None = None,
         exit_rule: ExitRule | None = None,
         collect_loops: Collection[int] = (),
+        last_only: bool = False,
     ) -> MythosOutput:
         """Run tokens [batch, seq] through num_loops loops (one number, or one per sequence).
 
@@ -111,6 +112,8 @@ class OpenMythos(nn.Module):
         cache: appended to but not advanced; call `cache.advance(seq)` after the forward pass.
         exit_rule: inference only, lets positions stop before num_loops.
         collect_loops: loop counts after which to keep states and logits too, e.g. (1, 2, 4).
+        last_only: logits of the last position alone, [batch, 1, vocab], which spares the head and
+            the last coda layer all others.
         """
         run = self._run(
             tokens,
@@ -123,9 +126,12 @@ class OpenMythos(nn.Module):
             collect_loops=collect_loops,
         )
         loop_logits = [
-            self._logits(state, context, cache) for state, context in self._collected(run)
+            self._logits(state, context, cache, last_only=last_only)
+            for state, context in self._collected(run)
         ]
-        hidden = self._hidden(run.recurrence.state, run.context, cache, run.router)
+        hidden = self._hidden(
+            run.recurrence.state, run.context, cache, run.router, last_only=last_only
+        )
         if cache is not None:
             cache.note_exits(run.recurrence.loops_used)
         return MythosOutput(self._head(hidden), run.recurrence, run.router, loop_logits)
@@ -225,8 +231,10 @@ class OpenMythos(nn.Module):
         context: AttentionContext,
         slot: CacheSlot | None,
         router: dict[str, RouterStats] | None,
-    ) -> Hidden:
-        out = layer(x, context, slot=slot)
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        out = layer(x, context, slot=slot, last_only=last_only)
         if router is not None and out.router is not None:
             router[name] = out.router
         return out.x
@@ -237,13 +245,16 @@ class OpenMythos(nn.Module):
         context: AttentionContext,
         cache: KVCache | None = None,
         router: dict[str, RouterStats] | None = None,
-    ) -> Hidden:
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
         """Coda and norm on a state: what the head reads."""
         x = state
         for index, layer in enumerate(self.coda):
             slot = None if cache is None else cache.coda_slot(index)
-            x = self._layer(f"coda.{index}", layer, x, context, slot, router)
-        return self.norm(x)
+            last = last_only and index + 1 == len(self.coda)
+            x = self._layer(f"coda.{index}", layer, x, context, slot, router, last_only=last)
+        return self.norm(x[:, -1:] if last_only else x)
 
     def _head(self, hidden: Hidden) -> Logits:
         return F.linear(hidden, self.head_weight)
@@ -256,8 +267,15 @@ class OpenMythos(nn.Module):
     def _cross_entropy(self, hidden: Hidden, targets: TokenIds) -> Scalar:
         return linear_cross_entropy(hidden, self.head_weight, targets)
 
-    def _logits(self, state: Hidden, context: AttentionContext, cache: KVCache | None) -> Logits:
-        return self._head(self._hidden(state, context, cache))
+    def _logits(
+        self,
+        state: Hidden,
+        context: AttentionContext,
+        cache: KVCache | None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        return self._head(self._hidden(state, context, cache, last_only=last_only))
 
     def _collected(self, run: _Run) -> Iterator[tuple[Hidden, AttentionContext]]:
         """Each collected output with the context of its rows."""

@@ -40,6 +40,12 @@ class AttentionContext:
         """The context of the batch reordered by `rows`."""
         return self._take(rows)
 
+    def last(self) -> "AttentionContext":
+        """The context of the last query of every row."""
+        cos, sin = (None if x is None else x[:, -1:] for x in (self.cos, self.sin))
+        mask = None if self.mask is None else self.mask[:, :, -1:]
+        return AttentionContext(cos, sin, mask, False, self.window)
+
     def pick(self, columns: Tensor, total: int) -> "AttentionContext":
         """The context of the queries at `columns` [batch, picked] of each row, on `total` keys."""
         batch, picked = columns.shape
@@ -133,7 +139,9 @@ def in_blocks(query: Tensor, context: AttentionContext) -> bool:
     """Whether `attend` leaves torch's kernel for our own: a CPU computes several queries."""
     causal = context.is_causal or context.mask is not None
     causal = causal and not context.packed
-    on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    # Compiled, every length is a program of its own: right for training, where all are equal.
+    steady = torch.is_grad_enabled() or not torch.compiler.is_compiling()
+    on_cpu = query.device.type == "cpu" and steady
     return on_cpu and causal and query.shape[2] > 1
 
 

@@ -57,7 +57,9 @@ class Block(nn.Module):
         frozen: Frozen | None = None,
         deltas: Deltas = NO_DELTAS,
         expert_weights: ExpertWeights | None = None,
+        last_only: bool = False,
     ) -> BlockOutput:
+        """x [batch, seq, dim]; last_only computes the output of the last position alone."""
         if frozen is not None and not bool(frozen.active.all()):
             return self._forward_active(x, context, slot, frozen, deltas, expert_weights)
         normed = self.attention_norm(x)
@@ -67,6 +69,8 @@ class Block(nn.Module):
         else:
             kv = self.attention.project_kv(normed, context, deltas)
             visible = kv if slot is None else slot.write(kv)
+        if last_only:
+            x, normed, context = x[:, -1:], normed[:, -1:], context.last()
         x = x + self.attention(normed, visible, context, deltas)
         batch, seq, _ = x.shape
         rows = torch.arange(batch, device=x.device).repeat_interleave(seq)

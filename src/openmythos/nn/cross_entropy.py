@@ -47,15 +47,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(hidden), CHUNK_TOKENS):
                 rows = slice(start, start + CHUNK_TOKENS)
                 scores = F.linear(hidden[rows], weight).float()
-                log_sum = scores.logsumexp(dim=-1, keepdim=True)
-                losses = (log_sum - scores.gather(1, targets[rows]))[:, 0]
+                highest = scores.amax(dim=-1, keepdim=True)
+                target_scores = scores.gather(1, targets[rows])
+                # From here on in place: this matrix is most of what a chunk reads and writes.
+                scores = scores.sub_(highest).exp_()
+                total = scores.sum(dim=-1, keepdim=True)
+                losses = (total.log() + highest - target_scores)[:, 0]
                 # Where nothing counts, share is nan and so is the mean, as in F.cross_entropy.
                 loss += (losses * share[rows]).sum()
                 if grad_hidden is None or grad_weight is None:
                     continue
-                grad = scores.sub_(log_sum).exp_()
-                grad.scatter_add_(1, targets[rows], torch.full_like(losses, -1)[:, None])
-                grad = grad.mul_(share[rows, None]).to(hidden.dtype)
+                grad = scores.mul_(share[rows, None] / total)
+                grad.scatter_add_(1, targets[rows], -share[rows, None])
+                grad = grad.to(hidden.dtype)
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 if weight.dtype == torch.float32:
                     grad_weight.addmm_(grad.t(), hidden[rows])

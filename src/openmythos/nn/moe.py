@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from openmythos.config import require, require_int, require_number
 from openmythos.nn.feed_forward import SwiGLULayer, TokenRows
 from openmythos.nn.linear import NO_DELTAS, Deltas
-from openmythos.types import Tokens
+from openmythos.types import Channels, Tokens
 
 # The grouped kernels want rows of whole 16 bytes: 8 numbers in bf16.
 ALIGNMENT = 8
@@ -154,7 +154,8 @@ class GradientSums:
             start = 0
             for group, end in enumerate(ends.tolist()):
                 if end > start:
-                    total[group].addmm_(left[start:end].t(), right[start:end])
+                    part = total[group]
+                    torch.addmm(part, left[start:end].t(), right[start:end], out=part)
                 start = end
         else:
             total += grouped_outer(left, right, ends)
@@ -192,7 +193,7 @@ class _RoutedExperts(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]  # noqa: PLR0913
         ctx, tokens, gate_up, down, row_weights, source, place, ends, sums
     ):
-        gated = grouped_linear(tokens[source], gate_up, ends)
+        gated = grouped_linear(tokens.index_select(0, source), gate_up, ends)
         gate, up = gated.chunk(2, dim=-1)
         hidden = F.silu(gate).mul_(up).mul_(row_weights[:, None])
         routed = grouped_linear(hidden, down, ends)
@@ -206,7 +207,7 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         tokens, gate_up, down, row_weights, source, place, ends, gated = ctx.saved_tensors
         gate, up = gated.chunk(2, dim=-1)
-        grad = grad[source]
+        grad = grad.index_select(0, source)
         grad_hidden = grouped_linear(grad, down.transpose(-2, -1), ends)
         silu = F.silu(gate)
         hidden = silu * up
@@ -216,7 +217,7 @@ class _RoutedExperts(torch.autograd.Function):
         grad_gated = torch.cat(
             (torch.ops.aten.silu_backward(grad_hidden * up, gate), grad_hidden.mul_(silu)), dim=-1
         )
-        grad_gate_up = _weight_gradient(ctx, 0, grad_gated, tokens[source], ends)
+        grad_gate_up = _weight_gradient(ctx, 0, grad_gated, tokens.index_select(0, source), ends)
         grad_rows = grouped_linear(grad_gated, gate_up.transpose(-2, -1), ends)
         grad_tokens = _sum_choices(grad_rows, place)
         return grad_tokens, grad_gate_up, grad_down, grad_weights, None, None, None, None
@@ -238,7 +239,8 @@ def _weight_gradient(
 
 def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
     """Sum the top_k rows of each token, in a fixed order on every device."""
-    return rows[place.flatten()].view(*place.shape, rows.shape[-1]).sum(dim=1)
+    chosen = rows.index_select(0, place.flatten())
+    return chosen.view(*place.shape, rows.shape[-1]).sum(dim=1)
 
 
 class Experts(nn.Module):
@@ -265,9 +267,9 @@ class Experts(nn.Module):
             sums,
         )
 
-    def one(self, tokens: Tokens, expert: int, weights: ExpertWeights) -> Tokens:
-        """All tokens through a single expert."""
-        gate, up = F.linear(tokens, weights.gate_up[expert]).chunk(2, dim=-1)
+    def one(self, token: Channels, expert: int, weights: ExpertWeights) -> Channels:
+        """A token through a single expert."""
+        gate, up = F.linear(token, weights.gate_up[expert]).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, weights.down[expert])
 
 
