@@ -1,14 +1,16 @@
-"""Time this project's models beside its peers' in one process and write results/bench.
+"""Time this project's models beside its peers' in one run and write results/bench.
 
     make bench                                     (own virtual environment, both workloads)
     python benchmarks/bench.py --workload S --threads 1 --rounds 7 --set seq=512 batch=4
 
-Contenders take turns (A B A B ...), so that a machine that slows down slows all of them; a figure
-is the median over rounds. Peak memory is measured in a process per contender.
+Contenders take turns (A B A B ...), so that a machine that slows down slows all of them, each in
+a process of its own; a figure is the median over rounds. This project's processes set the allocator
+as its command line does, the others have it as the system sets it up.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -17,11 +19,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, REFERENCE, WORKLOADS, Contender, Workload, with_shape
+from contenders import CONTENDERS, REFERENCE, WORKLOADS, Contender, S, Workload, with_shape
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -33,7 +36,7 @@ from openmythos.model import cost
 from openmythos.nn.cache import ExactCache
 
 PROMPT = 512
-DEFAULT = ("openmythos-fp32", "openmythos-bf16", "open-mythos", "deepseek-v3")
+DEFAULT = tuple(CONTENDERS)
 # What the project has set itself to reach: ratios to the reference, S and M.
 FLOORS = {
     ("openmythos-fp32", "training step"): (1.35, 1.4),
@@ -141,44 +144,86 @@ def bound_seconds(workload: Workload, figure: str, limits: dict[str, float], pea
     return max(count * per_token / limits[peak], moved / limits["bandwidth"])
 
 
+def _as_installed(name: str) -> None:
+    if name.startswith("openmythos"):
+        keep_freed_memory()
+
+
+def serve(pipe: Connection, workload: Workload, name: str, threads: int) -> None:
+    """A contender in a process of its own: what one leaves in the allocator slows no other."""
+    torch.set_num_threads(threads)
+    _as_installed(name)
+    contender, figures = CONTENDERS[name](workload), measures(workload)
+    run: Callable[[], object] = lambda: None  # noqa: E731
+    while True:
+        order, value = pipe.recv()
+        if order == "prepare":
+            run = figures[value](contender)
+            pipe.send(None)
+        elif order == "run":
+            taken = []
+            for _ in range(value):
+                started = time.perf_counter()
+                run()
+                taken.append(time.perf_counter() - started)
+            pipe.send(taken)
+        elif order == "cache":
+            contender.model.eval()
+            with torch.no_grad():
+                held = contender.prefill(torch.zeros(1, value, dtype=torch.long), 0)
+            pipe.send(contender.cache_bytes(held) / value)
+        else:
+            return
+
+
 def time_workload(workload: Workload, names: tuple[str, ...], threads: int, rounds: int) -> Any:
     """Median seconds of every figure and contender, and cache bytes per token."""
-    torch.set_num_threads(threads)
-    contenders = {name: CONTENDERS[name](workload) for name in names}
-    figures = measures(workload)
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for name in names:
+        pipes[name], far_end = context.Pipe()
+        context.Process(target=serve, args=(far_end, workload, name, threads), daemon=True).start()
+
+    def ask(name: str, order: str, value: object) -> Any:
+        pipes[name].send((order, value))
+        return pipes[name].recv()
+
+    figures = list(measures(workload))
     seconds: dict[str, dict[str, float]] = {}
+    first: dict[str, dict[str, float]] = {}
     with Progress(console=OUT, transient=True) as bar:
         task = bar.add_task("", total=len(figures) * (rounds + 1))
-        for figure, prepare in figures.items():
+        for figure in figures:
             bar.update(task, description=f"{workload.name}, {threads} thread(s): {figure}")
-            runs = {name: prepare(contender) for name, contender in contenders.items()}
+            for name in names:
+                ask(name, "prepare", figure)
             taken: dict[str, list[float]] = {name: [] for name in names}
             # A decode step is short: more of them per turn cost nothing.
             steps = 5 if figure.startswith("decode") else 1
             for turn in range(rounds + 1):
-                for name, run in runs.items():
-                    for _ in range(steps):
-                        started = time.perf_counter()
-                        run()
-                        if turn:  # the first turn warms up
-                            taken[name].append(time.perf_counter() - started)
+                for name in names:
+                    times = ask(name, "run", steps)
+                    if turn:
+                        taken[name] += times
+                    else:  # it warms up, and compiles
+                        first.setdefault(figure, {})[name] = times[0]
                 bar.advance(task)
             seconds[figure] = {name: statistics.median(times) for name, times in taken.items()}
-    cache = {}
-    with torch.no_grad():
-        for name, contender in contenders.items():
-            prompt = torch.zeros(1, 64, dtype=torch.long)
-            cache[name] = (
-                contender.cache_bytes(contender.model.eval() and contender.prefill(prompt, 0)) / 64
-            )
-    return {"seconds": seconds, "cache_bytes_per_token": cache}
+    cache = {name: ask(name, "cache", 64) for name in names}
+    for name in names:
+        pipes[name].send(("stop", None))
+    return {"seconds": seconds, "first_call_seconds": first, "cache_bytes_per_token": cache}
 
 
 def peak_megabytes(workload: Workload, name: str) -> float:
     """Growth of resident memory by model, optimizer and training steps, in this process."""
     torch.set_num_threads(1)
-    if name in ("open-mythos", "deepseek-v3"):
-        CONTENDERS[name](WORKLOADS["S"])  # its libraries are not the model
+    _as_installed(name)
+    # Libraries and kernels that any training step loads are not the model's.
+    small = CONTENDERS[name](with_shape(S, batch=1, seq=64))
+    small.start_training()
+    small.train_step(*torch.zeros(2, 1, 64, dtype=torch.long))
+    del small
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1]) * resource.getpagesize()
     contender = CONTENDERS[name](workload)
@@ -283,12 +328,9 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--keep-freed-memory", action="store_true", help="as the command line does")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     options = parser.parse_args()
-    if options.keep_freed_memory:
-        keep_freed_memory()
     changes = {key: int(value) for key, value in (text.split("=") for text in options.set)}
     workloads = [with_shape(WORKLOADS[name], **changes) for name in options.workload]
     if options.memory_of:
