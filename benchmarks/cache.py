@@ -60,9 +60,8 @@ def sizes() -> list[dict[str, Any]]:
         config = presets.get(name)
         depth = config.effective_depth(LOOPS)
         full = 2 * config.dim * 2 * depth  # keys and values of every head, two bytes each
-        one = {"config": config, "context": 1, "num_loops": LOOPS}
         exact, shared = (
-            cost.cache_bytes(one["config"], context=1, num_loops=LOOPS, policy=policy)
+            cost.cache_bytes(config, context=1, num_loops=LOOPS, policy=policy)
             for policy in (ExactCache(), LastLoopCache())
         )
         outer = (config.prelude_layers + config.coda_layers) * config.attention.kv_width(config.dim)

@@ -472,3 +472,25 @@ def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
 def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MoE(**fields)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 400])
+def test_groups_in_bf16_are_filled_up_to_round_sizes(num_tokens: int) -> None:
+    layer = build(top_k=2)
+    tokens = torch.randn(num_tokens, DIM)
+    chosen = layer.router(tokens)[1].flatten().sort().values
+    counts = torch.bincount(chosen, minlength=6).int()
+    exact, order = layer._layout(counts, chosen, tokens)
+    assert exact.equal(counts.cumsum(0).int()) and order.equal(torch.arange(2 * num_tokens))
+    ends, rows = layer._layout(counts, chosen, tokens.bfloat16())
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    step = 8 if num_tokens == 400 else 1  # 133 choices per expert on average
+    assert (sizes % step == 0).all() and (sizes - counts < step).all() and (sizes >= counts).all()
+    owner = torch.searchsorted(ends.long(), rows, right=True)
+    assert owner.equal(chosen) and len(set(rows.tolist())) == len(rows)
+    if num_tokens:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = layer(tokens, rows_of(num_tokens))[0]
+        torch.testing.assert_close(
+            found.float(), layer(tokens, rows_of(num_tokens))[0], atol=0.05, rtol=0.05
+        )

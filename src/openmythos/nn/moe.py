@@ -345,22 +345,46 @@ class MoELayer(nn.Module):
         chosen = experts.flatten()
         counts = counts.scatter_add(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
         order = chosen.argsort()
-        ends = counts.cumsum(0, dtype=torch.int32)
-        place = torch.empty_like(order).scatter(
-            0, order, torch.arange(len(order), device=order.device)
-        )
         tokens = _autocast(tokens)
+        ends, rows = self._layout(counts, chosen[order], tokens)
+        place = torch.empty_like(order).scatter(0, order, rows)
+        source, row_weights = order // c.top_k, weights.to(tokens.dtype).flatten()[order]
+        if len(rows) and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Rows that fill up a group are copies of token 0 with weight 0.
+            total = int(ends[-1])
+            source = source.new_zeros(total).index_copy(0, rows, source)
+            row_weights = row_weights.new_zeros(total).index_copy(0, rows, row_weights)
         out: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
             tokens,
             expert_weights.gate_up,
             expert_weights.down,
-            weights.to(tokens.dtype).flatten()[order],
-            order // c.top_k,
+            row_weights,
+            source,
             place.view_as(experts),
             ends,
             expert_weights.sums,
         )
         return out, counts
+
+    def _layout(self, counts: Tensor, chosen: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(end of each group, row of each sorted choice), groups filled up where that pays.
+
+        A CPU's bf16 kernels are compiled for each shape anew, for longer than they run, and the
+        sizes of groups hardly ever repeat unless they are rounded.
+        """
+        if (
+            tokens.device.type != "cpu"
+            or tokens.dtype == torch.float32
+            or torch.compiler.is_compiling()
+        ):
+            ends = counts.cumsum(0, dtype=torch.int32)
+            return ends, torch.arange(len(chosen), device=chosen.device)
+        per_expert = len(chosen) // self.config.num_experts
+        step = 1 << max(0, per_expert.bit_length() - 5)  # a 16th to a 32nd of a mean group
+        filled = (counts + step - 1) // step * step
+        ends = filled.cumsum(0, dtype=torch.int32)
+        shift = (ends - filled) - (counts.cumsum(0) - counts)
+        return ends, torch.arange(len(chosen)) + shift[chosen]
 
     def _are_few(self, tokens: Tensor) -> bool:
         """Whether a CPU decodes so few tokens that grouping costs more than it saves."""

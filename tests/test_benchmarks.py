@@ -1,0 +1,94 @@
+"""The benchmarks measure what they say: shapes, ratios, bounds; no times are asserted."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench
+import cache as cache_benchmark
+import contenders
+import scaling
+
+TINY = replace(
+    contenders.S,
+    **{"dim": 32, "heads": 2, "kv_latent": 8, "q_latent": 16, "rope": 4, "nope": 8, "value": 8},
+    **{"experts": 4, "shared_dim": 16, "expert_dim": 8, "loops": 2, "batch": 2, "seq": 16},
+    **{"vocab": 64, "context": 1024},
+)
+LIMITS = {"fp32": 1e11, "bf16": 2e11, "bandwidth": 2e10}
+
+
+@pytest.mark.parametrize("name", ["openmythos-fp32", "openmythos-bf16"])
+def test_every_figure_runs(name: str) -> None:
+    contender = contenders.CONTENDERS[name](TINY)
+    for figure, prepare in bench.measures(TINY).items():
+        prepare(contender)()
+        assert bench.bound_seconds(TINY, figure, LIMITS, "fp32") > 0
+    with torch.no_grad():
+        held = contender.prefill(torch.zeros(1, 64, dtype=torch.long), 0)
+    size = 2 if name.endswith("bf16") else 4
+    # prelude, coda and two loops, each with the latent and the shared rotary key
+    assert contender.cache_bytes(held) / 64 == 4 * (8 + 4) * size
+
+
+def test_our_model_of_a_workload_has_its_shapes() -> None:
+    model = contenders.Ours(contenders.S, "fp32").model
+    count = sum(p.numel() for p in model.parameters())
+    assert count == pytest.approx(3_959_682, rel=0.01)  # open-mythos 0.5.0 at the same shapes
+    assert contenders.with_shape(TINY, seq=8).seq == 8
+
+
+def result_of(ratio: float, share: float, memory: float) -> dict[str, Any]:
+    figures = {figure: {"openmythos-fp32": ratio} for _, figure in bench.FLOORS}
+    return {
+        "workload": {"name": "S"},
+        "threads": 1,
+        "ratio": figures,
+        "share_of_bound": {"training step": {"openmythos-fp32": share}},
+        "peak_megabytes": {"openmythos-fp32": memory, "open-mythos": 100.0},
+    }
+
+
+def test_what_is_below_its_floor_is_named() -> None:
+    assert bench.check_floors([result_of(9.0, 0.9, 50.0)]) == []
+    missed = bench.check_floors([result_of(2.4, 0.5, 90.0)])
+    assert missed == [
+        "S, 1 thread(s): decode, batch 1 of openmythos-fp32 2.40x < 2.5x",
+        "S, 1 thread(s): decode, batch 8 of openmythos-fp32 2.40x < 5.0x",
+        "S, 1 thread(s): fp32 training at 50% of peak < 60%",
+        "S, 1 thread(s): peak memory 0.90x > 0.7x",
+    ]
+
+
+def test_a_line_is_found_again() -> None:
+    fit = scaling.line_fit({n: 0.25 + 0.125 * n for n in (1, 2, 8, 64)})
+    assert fit["fixed_seconds"] == pytest.approx(0.25)
+    assert fit["seconds_per_loop"] == pytest.approx(0.125)
+    assert fit["largest_relative_error"] < 1e-9
+
+
+def test_halted_positions_are_the_share_asked_for() -> None:
+    halted = scaling._Halted(0.75, batch=2, seq=16)
+    running = halted.update(None, torch.ones(2, 16, dtype=torch.bool), 0)
+    assert running.sum(dim=1).tolist() == [4, 4]
+
+
+def test_cache_table_is_the_formula() -> None:
+    for row in cache_benchmark.sizes():
+        config = cache_benchmark.presets.get(row["preset"])
+        outer = config.prelude_layers + config.coda_layers
+        width = config.attention.kv_latent_dim + config.attention.rope_head_dim
+        assert row["exact"] == 2 * width * (outer + 16 * config.recurrent_layers)
+        assert row["shared"] == 2 * width * (outer + config.recurrent_layers)
+        assert row["full_multi_head"] == 4 * config.dim * row["layers_executed"]
+        assert row["recurrent_shared_ratio"] == 16
+
+
+def test_intervals_are_students() -> None:
+    mean, half = cache_benchmark.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
