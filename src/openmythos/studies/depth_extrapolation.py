@@ -36,6 +36,8 @@ def looped(window: int = WINDOW) -> MythosConfig:
         feed_forward=feed_forward,
         recurrent_feed_forward=feed_forward,
         loop_lora=NoLoopLoRA(),
+        # From zero the curriculum starts a thousand steps later.
+        zero_init_outputs=False,
     )
 
 
