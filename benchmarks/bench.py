@@ -336,49 +336,61 @@ def main() -> None:
     if options.memory_of:
         print(peak_megabytes(workloads[0], options.memory_of))
         return
-    names = tuple(options.contenders)
-    results, all_limits = [], {}
+    names, machine = tuple(options.contenders), hardware()
     for workload in workloads:
+        results, limits_by_threads = [], {}
         memory = {} if options.no_memory else measure_memory(workload, names)
         for threads in options.threads:
-            limits = all_limits.setdefault(str(threads), machine_limits(threads))
+            limits = limits_by_threads[str(threads)] = machine_limits(threads)
             result = time_workload(workload, names, threads, options.rounds)
             if memory:
                 result["peak_megabytes"] = memory
             report(workload, threads, result, limits)
             shape = vars(workload)
             results.append({"workload": shape, "threads": threads, **result})
+        write_results(options, machine, limits_by_threads, results)
+
+
+def write_results(
+    options: argparse.Namespace,
+    machine: dict[str, Any],
+    limits: dict[str, dict[str, float]],
+    results: list[dict[str, Any]],
+) -> None:
+    """bench-NAME.json, .png and .csv of one workload."""
     missed = check_floors(results)
     for text in missed:
         OUT.print(f"below its floor: {text}")
     options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"bench-{results[0]['workload']['name'].replace(' ', '-')}.json"
     write_json(
         {
             "command": "python benchmarks/bench.py " + " ".join(sys.argv[1:]),
-            "hardware": hardware(),
-            "limits": all_limits,
+            "hardware": machine,
+            "limits": limits,
             "rounds": options.rounds,
             "results": json.loads(json.dumps(results)),
             "below_floor": missed,
         },
-        options.out / "bench.json",
+        path,
     )
-    if all(REFERENCE in result["ratio"]["forward"] for result in results):
-        bars = {
-            f"{result['workload']['name']}, {result['threads']} thread(s)": {
-                figure: {n: r for n, r in ratios.items() if n != REFERENCE}
-                for figure, ratios in result["ratio"].items()
-            }
-            for result in results
+    if not all(REFERENCE in result["seconds"]["forward"] for result in results):
+        return
+    bars = {
+        f"{result['workload']['name']}, {result['threads']} thread(s)": {
+            figure: {name: ratio for name, ratio in ratios.items() if name != REFERENCE}
+            for figure, ratios in result["ratio"].items()
         }
-        rows = [
-            {"workload": panel, "figure": figure, "contender": name, "ratio": ratio}
-            for panel, figures in bars.items()
-            for figure, ratios in figures.items()
-            for name, ratio in ratios.items()
-        ]
-        figure = plots.speed_ratios(bars, reference="open-mythos 0.5.0")
-        plots.save_figure(figure, options.out / "bench.png", rows)
+        for result in results
+    }
+    rows = [
+        {"workload": panel, "figure": figure, "contender": name, "ratio": ratio}
+        for panel, figures in bars.items()
+        for figure, ratios in figures.items()
+        for name, ratio in ratios.items()
+    ]
+    figure = plots.speed_ratios(bars, reference="open-mythos 0.5.0")
+    plots.save_figure(figure, path.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

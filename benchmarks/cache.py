@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/cache"))
     options = parser.parse_args()
     keep_freed_memory()
+    machine = hardware()
     rows = sizes()
     table = Table("preset", "full K/V", "exact", "less", "loops share", "less", "of the block")
     for row in rows:
@@ -155,7 +156,7 @@ def main() -> None:
     write_json(
         {
             "command": "python benchmarks/cache.py " + " ".join(sys.argv[1:]),
-            "hardware": hardware(),
+            "hardware": machine,
             "bytes_per_token_at_16_loops": rows,
             "recipe": to_dict(catalogue.get("demo")),
             "evaluated_loops": EVALUATED_LOOPS,

@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     options = parser.parse_args()
     keep_freed_memory()
+    machine = hardware()
     torch.set_num_threads(1)
     rounds = options.rounds
     OUT.print("time against loops")
@@ -225,7 +226,7 @@ def main() -> None:
     write_json(
         {
             "command": "python benchmarks/scaling.py " + " ".join(sys.argv[1:]),
-            "hardware": hardware(),
+            "hardware": machine,
             "rounds": rounds,
             "milliseconds_by_loops": _text_keys(milliseconds["loops"]),
             "line_fits": fits,

@@ -383,6 +383,7 @@ FLAGS = {
     "eval": ["--data", "--num-loops", "--out"],
     "plan": ["--context", "--batch", "--num-loops", "--set"],
     "presets": [],
+    "study": ["--list", "--seeds", "--quick", "--out", "--processes", "--set"],
     "tokenizer": ["--data", "--vocab-size", "--out"],
 }
 
@@ -416,4 +417,12 @@ def test_wrong_arguments_are_explained(call: Call, argv: list[str], part: str) -
     result = call(*argv)
     assert result.code == 2
     assert part.lower() in result.err.lower()
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
     assert "Traceback" not in result.out + result.err
+
+
+def test_studies_are_listed_and_unknown_ones_refused(call: Call) -> None:
+    assert "depth-extrapolation: A looped model" in call("study", "--list").out
+    for argv in (["study", "depth"], ["study"], ["study", "depth-extrapolation", "--seeds", "0"]):
+        result = call(*argv)
+        assert result.code == 2 and result.err.count("\n") == 1

@@ -114,6 +114,52 @@ def loss_against_loops(
     return figure
 
 
+def hops_against_loops(
+    grid: Mapping[int, Mapping[int, float]],
+    lines: Mapping[str, Mapping[int, Sequence[float]]],
+    *,
+    trained_hops: int,
+) -> "matplotlib.figure.Figure":
+    """Left: accuracy of one model by hops and num_loops. Right: the best of each arm by hops.
+
+    `lines` holds a value per seed: drawn are their mean and their range.
+    """
+    if not grid or not lines:
+        raise ValueError("grid, lines: nothing to draw")
+    hops, loops = sorted(grid), sorted({loop for row in grid.values() for loop in row})
+    with _style():
+        figure, first = _axes("", "")
+        figure.delaxes(first)
+        figure.set_size_inches(11.0, 4.6)
+        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+        cells = [[100 * grid[hop].get(loop, math.nan) for loop in loops] for hop in hops]
+        image = left.imshow(cells, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=100)
+        for y, row in enumerate(cells):
+            for x, value in enumerate(row):
+                colour = "black" if value > 60 else "white"
+                left.text(x, y, f"{value:.0f}", color=colour, ha="center", va="center", fontsize=7)
+        left.set_xticks(range(len(loops)), [str(loop) for loop in loops])
+        left.set_yticks(range(len(hops)), [str(hop) for hop in hops])
+        left.axhline(sum(hop <= trained_hops for hop in hops) - 0.5, color="white", linewidth=2)
+        left.set_xlabel("num_loops at inference")
+        left.set_ylabel(f"hops (line: trained up to {trained_hops})")
+        left.grid(visible=False)
+        figure.colorbar(image, ax=left, label="accuracy [%]", pad=0.02)
+        for look, (name, points) in zip(_looks(), lines.items(), strict=False):
+            xs = sorted(points)
+            means = [100 * sum(points[x]) / len(points[x]) for x in xs]
+            right.plot(xs, means, **look, linewidth=2, label=name)
+            low = [100 * min(points[x]) for x in xs]
+            high = [100 * max(points[x]) for x in xs]
+            right.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        right.axvline(trained_hops, color="#D9D9D9", linewidth=6, zorder=0.9)
+        right.set_xlabel("hops (grey: the longest trained)")
+        right.set_ylabel("accuracy at the best num_loops [%]")
+        right.set_ylim(-3, 103)
+        right.legend(fontsize=8.5)
+    return figure
+
+
 def speed_ratios(
     panels: Mapping[str, Mapping[str, Mapping[str, float | int]]], *, reference: str
 ) -> "matplotlib.figure.Figure":

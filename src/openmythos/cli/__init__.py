@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from openmythos.cli.commands import Demo, Eval, Generate, Plan, Presets, Tokenizer, Train
+from openmythos.cli.commands import Demo, Eval, Generate, Plan, Presets, Study, Tokenizer, Train
 from openmythos.machine import keep_freed_memory
 
 # What tyro draws around its messages.
@@ -22,6 +22,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Presets, tyro.conf.subcommand("presets")]
+    | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
 )
 

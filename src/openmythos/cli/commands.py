@@ -6,13 +6,30 @@ from pathlib import Path
 import tyro
 from rich.table import Table
 
-from openmythos.cli.screen import OUT, create, evaluate, print_plan, short, stream, train_with_bar
-from openmythos.config import ConfigError, apply_overrides, require, save_toml, to_dict
+from openmythos.cli.screen import (
+    OUT,
+    create,
+    evaluate,
+    print_plan,
+    run_study_with_bar,
+    short,
+    stream,
+    train_with_bar,
+)
+from openmythos.config import (
+    ConfigError,
+    apply_overrides,
+    require,
+    require_int,
+    save_toml,
+    to_dict,
+)
 from openmythos.data.tokenizer import BPE
 from openmythos.inference.engine import Engine
 from openmythos.model import cost, presets
 from openmythos.model.generation import Request
 from openmythos.recipes import catalogue, report
+from openmythos.studies import runner
 from openmythos.train.config import DataConfig
 from openmythos.train.run import CONFIG_FILE, Run, open_data
 
@@ -200,6 +217,50 @@ class Tokenizer:
             f"{folder}/tokenizer.json: {tokenizer.vocab_size} tokens, "
             f"{size / tokens:.2f} bytes per token on held-out text"
         )
+
+
+@dataclass(frozen=True)
+class Study:
+    """Test a claim of the field: train its arms with several seeds, write results and verdict."""
+
+    name: tyro.conf.Positional[str] = ""
+    """Study; see --list."""
+    list: bool = False
+    """List the studies and their claims."""
+    seeds: int = 5
+    """Seeds per arm."""
+    quick: bool = False
+    """Seconds instead of minutes: shows that it runs, not what it finds."""
+    out: str = "results"
+    """Folder that gets a folder per study. Runs found there are kept, not repeated."""
+    processes: int = 2
+    """Runs at the same time, each on one thread."""
+    set: Many = ()
+    """Changes to every arm, such as learning.num_steps=3200."""
+
+    def run(self) -> None:
+        if self.list:
+            for name, study in runner.STUDIES.items():
+                OUT.print(f"{name}: {study.claim}")
+            return
+        study = runner.get(self.name)
+        require_int("seeds", self.seeds, minimum=1)
+        require_int("processes", self.processes, minimum=1)
+        folder = Path(self.out) / study.name
+        finding = run_study_with_bar(
+            study,
+            folder,
+            seeds=1 if self.quick else self.seeds,
+            quick=self.quick,
+            overrides=_flat(self.set),
+            processes=self.processes,
+        )
+        table = Table(*finding.table[0])
+        for row in finding.table:
+            table.add_row(*row.values())
+        OUT.print(table)
+        OUT.print(f"{study.claim}\n{finding.verdict}: {finding.sentence}")
+        OUT.print(f"\nWritten: {folder}/results.json, report.md, figure.png")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +24,8 @@ from openmythos.model import cost
 from openmythos.model.generation import Request
 from openmythos.recipes import report
 from openmythos.recipes.report import LoopReport
+from openmythos.studies.runner import run_study
+from openmythos.studies.study import Finding, Study
 from openmythos.train.config import RunConfig
 from openmythos.train.run import Run, train
 
@@ -123,6 +126,27 @@ def evaluate(run: Run, loops: tuple[int, ...], data: tuple[str, ...]) -> LoopRep
     OUT.print(table)
     OUT.print(found.verdict())
     return found
+
+
+def run_study_with_bar(study: Study, folder: Path, **options: Any) -> Finding:
+    """Run a study's missing runs under a progress bar; Ctrl-C keeps those that are done."""
+    columns = (
+        TextColumn(study.name),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[last]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=OUT) as bar:
+        task = bar.add_task("runs", total=None, last="")
+        return run_study(
+            study,
+            folder,
+            told=lambda done, total, last: bar.update(task, completed=done, total=total, last=last),
+            **options,
+        )
 
 
 def stream(engine: Engine, prompt: str, request: Request) -> list[int]:

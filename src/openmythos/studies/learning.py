@@ -1,0 +1,128 @@
+"""How an arm of a study learns a task of hops, and how it is asked afterwards."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from openmythos.config import require, require_int, require_number
+from openmythos.model import cost
+from openmythos.model.config import MythosConfig
+from openmythos.model.mythos import OpenMythos
+from openmythos.tasks import Task
+from openmythos.train.optim import WSD, AdamW, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """Problems of 1 ... max_hops hops, longer ones as the shorter ones are mastered.
+
+    A step draws hops uniformly up to the curriculum's reach, which starts at `first_hops` and grows
+    by two whenever the running accuracy at the answer of its longest quarter passes `mastery`
+    (first_hops = max_hops: no curriculum). A looped model runs hops + uniform(0 ... extra_loops)
+    loops, or num_loops where that is above 0.
+    """
+
+    num_steps: int = 1600
+    batch_size: int = 32
+    max_hops: int = 20
+    first_hops: int = 2
+    mastery: float = 0.8
+    extra_loops: int = 6
+    num_loops: int = 0
+    optimizer: AdamW = field(
+        default_factory=lambda: AdamW(lr=3e-3, weight_decay=0.05, beta1=0.9, beta2=0.98)
+    )
+    schedule: Schedule = field(default_factory=lambda: WSD(warmup=0.03, decay=0.3, final=0.05))
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "max_hops", "first_hops"):
+            require_int(name, getattr(self, name), minimum=1)
+        for name in ("extra_loops", "num_loops"):
+            require_int(name, getattr(self, name), minimum=0)
+        require_number("mastery", self.mastery, above=0, at_most=1)
+        require_number("clip_norm", self.clip_norm, above=0)
+        fits = self.first_hops <= self.max_hops
+        require(fits, "first_hops", self.first_hops, f"must be at most {self.max_hops}")
+
+
+class Progress(NamedTuple):
+    step: int
+    loss: float
+    reach: int  # hops that the curriculum has come to
+    flops: float  # of this step, forward and backward
+
+
+def learn(model: OpenMythos, task: Task, learning: Learning, seed: int) -> Iterator[Progress]:
+    """Train the model in place, a step per item; a function of its arguments."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    torch.manual_seed(seed + 1)
+    optimizers = learning.optimizer.build(model)
+    reach, mastered = learning.first_hops, 0.5
+    flops = [
+        cost.training_flops_per_token(model.config, num_loops=n, context=learning.max_hops)
+        for n in (1, 2)
+    ]
+    model.train()
+    for step in range(learning.num_steps):
+        hops = int(torch.randint(1, reach + 1, (), generator=generator))
+        batch = task.sample(learning.batch_size, hops, generator)
+        extra = int(torch.randint(learning.extra_loops + 1, (), generator=generator))
+        loops = learning.num_loops or hops + extra
+        losses = model.losses(batch.tokens, batch.targets, num_loops=loops)
+        torch.autograd.backward(losses.cross_entropy)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), learning.clip_norm)
+        optimizers.step(learning.schedule.scale(step, learning.num_steps))
+        model.zero_grad(set_to_none=True)
+        model.update_router_bias({name: stats.counts for name, stats in losses.router.items()})
+        if reach < learning.max_hops and hops >= 0.75 * reach:
+            right = accuracy_of(model.train(False), batch.tokens, batch.answers(), loops)
+            model.train()
+            mastered = 0.8 * mastered + 0.2 * right
+            if mastered > learning.mastery:
+                reach, mastered = min(reach + 2, learning.max_hops), 0.5
+        per_token = flops[0] + (loops - 1) * (flops[1] - flops[0])
+        loss = float(losses.cross_entropy.detach())
+        yield Progress(step, loss, reach, batch.tokens.numel() * per_token)
+
+
+@torch.no_grad()
+def accuracy_of(
+    model: OpenMythos, tokens: torch.Tensor, answers: torch.Tensor, loops: int
+) -> float:
+    """Share of answers right at the last position."""
+    logits = model(tokens, num_loops=loops, last_only=True).logits[:, 0]
+    return float((logits.argmax(dim=-1) == answers).float().mean())
+
+
+@torch.no_grad()
+def accuracy_map(
+    model: OpenMythos,
+    task: Task,
+    hops: tuple[int, ...],
+    loops: tuple[int, ...],
+    *,
+    examples: int = 400,
+    seed: int = 10_000,
+) -> dict[int, dict[int, float]]:
+    """found[h][T]: share of right answers at h hops after T loops, all T from one pass."""
+    model.eval()
+    found: dict[int, dict[int, float]] = {}
+    for hop in hops:
+        batch = task.sample(examples, hop, torch.Generator().manual_seed(seed + hop))
+        output = model(batch.tokens, num_loops=max(loops), collect_loops=loops, last_only=True)
+        by_loops = dict(zip(output.recurrence.collected, output.loop_logits, strict=True))
+        found[hop] = {}
+        for loop in loops:
+            logits = by_loops.get(loop, output.logits)[:, 0]
+            right = logits.argmax(dim=-1) == batch.answers()
+            found[hop][loop] = float(right.float().mean())
+    return found
+
+
+def count_parameters(config: MythosConfig) -> int:
+    """Parameters of the model that a config describes."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in OpenMythos(config).parameters())

@@ -1,0 +1,148 @@
+"""Run a study: seeds in parallel processes, results kept as they come, then report and figure."""
+
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmythos.analysis import plots
+from openmythos.config import (
+    ConfigError,
+    apply_overrides,
+    read_json,
+    unknown_name,
+    write_atomically,
+    write_json,
+)
+from openmythos.machine import keep_freed_memory
+from openmythos.model.mythos import OpenMythos
+from openmythos.studies import depth_extrapolation
+from openmythos.studies.learning import count_parameters, learn
+from openmythos.studies.study import Arm, Finding, RunResult, Study, report_markdown
+
+STUDIES: dict[str, Study] = {study.name: study for study in (depth_extrapolation.STUDY,)}
+
+
+def get(name: str) -> Study:
+    """The study of that name."""
+    if name not in STUDIES:
+        raise ConfigError(f"study = {name!r}: {unknown_name('study', name, STUDIES)}")
+    return STUDIES[name]
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    *,
+    seeds: int,
+    quick: bool,
+    overrides: Sequence[str] = (),
+    processes: int = 2,
+    told: Callable[[int, int, str], None] | None = None,
+) -> Finding:
+    """All runs that results.json lacks, then results.json, report.md, figure.png in `out`.
+
+    `told` hears (runs done, runs in all, what was done last).
+    """
+    arms = [apply_overrides(arm.quick() if quick else arm, overrides) for arm in study.arms()]
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = [(arm, seed) for seed in range(seeds) for arm in arms]
+    done = {(r.arm, r.seed): r for r in _load(out / "results.json")}
+    done = {
+        (arm.name, seed): done[arm.name, seed]
+        for arm, seed in wanted
+        if (arm.name, seed) in done and _same(done[arm.name, seed].settings, arm.settings())
+    }
+    todo = [(arm, seed) for arm, seed in wanted if (arm.name, seed) not in done]
+    if told is not None:
+        told(len(done), len(wanted), "kept")
+    commit = _commit()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context)
+    try:
+        futures = [pool.submit(run_arm, study.name, arm, seed, quick, commit) for arm, seed in todo]
+        for future in as_completed(futures):
+            result = future.result()
+            done[result.arm, result.seed] = result
+            _save(out, study, [done[key] for key in _keys(wanted) if key in done])
+            if told is not None:
+                told(len(done), len(wanted), f"{result.arm}, seed {result.seed}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    results = [done[key] for key in _keys(wanted)]
+    finding = study.judge(results)
+    _save(out, study, results, finding)
+    write_atomically(out / "report.md", report_markdown(study, results, finding))
+    figure, rows = study.draw(results)
+    plots.save_figure(figure, out / "figure.png", rows)
+    return finding
+
+
+def run_arm(study: str, arm: Arm, seed: int, quick: bool, commit: str) -> RunResult:
+    """One arm with one seed, on one thread."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    started = time.perf_counter()
+    model = OpenMythos(arm.model, seed=seed)
+    flops = sum(progress.flops for progress in learn(model, arm.task, arm.learning, seed))
+    curve = get(study).measure(model, arm, quick)
+    return RunResult(
+        arm=arm.name,
+        seed=seed,
+        settings=arm.settings(),
+        curve=curve,
+        parameters=count_parameters(arm.model),
+        training_flops=flops,
+        seconds=round(time.perf_counter() - started, 1),
+        commit=commit,
+    )
+
+
+def _keys(wanted: Sequence[tuple[Arm, int]]) -> list[tuple[str, int]]:
+    return [(arm.name, seed) for arm, seed in wanted]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal as they are written: JSON turns tuples into lists and keys into text."""
+    return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(other)))
+
+
+def _load(path: Path) -> list[RunResult]:
+    if not path.exists():
+        return []
+    data = read_json(path)
+    return [RunResult(**run) for run in data["runs"]]
+
+
+def _save(
+    out: Path, study: Study, results: Sequence[RunResult], finding: Finding | None = None
+) -> None:
+    write_json(
+        {
+            "study": study.name,
+            "claim": study.claim,
+            "hardware": {
+                "machine": platform.machine(),
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
+            "finding": None if finding is None else asdict(finding),
+            "runs": [asdict(result) for result in results],
+        },
+        out / "results.json",
+    )
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"

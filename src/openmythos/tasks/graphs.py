@@ -1,0 +1,61 @@
+"""Reachability in random graphs, after ProsQA (arXiv 2412.06769)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from openmythos.config import require_int
+from openmythos.tasks.batch import IGNORE, TaskBatch, permutations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reachability:
+    """u_1 v_1 ... u_m v_m ? s a b -> the one of a and b that edges lead to from s.
+
+    Two trees grow over the nodes, one from s; the right candidate lies exactly `hops` edges below
+    s, the wrong one as deep in the other tree, and every node carries a random name. So neither
+    depth nor degree tells, only the path does. Edges come in random order.
+    """
+
+    kind: Literal["reachability"] = "reachability"
+    num_nodes: int = 24
+    num_names: int = 32
+
+    def __post_init__(self) -> None:
+        require_int("num_nodes", self.num_nodes, minimum=4)
+        require_int("num_names", self.num_names, minimum=self.num_nodes)
+
+    @property
+    def vocab_size(self) -> int:
+        """Names and the question mark."""
+        return self.num_names + 1
+
+    @property
+    def chance(self) -> float:
+        return 0.5
+
+    def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
+        """`batch` graphs whose answer lies exactly `hops` edges from the start."""
+        half = self.num_nodes // 2
+        require_int("hops", hops, minimum=1, maximum=half - 1)
+        rows, targets = [], []
+        names = permutations(batch, self.num_names, generator)
+        for name in names:
+            # Node 0 ... hops of a tree are the path; the others hang off any earlier node.
+            parent = (torch.rand(2, half, generator=generator) * torch.arange(half)).long()
+            parent[:, 1 : hops + 1] = torch.arange(hops)
+            child = torch.arange(half).expand(2, half)
+            offset = torch.tensor([[0], [half]])
+            edges = torch.stack((parent + offset, child + offset), dim=2)[:, 1:].flatten(0, 1)
+            edges = name[edges[torch.randperm(len(edges), generator=generator)]]
+            right, wrong = name[hops], name[half + hops]
+            swap = bool(torch.rand((), generator=generator) < 0.5)
+            pair = (wrong, right) if swap else (right, wrong)
+            question = torch.tensor([self.num_names, int(name[0]), int(pair[0]), int(pair[1])])
+            rows.append(torch.cat((edges.flatten(), question)))
+            targets.append(right)
+        tokens = torch.stack(rows)
+        answers = torch.full_like(tokens, IGNORE)
+        answers[:, -1] = torch.stack(targets)
+        return TaskBatch(tokens, answers, torch.full((batch,), tokens.shape[1] - 1))

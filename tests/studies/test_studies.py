@@ -1,0 +1,166 @@
+"""The machinery of studies: arms, runs that are kept, verdicts by the rule, reports."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from openmythos import OpenMythos
+from openmythos.config import ConfigError, read_json
+from openmythos.studies import depth_extrapolation as depth
+from openmythos.studies import runner
+from openmythos.studies.learning import Learning, accuracy_map, count_parameters, learn
+from openmythos.studies.study import RunResult, mean_and_half_width, percent, report_markdown
+from openmythos.tasks import KHop
+from openmythos.train.optim import AdamW
+
+ARMS = {arm.name: arm for arm in depth.arms()}
+
+
+def test_arms_are_matched_as_their_names_say() -> None:
+    counts = {name: count_parameters(arm.model) for name, arm in ARMS.items()}
+    base = counts[depth.LOOPED]
+    assert counts["3 layers, equal parameters"] == pytest.approx(base, rel=0.05)
+    assert counts["22 layers, equal parameters"] == pytest.approx(base, rel=0.1)
+    assert counts["22 layers, 7x the parameters"] == pytest.approx(7 * base, rel=0.1)
+    assert ARMS[depth.LOOPED].model.effective_depth(20) == 22
+    for name, arm in ARMS.items():
+        if "layers" in name:
+            assert arm.model.effective_depth(1) == int(name.split()[0])
+            assert arm.learning.num_steps == 3 * ARMS[depth.LOOPED].learning.num_steps
+
+
+def test_a_stack_is_a_plain_transformer() -> None:
+    """No loop, no injection: the state is the residual stream of a pre-norm transformer."""
+    model = OpenMythos(depth.stacked(4, 32), seed=0).eval()
+    tokens = torch.randint(20, (2, 9))
+    out = model(tokens, num_loops=1)
+    x = model.embed(tokens)
+    layout = model._layout(tokens, None, None, None)
+    from openmythos.nn.attention import attention_context
+
+    attention = model.config.attention
+    context = attention_context(layout, attention.rotary_dim(32), 10_000.0, depth.WINDOW)
+    for layer in (*model.prelude, *model.recurrent.layers, *model.coda):
+        x = layer(x, context).x
+    torch.testing.assert_close(out.logits, model.norm(x) @ model.head_weight.T)
+
+
+def test_learning_learns_and_is_a_function_of_its_seed() -> None:
+    task = KHop(num_entities=5, num_relations=2)
+    learning = Learning(
+        num_steps=60, max_hops=2, first_hops=1, extra_loops=1, optimizer=AdamW(lr=1e-2)
+    )
+    config = replace(depth.looped(), vocab_size=task.vocab_size, dim=32)
+    losses = []
+    for _ in range(2):
+        model = OpenMythos(config, seed=0)
+        losses.append([progress.loss for progress in learn(model, task, learning, seed=3)])
+    assert losses[0] == losses[1]
+    assert sum(losses[0][-10:]) < 0.7 * sum(losses[0][:10])
+    found = accuracy_map(model, task, (1, 2), (1, 4))
+    assert set(found) == {1, 2} and set(found[1]) == {1, 4}
+    alone = accuracy_map(model, task, (1,), (4,))
+    assert alone[1][4] == found[1][4]
+
+
+def test_the_curriculum_grows_with_mastery_alone() -> None:
+    config = replace(depth.looped(), dim=32)
+    never = Learning(num_steps=12, first_hops=2, max_hops=6, mastery=1.0)
+    reached = [progress.reach for progress in learn(OpenMythos(config, seed=0), KHop(), never, 0)]
+    assert set(reached) == {2}
+    easy = replace(never, mastery=1e-3, num_steps=6)
+    reached = [progress.reach for progress in learn(OpenMythos(config, seed=0), KHop(), easy, 0)]
+    assert reached == sorted(reached) and reached[-1] == 6
+
+
+def curve(at_30: float, at_60: float, later: float = 0.0) -> dict[str, dict[str, float]]:
+    """Accuracies of a run: chance up to 20 loops, then as given, less `later` from 80 loops on."""
+
+    def row(share: float) -> dict[str, float]:
+        return {str(n): 0.05 if n <= 20 else share - (later if n >= 80 else 0) for n in depth.LOOPS}
+
+    return {str(h): row(at_60 if h > 40 else at_30) for h in depth.HOPS}
+
+
+def runs_of(looped: dict[str, Any], stack_at_30: float) -> list[RunResult]:
+    def run(name: str, seed: int, found: Mapping[str, Any]) -> RunResult:
+        return RunResult(name, seed, {}, found, 1000, 1e9, 60.0, "abc")
+
+    stack = {str(h): {"1": 1.0 if h <= 10 else stack_at_30} for h in depth.HOPS}
+    return [
+        run(name, seed, stack if "layers" in name else looped) for name in ARMS for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("looped", "stack", "verdict"),
+    [
+        (curve(1.0, 0.97), 0.05, "holds"),
+        (curve(0.98, 0.97), 0.05, "holds in part"),
+        (curve(1.0, 0.9), 0.05, "holds in part"),
+        (curve(1.0, 0.97, later=0.1), 0.05, "holds in part"),
+        (curve(1.0, 0.97), 0.4, "holds in part"),
+        (curve(0.3, 0.05), 0.05, "does not hold here"),
+        (curve(0.6, 0.05), 0.7, "does not hold here"),
+    ],
+)
+def test_the_verdict_is_that_of_the_rule(looped: Any, stack: float, verdict: str) -> None:
+    finding = depth.judge(runs_of(looped, stack))
+    assert finding.verdict == verdict
+    assert len(finding.table) == len(ARMS)
+
+
+def test_a_report_says_claim_verdict_and_what_is_not_shown(tmp_path: Path) -> None:
+    results = runs_of(curve(1.0, 0.97), 0.05)
+    text = report_markdown(depth.STUDY, results, depth.judge(results))
+    assert depth.STUDY.claim in text and "**Verdict: holds.**" in text
+    assert all(point in text for point in depth.STUDY.not_shown)
+    assert text.count("\n| ") == 1 + len(ARMS)
+    figure, rows = depth.draw(results)
+    runner.plots.save_figure(figure, tmp_path / "figure.png", rows)
+    assert imread(tmp_path / "figure.png").std() > 0.01
+    assert len(rows) == sum(len(row) for r in results for row in r.curve.values())
+
+
+def test_intervals() -> None:
+    mean, half = mean_and_half_width([0.9, 1.0, 0.8])
+    assert mean == pytest.approx(0.9) and half == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert percent([0.5]) == "50.0" and percent([0.5, 0.5]) == "50.0 ± 0.0"
+
+
+def test_quick_runs_everything_once_and_keeps_it(tmp_path: Path) -> None:
+    study = replace(depth.STUDY, arms=lambda: [ARMS[depth.LOOPED], *depth.arms()[3:4]])
+    told: list[tuple[int, int, str]] = []
+
+    def run(**changes: Any) -> None:
+        told.clear()
+        runner.run_study(
+            study,
+            tmp_path,
+            **({"seeds": 1, "quick": True} | changes),
+            told=lambda *news: told.append(news),
+        )
+
+    run()
+    assert [done for done, _, _ in told] == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("figure.csv", "figure.png", "report.md", "results.json")
+    ]
+    first = read_json(tmp_path / "results.json")
+    assert {r["arm"] for r in first["runs"]} == {depth.LOOPED, "3 layers, equal parameters"}
+    assert all(r["training_flops"] > 0 and r["seconds"] > 0 for r in first["runs"])
+    run()
+    assert [done for done, _, _ in told] == [2]  # nothing is run again
+    assert read_json(tmp_path / "results.json")["runs"] == first["runs"]
+    run(overrides=["learning.num_steps=2"])
+    assert [done for done, _, _ in told] == [0, 1, 2]  # other settings are other runs
+
+
+def test_unknown_studies_are_named() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'depth-extrapolation'"):
+        runner.get("depth-extrapolatio")

@@ -1,0 +1,189 @@
+"""Every task against a solution by hand, golden samples, chance level and seeds."""
+
+from itertools import permutations as all_orders
+from typing import Any
+
+import pytest
+import torch
+
+from openmythos.tasks import (
+    IGNORE,
+    Addition,
+    Composition,
+    KHop,
+    Parity,
+    PHop,
+    PointerChasing,
+    Reachability,
+    SystematicHops,
+    TaskBatch,
+)
+
+GOLDEN_FACTS = [[2, 3, 4, 0, 5, 1], [4, 5, 2, 0, 3, 1]]
+GOLDEN_TOKENS = [[2, 7, 6, 7, 7], [3, 7, 7, 7, 7]]
+GOLDEN_TARGETS = [[IGNORE, 2, 4, 3, 0], [IGNORE, 0, 4, 3, 0]]
+TASKS: list[Any] = [
+    KHop(),
+    KHop(supervision="answer"),
+    KHop(readout="padded", max_hops=8),
+    PointerChasing(),
+    PHop(length=24),
+    Composition(),
+    Addition(max_operands=8),
+    Parity(),
+    Parity(supervision="prefix"),
+    Reachability(num_nodes=16),
+    SystematicHops(),
+]
+
+
+def draw(task: Any, hops: int = 3, batch: int = 16, seed: int = 0, **fields: Any) -> TaskBatch:
+    return task.sample(batch, hops, torch.Generator().manual_seed(seed), **fields)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+@pytest.mark.parametrize("hops", [2, 5])
+def test_batches_are_well_formed(task: Any, hops: int) -> None:
+    made = draw(task, hops)
+    assert made.tokens.shape == made.targets.shape and made.tokens.dtype == torch.long
+    assert int(made.tokens.min()) >= 0 and int(made.tokens.max()) < task.vocab_size
+    counted = made.targets[made.targets != IGNORE]
+    assert int(counted.min()) >= 0 and int(counted.max()) < task.vocab_size
+    assert (made.answers() != IGNORE).all()
+    assert 0 < task.chance < 1
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_seeds_decide(task: Any) -> None:
+    one, same, other = draw(task), draw(task), draw(task, seed=1)
+    assert one.tokens.equal(same.tokens) and one.targets.equal(same.targets)
+    assert not one.tokens.equal(other.tokens)
+
+
+# A step of p-hop may find nothing, and the leading digit of a sum is rarely large.
+EVEN = [task for task in TASKS if not isinstance(task, PHop | Addition)]
+
+
+@pytest.mark.parametrize("task", EVEN, ids=str)
+def test_no_answer_is_much_likelier_than_chance(task: Any) -> None:
+    answers = draw(task, hops=3, batch=2000).answers()
+    share = answers.bincount().max() / 2000
+    assert share < max(2 * task.chance, 0.2)
+
+
+def test_k_hop_follows_its_facts() -> None:
+    task = KHop()
+    facts = task.facts().tolist()
+    assert all(sorted(row) == list(range(20)) for row in facts)
+    made = draw(task, hops=6)
+    for tokens, targets in zip(made.tokens.tolist(), made.targets.tolist(), strict=True):
+        entity = tokens[0]
+        assert targets[0] == IGNORE
+        for relation, target in zip(tokens[1:], targets[1:], strict=True):
+            entity = facts[relation - 20][entity]
+            assert entity == target
+    answer = draw(KHop(supervision="answer"), hops=6)
+    assert (answer.targets[:, :-1] == IGNORE).all()
+    assert answer.answers().equal(made.answers())
+    padded = draw(KHop(supervision="answer", readout="padded", max_hops=9), hops=6)
+    assert padded.tokens[0].tolist()[:7] == made.tokens[0].tolist()
+    assert padded.tokens[0].tolist()[7:] == [24, 24, 24, 25]
+    assert padded.answers().equal(made.answers()) and padded.answer_at.tolist() == [10] * 16
+    with pytest.raises(ValueError, match="hops = 10"):
+        draw(KHop(readout="padded", max_hops=9), hops=10)
+
+
+def test_golden_k_hop() -> None:
+    """A change of these numbers changes every study."""
+    made = draw(KHop(num_entities=6, num_relations=2), hops=4, batch=2)
+    assert KHop(num_entities=6, num_relations=2).facts().tolist() == GOLDEN_FACTS
+    assert made.tokens.tolist() == GOLDEN_TOKENS
+    assert made.targets.tolist() == GOLDEN_TARGETS
+
+
+def test_pointers_lead_where_the_pairs_say() -> None:
+    made = draw(PointerChasing(num_entities=7), hops=9)
+    for tokens, targets in zip(made.tokens.tolist(), made.targets.tolist(), strict=True):
+        follows = dict(zip(tokens[0:14:2], tokens[1:14:2], strict=True))
+        assert sorted(follows) == sorted(follows.values()) == list(range(7))
+        entity, seen = tokens[14], []
+        assert tokens[15:] == [7] * 9 and targets[:15] == [IGNORE] * 15
+        for target in targets[15:]:
+            entity = follows[entity]
+            seen.append(entity)
+            assert entity == target
+        assert len(set(seen[:7])) == 7
+
+
+@pytest.mark.parametrize("hops", [1, 2, 4])
+def test_p_hop_by_its_definition(hops: int) -> None:
+    task = PHop(alphabet=3, length=20)
+    made = draw(task, hops)
+    for symbols, targets in zip(made.tokens.tolist(), made.targets.tolist(), strict=True):
+        for i in range(20):
+            place: int | None = i
+            for _ in range(hops):
+                if place is not None:
+                    found = [j for j in range(1, place + 1) if symbols[j - 1] == symbols[place]]
+                    place = max(found, default=None)
+            assert targets[i] == (3 if place is None else symbols[place])
+
+
+def test_composition_multiplies_permutations() -> None:
+    orders = list(all_orders(range(5)))
+    made = draw(Composition(), hops=4)
+    for word, targets in zip(made.tokens.tolist(), made.targets.tolist(), strict=True):
+        for end in range(1, 5):
+            value = list(range(5))
+            for factor in word[:end]:
+                value = [orders[factor][x] for x in value]
+            assert orders[targets[end - 1]] == tuple(value)
+
+
+def test_addition_is_right_digit_by_digit() -> None:
+    task = Addition(max_operands=32)
+    assert task.answer_digits == 5
+    made = task.write(torch.tensor([[999, 1, 23]]))
+    text = "".join("0123456789+="[token] for token in made.tokens[0].tolist())
+    assert text == "999+001+023=3201"
+    assert made.targets[0].tolist() == [IGNORE] * 11 + [3, 2, 0, 1, 0]
+    with pytest.raises(ValueError, match="hops = 33"):
+        draw(task, hops=33)
+
+
+def test_parity_is_the_sum_of_bits() -> None:
+    made = draw(Parity(), hops=9)
+    assert made.answers().equal(made.tokens.sum(dim=1) % 2)
+    assert (made.targets[:, :-1] == IGNORE).all()
+
+
+@pytest.mark.parametrize("hops", [1, 4, 7])
+def test_only_the_right_candidate_is_reachable_and_both_are_as_deep(hops: int) -> None:
+    made = draw(Reachability(num_nodes=16), hops, batch=40)
+    first = 0
+    for tokens, answer in zip(made.tokens.tolist(), made.answers().tolist(), strict=True):
+        edges = list(zip(tokens[0:-4:2], tokens[1:-4:2], strict=True))
+        assert len(edges) == 14 and tokens[-4] == 32
+        depth = {tokens[-3]: 0}
+        for _ in edges:
+            depth |= {v: depth[u] + 1 for u, v in edges if u in depth}
+        candidates = tokens[-2:]
+        assert [c in depth for c in candidates] == [c == answer for c in candidates]
+        assert depth[answer] == hops
+        first += candidates[0] == answer
+    assert 8 < first < 32
+
+
+def test_parts_of_the_systematic_split_do_not_mix() -> None:
+    task = SystematicHops()
+    alone, held_out, facts = task.is_alone(), task.is_held_out(), task.hops.facts()
+    assert int(alone.sum()) == 40 and int(held_out.sum()) == round(0.3 * 50 * 64)
+    for part in ("train", "held_out", "ood"):
+        tokens = draw(task, 2, batch=60, part=part).tokens
+        start, first, second = tokens[:, 0], tokens[:, 1] - 50, tokens[:, 2] - 50
+        asked_alone = torch.stack((alone[first, start], alone[second, facts[first, start]]))
+        assert asked_alone.all() if part == "ood" else not asked_alone.any()
+        if part != "ood":
+            assert (held_out[start, first, second] == (part == "held_out")).all()
+    single = draw(task, 1, batch=400).tokens
+    assert alone[single[:, 1] - 50, single[:, 0]].any()
