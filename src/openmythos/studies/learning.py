@@ -52,7 +52,7 @@ class Progress(NamedTuple):
     step: int
     loss: float
     reach: int  # hops that the curriculum has come to
-    flops: float  # of this step, forward and backward
+    flops: int | float  # of this step, forward and backward
 
 
 def learn(model: OpenMythos, task: Task, learning: Learning, seed: int) -> Iterator[Progress]:

@@ -54,8 +54,8 @@ class RunResult:
     settings: Mapping[str, Any]
     curve: Mapping[str, Any]  # what the study's measure found
     parameters: int
-    training_flops: float
-    seconds: float
+    training_flops: int | float
+    seconds: int | float
     commit: str
 
 
