@@ -110,7 +110,10 @@ def against_context(rounds: int) -> dict[str, dict[int, float]]:
 
 
 def peak_of(loops: int, context: int, mode: str) -> float:
-    """MiB of a process that trains one step; asked in a process of its own."""
+    """MiB that a training step adds to the peak of a process of its own.
+
+    From VmHWM: ru_maxrss of a new process begins at the peak of the one that started it.
+    """
     code = (
         "import resource, torch, sys; sys.path.insert(0, 'benchmarks')\n"
         "from dataclasses import replace\n"
@@ -119,12 +122,13 @@ def peak_of(loops: int, context: int, mode: str) -> float:
         "keep_freed_memory(); torch.set_num_threads(1)\n"
         f"model = model_of(replace(S.config(), context={max(CONTEXTS)})).train()\n"
         f"model.recurrent.checkpoint_loops = {mode == 'checkpointed'}\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "peak = lambda: int(next(x for x in open('/proc/self/status') if 'VmHWM' in x).split()[1])\n"
+        "before = peak()\n"
         f"tokens = draw(1, {context})\n"
         f"losses = model.losses(tokens, tokens, num_loops={loops},"
         f" backprop_loops={4 if mode == 'last 4 loops' else 0})\n"
         "losses.cross_entropy.backward()\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+        "print((peak() - before) / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
