@@ -11,9 +11,6 @@ as its command line does, the others have it as the system sets it up.
 import argparse
 import json
 import multiprocessing
-import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +28,7 @@ from rich.table import Table
 
 from openmythos.analysis import plots
 from openmythos.config import write_json
-from openmythos.machine import keep_freed_memory
+from openmythos.machine import describe, keep_freed_memory, peak_bytes
 from openmythos.model import cost
 from openmythos.nn.cache import ExactCache
 
@@ -216,7 +213,7 @@ def time_workload(workload: Workload, names: tuple[str, ...], threads: int, roun
 
 
 def peak_megabytes(workload: Workload, name: str) -> float:
-    """Growth of resident memory by model, optimizer and training steps, in this process."""
+    """What model, optimizer and three steps add to the peak memory of this process."""
     torch.set_num_threads(1)
     _as_installed(name)
     # Libraries and kernels that any training step loads are not the model's.
@@ -224,15 +221,13 @@ def peak_megabytes(workload: Workload, name: str) -> float:
     small.start_training()
     small.train_step(*torch.zeros(2, 1, 64, dtype=torch.long))
     del small
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
+    before = peak_bytes()
     contender = CONTENDERS[name](workload)
     contender.start_training()
     tokens = torch.randint(workload.vocab, (workload.batch, workload.seq))
     for _ in range(3):
         contender.train_step(tokens, tokens)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (peak - before) / 2**20
+    return (peak_bytes() - before) / 2**20
 
 
 def measure_memory(workload: Workload, names: tuple[str, ...]) -> dict[str, float]:
@@ -305,21 +300,6 @@ def check_floors(results: list[dict[str, Any]]) -> list[str]:
     return missed
 
 
-def hardware() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    model = "unknown"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return {
-        "commit": commit.stdout.strip(),
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -336,7 +316,7 @@ def main() -> None:
     if options.memory_of:
         print(peak_megabytes(workloads[0], options.memory_of))
         return
-    names, machine = tuple(options.contenders), hardware()
+    names, machine = tuple(options.contenders), describe()
     for workload in workloads:
         results, limits_by_threads = [], {}
         memory = {} if options.no_memory else measure_memory(workload, names)

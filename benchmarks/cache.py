@@ -8,8 +8,6 @@ cache, under every sharing policy; the first half of a window is the prompt.
 """
 
 import argparse
-import math
-import statistics
 import sys
 import tempfile
 from dataclasses import replace
@@ -18,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import hardware
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +24,7 @@ from openmythos.analysis import plots
 from openmythos.config import to_dict, write_json
 from openmythos.data.loader import evaluation_windows
 from openmythos.data.shards import TokenShards
-from openmythos.machine import keep_freed_memory
+from openmythos.machine import describe, keep_freed_memory
 from openmythos.model import cost
 from openmythos.nn.cache import (
     CachePolicy,
@@ -37,6 +34,7 @@ from openmythos.nn.cache import (
     LastLoopCache,
 )
 from openmythos.recipes import catalogue
+from openmythos.studies.study import mean_and_half_width
 from openmythos.train.run import Run, train
 
 PRESETS = ("1b", "3b", "10b", "50b", "100b", "500b", "1t")
@@ -117,23 +115,13 @@ def trained_losses(seed: int) -> dict[str, float]:
         return {name: held_out_loss(model, shards, policy) for name, policy in POLICIES.items()}
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of the 95% interval (Student's t)."""
-    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-    if len(values) < 2:
-        return values[0], math.nan
-    return statistics.mean(values), (
-        quantile[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/cache"))
     options = parser.parse_args()
     keep_freed_memory()
-    machine = hardware()
+    machine = describe()
     rows = sizes()
     table = Table("preset", "full K/V", "exact", "less", "loops share", "less", "of the block")
     for row in rows:
@@ -149,7 +137,7 @@ def main() -> None:
     losses = [trained_losses(seed) for seed in range(options.seeds)]
     costs = {}
     for name in POLICIES:
-        mean, half = interval([run[name] - run["exact"] for run in losses])
+        mean, half = mean_and_half_width([run[name] - run["exact"] for run in losses])
         costs[name] = {"added_nats_per_token": mean, "half_width_95": half}
         OUT.print(f"{name}: {mean:+.4f} +- {half:.4f} nats per token")
     options.out.mkdir(parents=True, exist_ok=True)

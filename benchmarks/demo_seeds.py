@@ -7,9 +7,7 @@ and loops; corpus, split and tokenizer are the same.
 """
 
 import argparse
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -19,6 +17,7 @@ import torch
 
 from openmythos.analysis import plots
 from openmythos.config import to_dict, write_json
+from openmythos.machine import describe, keep_freed_memory
 from openmythos.recipes import catalogue, report
 from openmythos.train.run import Run, train
 
@@ -50,8 +49,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
     options = parser.parse_args()
-    # Asked before the runs: it names the code that they use.
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    keep_freed_memory()
+    machine = describe()
     runs = [run_seed(seed) for seed in range(options.seeds)]
     curves = {
         f"seed {run['seed']}": {loop: run["held_out"][str(loop)]["bits_per_byte"] for loop in LOOPS}
@@ -62,13 +61,8 @@ def main() -> None:
         {
             "command": f"python benchmarks/demo_seeds.py --seeds {options.seeds}",
             "config": to_dict(catalogue.get("demo")),
-            "commit": commit.stdout.strip(),
-            "hardware": {
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "hardware": machine,
+            "threads": torch.get_num_threads(),
             "runs": runs,
         },
         options.out / "results.json",

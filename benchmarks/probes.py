@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import hardware
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from openmythos.config import write_json
+from openmythos.machine import describe
 from openmythos.nn.blockwise import blockwise_attention
 from openmythos.nn.cross_entropy import linear_cross_entropy
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    machine = hardware()
+    machine = describe()
     found: dict[str, dict[str, float]] = {
         "bf16 product of ~350 x 256 x 256": new_shapes(),
         "4096 rows of 256 numbers": gather(),

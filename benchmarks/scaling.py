@@ -8,7 +8,6 @@ settings of one curve take turns.
 
 import argparse
 import functools
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import hardware
 from contenders import S
 from rich.console import Console
 from torch import Tensor
@@ -27,7 +25,7 @@ from torch import Tensor
 from openmythos import MythosConfig, OpenMythos
 from openmythos.analysis import plots
 from openmythos.config import write_json
-from openmythos.machine import keep_freed_memory
+from openmythos.machine import describe, keep_freed_memory, peak_bytes
 from openmythos.nn.attention import TokenLayout, attention_context
 from openmythos.recurrence.halting import StateChangeExit
 
@@ -110,29 +108,21 @@ def against_context(rounds: int) -> dict[str, dict[int, float]]:
 
 
 def peak_of(loops: int, context: int, mode: str) -> float:
-    """MiB that a training step adds to the peak of a process of its own.
-
-    From VmHWM: ru_maxrss of a new process begins at the peak of the one that started it.
-    """
-    code = (
-        "import resource, torch, sys; sys.path.insert(0, 'benchmarks')\n"
-        "from dataclasses import replace\n"
-        "from scaling import S, draw, model_of\n"
-        "from openmythos.machine import keep_freed_memory\n"
-        "keep_freed_memory(); torch.set_num_threads(1)\n"
-        f"model = model_of(replace(S.config(), context={max(CONTEXTS)})).train()\n"
-        f"model.recurrent.checkpoint_loops = {mode == 'checkpointed'}\n"
-        "status = lambda: open('/proc/self/status')\n"
-        "peak = lambda: int(next(x for x in status() if 'VmHWM' in x).split()[1])\n"
-        "before = peak()\n"
-        f"tokens = draw(1, {context})\n"
-        f"losses = model.losses(tokens, tokens, num_loops={loops},"
-        f" backprop_loops={4 if mode == 'last 4 loops' else 0})\n"
-        "losses.cross_entropy.backward()\n"
-        "print((peak() - before) / 1024)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    """MiB that a training step adds to the peak of a process of its own."""
+    command = [sys.executable, __file__, "--peak-of", str(loops), str(context), mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
+
+
+def added_to_peak(loops: int, context: int, mode: str) -> float:
+    """MiB that a training step adds to the peak of this process."""
+    model = model_of(replace(S.config(), context=max(CONTEXTS))).train()
+    model.recurrent.checkpoint_loops = mode == "checkpointed"
+    backprop_loops = 4 if mode == "last 4 loops" else 0
+    tokens, before = draw(1, context), peak_bytes()
+    losses = model.losses(tokens, tokens, num_loops=loops, backprop_loops=backprop_loops)
+    losses.cross_entropy.backward()
+    return (peak_bytes() - before) / 2**20
 
 
 class _Halted:
@@ -200,11 +190,16 @@ def line_fit(points: Mapping[int, float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     options = parser.parse_args()
     keep_freed_memory()
-    machine = hardware()
     torch.set_num_threads(1)
+    if options.peak_of:
+        loops_of, context_of, mode_of = options.peak_of
+        print(added_to_peak(int(loops_of), int(context_of), mode_of))
+        return
+    machine = describe()
     rounds = options.rounds
     OUT.print("time against loops")
     loops = against_loops(rounds)
@@ -241,7 +236,6 @@ def main() -> None:
             "milliseconds_by_exit_loop": _text_keys(milliseconds["exit"]),
             "training_mib_by_loops": _text_keys(memory),
             "training_mib_by_context": _text_keys(memory_context),
-            "peak_of_this_process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
         options.out / "scaling.json",
     )

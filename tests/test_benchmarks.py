@@ -89,6 +89,6 @@ def test_cache_table_is_the_formula() -> None:
         assert row["recurrent_shared_ratio"] == 16
 
 
-def test_intervals_are_students() -> None:
-    mean, half = cache_benchmark.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
+def test_memory_is_that_of_the_process_alone() -> None:
+    small, large = (scaling.peak_of(loops, 256, "all loops") for loops in (1, 16))
+    assert 10 < small < large

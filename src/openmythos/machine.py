@@ -1,7 +1,13 @@
-"""What a process asks of the machine that it runs on."""
+"""The machine that a process runs on: what it asks of it, and what a result says of it."""
 
 import ctypes
+import os
+import platform
+import subprocess
 import sys
+from pathlib import Path
+
+import torch
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -22,3 +28,28 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def describe() -> dict[str, str | int | None]:
+    """Commit and hardware, to stand beside a result; ask before the work, whose code it names."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists():
+        names = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        cpu = next((line.split(":")[1].strip() for line in names), cpu)
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process ever held (Linux).
+
+    Not ru_maxrss, which in a new process begins at the peak of the one that started it.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))

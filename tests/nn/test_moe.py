@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from openmythos.config import ConfigError
+from openmythos.nn.experts import SortedRows, grouped_linear, grouped_outer
 from openmythos.nn.feed_forward import TokenRows
-from openmythos.nn.moe import MoE, MoELayer, RouterStats, grouped_linear, grouped_outer
+from openmythos.nn.moe import MoE, MoELayer, RouterStats, _filled_up, _inverse
 
 DIM, TOKENS = 16, 24
 SMALL = {"num_experts": 6, "top_k": 2, "expert_dim": 8}
@@ -474,23 +475,33 @@ def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -
         MoE(**fields)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5, 400])
-def test_groups_in_bf16_are_filled_up_to_round_sizes(num_tokens: int) -> None:
-    layer = build(top_k=2)
-    tokens = torch.randn(num_tokens, DIM)
-    chosen = layer.router(tokens)[1].flatten().sort().values
-    counts = torch.bincount(chosen, minlength=6).int()
-    exact, order = layer._layout(counts, chosen, tokens)
-    assert exact.equal(counts.cumsum(0).int()) and order.equal(torch.arange(2 * num_tokens))
-    ends, rows = layer._layout(counts, chosen, tokens.bfloat16())
-    sizes = ends.diff(prepend=ends.new_zeros(1))
-    step = 8 if num_tokens == 400 else 1  # 133 choices per expert on average
-    assert (sizes % step == 0).all() and (sizes - counts < step).all() and (sizes >= counts).all()
-    owner = torch.searchsorted(ends.long(), rows, right=True)
-    assert owner.equal(chosen) and len(set(rows.tolist())) == len(rows)
-    if num_tokens:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = layer(tokens, rows_of(num_tokens))[0]
-        torch.testing.assert_close(
-            found.float(), layer(tokens, rows_of(num_tokens))[0], atol=0.05, rtol=0.05
-        )
+@pytest.mark.parametrize("step", [2, 8])
+def test_filled_up_groups_hold_the_same_rows(step: int) -> None:
+    experts = torch.randint(6, (40, 2))
+    counts = torch.bincount(experts.flatten(), minlength=6).int()
+    order = experts.flatten().argsort()
+    exact = SortedRows(
+        counts.cumsum(0).int(), order // 2, torch.rand(80), _inverse(order).view(40, 2)
+    )
+    filled = _filled_up(exact, counts, step)
+    sizes = filled.ends.diff(prepend=filled.ends.new_zeros(1))
+    assert (sizes % step == 0).all() and (sizes >= counts).all() and (sizes - counts < step).all()
+    owner = torch.searchsorted(filled.ends.long(), filled.place.flatten(), right=True)
+    assert owner.equal(experts.flatten())
+    for token in range(40):
+        for choice in range(2):
+            row, old = filled.place[token, choice], exact.place[token, choice]
+            assert filled.source[row] == exact.source[old] == token
+            assert filled.weights[row] == exact.weights[old]
+    assert filled.weights.sum() == pytest.approx(float(exact.weights.sum()))
+
+
+def test_groups_in_bf16_are_filled_up_to_round_sizes() -> None:
+    layer, tokens = build(top_k=2), torch.randn(400, DIM)
+    assert layer._group_step(tokens) == 1
+    assert layer._group_step(tokens.bfloat16()) == 8  # of 133 rows per expert
+    assert layer._group_step(tokens[:5].bfloat16()) == 1
+    exact = layer(tokens, rows_of(400))[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(tokens, rows_of(400))[0]
+    torch.testing.assert_close(found.float(), exact, atol=0.05, rtol=0.05)

@@ -11,9 +11,12 @@ from matplotlib.image import imread
 
 from openmythos import OpenMythos
 from openmythos.config import ConfigError, read_json
+from openmythos.model import cost
+from openmythos.model.inputs import token_layout
+from openmythos.nn.attention import attention_context
 from openmythos.studies import depth_extrapolation as depth
 from openmythos.studies import runner
-from openmythos.studies.learning import Learning, accuracy_map, count_parameters, learn
+from openmythos.studies.learning import Learning, accuracy_map, learn
 from openmythos.studies.study import RunResult, mean_and_half_width, percent, report_markdown
 from openmythos.tasks import KHop
 from openmythos.train.optim import AdamW
@@ -22,7 +25,7 @@ ARMS = {arm.name: arm for arm in depth.arms()}
 
 
 def test_arms_are_matched_as_their_names_say() -> None:
-    counts = {name: count_parameters(arm.model) for name, arm in ARMS.items()}
+    counts = {name: cost.parameters(arm.model).total for name, arm in ARMS.items()}
     base = counts[depth.LOOPED]
     assert counts["3 layers, equal parameters"] == pytest.approx(base, rel=0.05)
     assert counts["22 layers, equal parameters"] == pytest.approx(base, rel=0.1)
@@ -40,9 +43,7 @@ def test_a_stack_is_a_plain_transformer() -> None:
     tokens = torch.randint(20, (2, 9))
     out = model(tokens, num_loops=1)
     x = model.embed(tokens)
-    layout = model._layout(tokens, None, None, None)
-    from openmythos.nn.attention import attention_context
-
+    layout = token_layout(model.config, tokens, None, None, None)
     attention = model.config.attention
     context = attention_context(layout, attention.rotary_dim(32), 10_000.0, depth.WINDOW)
     for layer in (*model.prelude, *model.recurrent.layers, *model.coda):
@@ -157,8 +158,18 @@ def test_quick_runs_everything_once_and_keeps_it(tmp_path: Path) -> None:
     run()
     assert [done for done, _, _ in told] == [2]  # nothing is run again
     assert read_json(tmp_path / "results.json")["runs"] == first["runs"]
-    run(overrides=["learning.num_steps=2"])
-    assert [done for done, _, _ in told] == [0, 1, 2]  # other settings are other runs
+    run(seeds=2)
+    assert [(done, total) for done, total, _ in told] == [(2, 4), (3, 4), (4, 4)]
+    run()  # fewer seeds lose nothing
+    more = read_json(tmp_path / "results.json")
+    assert [(r["arm"], r["seed"]) for r in more["runs"]] == [
+        *((depth.LOOPED, 0), (depth.LOOPED, 1)),
+        *(("3 layers, equal parameters", 0), ("3 layers, equal parameters", 1)),
+    ]
+    for others in ({"overrides": ["learning.num_steps=2"]}, {"quick": False}):
+        with pytest.raises(ConfigError, match="with other settings; choose another --out"):
+            run(**others)
+    assert read_json(tmp_path / "results.json") == more
 
 
 def test_unknown_studies_are_named() -> None:

@@ -246,7 +246,7 @@ class Study:
         study = runner.get(self.name)
         require_int("seeds", self.seeds, minimum=1)
         require_int("processes", self.processes, minimum=1)
-        folder = Path(self.out) / study.name
+        folder = Path(self.out) / (f"{study.name}-quick" if self.quick else study.name)
         finding = run_study_with_bar(
             study,
             folder,

@@ -13,6 +13,7 @@ from openmythos.config import require_int
 from openmythos.model import generation, storage
 from openmythos.model.config import MythosConfig
 from openmythos.model.init import init_weights
+from openmythos.model.inputs import check_loops, token_layout
 from openmythos.model.sampling import Sampling
 from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.block import Block
@@ -185,20 +186,15 @@ class OpenMythos(nn.Module):
         exit_rule: ExitRule | None = None,
     ) -> _Run:
         """Embedding, prelude and loops."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens: has shape {list(tokens.shape)}, must be [batch, seq]")
-        if tokens.numel() == 0:
-            raise ValueError("tokens: is empty; start with at least one token")
-        loops = self._check_loops(num_loops, tokens, cache, exit_rule)
+        layout = token_layout(self.config, tokens, attention_mask, documents, cache)
+        loops = check_loops(
+            self.config.num_loops if num_loops is None else num_loops,
+            tokens,
+            cache,
+            exit_rule,
+            training=self.training,
+        )
         require_int("backprop_loops", backprop_loops, minimum=0)
-        if attention_mask is not None and attention_mask.shape != tokens.shape:
-            raise ValueError(
-                f"attention_mask: has shape {list(attention_mask.shape)}, "
-                f"the tokens have {list(tokens.shape)}"
-            )
-        if attention_mask is not None:
-            attention_mask = attention_mask.bool()
-        layout = self._layout(tokens, attention_mask, documents, cache)
         attention = self.config.attention
         context = attention_context(
             layout, attention.rotary_dim(self.config.dim), attention.rope_base, attention.window
@@ -303,67 +299,6 @@ class OpenMythos(nn.Module):
             valid,
             cache.exit_loop if cache is not None and cache.length else None,
         )
-
-    def _check_loops(
-        self,
-        num_loops: int | Tensor | None,
-        tokens: Tensor,
-        cache: KVCache | None,
-        exit_rule: ExitRule | None,
-    ) -> int | Tensor:
-        loops = self.config.num_loops if num_loops is None else num_loops
-        if isinstance(loops, Tensor):
-            whole = not loops.is_floating_point() and loops.dtype != torch.bool
-            if loops.shape != tokens.shape[:1] or not whole or loops.min() < 1:
-                raise ValueError(
-                    f"num_loops = {loops.tolist()}: must be one whole number >= 1 for each of the "
-                    f"{tokens.shape[0]} sequences"
-                )
-            if cache is not None or exit_rule is not None:
-                raise ValueError(
-                    "num_loops: one number per sequence goes with neither a cache nor an exit rule"
-                )
-            return loops
-        if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
-            raise ValueError(f"num_loops = {loops!r}: must be a whole number >= 1")
-        if cache is not None and loops > cache.num_loops:
-            raise ValueError(
-                f"num_loops = {loops}: the cache was made for at most {cache.num_loops} loops"
-            )
-        if exit_rule is not None and self.training:
-            raise ValueError("exit_rule: is for inference; call model.eval() first")
-        return loops
-
-    def _layout(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
-        documents: Tensor | None,
-        cache: KVCache | None,
-    ) -> TokenLayout:
-        batch, seq = tokens.shape
-        start = 0 if cache is None else cache.length
-        if start + seq > self.config.context:
-            raise ValueError(
-                f"tokens: {start + seq} tokens are longer than the context of {self.config.context}"
-            )
-        # On an accelerator the check would wait for the device; ids are checked where they enter.
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"tokens: id {low if low < 0 else high} is outside the vocabulary of "
-                    f"{self.config.vocab_size} tokens"
-                )
-        if cache is None:
-            return TokenLayout(seq, 0, tokens.device, attention_mask, documents)
-        if documents is not None:
-            raise ValueError("documents: packed rows and a cache do not go together")
-        cache.check_room(seq, batch)
-        if attention_mask is not None:
-            cache.mark_padding(attention_mask)
-        valid = cache.valid[:, : start + seq] if cache.padded else None
-        return TokenLayout(seq, start, tokens.device, valid)
 
     def new_cache(
         self,

@@ -7,10 +7,11 @@ from torch import nn
 
 from openmythos.nn.attention import AttentionContext, GroupedQueryAttention
 from openmythos.nn.cache import CacheSlot
+from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.feed_forward import ReLU2, SwiGLU, TokenRows
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.linear import NO_DELTAS, Deltas, RMSNorm
-from openmythos.nn.moe import ExpertWeights, MoE, MoELayer, RouterStats
+from openmythos.nn.moe import MoE, MoELayer, RouterStats
 from openmythos.types import Hidden, KeyValues, Mask, Tokens
 
 Attention = LatentAttention | GroupedQueryAttention
@@ -61,6 +62,7 @@ class Block(nn.Module):
     ) -> BlockOutput:
         """x [batch, seq, dim]; last_only computes the output of the last position alone."""
         if frozen is not None and not bool(frozen.active.all()):
+            assert not last_only  # a coda's option; what halts is in the loop
             return self._forward_active(x, context, slot, frozen, deltas, expert_weights)
         normed = self.attention_norm(x)
         if slot is not None and not slot.writes:

@@ -11,7 +11,7 @@ the sum of its depths, not its batch times the largest.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,16 @@ from torch.utils.checkpoint import checkpoint
 from openmythos.nn.attention import AttentionContext
 from openmythos.nn.block import Attention, Block, FeedForward, Frozen
 from openmythos.nn.cache import CacheSlot, KVCache
+from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.linear import Deltas, RMSNorm
-from openmythos.nn.moe import ExpertWeights, RouterStats
+from openmythos.nn.moe import RouterStats
 from openmythos.recurrence.conditioning import Conditioning, LoopEmbeddings, LoopLoRAs
 from openmythos.recurrence.halting import ExitTracker, Halting, HaltState, LoopStates
 from openmythos.recurrence.injection import Drive, Injection
 from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Scalar
 
 StateInit = Literal["zeros", "encoded", "normal"]
-Experts = list[ExpertWeights | None]  # of each layer
+LoopWeights = list[ExpertWeights | None]  # of each layer, made once for all loops
 NOISE_BLOCK = 1024
 
 
@@ -163,11 +164,7 @@ class RecurrentBlock(nn.Module):
             depths = [num_loops] * batch
         encoded = self.prelude_norm(encoded)
         drive = self.injection.prepare(encoded)
-        experts = [
-            block.prepare(compiled=self._compiled)
-            for block in self.layers
-            if isinstance(block, Block)
-        ]
+        experts = [cast("Block", layer).prepare(compiled=self._compiled) for layer in self.layers]
         carry = self._start(encoded, positions, can_stop=tracker is not None)
         trace = _Trace(len(self.layers), collect)
         done: list[Carry] = []
@@ -196,7 +193,7 @@ class RecurrentBlock(nn.Module):
         carry: Carry,
         drive: Drive,
         context: AttentionContext,
-        experts: Experts,
+        experts: LoopWeights,
         loop: int,
         without_grad: int,
         cache: KVCache | None,
@@ -232,7 +229,7 @@ class RecurrentBlock(nn.Module):
         carry: Carry,
         drive: Drive,
         context: AttentionContext,
-        experts: Experts,
+        experts: LoopWeights,
         loop: int,
         cache: KVCache | None = None,
     ) -> tuple[Carry, list[RouterStats | None]]:
@@ -266,7 +263,7 @@ class RecurrentBlock(nn.Module):
         slots: list[CacheSlot | None],
         frozen: list[Frozen | None],
         deltas: Deltas,
-        experts: Experts,
+        experts: LoopWeights,
     ) -> tuple[Tensor, tuple[Tensor, ...], list[RouterStats | None]]:
         """x + R(x): the part that `compile_layers` compiles."""
         kv, router = [], []

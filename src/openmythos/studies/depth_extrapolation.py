@@ -130,7 +130,7 @@ def flat(result: RunResult, hops: int) -> float:
 def judge(results: Sequence[RunResult]) -> Finding:
     """Bars: >= 99% at 30 hops and >= 95% at 60, mean over seeds, with loops never trained; within
     2 points at twice the loops needed; every stack below 30% at 30 hops."""
-    groups = by_arm(results)
+    groups, controls = by_arm(results), {arm.name: arm.why for arm in arms()}
     mean = {
         name: {hops: sum(best(r, hops) for r in runs) / len(runs) for hops in HOPS}
         for name, runs in groups.items()
@@ -156,6 +156,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     table = [
         {
             "arm": name,
+            "controls for": controls.get(name) or "-",
             "parameters": f"{runs[0].parameters:,}",
             **{f"{hops} hops": percent([best(r, hops) for r in runs]) for hops in (10, 20, 30, 60)},
             "minutes per run": f"{sum(r.seconds for r in runs) / len(runs) / 60:.1f}",

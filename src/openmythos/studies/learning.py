@@ -8,7 +8,6 @@ import torch
 
 from openmythos.config import require, require_int, require_number
 from openmythos.model import cost
-from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.tasks import Task
 from openmythos.train.optim import WSD, AdamW, Schedule
@@ -120,9 +119,3 @@ def accuracy_map(
             right = logits.argmax(dim=-1) == batch.answers()
             found[hop][loop] = float(right.float().mean())
     return found
-
-
-def count_parameters(config: MythosConfig) -> int:
-    """Parameters of the model that a config describes."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in OpenMythos(config).parameters())

@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openmythos.nn.cross_entropy import IGNORE
 from openmythos.types import TokenIds
-
-IGNORE = -100
 
 
 class TaskBatch(NamedTuple):
@@ -27,16 +26,13 @@ class TaskBatch(NamedTuple):
 
 def answer_only(batch: TaskBatch) -> TaskBatch:
     """The same problems with the answer as the only target."""
-    column = columns_of(batch.targets)
-    targets = batch.targets.masked_fill(column != batch.answer_at[:, None], IGNORE)
-    return batch._replace(targets=targets)
-
-
-def columns_of(x: Tensor) -> Tensor:
-    """The column of every entry of x [batch, seq]."""
-    return torch.arange(x.shape[1]).expand_as(x)
+    elsewhere = torch.arange(batch.targets.shape[1]) != batch.answer_at[:, None]
+    return batch._replace(targets=batch.targets.masked_fill(elsewhere, IGNORE))
 
 
 def permutations(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Independent uniform permutations of 0 ... size - 1, [count, size]."""
     return torch.rand(count, size, generator=generator).argsort(dim=1)
+
+
+__all__ = ["IGNORE", "TaskBatch", "answer_only", "permutations"]

@@ -1,0 +1,218 @@
+"""The routed experts of a mixture: stacked weights, tokens sorted by expert, grouped products.
+
+Only [gate | up] is kept for the backward pass, and the gradients of the weights are added up over
+all loops in place.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from openmythos.types import Channels, Tokens
+
+
+@torch.library.custom_op("openmythos::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows [ends[g-1], ends[g]) of x [tokens, in] times weight[g]^T, weight [groups, out, in].
+
+    A custom operator because torch's grouped_mm refuses fp32 on meta tensors, hence under
+    torch.compile; in eager mode it costs nothing more.
+    """
+    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+
+@grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("openmythos::grouped_outer", mutates_args=())
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Per group g of rows: left_g^T right_g, [groups, left_dim, right_dim]."""
+    return F.grouped_mm(left.transpose(0, 1), right, offs=ends)
+
+
+@grouped_outer.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype that a matmul would run in here; custom operators do not see autocast."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+class ExpertWeights(NamedTuple):
+    """The stacked weights in the dtype that they are used in, made once for all loops."""
+
+    gate_up: Tensor  # [num_experts, 2 * expert_dim, dim]
+    down: Tensor  # [num_experts, dim, expert_dim]
+    sums: "GradientSums | None" = None
+
+
+class SortedRows(NamedTuple):
+    """The chosen experts of all tokens as rows, sorted by expert."""
+
+    ends: Tensor  # [num_experts] where the rows of each expert end
+    source: Tensor  # [rows] token of each row
+    weights: Tensor  # [rows] weight of each row in its token's sum
+    place: Tensor  # [tokens, top_k] row of each choice
+
+
+class GradientSums:
+    """Where all uses of the weights add up their gradients, in place.
+
+    Autograd would make a whole gradient in every loop and add it to the last sum: for many experts
+    that is most of the memory traffic of a step. Each use instead adds its product to the sum here
+    and hands on nothing; `_Collect`, which autograd runs after the last of them, takes the sum.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, which: int, left: Tensor, right: Tensor, ends: Tensor) -> None:
+        """Add left_g^T right_g of each group g of rows to the gradient of weight `which`."""
+        total = self._sums.get(which)
+        if total is None:
+            self._sums[which] = grouped_outer(left, right, ends)
+        elif left.device.type == "cpu":
+            start = 0
+            for group, end in enumerate(ends.tolist()):
+                if end > start:
+                    part = total[group]
+                    torch.addmm(part, left[start:end].t(), right[start:end], out=part)
+                start = end
+        else:
+            total += grouped_outer(left, right, ends)
+
+    def take(self, which: int) -> Tensor | None:
+        return self._sums.pop(which, None)
+
+
+class _Collect(torch.autograd.Function):
+    """The identity, whose gradient is what `sums` holds beside what arrives."""
+
+    @staticmethod
+    def forward(ctx, weight, sums, which):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.sums, ctx.which = sums, which
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        total = ctx.sums.take(ctx.which)
+        if total is not None and grad is not None:
+            total = total + grad
+        return grad if total is None else total, None, None
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """out_t = sum over rows r of t:  w_r W_down h_r,  h = silu(g) * u,  [g | u] = W_gate_up x_t
+
+    Rows are sorted by expert; `source` names the token of each, `place` the row of each choice of
+    a token, [tokens, top_k]. Only [g | u] is kept: all else is made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+        ctx, tokens, gate_up, down, row_weights, source, place, ends, sums
+    ):
+        gated = grouped_linear(tokens.index_select(0, source), gate_up, ends)
+        gate, up = gated.chunk(2, dim=-1)
+        hidden = F.silu(gate).mul_(up).mul_(row_weights[:, None])
+        routed = grouped_linear(hidden, down, ends)
+        ctx.save_for_backward(tokens, gate_up, down, row_weights, source, place, ends, gated)
+        ctx.sums = sums
+        ctx.collectors = None if sums is None else (gate_up.grad_fn, down.grad_fn)
+        return _sum_choices(routed, place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        tokens, gate_up, down, row_weights, source, place, ends, gated = ctx.saved_tensors
+        gate, up = gated.chunk(2, dim=-1)
+        grad = grad.index_select(0, source)
+        grad_hidden = grouped_linear(grad, down.transpose(-2, -1), ends)
+        silu = F.silu(gate)
+        hidden = silu * up
+        grad_weights = (grad_hidden * hidden).sum(dim=-1)
+        grad_hidden.mul_(row_weights[:, None])
+        grad_down = _weight_gradient(ctx, 1, grad, hidden.mul_(row_weights[:, None]), ends)
+        grad_gated = torch.cat(
+            (torch.ops.aten.silu_backward(grad_hidden * up, gate), grad_hidden.mul_(silu)), dim=-1
+        )
+        grad_gate_up = _weight_gradient(ctx, 0, grad_gated, tokens.index_select(0, source), ends)
+        grad_rows = grouped_linear(grad_gated, gate_up.transpose(-2, -1), ends)
+        grad_tokens = _sum_choices(grad_rows, place)
+        return grad_tokens, grad_gate_up, grad_down, grad_weights, None, None, None, None
+
+
+def _weight_gradient(
+    ctx: Any, which: int, left: Tensor, right: Tensor, ends: Tensor
+) -> Tensor | None:
+    """The gradient of gate_up (0) or down (1), or None where it has gone to the shared sums."""
+    if not ctx.needs_input_grad[1 + which]:
+        return None
+    if ctx.sums is None:
+        return grouped_outer(left, right, ends)
+    # A backward pass that asks for other gradients alone would leave the sum for the next one.
+    if torch._C._will_engine_execute_node(ctx.collectors[which]):
+        ctx.sums.add(which, left, right, ends)
+    return None
+
+
+def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
+    """Sum the top_k rows of each token, in a fixed order on every device."""
+    chosen = rows.index_select(0, place.flatten())
+    return chosen.view(*place.shape, rows.shape[-1]).sum(dim=1)
+
+
+class Experts(nn.Module):
+    """num_experts SwiGLU networks with stacked weights."""
+
+    def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, dim))
+        self.down = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
+
+    def weights(self, *, sum_gradients: bool = False) -> ExpertWeights:
+        """Cast as autocast would: it caches only what its own operators cast.
+
+        sum_gradients is for many uses of the result, none of them compiled.
+        """
+        gate_up, down = as_autocast(self.gate_up), as_autocast(self.down)
+        trained = self.gate_up.requires_grad and self.down.requires_grad
+        if not (sum_gradients and trained and torch.is_grad_enabled()):
+            return ExpertWeights(gate_up, down)
+        sums = GradientSums()
+        return ExpertWeights(
+            _Collect.apply(gate_up, sums, 0),  # type: ignore[no-untyped-call]
+            _Collect.apply(down, sums, 1),  # type: ignore[no-untyped-call]
+            sums,
+        )
+
+    def forward(self, tokens: Tokens, rows: SortedRows, weights: ExpertWeights) -> Tokens:
+        """Sum over the chosen experts of every token; tokens in the weights' dtype."""
+        out: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
+            tokens,
+            weights.gate_up,
+            weights.down,
+            rows.weights,
+            rows.source,
+            rows.place,
+            rows.ends,
+            weights.sums,
+        )
+        return out
+
+    def one(self, token: Channels, expert: int, weights: ExpertWeights) -> Channels:
+        """A token through a single expert."""
+        gate, up = F.linear(token, weights.gate_up[expert]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, weights.down[expert])
