@@ -18,7 +18,7 @@ help:  ## list the targets
 
 setup: $(VENV)/.installed-dev  ## install the package and everything needed to work on it
 
-# Waiting threads spin by default, which costs tenfold as soon as another program wants a core.
+# Waiting threads spin for long by default, which hurts as soon as another program wants a core.
 demo: $(VENV)/.installed-demo  ## train a small model on this machine, then sample and plot
 	GOMP_SPINCOUNT=3000 $(BIN)/openmythos demo
 

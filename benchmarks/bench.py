@@ -44,7 +44,7 @@ FLOORS = {
 }
 PEAK_FLOORS = {"S": 0.60, "M": 0.65}
 MEMORY_CEILING = 0.7
-OUT = Console(highlight=False)
+OUT = Console(highlight=False, markup=False)
 
 
 def median_seconds(run: Callable[[], object], rounds: int) -> float:
@@ -354,6 +354,11 @@ def write_results(
         },
         path,
     )
+    draw_figure(results, path.with_suffix(".png"))
+
+
+def draw_figure(results: list[dict[str, Any]], path: Path) -> None:
+    """Ratios to the reference; no figure without it."""
     if not all(REFERENCE in result["seconds"]["forward"] for result in results):
         return
     bars = {
@@ -370,7 +375,7 @@ def write_results(
         for name, ratio in ratios.items()
     ]
     figure = plots.speed_ratios(bars, reference="open-mythos 0.5.0")
-    plots.save_figure(figure, path.with_suffix(".png"), rows)
+    plots.save_figure(figure, path, rows)
 
 
 if __name__ == "__main__":

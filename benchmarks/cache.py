@@ -48,7 +48,7 @@ POLICIES: dict[str, CachePolicy] = {
     "first loop": FirstLoopCache(),
 }
 WINDOWS, WINDOW = 64, 256
-OUT = Console(highlight=False)
+OUT = Console(highlight=False, markup=False)
 
 
 def sizes() -> list[dict[str, Any]]:

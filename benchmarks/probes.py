@@ -24,7 +24,7 @@ from openmythos.machine import describe
 from openmythos.nn.blockwise import blockwise_attention
 from openmythos.nn.cross_entropy import linear_cross_entropy
 
-OUT = Console(highlight=False)
+OUT = Console(highlight=False, markup=False)
 ROUNDS = 15
 
 

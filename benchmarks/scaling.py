@@ -32,7 +32,7 @@ from openmythos.recurrence.halting import StateChangeExit
 LOOPS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
-OUT = Console(highlight=False)
+OUT = Console(highlight=False, markup=False)
 
 
 def model_of(config: MythosConfig) -> OpenMythos:
@@ -239,6 +239,11 @@ def main() -> None:
         },
         options.out / "scaling.json",
     )
+    draw_figures(options.out, milliseconds, memory, halted)
+
+
+def draw_figures(out: Path, milliseconds: Any, memory: Any, halted: Any) -> None:
+    """scaling.png and stopping.png."""
     panels = {
         "num_loops, 256 tokens": milliseconds["loops"],
         "context, 4 loops": milliseconds["context"],
@@ -248,7 +253,7 @@ def main() -> None:
         {**panels, "num_loops, training step": memory},
         y_labels=("time [ms]", "time [ms]", "peak memory [MiB]"),
     )
-    plots.save_figure(figure, options.out / "scaling.png", rows)
+    plots.save_figure(figure, out / "scaling.png", rows)
     panels = {
         "halted positions [%]": {"measured": halted["time of a loop"]},
         "loops used, of at most 16": milliseconds["exit"],
@@ -256,7 +261,7 @@ def main() -> None:
     figure = plots.cost_lines(
         panels, y_labels=("time of a loop, relative", "time per token [ms]"), logarithmic=False
     )
-    plots.save_figure(figure, options.out / "stopping.png", _rows(panels))
+    plots.save_figure(figure, out / "stopping.png", _rows(panels))
 
 
 def _text_keys(lines: Mapping[str, Mapping[Any, float]]) -> dict[str, dict[str, float]]:

@@ -177,7 +177,7 @@ def speed_ratios(
         figure.delaxes(first)
         columns = min(2, len(panels))
         rows = math.ceil(len(panels) / columns)
-        figure.set_size_inches(4.6 * columns + 1, 3.1 * rows + 0.5)
+        figure.set_size_inches(4.6 * columns + 1, 3.1 * rows + 0.9)
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (title, bars) in zip(grid.flat, panels.items(), strict=False):
             height = 0.8 / len(names)
@@ -206,7 +206,7 @@ def speed_ratios(
         handles, labels = grid[0][0].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
         figure.legend(
-            list(unique.values()), list(unique), loc="outside upper left", ncols=len(unique)
+            list(unique.values()), list(unique), loc="outside upper left", ncols=2 * columns
         )
     return figure
 
@@ -224,6 +224,9 @@ def cost_lines(
     """
     if not panels or not all(panels.values()):
         raise ValueError("panels: no line to draw")
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+    plain = StrMethodFormatter("{x:g}")
     with _style():
         figure, first = _axes("", "")
         figure.delaxes(first)
@@ -233,16 +236,16 @@ def cost_lines(
             for look, (name, points) in zip(_looks(), lines.items(), strict=False):
                 xs = sorted(points)
                 axes.plot(xs, [points[x] for x in xs], **look, linewidth=2, label=name)
+            xs = sorted({x for points in lines.values() for x in points})
             if logarithmic:
                 axes.set_yscale("log", base=2)
-                axes.yaxis.set_major_formatter(_short_number)
-            if x_names:
-                axes.set_xticks(range(len(x_names)), list(x_names))
-            else:
-                axes.xaxis.set_major_formatter(_short_number)
+                axes.yaxis.set_major_formatter(plain)
             if logarithmic and not x_names:
                 axes.set_xscale("log", base=2)
-                axes.xaxis.set_major_formatter(_short_number)
+            if not logarithmic:
+                axes.set_ylim(bottom=0)
+            axes.set_xticks(xs, list(x_names) if x_names else [f"{x:g}" for x in xs])
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(x_label)
             axes.set_ylabel(label)
             axes.legend(fontsize=9)
