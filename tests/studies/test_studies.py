@@ -135,7 +135,8 @@ def test_intervals() -> None:
 
 
 def test_quick_runs_everything_once_and_keeps_it(tmp_path: Path) -> None:
-    study = replace(depth.STUDY, arms=lambda: [ARMS[depth.LOOPED], *depth.arms()[3:4]])
+    two = [ARMS[depth.LOOPED], ARMS["3 layers, equal parameters"]]
+    study = replace(depth.STUDY, arms=lambda: two)
     told: list[tuple[int, int, str]] = []
 
     def run(**changes: Any) -> None:
@@ -148,18 +149,24 @@ def test_quick_runs_everything_once_and_keeps_it(tmp_path: Path) -> None:
         )
 
     run()
-    assert [done for done, _, _ in told] == [0, 1, 2]
+    assert [done for done, _, _ in told] == [0, 1, 2, 3, 4, 5, 5]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("figure.csv", "figure.png", "report.md", "results.json")
     ]
     first = read_json(tmp_path / "results.json")
     assert {r["arm"] for r in first["runs"]} == {depth.LOOPED, "3 layers, equal parameters"}
     assert all(r["training_flops"] > 0 and r["seconds"] > 0 for r in first["runs"])
+    rates = ARMS["3 layers, equal parameters"].rates
+    assert [(t["arm"], t["rate"]) for t in sorted(first["trials"], key=lambda t: t["rate"])] == [
+        ("3 layers, equal parameters", rate) for rate in rates
+    ]
+    best = max(first["trials"], key=lambda t: (t["fit"], -t["rate"]))
+    assert first["runs"][1]["settings"]["learning"]["optimizer"]["lr"] == best["rate"]
     run()
-    assert [done for done, _, _ in told] == [2]  # nothing is run again
+    assert [done for done, _, _ in told] == [5, 5]  # nothing is run again
     assert read_json(tmp_path / "results.json")["runs"] == first["runs"]
     run(seeds=2)
-    assert [(done, total) for done, total, _ in told] == [(2, 4), (3, 4), (4, 4)]
+    assert [(done, total) for done, total, _ in told] == [(5, 7), (6, 7), (7, 7), (7, 7)]
     run()  # fewer seeds lose nothing
     more = read_json(tmp_path / "results.json")
     assert [(r["arm"], r["seed"]) for r in more["runs"]] == [

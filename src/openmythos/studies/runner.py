@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +25,10 @@ from openmythos.model import cost
 from openmythos.model.mythos import OpenMythos
 from openmythos.studies import depth_extrapolation
 from openmythos.studies.learning import learn
-from openmythos.studies.study import Arm, Finding, RunResult, Study, report_markdown
+from openmythos.studies.study import Arm, Finding, RunResult, Study, Trial, report_markdown
+
+# No run has it: rates are chosen on other data than the results are reported on.
+TRIAL_SEED = 1000
 
 STUDIES: dict[str, Study] = {study.name: study for study in (depth_extrapolation.STUDY,)}
 
@@ -54,37 +57,43 @@ def run_study(
     """
     arms = [apply_overrides(arm.quick() if quick else arm, overrides) for arm in study.arms()]
     out.mkdir(parents=True, exist_ok=True)
-    wanted = [(arm, seed) for seed in range(seeds) for arm in arms]
-    settings = {arm.name: arm.settings() for arm in arms}
-    done = {(r.arm, r.seed): r for r in _load(out / "results.json")}
-    for name, seed in done:
-        if not _same(done[name, seed].settings, settings.get(name)):
-            raise ConfigError(
-                f"{out}/results.json: holds a run of {name!r}, seed {seed}, with other settings; "
-                "choose another --out"
-            )
-    todo = [(arm, seed) for arm, seed in wanted if (arm.name, seed) not in done]
-    total = len(done) + len(todo)
-    if told is not None:
-        told(len(done), total, "kept")
+    runs, tried = _load(out / "results.json")
+    done = {(run.arm, run.seed): run for run in runs}
+    fits = {(trial.arm, trial.rate): trial for trial in tried}
+    trials = [trial for arm in arms for trial in arm.trials()]
+    _refuse_others(out, tried, trials)
+    wanted = [(arm.name, seed) for seed in range(seeds) for arm in arms]
+    total = len(trials) + len({*done, *wanted})
     machine = describe()
+
+    def keep(what: str, finding: Finding | None = None) -> None:
+        if what != "kept":
+            _save(out, study, machine, _in_order(done, arms), list(fits.values()), finding)
+        if told is not None:
+            told(len(fits) + len(done), total, what)
+
+    keep("kept")
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context)
     try:
-        futures = [pool.submit(run_arm, study.name, arm, seed, quick) for arm, seed in todo]
-        for future in as_completed(futures):
-            result = future.result()
-            result = replace(result, commit=str(machine["commit"]))
-            done[result.arm, result.seed] = result
-            _save(out, study, machine, _in_order(done, arms))
-            if told is not None:
-                told(len(done), total, f"{result.arm}, seed {result.seed}")
+        rates = [(t, TRIAL_SEED) for t in trials if (t.name, t.rate) not in fits]
+        for result in _finished(pool, study, rates, quick):
+            trial = Trial(result.arm, result.rate, result.settings, 0.0, result.seconds)
+            fits[trial.arm, trial.rate] = replace(trial, fit=study.fit(result))
+            keep(f"{trial.arm}, learning rate {trial.rate:g}")
+        arms = [_tuned(arm, list(fits.values())) for arm in arms]
+        _refuse_others(out, runs, arms)
+        chosen = {arm.name: arm for arm in arms}
+        todo = [(chosen[name], seed) for name, seed in wanted if (name, seed) not in done]
+        for result in _finished(pool, study, todo, quick):
+            done[result.arm, result.seed] = replace(result, commit=str(machine["commit"]))
+            keep(f"{result.arm}, seed {result.seed}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    results = _in_order(done, arms)
+    results, tried = _in_order(done, arms), list(fits.values())
     finding = study.judge(results)
-    _save(out, study, machine, results, finding)
-    write_atomically(out / "report.md", report_markdown(study, results, finding))
+    keep("judged", finding)
+    write_atomically(out / "report.md", report_markdown(study, results, finding, tried))
     figure, rows = study.draw(results)
     plots.save_figure(figure, out / "figure.png", rows)
     return finding
@@ -105,9 +114,36 @@ def run_arm(study: str, arm: Arm, seed: int, quick: bool) -> RunResult:
         curve=curve,
         parameters=cost.parameters(arm.model).total,
         training_flops=flops,
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=round(time.perf_counter() - started, 3),
         commit="",
     )
+
+
+def _finished(
+    pool: ProcessPoolExecutor, study: Study, work: Sequence[tuple[Arm, int]], quick: bool
+) -> Iterator[RunResult]:
+    """Runs of (arm, seed), each the moment it is done."""
+    futures = [pool.submit(run_arm, study.name, arm, seed, quick) for arm, seed in work]
+    for future in as_completed(futures):
+        yield future.result()
+
+
+def _tuned(arm: Arm, trials: Sequence[Trial]) -> Arm:
+    """The arm at the rate that fits best; of equals, at the lowest."""
+    own = sorted((t for t in trials if t.arm == arm.name), key=lambda trial: trial.rate)
+    return arm.at_rate(max(own, key=lambda trial: trial.fit).rate) if own else arm
+
+
+def _refuse_others(
+    out: Path, found: Sequence[RunResult] | Sequence[Trial], arms: Sequence[Arm]
+) -> None:
+    """Raise where something kept is not of one of these arms with its settings."""
+    for one in found:
+        if not any(_same(one.settings, arm.settings()) for arm in arms if arm.name == one.arm):
+            raise ConfigError(
+                f"{out}/results.json: holds a run of {one.arm!r} with other settings; "
+                "choose another --out"
+            )
 
 
 def _in_order(done: Mapping[tuple[str, int], RunResult], arms: Sequence[Arm]) -> list[RunResult]:
@@ -121,11 +157,11 @@ def _same(one: Any, other: Any) -> bool:
     return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(other)))
 
 
-def _load(path: Path) -> list[RunResult]:
+def _load(path: Path) -> tuple[list[RunResult], list[Trial]]:
     if not path.exists():
-        return []
+        return [], []
     data = read_json(path)
-    return [RunResult(**run) for run in data["runs"]]
+    return [RunResult(**run) for run in data["runs"]], [Trial(**t) for t in data["trials"]]
 
 
 def _save(
@@ -133,7 +169,8 @@ def _save(
     study: Study,
     machine: Mapping[str, Any],
     results: Sequence[RunResult],
-    finding: Finding | None = None,
+    trials: Sequence[Trial],
+    finding: Finding | None,
 ) -> None:
     write_json(
         {
@@ -141,6 +178,7 @@ def _save(
             "claim": study.claim,
             "hardware": machine,
             "finding": None if finding is None else asdict(finding),
+            "trials": [asdict(trial) for trial in trials],
             "runs": [asdict(result) for result in results],
         },
         out / "results.json",

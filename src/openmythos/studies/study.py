@@ -23,13 +23,18 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One thing that is compared: a model, a task and how it is learned."""
+    """One thing that is compared: a model, a task and how it is learned.
+
+    Where `rates` names learning rates, each is tried with a third of the steps and a seed that no
+    run has; the runs take the one that fits best. Otherwise they take the optimizer's own.
+    """
 
     name: str
     model: MythosConfig
     task: Task
     learning: Learning
     why: str = ""  # what this arm controls for
+    rates: tuple[float, ...] = ()
 
     def settings(self) -> dict[str, Any]:
         """Everything that a run of this arm is a function of, besides its seed."""
@@ -38,6 +43,21 @@ class Arm:
             "task": to_dict(self.task),
             "learning": to_dict(self.learning),
         }
+
+    @property
+    def rate(self) -> float:
+        return self.learning.optimizer.lr
+
+    def at_rate(self, rate: float) -> "Arm":
+        """This arm with that learning rate."""
+        optimizer = replace(self.learning.optimizer, lr=rate)
+        return replace(self, learning=replace(self.learning, optimizer=optimizer))
+
+    def trials(self) -> "list[Arm]":
+        """This arm at each of its rates, with a third of the steps."""
+        steps = max(1, self.learning.num_steps // 3)
+        short = replace(self, learning=replace(self.learning, num_steps=steps), rates=())
+        return [short.at_rate(rate) for rate in self.rates]
 
     def quick(self) -> "Arm":
         """The same machinery in a second or two: it shows that it runs, not what it finds."""
@@ -57,6 +77,22 @@ class RunResult:
     training_flops: int | float
     seconds: int | float
     commit: str
+
+    @property
+    def rate(self) -> float:
+        """The learning rate it was learned with."""
+        return float(self.settings["learning"]["optimizer"]["lr"])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm at one learning rate, for a third of the steps."""
+
+    arm: str
+    rate: float
+    settings: Mapping[str, Any]
+    fit: int | float
+    seconds: int | float
 
 
 @dataclass(frozen=True)
@@ -79,6 +115,7 @@ class Study:
     not_shown: tuple[str, ...]
     arms: Callable[[], Sequence[Arm]]
     measure: Callable[..., dict[str, Any]]  # (model, arm, quick) -> curve
+    fit: Callable[[RunResult], float]  # how well a run learned its training range: tunes rates
     judge: Callable[[Sequence[RunResult]], Finding]
     draw: Callable[[Sequence[RunResult]], Any]  # -> (figure, rows)
 
@@ -106,9 +143,12 @@ def by_arm(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     return groups
 
 
-def report_markdown(study: Study, results: Sequence[RunResult], finding: Finding) -> str:
+def report_markdown(
+    study: Study, results: Sequence[RunResult], finding: Finding, tried: Sequence[Trial] = ()
+) -> str:
     """report.md."""
     seeds = sorted({result.seed for result in results})
+    minutes = (sum(r.seconds for r in results) + sum(t.seconds for t in tried)) / 60
     lines = [
         f"# {study.name}",
         "",
@@ -123,12 +163,32 @@ def report_markdown(study: Study, results: Sequence[RunResult], finding: Finding
         "",
         *_markdown_table(finding.table),
         "",
+        f"{len(results)} runs and {len(tried)} trials of learning rates took {minutes:.0f} minutes "
+        "of one core.",
+        "",
+        *_tuning(tried),
         "## Not shown",
         "",
         *(f"- {point}" for point in study.not_shown),
         "",
     ]
     return "\n".join(lines)
+
+
+def _tuning(tried: Sequence[Trial]) -> Iterator[str]:
+    """The learning rates tried, and how well each fitted its training range."""
+    if not tried:
+        return
+    yield from (
+        "## Learning rates",
+        "",
+        "Fit of the training range after a third of the steps.",
+        "",
+    )
+    for arm in dict.fromkeys(trial.arm for trial in tried):
+        fits = [f"{t.rate:g}: {100 * t.fit:.0f}%" for t in tried if t.arm == arm]
+        yield f"- {arm}: {', '.join(fits)}"
+    yield ""
 
 
 def _markdown_table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
