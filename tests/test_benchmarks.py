@@ -44,7 +44,7 @@ def test_our_model_of_a_workload_has_its_shapes() -> None:
 
 
 def result_of(ratio: float, share: float, memory: float) -> dict[str, Any]:
-    figures = {figure: {"openmythos-fp32": ratio} for _, figure in bench.FLOORS}
+    figures = {figure: {"openmythos-fp32": ratio} for _, figure, _ in bench.FLOORS}
     return {
         "workload": {"name": "S"},
         "threads": 1,

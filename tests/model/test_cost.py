@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -167,27 +166,10 @@ def test_a_window_saves_attention() -> None:
     assert cost.forward_flops_per_token(tiny("attention.window=256"), context=256) == full
 
 
-class FusedNorm(torch.autograd.Function):
-    """Keeps what an accelerator's fused kernel keeps; torch composes the CPU's of smaller steps."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
-
-
 @pytest.fixture
 def torch_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """The attention kernels of an accelerator, whose costs the plan states."""
     monkeypatch.setattr(attention_room, "in_blocks", lambda query, context: False)
-
-
-@pytest.fixture
-def fused_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rms_norm(x: Tensor, shape: object, weight: Tensor, eps: float) -> Tensor:
-        return FusedNorm.apply(x, weight, eps)
-
-    monkeypatch.setattr(F, "rms_norm", rms_norm)
 
 
 def kept_bytes(
@@ -232,7 +214,7 @@ def test_activations_of_small_are_within_a_quarter(loops: int, backprop_loops: i
     assert memory(config, loops, backprop_loops).activations == pytest.approx(measured, rel=0.25)
 
 
-@pytest.mark.usefixtures("fused_norm", "torch_attention")
+@pytest.mark.usefixtures("torch_attention")
 @pytest.mark.parametrize(("loops", "backprop_loops"), LOOPS)
 def test_activations_are_what_autograd_keeps(
     config: MythosConfig, loops: int, backprop_loops: int
@@ -241,7 +223,7 @@ def test_activations_are_what_autograd_keeps(
     assert memory(config, loops, backprop_loops).activations == pytest.approx(measured, rel=0.06)
 
 
-@pytest.mark.usefixtures("fused_norm", "torch_attention")
+@pytest.mark.usefixtures("torch_attention")
 @pytest.mark.parametrize("overrides", [[], [*GQA, "recurrent_feed_forward=swiglu"]])
 def test_activations_in_bfloat16(overrides: list[str]) -> None:
     config = apply_overrides(presets.small(), overrides)

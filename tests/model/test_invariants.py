@@ -433,7 +433,7 @@ def test_saving_and_loading_gives_the_same_model(config: MythosConfig, tmp_path:
     assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     ours, theirs = (m(tokens, num_loops=4).logits for m in (model, loaded))
-    torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
 @few_variants

@@ -176,6 +176,11 @@ def test_attend_equals_softmax_attention(name: str, value_dim: int, kv_heads: in
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+def split(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts of a latent attention's query: without position and with it."""
+    return query[..., :8], query[..., 8:]
+
+
 def test_latent_attention_is_its_formula() -> None:
     """The naive path against manual attention on keys built head by head."""
     config = small(LatentAttention)
@@ -196,8 +201,8 @@ def test_latent_attention_is_its_formula() -> None:
         allowed_by_definition(layout, 0, 2),
         12**-0.5,
     )
-    torch.testing.assert_close(layer.naive(query, kv, context, NO_DELTAS), expected)
-    torch.testing.assert_close(layer.absorbed(query, kv, context, NO_DELTAS), expected)
+    torch.testing.assert_close(layer.naive(*split(query), kv, context, NO_DELTAS), expected)
+    torch.testing.assert_close(layer.absorbed(*split(query), kv, context, NO_DELTAS), expected)
 
 
 def random_deltas(layer: AttentionLayer) -> Deltas:
@@ -378,7 +383,7 @@ def test_one_rotary_key_serves_all_heads_of_latent_attention() -> None:
     kv = early.detach().requires_grad_()
     query = torch.randn(1, 4, 5, 12, dtype=torch.double)
     context = context_of(config, TokenLayout(5, 0, CPU))
-    out = layer.naive(query, kv, context, NO_DELTAS)
+    out = layer.naive(*split(query), kv, context, NO_DELTAS)
     for head in range(4):
         (grad,) = torch.autograd.grad(out[:, head].square().sum(), kv, retain_graph=True)
         assert grad[..., 12:].any()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from openmythos.nn.linear import NO_DELTAS, Linear, LowRank, RMSNorm
+from openmythos.nn.linear import NO_DELTAS, Linear, LowRank
+from openmythos.nn.norm import RMSNorm
 
 
 def low_rank(rank: int = 2) -> LowRank:

@@ -30,8 +30,8 @@ from openmythos.nn.block import Attention, Block, FeedForward
 from openmythos.nn.cache import ExactCache, KVCache
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
-from openmythos.nn.linear import RMSNorm
 from openmythos.nn.moe import MoE
+from openmythos.nn.norm import RMSNorm
 from openmythos.recurrence.conditioning import NoLoopLoRA
 from openmythos.recurrence.injection import NoInjection
 

@@ -25,7 +25,7 @@ def rotated(x: Tensor, position: int) -> Tensor:
 def test_tables_are_real_and_fp32() -> None:
     positions = torch.arange(12).view(3, 4)
     for table in rope_tables(positions, 6, BASE):
-        assert table.shape == (3, 4, 3)
+        assert table.shape == (3, 4, 6)
         assert table.dtype == torch.float32 and not table.is_complex()
 
 

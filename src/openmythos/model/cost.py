@@ -321,12 +321,12 @@ def _layer_bytes(config: MythosConfig, feed_forward: FeedForward, size: int) -> 
     kept = 2 * config.dim + _attention_numbers(config.attention, config.dim)
     wide = 2 * config.dim
     match feed_forward:
-        case SwiGLU(hidden_dim=hidden):  # gate, up, silu(gate) * up
-            kept += 3 * hidden
+        case SwiGLU(hidden_dim=hidden):  # gate, up
+            kept += 2 * hidden
         case ReLU2(hidden_dim=hidden):  # relu, its square
             kept += 2 * hidden
         case MoE():  # gate and up of each chosen expert, a SwiGLU of the shared ones
-            per_unit = 2 * feed_forward.top_k + 3 * feed_forward.num_shared_experts
+            per_unit = 2 * (feed_forward.top_k + feed_forward.num_shared_experts)
             kept += per_unit * feed_forward.expert_dim
             # The router reads fp32: scores, logits and what the balance loss makes of them.
             wide += 4 * feed_forward.num_experts + (config.dim if size < FP32 else 0)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ from openmythos.nn.attention import AttentionContext, TokenLayout, attention_con
 from openmythos.nn.block import Block
 from openmythos.nn.cache import CachePolicy, CacheSlot, ExactCache, KVCache
 from openmythos.nn.cross_entropy import linear_cross_entropy
-from openmythos.nn.linear import RMSNorm
 from openmythos.nn.moe import MoELayer, RouterStats
+from openmythos.nn.norm import RMSNorm
 from openmythos.recurrence.halting import ExitRule, ExitTracker, FixedExit
 from openmythos.recurrence.recurrent_block import RecurrentBlock, RecurrentOutput
 from openmythos.types import Hidden, Logits, LoopCounts, Mask, Scalar, TokenIds
@@ -299,6 +299,12 @@ class OpenMythos(nn.Module):
             valid,
             cache.exit_loop if cache is not None and cache.length else None,
         )
+
+    def compile_layers(self, **options: Any) -> None:
+        """torch.compile all layers, the shared ones once for all loops; options are its own."""
+        self.recurrent.compile_layers(**options)
+        for layer in (*self.prelude, *self.coda):
+            layer.compile(**options)
 
     def new_cache(
         self,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from openmythos.config import ConfigError, require, require_int, require_number
 from openmythos.nn.blockwise import blockwise_attention
-from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, RMSNorm
+from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
+from openmythos.nn.norm import RMSNorm
 from openmythos.nn.rope import apply_rope, rope_tables
 from openmythos.types import Hidden, KeyValues
 
@@ -25,7 +26,7 @@ Position = Literal["rope", "none"]
 class AttentionContext:
     """Positions and masks of one forward pass: computed once, used by every layer in every loop."""
 
-    cos: Tensor | None  # [batch or 1, seq, rotary_dim / 2]; None without rotary positions
+    cos: Tensor | None  # [batch or 1, seq, rotary_dim]; None without rotary positions
     sin: Tensor | None
     mask: Tensor | None  # [batch or 1, 1, seq, total], True = may attend
     is_causal: bool  # the mask is the plain causal one and need not be built

@@ -10,8 +10,9 @@ from openmythos.nn.cache import CacheSlot
 from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.feed_forward import ReLU2, SwiGLU, TokenRows
 from openmythos.nn.latent_attention import LatentAttention
-from openmythos.nn.linear import NO_DELTAS, Deltas, RMSNorm
+from openmythos.nn.linear import NO_DELTAS, Deltas
 from openmythos.nn.moe import MoE, MoELayer, RouterStats
+from openmythos.nn.norm import RMSNorm
 from openmythos.types import Hidden, KeyValues, Mask, Tokens
 
 Attention = LatentAttention | GroupedQueryAttention
@@ -75,9 +76,12 @@ class Block(nn.Module):
             x, normed, context = x[:, -1:], normed[:, -1:], context.last()
         x = x + self.attention(normed, visible, context, deltas)
         batch, seq, _ = x.shape
-        rows = torch.arange(batch, device=x.device).repeat_interleave(seq)
+        rows = None
+        if self.training:
+            row = torch.arange(batch, device=x.device).repeat_interleave(seq)
+            rows = TokenRows(row, batch)
         tokens = self.feed_forward_norm(x).flatten(0, 1)
-        update, router = self._branch(tokens, TokenRows(rows, batch), deltas, expert_weights)
+        update, router = self._branch(tokens, rows, deltas, expert_weights)
         return BlockOutput(x + update.view_as(x), kv, router)
 
     def _forward_active(
@@ -124,7 +128,7 @@ class Block(nn.Module):
     def _branch(
         self,
         tokens: Tokens,
-        rows: TokenRows,
+        rows: TokenRows | None,
         deltas: Deltas,
         expert_weights: ExpertWeights | None,
     ) -> tuple[Tokens, RouterStats | None]:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from openmythos.types import Channels, Tokens
+from openmythos.nn.feed_forward import gate
+from openmythos.nn.linear import as_autocast
+from openmythos.types import Tokens
 
 
 @torch.library.custom_op("openmythos::grouped_linear", mutates_args=())
@@ -38,14 +40,6 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 @grouped_outer.register_fake
 def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
-
-
-def as_autocast(x: Tensor) -> Tensor:
-    """x in the dtype that a matmul would run in here; custom operators do not see autocast."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 class ExpertWeights(NamedTuple):
@@ -174,6 +168,41 @@ def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
     return chosen.view(*place.shape, rows.shape[-1]).sum(dim=1)
 
 
+torch.library.define(
+    "openmythos::few_experts",
+    "(Tensor tokens, Tensor weights, Tensor chosen, Tensor gate_up, Tensor down) -> Tensor",
+)
+
+
+def few_experts(
+    tokens: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Tokens [tokens, dim] through their experts `chosen` [tokens, top_k] one by one, no gradient.
+
+    An operator of its own under torch.compile, which cannot follow the choice.
+    """
+    out = torch.zeros_like(tokens)
+    for total, token, row_weights, experts in zip(
+        out.unbind(), tokens.unbind(), weights.unbind(), chosen.tolist(), strict=True
+    ):
+        gated = token.new_empty(len(experts), gate_up.shape[1])
+        for row, expert in zip(gated.unbind(), experts, strict=True):
+            torch.mv(gate_up[expert], token, out=row)
+        hidden = gate(gated).mul_(row_weights[:, None])
+        for row, expert in zip(hidden.unbind(), experts, strict=True):
+            total.addmv_(down[expert], row)
+    return out
+
+
+# Not a custom_op: that costs four times as much per call.
+torch.library.impl("openmythos::few_experts", "cpu", few_experts)
+
+
+@torch.library.register_fake("openmythos::few_experts")  # type: ignore[untyped-decorator]
+def _(tokens: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(tokens)
+
+
 class Experts(nn.Module):
     """num_experts SwiGLU networks with stacked weights."""
 
@@ -212,7 +241,12 @@ class Experts(nn.Module):
         )
         return out
 
-    def one(self, token: Channels, expert: int, weights: ExpertWeights) -> Channels:
-        """A token through a single expert."""
-        gate, up = F.linear(token, weights.gate_up[expert]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, weights.down[expert])
+    def few(
+        self, tokens: Tokens, row_weights: Tensor, chosen: Tensor, weights: ExpertWeights
+    ) -> Tokens:
+        """The same for few tokens on a CPU, expert by expert, without gradient."""
+        operator = (
+            torch.ops.openmythos.few_experts if torch.compiler.is_compiling() else few_experts
+        )
+        out: Tensor = operator(tokens, row_weights, chosen, weights.gate_up, weights.down)
+        return out

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from openmythos.config import require_int
-from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
+from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, as_autocast
 from openmythos.types import Tokens
 
 
@@ -34,22 +34,30 @@ class SwiGLU:
         return SwiGLULayer(dim, self.hidden_dim)
 
 
-class _Gate(torch.autograd.Function):
-    """silu(g) * u, keeping [g | u] alone for the backward pass."""
+def gate(gated: Tensor) -> Tensor:
+    """silu(g) * u of [g | u], outside of autograd."""
+    gate, up = gated.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+class _GatedLinear(torch.autograd.Function):
+    """y = W (silu(g) * u), keeping [g | u] alone; the product is made again for the gradient."""
 
     @staticmethod
-    def forward(ctx, gated):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(gated)
-        gate, up = gated.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+    def forward(ctx, gated, weight):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gated, weight)
+        return F.linear(gate(gated), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (gated,) = ctx.saved_tensors
+        gated, weight = ctx.saved_tensors
         gate, up = gated.chunk(2, dim=-1)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.cat((grad_gate, F.silu(gate).mul_(grad)), dim=-1)
+        silu = F.silu(gate)
+        grad_weight = grad.t() @ (silu * up) if ctx.needs_input_grad[1] else None
+        grad_hidden = grad @ weight
+        grad_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
+        return torch.cat((grad_gate, grad_hidden.mul_(silu)), dim=-1), grad_weight
 
 
 class SwiGLULayer(nn.Module):
@@ -61,10 +69,15 @@ class SwiGLULayer(nn.Module):
         self.down = Linear(hidden_dim, dim, bias=False)
 
     def forward(
-        self, tokens: Tokens, rows: TokenRows, deltas: Deltas = NO_DELTAS
+        self, tokens: Tokens, rows: TokenRows | None, deltas: Deltas = NO_DELTAS
     ) -> tuple[Tokens, None]:
-        hidden: Tensor = _Gate.apply(self.gate_up(tokens, deltas))  # type: ignore[no-untyped-call]
-        return self.down(hidden, deltas), None
+        gated = self.gate_up(tokens, deltas)
+        if self.down.delta_key in deltas or not torch.is_grad_enabled():
+            gate, up = gated.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up, deltas), None
+        weight = as_autocast(self.down.weight)
+        out: Tensor = _GatedLinear.apply(gated, weight)  # type: ignore[no-untyped-call]
+        return out, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +103,6 @@ class ReLU2Layer(nn.Module):
         self.down = Linear(hidden_dim, dim, bias=False)
 
     def forward(
-        self, tokens: Tokens, rows: TokenRows, deltas: Deltas = NO_DELTAS
+        self, tokens: Tokens, rows: TokenRows | None, deltas: Deltas = NO_DELTAS
     ) -> tuple[Tokens, None]:
         return self.down(F.relu(self.up(tokens, deltas)).square(), deltas), None

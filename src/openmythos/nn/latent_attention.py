@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from openmythos.config import require, require_int, require_number
 from openmythos.nn.attention import AttentionContext, AttentionLayer, Position, attend, rotate
-from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, RMSNorm
+from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
+from openmythos.nn.norm import RMSNorm
 from openmythos.types import Hidden, KeyValues
 
 
@@ -96,8 +97,10 @@ class LatentAttentionLayer(AttentionLayer):
         key = rotate(self.key_norm(key).unsqueeze(1), context).squeeze(1)
         return torch.cat((self.kv_latent_norm(latent), key), dim=-1)
 
-    def _queries(self, x: Tensor, context: AttentionContext, deltas: Deltas) -> Tensor:
-        """[batch, heads, seq, nope_head_dim + rope_head_dim], rotated."""
+    def _queries(
+        self, x: Tensor, context: AttentionContext, deltas: Deltas
+    ) -> tuple[Tensor, Tensor]:
+        """Without position and rotated, [batch, heads, seq, nope_head_dim | rope_head_dim]."""
         if self.config.q_latent_dim:
             latent = self.query_latent_norm(self.query_down(x, deltas))
             query = self.query_up(latent, deltas)
@@ -105,16 +108,15 @@ class LatentAttentionLayer(AttentionLayer):
             query = self.query(x, deltas)
         query = query.view(*x.shape[:2], self.config.num_heads, -1).transpose(1, 2)
         query, split = self.query_norm(query), self.config.nope_head_dim
-        nope, rope = query[..., :split], query[..., split:]
-        return torch.cat((nope, rotate(rope, context)), dim=-1)
+        return query[..., :split], rotate(query[..., split:], context)
 
     def forward(
         self, x: Hidden, kv: KeyValues, context: AttentionContext, deltas: Deltas = NO_DELTAS
     ) -> Hidden:
-        query = self._queries(x, context, deltas)
-        kv = kv.to(query.dtype)
+        nope, rope = self._queries(x, context, deltas)
+        kv = kv.to(nope.dtype)
         path = self.absorbed if self.absorbing_is_cheaper(x.shape[1], kv.shape[1]) else self.naive
-        out = path(query, kv, context, deltas)
+        out = path(nope, rope, kv, context, deltas)
         return self.output(out.transpose(1, 2).flatten(2), deltas)
 
     def absorbing_is_cheaper(self, seq: int, total: int) -> bool:
@@ -126,9 +128,12 @@ class LatentAttentionLayer(AttentionLayer):
         absorbed += seq * total * (2 * c.kv_latent_dim + c.rope_head_dim)
         return absorbed < naive
 
-    def naive(self, query: Tensor, kv: Tensor, context: AttentionContext, deltas: Deltas) -> Tensor:
+    def naive(
+        self, nope: Tensor, rope: Tensor, kv: Tensor, context: AttentionContext, deltas: Deltas
+    ) -> Tensor:
         """Expand keys and values per head; [batch, heads, seq, value_head_dim]."""
         c = self.config
+        query = torch.cat((nope, rope), dim=-1)
         latent, rope_key = kv[..., : c.kv_latent_dim], kv[..., c.kv_latent_dim :]
         expanded = self.kv_up(latent, deltas).view(*kv.shape[:2], c.num_heads, -1).transpose(1, 2)
         nope_key, value = expanded[..., : c.nope_head_dim], expanded[..., c.nope_head_dim :]
@@ -137,15 +142,13 @@ class LatentAttentionLayer(AttentionLayer):
         return attend(query, key, value, context, self.scale)
 
     def absorbed(
-        self, query: Tensor, kv: Tensor, context: AttentionContext, deltas: Deltas
+        self, nope: Tensor, rope: Tensor, kv: Tensor, context: AttentionContext, deltas: Deltas
     ) -> Tensor:
         """Attend to the latents themselves as one key-value head shared by all query heads."""
         c = self.config
-        weight = self.kv_up.merged_weight(deltas).to(query.dtype)
+        weight = self.kv_up.merged_weight(deltas).to(nope.dtype)
         weight = weight.view(c.num_heads, -1, c.kv_latent_dim)
-        key_up, value_up = weight[:, : c.nope_head_dim], weight[:, c.nope_head_dim :]
-        nope, rope = query[..., : c.nope_head_dim], query[..., c.nope_head_dim :]
-        query = torch.cat((nope @ key_up, rope), dim=-1)
+        query = torch.cat((per_head(nope, weight[:, : c.nope_head_dim]), rope), dim=-1)
         # The rotary part rides along as value and is cut off after: no copy of the latents.
         shared = kv.unsqueeze(1)
         batch, heads, seq, _ = query.shape
@@ -156,4 +159,15 @@ class LatentAttentionLayer(AttentionLayer):
             mixed = mixed.view(batch, seq, heads, -1).transpose(1, 2)
         else:
             mixed = attend(query, shared, shared, context, self.scale)
-        return mixed[..., : c.kv_latent_dim] @ value_up.transpose(1, 2)
+        value_up = weight[:, c.nope_head_dim :].transpose(1, 2)
+        return per_head(mixed[..., : c.kv_latent_dim], value_up)
+
+
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [batch, heads, seq, in] times weight [heads, in, out].
+
+    With the heads as the batch of the product: broadcasting would copy the weight for every row.
+    """
+    batch, heads, seq, _ = x.shape
+    out = torch.bmm(x.transpose(0, 1).reshape(heads, batch * seq, -1), weight)
+    return out.view(heads, batch, seq, -1).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Linear maps that can carry a low-rank delta, and the norm of the whole project."""
+"""Linear maps that can carry a low-rank delta."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -6,6 +6,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype that a matmul would run in here; functions of our own do not see autocast."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class LowRank(NamedTuple):
@@ -38,16 +46,3 @@ class Linear(nn.Linear):
         """The weight [out_features, in_features] with its delta added, for paths that need W."""
         delta = deltas.get(self.delta_key)
         return self.weight if delta is None else self.weight + delta.up @ delta.down
-
-
-class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        # torch's kernel refuses a weight of another dtype, as autocast produces.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.config import require, require_int, require_number
-from openmythos.nn.experts import Experts, ExpertWeights, SortedRows, as_autocast
+from openmythos.nn.experts import Experts, ExpertWeights, SortedRows
 from openmythos.nn.feed_forward import SwiGLULayer, TokenRows
-from openmythos.nn.linear import NO_DELTAS, Deltas
+from openmythos.nn.linear import NO_DELTAS, Deltas, as_autocast
 from openmythos.types import Tokens
 
 # The grouped kernels want rows of whole 16 bytes: 8 numbers in bf16.
@@ -155,22 +155,24 @@ class MoELayer(nn.Module):
     def forward(
         self,
         tokens: Tokens,
-        rows: TokenRows,
+        rows: TokenRows | None,
         deltas: Deltas = NO_DELTAS,
         expert_weights: ExpertWeights | None = None,
     ) -> tuple[Tokens, RouterStats | None]:
-        """Statistics come in training only; `rows` is for the sequence-wise balance loss."""
+        """Statistics come in training only, of the sequences that `rows` tells."""
         if expert_weights is None:
             expert_weights = self.experts.weights()
         weights, experts, scores, logits = self.router(tokens)
         counts = None
         if self._are_few(tokens):
-            out = self._one_by_one(tokens, weights, experts, expert_weights)
+            tokens = as_autocast(tokens)
+            weights = weights.to(tokens.dtype)
+            out = self.experts.few(tokens, weights, experts, expert_weights)
         else:
             out, counts = self._sorted(tokens, weights, experts, expert_weights)
         if self.shared_expert is not None:
             out = out + self.shared_expert(tokens, rows, deltas)[0]
-        if counts is None or not self.training:
+        if counts is None or rows is None or not self.training:
             return out, None
         return out, self._stats(counts, experts, scores, logits, rows)
 
@@ -209,22 +211,10 @@ class MoELayer(nn.Module):
 
     def _are_few(self, tokens: Tensor) -> bool:
         """Whether a CPU decodes so few tokens that grouping costs more than it saves."""
-        here = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        here = tokens.device.type == "cpu"
         few = FEW_ROWS_PER_EXPERT * self.config.num_experts
-        return here and not self.training and len(tokens) * self.config.top_k <= few
-
-    def _one_by_one(
-        self, tokens: Tensor, weights: Tensor, experts: Tensor, expert_weights: ExpertWeights
-    ) -> Tensor:
-        """The same sum, token by token and expert by expert."""
-        tokens = as_autocast(tokens)
-        sums = []
-        for token, weight, chosen in zip(
-            tokens.unbind(), weights.to(tokens.dtype).unbind(), experts.tolist(), strict=True
-        ):
-            outputs = [self.experts.one(token, expert, expert_weights) for expert in chosen]
-            sums.append(weight @ torch.stack(outputs))
-        return torch.stack(sums) if sums else tokens.new_zeros(tokens.shape)
+        free = not self.training and not torch.is_grad_enabled()
+        return here and free and len(tokens) * self.config.top_k <= few
 
     def _stats(
         self,

@@ -7,18 +7,45 @@ pass, so that no checkpoint depends on a maximum length.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rope_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [*positions.shape, rotary_dim / 2] in fp32, of positions * base^(-2i/d)."""
+    """cos and signed sin of angle_i = position * base^(-2i/d), [*positions.shape, rotary_dim] fp32.
+
+    cos = [cos | cos],  sin = [-sin | sin]
+    """
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = base ** (-exponent / rotary_dim)
     angle = positions.to(torch.float32).unsqueeze(-1) * frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation, whose gradient turns back: nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i + d/2}) by its angle; cos, sin broadcast against half of x."""
-    first, second = x.chunk(2, dim=-1)
+    """Rotate each pair (x_i, x_{i + d/2}) by its angle; tables as of `rope_tables`, broadcast."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if not torch.is_grad_enabled():
+        return _turned(x, cos, sin)
+    turned: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return turned

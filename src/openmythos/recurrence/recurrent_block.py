@@ -21,8 +21,9 @@ from openmythos.nn.attention import AttentionContext
 from openmythos.nn.block import Attention, Block, FeedForward, Frozen
 from openmythos.nn.cache import CacheSlot, KVCache
 from openmythos.nn.experts import ExpertWeights
-from openmythos.nn.linear import Deltas, RMSNorm
+from openmythos.nn.linear import Deltas
 from openmythos.nn.moe import RouterStats
+from openmythos.nn.norm import RMSNorm
 from openmythos.recurrence.conditioning import Conditioning, LoopEmbeddings, LoopLoRAs
 from openmythos.recurrence.halting import ExitTracker, Halting, HaltState, LoopStates
 from openmythos.recurrence.injection import Drive, Injection

@@ -54,7 +54,7 @@ class Trainer:
         self.rank, self.world_size = rank_and_world_size()
         model.recurrent.checkpoint_loops = config.checkpoint_loops
         if config.compile:
-            model.recurrent.compile_layers()
+            model.compile_layers()
 
     def steps(self) -> Iterator[StepMetrics]:
         """Run the remaining steps, yielding after each; stop iterating to stop training."""
