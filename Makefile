@@ -11,7 +11,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo bench test test-all lint types format check golden clean
+.PHONY: help setup demo bench test test-all lint types format check claims golden clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint: $(VENV)/.installed-dev  ## check style, formatting and which room imports 
 bench: $(BENCH)/.installed  ## time the models beside their peers; writes results/bench
 	GOMP_SPINCOUNT=3000 $(BENCH)/bin/python benchmarks/bench.py $(ARGS)
 	GOMP_SPINCOUNT=3000 $(BENCH)/bin/python benchmarks/scaling.py
+
+claims: $(VENV)/.installed-dev  ## write what results/ says into README.md and docs/
+	$(BIN)/python benchmarks/claims.py
 
 types: $(VENV)/.installed-dev  ## check the types
 	$(BIN)/mypy

@@ -14,16 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from openmythos import OpenMythos, presets
+from openmythos import presets
 from openmythos.analysis import plots
 from openmythos.config import to_dict, write_json
-from openmythos.data.loader import evaluation_windows
-from openmythos.data.shards import TokenShards
+from openmythos.eval.likelihood import decoded_loss
 from openmythos.machine import describe, keep_freed_memory
 from openmythos.model import cost
 from openmythos.nn.cache import (
@@ -79,29 +76,6 @@ def sizes() -> list[dict[str, Any]]:
     return rows
 
 
-@torch.no_grad()
-def held_out_loss(model: OpenMythos, shards: TokenShards, policy: CachePolicy) -> float:
-    """Mean nats per token of the second halves of windows, decoded with the policy."""
-    half = WINDOW // 2
-    batches = evaluation_windows(shards, WINDOW, batch_size=WINDOWS)
-    batch = next(iter(batches))
-    tokens, targets = batch.tokens, batch.targets
-    cache = model.new_cache(
-        len(tokens), WINDOW, num_loops=EVALUATED_LOOPS, prefill=policy, decode=policy
-    )
-    model(tokens[:, :half], num_loops=EVALUATED_LOOPS, cache=cache)
-    cache.advance(half)
-    cache.begin_decode()
-    total = 0.0
-    for column in range(half, WINDOW):
-        logits = model(
-            tokens[:, column : column + 1], num_loops=EVALUATED_LOOPS, cache=cache
-        ).logits[:, 0]
-        cache.advance(1)
-        total += float(F.cross_entropy(logits, targets[:, column]))
-    return total / half
-
-
 def trained_losses(seed: int) -> dict[str, float]:
     """Nats per token under every policy, of the demo model trained with this seed."""
     recipe = catalogue.get("demo")
@@ -112,7 +86,12 @@ def trained_losses(seed: int) -> dict[str, float]:
             if metrics.step % 50 == 0:
                 OUT.print(f"seed {seed}: step {metrics.step}, loss {metrics.loss:.3f}")
         model, shards = run.load_model(), run.shards("held_out")
-        return {name: held_out_loss(model, shards, policy) for name, policy in POLICIES.items()}
+        return {
+            name: decoded_loss(
+                model, shards, policy, num_loops=EVALUATED_LOOPS, window=WINDOW, windows=WINDOWS
+            )
+            for name, policy in POLICIES.items()
+        }
 
 
 def main() -> None:

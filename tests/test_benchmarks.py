@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench
 import cache as cache_benchmark
+import claims
 import contenders
 import scaling
 
@@ -92,3 +93,8 @@ def test_cache_table_is_the_formula() -> None:
 def test_memory_is_that_of_the_process_alone() -> None:
     small, large = (scaling.peak_of(loops, 256, "all loops") for loops in (1, 16))
     assert 10 < small < large
+
+
+def test_every_number_in_the_readme_is_that_of_the_results() -> None:
+    for path, text in claims.pages(claims.ROOT).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make claims`"

@@ -233,7 +233,7 @@ DEMO = [
 
 
 def test_demo_trains_evaluates_and_samples(here: Path, call: Call) -> None:
-    result = call("demo", "--set", *DEMO)
+    result = call("demo", "--hops-steps", "2", "--set", *DEMO)
     assert result.code == 0, result.err
     folder = here / "runs" / "demo-1"
     for name in ("config.toml", "metrics.jsonl", "eval.json", "loss.png", "loops.png"):
@@ -374,7 +374,7 @@ def test_keyboard_interrupt_is_not_a_crash(
 
 
 FLAGS = {
-    "demo": ["--out", "--set"],
+    "demo": ["--out", "--set", "--hops-steps"],
     "train": ["--recipe", "--data", "--set", "--out", "--resume"],
     "generate": [
         *("--prompt", "--num-loops", "--max-new-tokens", "--temperature", "--top-k", "--top-p"),

@@ -1,5 +1,6 @@
 """The machinery of studies: arms, runs that are kept, verdicts by the rule, reports."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,13 @@ from openmythos.config import ConfigError, read_json
 from openmythos.model import cost
 from openmythos.model.inputs import token_layout
 from openmythos.nn.attention import attention_context
+from openmythos.studies import adaptive_computation as adaptive
 from openmythos.studies import depth_extrapolation as depth
-from openmythos.studies import runner
-from openmythos.studies.learning import Learning, accuracy_map, learn
+from openmythos.studies import runner, stability
+from openmythos.studies import systematic_generalization as systematic
+from openmythos.studies import test_time_depth as depth_of_text
+from openmythos.studies import what_makes_it_extrapolate as what
+from openmythos.studies.learning import Learning, TiedLoops, accuracy_map, learn
 from openmythos.studies.study import RunResult, mean_and_half_width, percent, report_markdown
 from openmythos.tasks import KHop
 from openmythos.train.optim import AdamW
@@ -54,7 +59,11 @@ def test_a_stack_is_a_plain_transformer() -> None:
 def test_learning_learns_and_is_a_function_of_its_seed() -> None:
     task = KHop(num_entities=5, num_relations=2)
     learning = Learning(
-        num_steps=60, max_hops=2, first_hops=1, extra_loops=1, optimizer=AdamW(lr=1e-2)
+        num_steps=60,
+        max_hops=2,
+        first_hops=1,
+        loops=TiedLoops(extra=1),
+        optimizer=AdamW(lr=1e-2),
     )
     config = replace(depth.looped(), vocab_size=task.vocab_size, dim=32)
     losses = []
@@ -149,7 +158,7 @@ def test_quick_runs_everything_once_and_keeps_it(tmp_path: Path) -> None:
         )
 
     run()
-    assert [done for done, _, _ in told] == [0, 1, 2, 3, 4, 5, 5]
+    assert [done for done, _, _ in told] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("figure.csv", "figure.png", "report.md", "results.json")
     ]
@@ -163,10 +172,10 @@ def test_quick_runs_everything_once_and_keeps_it(tmp_path: Path) -> None:
     best = max(first["trials"], key=lambda t: (t["fit"], -t["rate"]))
     assert first["runs"][1]["settings"]["learning"]["optimizer"]["lr"] == best["rate"]
     run()
-    assert [done for done, _, _ in told] == [5, 5]  # nothing is run again
+    assert [done for done, _, _ in told] == [6, 6]  # nothing is run again
     assert read_json(tmp_path / "results.json")["runs"] == first["runs"]
     run(seeds=2)
-    assert [(done, total) for done, total, _ in told] == [(5, 7), (6, 7), (7, 7), (7, 7)]
+    assert [(done, total) for done, total, _ in told] == [(6, 8), (7, 8), (8, 8), (8, 8)]
     run()  # fewer seeds lose nothing
     more = read_json(tmp_path / "results.json")
     assert [(r["arm"], r["seed"]) for r in more["runs"]] == [
@@ -182,3 +191,133 @@ def test_quick_runs_everything_once_and_keeps_it(tmp_path: Path) -> None:
 def test_unknown_studies_are_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'depth-extrapolation'"):
         runner.get("depth-extrapolatio")
+
+
+@pytest.mark.parametrize("name", [n for n in runner.STUDIES if n != depth.STUDY.name])
+def test_every_study_runs_quick_with_figure_and_report(name: str, tmp_path: Path) -> None:
+    study = runner.get(name)
+    fast = replace(study, arms=lambda: [replace(arm, rates=()) for arm in study.arms()])
+    finding = runner.run_study(fast, tmp_path, seeds=1, quick=True)
+    assert finding.sentence and len({tuple(row) for row in finding.table}) == 1
+    assert imread(tmp_path / "figure.png").std() > 0.01
+    assert study.claim in (tmp_path / "report.md").read_text()
+
+
+def test_what_a_change_does_is_paired_by_seed() -> None:
+    """A run's curve is one accuracy for all hops and loops."""
+
+    def runs(by_arm: Mapping[str, tuple[float, float]]) -> list[RunResult]:
+        return [
+            RunResult(
+                name,
+                seed,
+                {"learning": {"optimizer": {"lr": 1e-3}}},
+                {str(h): {"40": shares[seed]} for h in what.HOPS},
+                *(1, 1.0, 1.0, ""),
+            )
+            for name, shares in by_arm.items()
+            for seed in (0, 1)
+        ]
+
+    names = [arm.name for arm in what.arms()]
+    same = dict.fromkeys(names, (0.9, 0.8))
+    claimed = same | {name: (0.2, 0.1) for name in what.CARRIES}
+    assert what.effects(runs(claimed))["injection: add"] == pytest.approx([-0.7, -0.7])
+    assert what.judge(runs(claimed)).verdict == "holds"
+    assert what.judge(runs(same)).verdict == "holds in part"  # harmless, but nothing carries
+    assert what.judge(runs(claimed | {"LoopLoRA": (0.5, 0.4)})).verdict == "holds in part"
+    harmful = {name: (0.2, 0.1) for name in names if name not in (what.BASE, *what.CARRIES)}
+    assert what.judge(runs(same | harmful)).verdict == "does not hold here"
+    # An interval that reaches the tolerance is no evidence that a part is needed.
+    unsure = claimed | {"injection: add": (0.9, 0.1)}
+    assert what.judge(runs(unsure)).verdict == "holds in part"
+
+
+def adaptive_runs(loops: Mapping[int, float], accuracy: float) -> list[RunResult]:
+    """One rule that uses so many loops; a fixed number of loops solves what has fewer hops."""
+    curve = {
+        "rules": {
+            "all loops": {str(h): [1.0, 80.0] for h in loops},
+            "rule": {str(h): [accuracy, used] for h, used in loops.items()},
+        },
+        "fixed": {str(h): {str(n): float(n >= h) for n in adaptive.FIXED} for h in loops},
+        "spearman": {"all loops": 0.0, "rule": 1.0},
+    }
+    return [RunResult(adaptive.LOOPED, s, {}, curve, 1, 1.0, 1.0, "") for s in (0, 1)]
+
+
+def test_stopping_is_judged_against_fixed_loops_of_equal_cost() -> None:
+    near = {h: h + 3.0 for h in adaptive.HOPS}
+    (row,) = adaptive.judge(adaptive_runs(near, 1.0)).table
+    # 24 loops in the mean: a fixed number that costs no more solves 5, 10 and 20 hops of five.
+    assert row["best fixed at that cost"] == "60.0 ± 0.0" and row["mean loops"] == "24.0 ± 0.0"
+    assert adaptive.judge(adaptive_runs(near, 1.0)).verdict == "holds"
+    late = {h: h + 6.0 for h in adaptive.HOPS}
+    assert adaptive.judge(adaptive_runs(late, 1.0)).verdict == "holds in part"
+    assert adaptive.judge(adaptive_runs(near, 0.9)).verdict == "holds in part"
+    same = dict.fromkeys(adaptive.HOPS, 45.0)
+    assert adaptive.judge(adaptive_runs(same, 1.0)).verdict == "does not hold here"
+
+
+def test_ranks_share_what_is_equal() -> None:
+    up = torch.tensor([1.0, 2.0, 2.0, 9.0])
+    assert adaptive.spearman(up, up) == pytest.approx(1.0)
+    assert adaptive.spearman(up, -up) == pytest.approx(-1.0)
+    assert adaptive.spearman(up, torch.ones(4)) == 0.0
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
+    found = adaptive.spearman(up, torch.arange(4.0))
+    assert found == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+
+
+def text_run(name: str, losses: list[float | None], seed: int = 0) -> RunResult:
+    rate = float(name.split()[-1])
+    settings = {"learning": {"optimizer": {"lr": rate}}}
+    curve = {"losses": losses, "radius": 1.0, "largest_gradient": 1.0, "state_rms": {"1": 1.0}}
+    return RunResult(name, seed, settings, curve, 1, 1.0, 1.0, "")
+
+
+def test_what_diverges_is_not_finite_or_far_above_its_best() -> None:
+    falling = [6.0 - 0.1 * i for i in range(40)]
+    name = "add, per batch, 0.001"
+    assert not stability.diverged(text_run(name, falling))
+    assert stability.diverged(text_run(name, [*falling, None]))
+    assert stability.diverged(text_run(name, [*falling[:20], *[4.6] * 20]))
+    assert not stability.diverged(text_run(name, [*falling[:20], *[4.3] * 20]))
+    assert stability.final_loss(text_run(name, [None])) == float("inf")
+
+
+def test_the_claim_of_stability_needs_others_to_diverge() -> None:
+    good: list[float | None] = [6.0 - 0.1 * i for i in range(40)]
+    bad = [*good[:20], None]
+
+    def results(diverging: set[str]) -> list[RunResult]:
+        return [
+            text_run(arm.name, bad if arm.name.split(",")[0] in diverging else good, seed)
+            for arm in stability.arms()
+            for seed in (0, 1)
+        ]
+
+    others = {"add", "concat", "none"}
+    assert stability.judge(results(others)).verdict == "holds"
+    assert stability.judge(results(set())).verdict == "does not hold here"
+    assert stability.judge(results({"LTI", *others})).verdict == "does not hold here"
+    assert len(stability.judge(results(others)).table) == 8
+
+
+def test_a_law_is_recognised_beyond_what_it_was_fitted_on() -> None:
+    exponential = {n: 2 + math.exp(-0.5 * n) for n in depth_of_text.LOOPS}
+    power = {n: 2 + 0.5 * n**-0.7 for n in depth_of_text.LOOPS}
+    for curve, law, other in (
+        (exponential, "exponential", "power law"),
+        (power, "power law", "exponential"),
+    ):
+        within, beyond = depth_of_text.law_error(curve, law)
+        assert within < 1e-3 and beyond < 2e-3
+        assert depth_of_text.law_error(curve, other)[1] > 5 * beyond
+
+
+def test_ood_pairs_are_many_and_counted_once() -> None:
+    arm = systematic.arms()[0]
+    found = systematic.measure(OpenMythos(arm.model, seed=0).eval(), arm, quick=False)
+    assert 200 <= found["ood"]["pairs"] <= 1000
+    assert found["train"]["pairs"] > 900

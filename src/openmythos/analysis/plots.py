@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 # Okabe and Ito's, which colour-blind readers can tell apart; their yellow is too faint for a line.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # One more than the colours: a colour that comes again has another marker.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_GREY = "#595959"
+GREY = "#595959"
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
-    "axes.edgecolor": _GREY,
+    "axes.edgecolor": GREY,
     "axes.grid": True,
     "axes.labelsize": 11,
     "axes.spines.right": False,
@@ -37,9 +37,9 @@ _STYLE: dict[str, Any] = {
     "grid.color": "#E6E6E6",
     "legend.frameon": False,
     "legend.handlelength": 2.5,
-    "xtick.color": _GREY,
+    "xtick.color": GREY,
     "xtick.labelcolor": "black",
-    "ytick.color": _GREY,
+    "ytick.color": GREY,
     "ytick.labelcolor": "black",
 }
 _DPI = 150
@@ -66,9 +66,9 @@ def loss_curve(
     xs = [x for points in series.values() for x, _ in points]
     if not xs or not all(series.values()):
         raise ValueError(f"series of {[len(points) for points in series.values()]} points: no line")
-    with _style():
-        figure, axes = _axes(x_label, y_label)
-        for look, (name, points) in zip(_looks(), series.items(), strict=False):
+    with style():
+        figure, axes = new_axes(x_label, y_label)
+        for look, (name, points) in zip(looks(), series.items(), strict=False):
             losses = [_finite(loss) for _, loss in points]
             positions = [x for x, _ in points]
             axes.plot(positions, losses, color=look["color"], linewidth=0.8, alpha=0.4)
@@ -99,9 +99,9 @@ def loss_against_loops(
     marks = [*loops, *([] if trained_loops is None else [trained_loops])]
     if min(marks) < 1:
         raise ValueError(f"num_loops = {min(marks)}: the log axis begins at 1")
-    with _style():
-        figure, axes = _axes("num_loops", y_label)
-        for look, (name, curve) in zip(_looks(), curves.items(), strict=False):
+    with style():
+        figure, axes = new_axes("num_loops", y_label)
+        for look, (name, curve) in zip(looks(), curves.items(), strict=False):
             values = [_finite(curve[loop]) for loop in sorted(curve)]
             axes.plot(sorted(curve), values, **look, linewidth=2, markersize=6, label=name)
         _loop_axis(axes, loops, marks)
@@ -114,52 +114,6 @@ def loss_against_loops(
     return figure
 
 
-def hops_against_loops(
-    grid: Mapping[int, Mapping[int, float]],
-    lines: Mapping[str, Mapping[int, Sequence[float]]],
-    *,
-    trained_hops: int,
-) -> "matplotlib.figure.Figure":
-    """Left: accuracy of one model by hops and num_loops. Right: the best of each arm by hops.
-
-    `lines` holds a value per seed: drawn are their mean and their range.
-    """
-    if not grid or not lines:
-        raise ValueError("grid, lines: nothing to draw")
-    hops, loops = sorted(grid), sorted({loop for row in grid.values() for loop in row})
-    with _style():
-        figure, first = _axes("", "")
-        figure.delaxes(first)
-        figure.set_size_inches(11.0, 4.6)
-        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-        cells = [[100 * grid[hop].get(loop, math.nan) for loop in loops] for hop in hops]
-        image = left.imshow(cells, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=100)
-        for y, row in enumerate(cells):
-            for x, value in enumerate(row):
-                colour = "black" if value > 60 else "white"
-                left.text(x, y, f"{value:.0f}", color=colour, ha="center", va="center", fontsize=7)
-        left.set_xticks(range(len(loops)), [str(loop) for loop in loops])
-        left.set_yticks(range(len(hops)), [str(hop) for hop in hops])
-        left.axhline(sum(hop <= trained_hops for hop in hops) - 0.5, color="white", linewidth=2)
-        left.set_xlabel("num_loops at inference")
-        left.set_ylabel(f"hops (line: trained up to {trained_hops})")
-        left.grid(visible=False)
-        figure.colorbar(image, ax=left, label="accuracy [%]", pad=0.02)
-        for look, (name, points) in zip(_looks(), lines.items(), strict=False):
-            xs = sorted(points)
-            means = [100 * sum(points[x]) / len(points[x]) for x in xs]
-            right.plot(xs, means, **look, linewidth=2, label=name)
-            low = [100 * min(points[x]) for x in xs]
-            high = [100 * max(points[x]) for x in xs]
-            right.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-        right.axvline(trained_hops, color="#D9D9D9", linewidth=6, zorder=0.9)
-        right.set_xlabel("hops (grey: the longest trained)")
-        right.set_ylabel("accuracy at the best num_loops [%]")
-        right.set_ylim(-3, 103)
-        right.legend(fontsize=8.5)
-    return figure
-
-
 def speed_ratios(
     panels: Mapping[str, Mapping[str, Mapping[str, float | int]]], *, reference: str
 ) -> "matplotlib.figure.Figure":
@@ -169,12 +123,11 @@ def speed_ratios(
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     names = list(dict.fromkeys(n for bars in panels.values() for r in bars.values() for n in r))
-    colours = dict(zip(names, itertools.cycle(_COLOURS), strict=False))
+    colours = dict(zip(names, itertools.cycle(COLOURS), strict=False))
     highest = max(x for bars in panels.values() for r in bars.values() for x in r.values())
     lowest = min(x for bars in panels.values() for r in bars.values() for x in r.values())
-    with _style():
-        figure, first = _axes("", "")
-        figure.delaxes(first)
+    with style():
+        figure = new_figure()
         columns = min(2, len(panels))
         rows = math.ceil(len(panels) / columns)
         figure.set_size_inches(4.6 * columns + 1, 3.1 * rows + 0.9)
@@ -191,7 +144,7 @@ def speed_ratios(
                     axes.text(ratios[name], y, text, verticalalignment="center", fontsize=8)
             axes.set_title(title, fontsize=10.5, loc="left")
             axes.set_yticks(range(len(bars)), list(bars))
-            axes.axvline(1, color=_GREY, linewidth=1.2)
+            axes.axvline(1, color=GREY, linewidth=1.2)
             axes.grid(visible=False, axis="y")
             axes.set_xscale("log", base=2)
             axes.set_xlim(min(1, lowest) / 1.3, highest * 1.7)
@@ -227,13 +180,12 @@ def cost_lines(
     from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     plain = StrMethodFormatter("{x:g}")
-    with _style():
-        figure, first = _axes("", "")
-        figure.delaxes(first)
+    with style():
+        figure = new_figure()
         figure.set_size_inches(4.2 * len(panels) + 0.6, 3.8)
         row = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, label, (x_label, lines) in zip(row, y_labels, panels.items(), strict=True):
-            for look, (name, points) in zip(_looks(), lines.items(), strict=False):
+            for look, (name, points) in zip(looks(), lines.items(), strict=False):
                 xs = sorted(points)
                 axes.plot(xs, [points[x] for x in xs], **look, linewidth=2, label=name)
             xs = sorted({x for points in lines.values() for x in points})
@@ -268,13 +220,14 @@ def save_figure(
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        with _style():
+        with style():
             # Without the version of matplotlib, so that equal pictures are equal files.
             figure.savefig(image, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """The look of every figure, while it is drawn."""
     try:
         import matplotlib.style
     except ImportError as error:
@@ -284,23 +237,30 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _axes(x_label: str, y_label: str) -> "tuple[matplotlib.figure.Figure, matplotlib.axes.Axes]":
+def new_figure() -> "matplotlib.figure.Figure":
+    """A figure without axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure()
     FigureCanvasAgg(figure)
+    return figure
+
+
+def new_axes(x_label: str, y_label: str) -> "tuple[matplotlib.figure.Figure, matplotlib.axes.Axes]":
+    """A figure with one pair of axes."""
+    figure = new_figure()
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     return figure, axes
 
 
-def _looks() -> Iterator[dict[str, Any]]:
+def looks() -> Iterator[dict[str, Any]]:
     """What tells lines apart: colour, marker and, once the colours are used up, dashes."""
     markers = itertools.cycle(_MARKERS)
     for dashes in itertools.cycle(("-", "--", ":", "-.")):
-        for colour in _COLOURS:
+        for colour in COLOURS:
             yield {"color": colour, "marker": next(markers), "linestyle": dashes}
 
 
@@ -310,7 +270,7 @@ def _legend(figure: "matplotlib.figure.Figure", names: Iterable[str], title: str
     legend = figure.legend(
         loc="outside upper left", ncols=columns, title=title, alignment="left", columnspacing=1.5
     )
-    legend.get_title().set_color(_GREY)
+    legend.get_title().set_color(GREY)
 
 
 def _finite(value: float | int) -> float:
@@ -365,10 +325,8 @@ def _draw_references(axes: "matplotlib.axes.Axes", references: Mapping[str, floa
     places = _apart([float(references[name]) for name in names], (high - low) * _LABEL_HEIGHT)
     beside = axes.get_yaxis_transform()
     for name, place in zip(names, places, strict=True):
-        axes.axhline(
-            references[name], color=_GREY, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1.5
-        )
-        axes.text(1.01, place, name, color=_GREY, transform=beside, verticalalignment="center")
+        axes.axhline(references[name], color=GREY, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1.5)
+        axes.text(1.01, place, name, color=GREY, transform=beside, verticalalignment="center")
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
@@ -394,7 +352,7 @@ def _draw_trained_loops(axes: "matplotlib.axes.Axes", trained_loops: float | int
         1.01,
         f"mean loops in training: {trained_loops:g}",
         transform=axes.get_xaxis_transform(),
-        color=_GREY,
+        color=GREY,
         horizontalalignment="center",
         verticalalignment="bottom",
     )

@@ -10,6 +10,8 @@ from openmythos.cli.screen import (
     OUT,
     create,
     evaluate,
+    learn_hops,
+    print_heat_map,
     print_plan,
     run_study_with_bar,
     short,
@@ -265,14 +267,23 @@ class Study:
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small recurrent-depth transformer on Python's own source, then try it."""
+    """Watch depth come from loops, then train a small language model on Python's own source."""
 
     out: str = ""
     """Run folder to make (default: runs/demo-N)."""
     set: Many = ()
-    """Changes to the config, as in `openmythos train`."""
+    """Changes to the language model's config, as in `openmythos train`."""
+    hops_steps: int = 1600
+    """Training steps of the model that follows chains of lookups; 0 leaves it out."""
 
     def run(self) -> None:
+        require_int("hops_steps", self.hops_steps, minimum=0)
+        if self.hops_steps:
+            print_heat_map(learn_hops(self.hops_steps), trained_hops=20)
+            OUT.print(
+                "\nNo hops beyond 20 and no more than 26 loops were trained: `openmythos study "
+                "depth-extrapolation` has seeds, controls and where it breaks.\n"
+            )
         folder = Path(self.out) if self.out else _free_folder("demo")
         run = create(folder, apply_overrides(catalogue.get("demo"), _flat(self.set)))
         if not train_with_bar(run, resume=False):

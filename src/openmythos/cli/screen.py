@@ -1,8 +1,9 @@
 """What the commands show: progress bars, tables, streamed text."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,12 +19,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from openmythos.inference.engine import Engine
 from openmythos.model import cost
 from openmythos.model.generation import Request
+from openmythos.model.mythos import OpenMythos
 from openmythos.recipes import report
 from openmythos.recipes.report import LoopReport
+from openmythos.studies import depth_extrapolation
+from openmythos.studies.learning import Learning, accuracy_map, learn
 from openmythos.studies.runner import run_study
 from openmythos.studies.study import Finding, Study
 from openmythos.train.config import RunConfig
@@ -31,6 +36,8 @@ from openmythos.train.run import Run, train
 
 # Numbers and code are what gets printed: nothing for rich to colour or to read as markup.
 OUT = Console(highlight=False, markup=False)
+HOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60)
+LOOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 
 
 def create(folder: Path, config: RunConfig) -> Run:
@@ -147,6 +154,50 @@ def run_study_with_bar(study: Study, folder: Path, **options: Any) -> Finding:
             told=lambda done, total, last: bar.update(task, completed=done, total=total, last=last),
             **options,
         )
+
+
+def learn_hops(num_steps: int) -> dict[int, dict[int, float]]:
+    """Train the looped model of study depth-extrapolation; accuracy by hops and loops."""
+    arm = next(arm for arm in depth_extrapolation.arms() if arm.name == depth_extrapolation.LOOPED)
+    assert isinstance(arm.learning, Learning)
+    learning = replace(arm.learning, num_steps=num_steps)
+    model = OpenMythos(arm.model, seed=0)
+    OUT.print(
+        f"A model of {cost.parameters(arm.model).total:,} parameters learns to follow chains of up "
+        f"to {learning.max_hops} lookups, e0 r1 r2 ... -> r2(r1(e0)), in tables that it must "
+        "remember.\nThen it is asked longer chains than it ever saw."
+    )
+    columns = (
+        TextColumn("learning"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=OUT) as bar:
+        task = bar.add_task("learning", total=num_steps, text="")
+        for done in learn(model, arm.problems, learning, seed=0):
+            text = f"up to {done.reach} hops, loss {done.loss:.2f}"
+            bar.update(task, completed=done.step + 1, text=text)
+    with OUT.status("asking"):
+        return accuracy_map(model, arm.problems, HOPS_ASKED, LOOPS_ASKED, examples=100)
+
+
+def print_heat_map(found: Mapping[int, Mapping[int, float]], trained_hops: int) -> None:
+    """Hops against loops, right answers in percent; a line above what was never trained."""
+    loops = list(next(iter(found.values())))
+    OUT.print("\nright answers in %:  hops (down) against loops at inference (across)")
+    OUT.print("        " + "".join(f"{loop:>5}" for loop in loops))
+    for hops, row in found.items():
+        line = Text(f"{hops:>3}{' new' if hops > trained_hops else '':<5}")
+        for share in row.values():
+            shade = round(40 + 180 * share)
+            ink = "black" if share > 0.5 else "white"
+            style = f"{ink} on rgb({shade},{shade},{round(110 - 60 * share)})"
+            line.append(f"{100 * share:>5.0f}", style=style)
+        OUT.print(line)
 
 
 def stream(engine: Engine, prompt: str, request: Request) -> list[int]:

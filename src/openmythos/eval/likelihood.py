@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from openmythos.data.loader import evaluation_windows
 from openmythos.data.shards import TokenShards
 from openmythos.model.mythos import OpenMythos
+from openmythos.nn.cache import CachePolicy
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,36 @@ def depth_sweep(
     finally:
         model.train(was_training)
     return {loop: _likelihood(total, tokens, shards) for loop, total in totals.items()}
+
+
+@torch.no_grad()
+def decoded_loss(
+    model: OpenMythos,
+    shards: TokenShards,
+    policy: CachePolicy,
+    *,
+    num_loops: int,
+    window: int,
+    windows: int,
+) -> float:
+    """Mean nats per token of the second halves of windows, decoded with the policy token by token.
+
+    The first half of each window is the prompt; a sharing policy changes what is seen of it.
+    """
+    half = window // 2
+    batch = next(iter(evaluation_windows(shards, window, batch_size=windows)))
+    tokens, targets = batch.tokens, batch.targets
+    cache = model.new_cache(len(tokens), window, num_loops=num_loops, prefill=policy, decode=policy)
+    model(tokens[:, :half], num_loops=num_loops, cache=cache, last_only=True)
+    cache.advance(half)
+    cache.begin_decode()
+    total = 0.0
+    for column in range(half, window):
+        token = tokens[:, column : column + 1]
+        logits = model(token, num_loops=num_loops, cache=cache).logits[:, 0]
+        cache.advance(1)
+        total += float(F.cross_entropy(logits, targets[:, column]))
+    return total / half
 
 
 def _likelihood(total: float, tokens: int, shards: TokenShards) -> Likelihood:

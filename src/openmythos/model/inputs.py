@@ -82,7 +82,7 @@ def token_layout(
 def _check_ids(tokens: Tensor, vocab_size: int) -> None:
     # On an accelerator the check would wait for the device; ids are checked where they enter.
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = map(int, torch.aminmax(tokens))
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"tokens: id {low if low < 0 else high} is outside the vocabulary of "

@@ -187,10 +187,10 @@ def few_experts(
     ):
         gated = token.new_empty(len(experts), gate_up.shape[1])
         for row, expert in zip(gated.unbind(), experts, strict=True):
-            torch.mv(gate_up[expert], token, out=row)
+            torch.mv(gate_up.select(0, expert), token, out=row)
         hidden = gate(gated).mul_(row_weights[:, None])
         for row, expert in zip(hidden.unbind(), experts, strict=True):
-            total.addmv_(down[expert], row)
+            total.addmv_(down.select(0, expert), row)
     return out
 
 

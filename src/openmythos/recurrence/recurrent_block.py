@@ -181,7 +181,8 @@ class RecurrentBlock(nn.Module):
             if tracker is not None:
                 carry = self._judge(previous, carry, tracker, loop)
             loops_run = loop + 1
-            trace.record(loops_run, carry, self._output(carry)[0])
+            if collect:
+                trace.record(loops_run, carry, self._output(carry)[0])
             # Only at inference: in training all ranks must run the same loops.
             if not self.training and carry.active is not None and not carry.active.any():
                 break
@@ -202,12 +203,14 @@ class RecurrentBlock(nn.Module):
     ) -> Carry:
         """One loop of all running rows, the first `without_grad` of them without gradient."""
         rows = carry.state.shape[0]
+        if rows < drive.forced.shape[0]:
+            drive, context = drive.rows(0, rows), context.rows(0, rows)
         parts = []
         for start, stop in ((0, without_grad), (without_grad, rows)):
             if start == stop:
                 continue
             part, cut, visible = (
-                (carry, drive.rows(0, rows), context.rows(0, rows))
+                (carry, drive, context)
                 if stop - start == rows
                 else (carry.rows(start, stop), drive.rows(start, stop), context.rows(start, stop))
             )
@@ -364,7 +367,7 @@ class _Trace:
             self.collected.append(loops_run)
             self.states.append(carry.state)
             self.outputs.append(output)
-        if self._collect and carry.halt is not None:
+        if carry.halt is not None:
             self._cumulative.append(carry.halt.cumulative)
 
     def halt_weights(self) -> list[Tensor]:

@@ -2,49 +2,65 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from openmythos.config import require, require_int, require_number
 from openmythos.model import cost
 from openmythos.model.mythos import OpenMythos
+from openmythos.recurrence.loop_sampling import LoopSampling, NoCurriculum, sample_loops
 from openmythos.tasks import Task
-from openmythos.train.optim import WSD, AdamW, Schedule
+from openmythos.train.loss import FinalLoss, training_loss
+from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
+from openmythos.types import LoopCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiedLoops:
+    """As many loops as the problem has hops, and uniformly 0 ... extra more."""
+
+    kind: Literal["tied"] = "tied"
+    extra: int = 6
+
+    def __post_init__(self) -> None:
+        require_int("extra", self.extra, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
     """Problems of 1 ... max_hops hops, longer ones as the shorter ones are mastered.
 
-    A step draws hops uniformly up to the curriculum's reach, which starts at `first_hops` and grows
-    by two whenever the running accuracy at the answer of its longest quarter passes `mastery`
-    (first_hops = max_hops: no curriculum). A looped model runs hops + uniform(0 ... extra_loops)
-    loops, or num_loops where that is above 0.
+    A step draws hops uniformly from `min_hops` to the curriculum's reach, which starts at
+    `first_hops` and grows by two whenever the running accuracy at the answer of its longest quarter
+    passes `mastery` (first_hops = max_hops: no curriculum). Of its loops the last `backprop_loops`
+    carry gradient (0: all).
     """
 
+    kind: Literal["task"] = "task"
     num_steps: int = 1600
     batch_size: int = 32
+    min_hops: int = 1
     max_hops: int = 20
     first_hops: int = 2
     mastery: float = 0.8
-    extra_loops: int = 6
-    num_loops: int = 0
-    optimizer: AdamW = field(
+    loops: TiedLoops | LoopSampling = field(default_factory=TiedLoops)
+    backprop_loops: int = 0
+    optimizer: Optimizer = field(
         default_factory=lambda: AdamW(lr=3e-3, weight_decay=0.05, beta1=0.9, beta2=0.98)
     )
     schedule: Schedule = field(default_factory=lambda: WSD(warmup=0.03, decay=0.3, final=0.05))
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "max_hops", "first_hops"):
+        for name in ("num_steps", "batch_size", "min_hops", "max_hops", "first_hops"):
             require_int(name, getattr(self, name), minimum=1)
-        for name in ("extra_loops", "num_loops"):
-            require_int(name, getattr(self, name), minimum=0)
+        require_int("backprop_loops", self.backprop_loops, minimum=0)
         require_number("mastery", self.mastery, above=0, at_most=1)
         require_number("clip_norm", self.clip_norm, above=0)
-        fits = self.first_hops <= self.max_hops
-        require(fits, "first_hops", self.first_hops, f"must be at most {self.max_hops}")
+        fits = self.min_hops <= self.first_hops <= self.max_hops
+        allowed = f"must be from min_hops = {self.min_hops} to max_hops = {self.max_hops}"
+        require(fits, "first_hops", self.first_hops, allowed)
 
 
 class Progress(NamedTuple):
@@ -66,12 +82,16 @@ def learn(model: OpenMythos, task: Task, learning: Learning, seed: int) -> Itera
     ]
     model.train()
     for step in range(learning.num_steps):
-        hops = int(torch.randint(1, reach + 1, (), generator=generator))
+        hops = int(torch.randint(learning.min_hops, reach + 1, (), generator=generator))
         batch = task.sample(learning.batch_size, hops, generator)
-        extra = int(torch.randint(learning.extra_loops + 1, (), generator=generator))
-        loops = learning.num_loops or hops + extra
-        losses = model.losses(batch.tokens, batch.targets, num_loops=loops)
-        torch.autograd.backward(losses.cross_entropy)
+        loops = _loops(learning, hops, step, seed, generator)
+        losses = model.losses(
+            batch.tokens,
+            batch.targets,
+            num_loops=loops,
+            backprop_loops=learning.backprop_loops,
+        )
+        torch.autograd.backward(training_loss(losses, FinalLoss(), model.config).total)
         torch.nn.utils.clip_grad_norm_(model.parameters(), learning.clip_norm)
         optimizers.step(learning.schedule.scale(step, learning.num_steps))
         model.zero_grad(set_to_none=True)
@@ -82,14 +102,32 @@ def learn(model: OpenMythos, task: Task, learning: Learning, seed: int) -> Itera
             mastered = 0.8 * mastered + 0.2 * right
             if mastered > learning.mastery:
                 reach, mastered = min(reach + 2, learning.max_hops), 0.5
-        per_token = flops[0] + (loops - 1) * (flops[1] - flops[0])
+        mean_loops = loops if isinstance(loops, int) else float(loops.float().mean())
+        per_token = flops[0] + (mean_loops - 1) * (flops[1] - flops[0])
         loss = float(losses.cross_entropy.detach())
         yield Progress(step, loss, reach, batch.tokens.numel() * per_token)
 
 
+def _loops(
+    learning: Learning, hops: int, step: int, seed: int, generator: torch.Generator
+) -> int | LoopCounts:
+    """Of a step: one number, or one per sequence where they are drawn so."""
+    if isinstance(learning.loops, TiedLoops):
+        return hops + int(torch.randint(learning.loops.extra + 1, (), generator=generator))
+    drawn = sample_loops(
+        learning.loops,
+        NoCurriculum(),
+        batch=learning.batch_size,
+        seed=seed,
+        step=step,
+        num_steps=learning.num_steps,
+    )
+    return drawn if learning.loops.per == "sequence" else int(drawn[0])
+
+
 @torch.no_grad()
 def accuracy_of(
-    model: OpenMythos, tokens: torch.Tensor, answers: torch.Tensor, loops: int
+    model: OpenMythos, tokens: torch.Tensor, answers: torch.Tensor, loops: int | LoopCounts
 ) -> float:
     """Share of answers right at the last position."""
     logits = model(tokens, num_loops=loops, last_only=True).logits[:, 0]

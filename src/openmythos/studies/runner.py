@@ -23,14 +23,32 @@ from openmythos.config import (
 from openmythos.machine import describe, keep_freed_memory
 from openmythos.model import cost
 from openmythos.model.mythos import OpenMythos
-from openmythos.studies import depth_extrapolation
-from openmythos.studies.learning import learn
+from openmythos.studies import (
+    adaptive_computation,
+    depth_extrapolation,
+    stability,
+    systematic_generalization,
+    test_time_depth,
+    what_makes_it_extrapolate,
+)
+from openmythos.studies.learning import Learning, learn
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Trial, report_markdown
+from openmythos.studies.text import Text, TextLearning, trained_on_text
 
 # No run has it: rates are chosen on other data than the results are reported on.
 TRIAL_SEED = 1000
 
-STUDIES: dict[str, Study] = {study.name: study for study in (depth_extrapolation.STUDY,)}
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        depth_extrapolation.STUDY,
+        what_makes_it_extrapolate.STUDY,
+        systematic_generalization.STUDY,
+        stability.STUDY,
+        test_time_depth.STUDY,
+        adaptive_computation.STUDY,
+    )
+}
 
 
 def get(name: str) -> Study:
@@ -104,9 +122,12 @@ def run_arm(study: str, arm: Arm, seed: int, quick: bool) -> RunResult:
     torch.set_num_threads(1)
     keep_freed_memory()
     started = time.perf_counter()
-    model = OpenMythos(arm.model, seed=seed)
-    flops = sum(progress.flops for progress in learn(model, arm.task, arm.learning, seed))
-    curve = get(study).measure(model, arm, quick)
+    if isinstance(arm.learning, TextLearning):
+        assert isinstance(arm.task, Text)
+        with trained_on_text(arm.model, arm.task, arm.learning.train, seed) as trained:
+            curve, flops = get(study).measure(trained, arm, quick), float(trained.flops)
+    else:
+        curve, flops = _learned(get(study), arm, seed, quick)
     return RunResult(
         arm=arm.name,
         seed=seed,
@@ -117,6 +138,24 @@ def run_arm(study: str, arm: Arm, seed: int, quick: bool) -> RunResult:
         seconds=round(time.perf_counter() - started, 3),
         commit="",
     )
+
+
+def _learned(study: Study, arm: Arm, seed: int, quick: bool) -> tuple[dict[str, Any], float]:
+    """(curve, training FLOPs) of an arm that learns a task."""
+    assert isinstance(arm.learning, Learning) and not isinstance(arm.task, Text)
+    model = OpenMythos(arm.model, seed=seed)
+    measure, snapshots = study.measure, study.snapshots
+    steps, flops, by_step = arm.learning.num_steps, 0.0, {}
+    for progress in learn(model, arm.task, arm.learning, seed):
+        flops += progress.flops
+        done = progress.step + 1
+        if done * snapshots // steps > progress.step * snapshots // steps:
+            by_step[str(done)] = measure(model, arm, quick)
+            model.train()
+    curve = measure(model, arm, quick)
+    if by_step:
+        curve["by_step"] = by_step
+    return curve, flops
 
 
 def _finished(

@@ -14,7 +14,9 @@ from typing import Any, Literal
 from openmythos.config import ConfigError, to_dict
 from openmythos.model.config import MythosConfig
 from openmythos.studies.learning import Learning
+from openmythos.studies.text import Text, TextLearning
 from openmythos.tasks import Task
+from openmythos.train.config import TrainConfig
 
 Verdict = Literal["holds", "holds in part", "does not hold here"]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
@@ -23,7 +25,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One thing that is compared: a model, a task and how it is learned.
+    """One thing that is compared: a model, and a task or text and how it is learned.
 
     Where `rates` names learning rates, each is tried with a third of the steps and a seed that no
     run has; the runs take the one that fits best. Otherwise they take the optimizer's own.
@@ -31,8 +33,8 @@ class Arm:
 
     name: str
     model: MythosConfig
-    task: Task
-    learning: Learning
+    task: Task | Text
+    learning: Learning | TextLearning
     why: str = ""  # what this arm controls for
     rates: tuple[float, ...] = ()
 
@@ -46,23 +48,42 @@ class Arm:
 
     @property
     def rate(self) -> float:
-        return self.learning.optimizer.lr
+        return self._learned.optimizer.lr
+
+    @property
+    def problems(self) -> Task:
+        """The task, of an arm that learns no text."""
+        assert not isinstance(self.task, Text)
+        return self.task
 
     def at_rate(self, rate: float) -> "Arm":
         """This arm with that learning rate."""
-        optimizer = replace(self.learning.optimizer, lr=rate)
-        return replace(self, learning=replace(self.learning, optimizer=optimizer))
+        optimizer = replace(self._learned.optimizer, lr=rate)
+        return self._changed(optimizer=optimizer)
 
     def trials(self) -> "list[Arm]":
         """This arm at each of its rates, with a third of the steps."""
-        steps = max(1, self.learning.num_steps // 3)
-        short = replace(self, learning=replace(self.learning, num_steps=steps), rates=())
+        steps = max(1, self._learned.num_steps // 3)
+        short = replace(self._changed(num_steps=steps), rates=())
         return [short.at_rate(rate) for rate in self.rates]
 
     def quick(self) -> "Arm":
         """The same machinery in a second or two: it shows that it runs, not what it finds."""
-        learning = replace(self.learning, num_steps=3, max_hops=3, first_hops=2, batch_size=4)
-        return replace(self, learning=learning)
+        if isinstance(self.task, Text):
+            short = self._changed(num_steps=3, batch_size=2)
+            return replace(short, task=self.task.quick())
+        return self._changed(num_steps=3, max_hops=3, first_hops=2, batch_size=4)
+
+    @property
+    def _learned(self) -> Learning | TrainConfig:
+        return self.learning.train if isinstance(self.learning, TextLearning) else self.learning
+
+    def _changed(self, **changes: Any) -> "Arm":
+        """With other numbers of its learning."""
+        if isinstance(self.learning, TextLearning):
+            learning = replace(self.learning, train=replace(self.learning.train, **changes))
+            return replace(self, learning=learning)
+        return replace(self, learning=replace(self.learning, **changes))
 
 
 @dataclass(frozen=True)
@@ -81,7 +102,8 @@ class RunResult:
     @property
     def rate(self) -> float:
         """The learning rate it was learned with."""
-        return float(self.settings["learning"]["optimizer"]["lr"])
+        learning = self.settings["learning"]
+        return float(learning.get("train", learning)["optimizer"]["lr"])
 
 
 @dataclass(frozen=True)
@@ -114,10 +136,13 @@ class Study:
     method: str
     not_shown: tuple[str, ...]
     arms: Callable[[], Sequence[Arm]]
-    measure: Callable[..., dict[str, Any]]  # (model, arm, quick) -> curve
+    # (model, or the TextRun of what learned text; arm; quick) -> curve
+    measure: Callable[..., dict[str, Any]]
     fit: Callable[[RunResult], float]  # how well a run learned its training range: tunes rates
     judge: Callable[[Sequence[RunResult]], Finding]
     draw: Callable[[Sequence[RunResult]], Any]  # -> (figure, rows)
+    # Times that a run is measured on its way, evenly spaced: curve["by_step"].
+    snapshots: int = 0
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:

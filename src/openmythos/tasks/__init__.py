@@ -6,7 +6,9 @@ from openmythos.tasks.counting import Addition, Parity
 from openmythos.tasks.graphs import Reachability
 from openmythos.tasks.split import SystematicHops
 
-Task = KHop | PointerChasing | PHop | Composition | Addition | Parity | Reachability
+Task = (
+    KHop | PointerChasing | PHop | Composition | Addition | Parity | Reachability | SystematicHops
+)
 
 __all__ = [
     "IGNORE",

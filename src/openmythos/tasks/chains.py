@@ -43,6 +43,11 @@ class KHop:
         return self.num_entities + self.num_relations + 2
 
     @property
+    def padding(self) -> int:
+        """The token of columns that ask nothing."""
+        return self.num_entities + self.num_relations
+
+    @property
     def chance(self) -> float:
         return 1 / self.num_entities
 
@@ -67,9 +72,9 @@ class KHop:
         tokens = torch.cat((start[:, None], self.num_entities + relations), dim=1)
         if self.readout == "padded":
             require_int("hops", hops, maximum=self.max_hops)
-            pad = self.num_entities + self.num_relations
-            fill = tokens.new_full((batch, self.max_hops - hops), pad)
-            tokens = torch.cat((tokens, fill, tokens.new_full((batch, 1), pad + 1)), dim=1)
+            fill = tokens.new_full((batch, self.max_hops - hops), self.padding)
+            ask = tokens.new_full((batch, 1), self.padding + 1)
+            tokens = torch.cat((tokens, fill, ask), dim=1)
             last = self.max_hops + 1
             none = torch.full((batch, self.max_hops - hops), IGNORE)
             made = TaskBatch(

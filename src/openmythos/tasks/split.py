@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from openmythos.config import require_int, require_number
-from openmythos.tasks.batch import TaskBatch, permutations
+from openmythos.tasks.batch import IGNORE, TaskBatch, permutations
 from openmythos.tasks.chains import KHop
 
 Part = Literal["train", "held_out", "ood"]
@@ -20,7 +20,9 @@ class SystematicHops:
     A fact is (relation, entity). A share `alone` of them occurs in training as a single hop only:
     "ood" chains are made of these alone. Of the pairs of other facts that can follow each other
     (entity, first relation, second relation), a share `held_out` occurs in no training chain of
-    two hops: "held_out" chains are made of those.
+    two hops: "held_out" chains are made of those. In a training batch of longer chains a share
+    `one_hop` of the rows asks one fact, whichever, and ends there; `echo` also asks for the entity
+    at its own place.
     """
 
     kind: Literal["systematic_hops"] = "systematic_hops"
@@ -30,6 +32,7 @@ class SystematicHops:
     alone: float = 0.1
     held_out: float = 0.3
     one_hop: float = 0.4
+    echo: bool = True
 
     def __post_init__(self) -> None:
         require_int("num_entities", self.num_entities, minimum=2)
@@ -73,7 +76,23 @@ class SystematicHops:
     def sample(
         self, batch: int, hops: int, generator: torch.Generator, part: Part = "train"
     ) -> TaskBatch:
-        """`batch` chains of exactly `hops` hops of a part; one hop of "train" may be any fact."""
+        """`batch` chains of `hops` hops of a part, in training with rows of a single hop."""
+        singles = round(self.one_hop * batch) if part == "train" and hops > 1 else 0
+        made = self._chains(batch - singles, hops, generator, part)
+        if singles:
+            short = self._chains(singles, 1, generator, part)
+            pad = torch.full((singles, hops - 1), self.hops.padding)
+            made = TaskBatch(
+                torch.cat((made.tokens, torch.cat((short.tokens, pad), dim=1))),
+                torch.cat((made.targets, torch.cat((short.targets, pad * 0 + IGNORE), dim=1))),
+                torch.cat((made.answer_at, short.answer_at)),
+            )
+        if self.echo:
+            made.targets[:, 0] = made.tokens[:, 0]
+        return made
+
+    def _chains(self, batch: int, hops: int, generator: torch.Generator, part: Part) -> TaskBatch:
+        """Chains of a part alone; one hop of "train" may be any fact."""
         chosen = []
         missing = batch
         while missing:

@@ -1,0 +1,327 @@
+"""Write what results/ says into README.md and docs/; no number there is typed by hand.
+
+python benchmarks/claims.py           # writes README.md, docs/performance.md, docs/results.md
+python benchmarks/claims.py --check   # exit code 1 where they say something else
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bench
+
+from openmythos.studies.runner import STUDIES
+from openmythos.studies.study import mean_and_half_width
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(results: Path, name: str) -> Any:
+    return json.loads((results / name).read_text(encoding="utf-8"))
+
+
+def row(claim: str, measured: str, where: str) -> str:
+    return f"| {claim} | {measured} | {where} |"
+
+
+def study_rows(results: Path) -> Iterator[str]:
+    """The verdicts of the studies that have been run."""
+    for name, study in STUDIES.items():
+        if (results / name / "results.json").exists():
+            finding = load(results, f"{name}/results.json")["finding"]
+            yield row(
+                study.claim,
+                f"**{finding['verdict']}.** {finding['sentence']}",
+                f"`openmythos study {name}` ([report](results/{name}/report.md))",
+            )
+
+
+def demo_rows(results: Path) -> Iterator[str]:
+    demo = load(results, "demo/results.json")
+    runs = demo["runs"]
+
+    def shown(values: list[float], sign: str = "") -> str:
+        mean, half = mean_and_half_width(values)
+        return f"{mean:{sign}.3f} ± {half:.3f}"
+
+    def bits(loops: str) -> list[float]:
+        return [run["held_out"][loops]["bits_per_byte"] for run in runs]
+
+    compressed = runs[0]["compressors_bits_per_byte"]
+    gzip, xz = compressed["gzip-9"], compressed["xz-9"]
+    where = f"`{demo['command']}` ([results](results/demo/results.json))"
+    yield row(
+        "the demo model learns: held-out bits per byte below gzip -9 "
+        f"({gzip:.3f}); xz -9 needs {xz:.3f}",
+        f"{shown(bits('1'))} at 1 loop, {shown(bits('4'))} at 4, {shown(bits('16'))} at 16 (mean "
+        f"and 95% interval of {len(runs)} seeds)",
+        where,
+    )
+    more = [b - a for a, b in zip(bits("1"), bits("16"), strict=True)]
+    mean, half = mean_and_half_width(more)
+    yield row(
+        "more loops lower the demo model's loss",
+        ("" if mean + half < 0 else "**no**, not after so short a training: ")
+        + f"16 loops against 1: {shown(more, '+')} bits per byte",
+        "same",
+    )
+
+
+def bench_rows(results: Path) -> Iterator[str]:
+    """Ratios to the reference on one thread, S; M, and bytes of cache."""
+    runs = {name: load(results, f"bench/bench-{name}.json")["results"][0] for name in "SM"}
+
+    def ratio(figure: str, *names: str) -> str:
+        best = [max(run["ratio"][figure][name] for name in names) for run in runs.values()]
+        return "; ".join(f"{value:.2f}x" for value in best)
+
+    fp32, compiled = "openmythos-fp32", "openmythos-compiled"
+    bf16, both = "openmythos-bf16", "openmythos-bf16-compiled"
+    yield row(
+        "faster than open-mythos 0.5.0 at equal shapes and loops, on one CPU thread (workloads S; "
+        "M)",
+        f"training step {ratio('training step', fp32)} in fp32, {ratio('training step', bf16)} in "
+        f"bf16 against its fp32; prefill of 8 prompts {ratio('prefill, batch 8', fp32)}; decoding "
+        f"alone {ratio('decode, batch 1', fp32)}, compiled {ratio('decode, batch 1', compiled)}, "
+        f"compiled with bf16 weights {ratio('decode, batch 1', both)}; in a batch of 8 "
+        f"{ratio('decode, batch 8', fp32)}, {ratio('decode, batch 8', compiled)}, "
+        f"{ratio('decode, batch 8', both)}; "
+        "[what we asked of ourselves, and did not all reach](docs/performance.md)",
+        "`make bench` ([S](results/bench/bench-S.json), [M](results/bench/bench-M.json))",
+    )
+    held = [run["cache_bytes_per_token"] for run in runs.values()]
+    less = [one["open-mythos"] / one[fp32] for one in held]
+    yield row(
+        "a token of cache takes what the MLA formula says",
+        f"{held[0][fp32]:.0f} and {held[1][fp32]:.0f} bytes (S, M, fp32), "
+        f"{less[0]:.1f} and {less[1]:.1f} times less than open-mythos 0.5.0",
+        "same",
+    )
+
+
+def scaling_rows(results: Path) -> Iterator[str]:
+    found = load(results, "bench/scaling.json")
+    fit, memory = found["line_fits"]["forward"], found["training_mib_by_loops"]["last 4 loops"]
+    where = f"`{found['command'].strip()}` ([results](results/bench/scaling.json))"
+    yield row(
+        "a loop costs the same however many there are; the rest is prelude, coda and head",
+        f"forward {1e3 * fit['fixed_seconds']:.1f} ms + {1e3 * fit['seconds_per_loop']:.1f} ms per "
+        f"loop for 1 to 64 loops, within {fit['largest_relative_error']:.1%} "
+        f"({1e3 * found['outside_the_loop_seconds']:.1f} ms without the loop); backpropagation "
+        f"through the last 4 loops holds {memory['4']:.0f} MiB at 4 loops and {memory['64']:.0f} "
+        "at 64",
+        where,
+    )
+    (halted,) = found["loop_cost_by_halted_percent"].values()
+    (exits,) = found["milliseconds_by_exit_loop"].values()
+    yield row(
+        "halting and early exit save time",
+        f"a loop with 75% of positions halted costs {halted['75']:.0%} of a full one; a token that "
+        f"leaves after 1 / 4 / 16 loops is decoded in {exits['1']:.1f} / {exits['4']:.1f} / "
+        f"{exits['16']:.1f} ms",
+        "same",
+    )
+
+
+def cache_rows(results: Path) -> Iterator[str]:
+    found = load(results, "cache/cache.json")
+    sizes, costs = found["bytes_per_token_at_16_loops"], found["added_by_policy"]
+    exact, shared = ([size[key] for size in sizes] for key in ("exact_ratio", "shared_ratio"))
+    block = min(size["recurrent_shared_ratio"] for size in sizes)
+    priced = ", ".join(
+        f"{name} {cost['added_nats_per_token']:+.3f} ± {cost['half_width_95']:.3f}"
+        for name, cost in costs.items()
+        if name != "exact"
+    )
+    yield row(
+        "a looped cache is small: MLA against full keys and values of equal depth, presets 1b to "
+        "1t at 16 loops",
+        f"{min(exact):.0f} to {max(exact):.0f} times less; loops that share one slot "
+        f"{min(shared):.1f} to {max(shared):.1f} times less again ({block:.0f} times in the "
+        f"recurrent block: prelude and coda keep theirs); cost in nats per token: {priced}",
+        f"`{found['command']}` ([results](results/cache/cache.json))",
+    )
+
+
+PROVEN = (
+    row(
+        "cached decoding equals the full forward pass, for every variant, any num_loops, padding "
+        "and chunked prefill",
+        "difference below 1e-4 in fp32",
+        "`pytest tests/model/test_invariants.py`",
+    ),
+    row(
+        "every decay is below 1 in fp32, bf16 and fp16, for any parameter value",
+        "property test",
+        "`pytest tests/recurrence/test_injection.py`",
+    ),
+    row(
+        "same logits as transformers' DeepSeek-V3, Llama, Mistral and Qwen3 layers with the same "
+        "weights",
+        "to 1e-4, with gradients, cache and left padding",
+        "`pytest tests/nn/test_parity.py`",
+    ),
+    row(
+        "a resumed run equals the uninterrupted one",
+        "bit for bit",
+        "`pytest tests/train/test_run.py`",
+    ),
+    row(
+        "preset names state the parameters",
+        "within 5%, counted without allocating",
+        "`pytest tests/model/test_presets.py`",
+    ),
+)
+
+
+def claims_table(results: Path) -> str:
+    """The README's table."""
+    parts = (study_rows, demo_rows, bench_rows, scaling_rows, cache_rows)
+    rows = [line for part in parts for line in part(results)]
+    return "\n".join(["| claim | measured | command |", "|---|---|---|", *rows, *PROVEN])
+
+
+def speed_tables(results: Path) -> str:
+    """Per workload and number of threads all figures of all contenders."""
+    lines: list[str] = []
+    shapes = {
+        "S": "width 256, 16 experts top-2, 4 loops, 8 x 256 tokens",
+        "M": "width 512, 64 experts top-4, 8 loops, 2 x 512 tokens",
+    }
+    for name, shape in shapes.items():
+        for run in load(results, f"bench/bench-{name}.json")["results"]:
+            names = list(run["cache_bytes_per_token"])
+            threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
+            lines += [f"**{name}** ({shape}), {threads}", ""]
+            lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+            for figure, seconds in run["seconds"].items():
+                ratio, share = run["ratio"][figure], run["share_of_bound"][figure]
+                cells = [
+                    f"{1e3 * seconds[one]:.1f}, {ratio[one]:.2f}x, {share[one]:.0%}"
+                    for one in names
+                ]
+                lines.append(f"| {figure} | {' | '.join(cells)} |")
+            held, peak = run["cache_bytes_per_token"], run["peak_megabytes"]
+            lines.append(
+                "| cache, bytes per token | " + " | ".join(f"{held[n]:.0f}" for n in names) + " |"
+            )
+            lines.append(
+                "| peak memory, training | "
+                + " | ".join(f"{peak[n]:.0f} MiB" for n in names)
+                + " |"
+            )
+            lines.append("")
+    return "\n".join(lines)
+
+
+def floors_table(results: Path) -> str:
+    """What bench.py asks against what it found; bold: below."""
+    runs = [run for n in "SM" for run in load(results, f"bench/bench-{n}.json")["results"]]
+    heads = [f"{run['workload']['name']}, {run['threads']}" for run in runs]
+    lines = [
+        f"| floor (S, M) | best of | {' | '.join(heads)} |",
+        "|---" * (len(runs) + 2) + "|",
+    ]
+
+    def cell(run: Any, value: float, floors: tuple[float, float], text: str) -> str:
+        floor = floors[run["workload"]["name"] == "M"]
+        return text if value >= floor else f"**{text}**"
+
+    for names, figure, floors in bench.FLOORS:
+        cells = []
+        for run in runs:
+            value = max(run["ratio"][figure][name] for name in names)
+            cells.append(cell(run, value, floors, f"{value:.2f}x"))
+        kinds = ", ".join(name.removeprefix("openmythos-") for name in names)
+        lines.append(f"| {figure} {floors[0]}x, {floors[1]}x | {kinds} | {' | '.join(cells)} |")
+    low, high = bench.PEAK_FLOORS["S"], bench.PEAK_FLOORS["M"]
+    shares = [run["share_of_bound"]["training step"]["openmythos-fp32"] for run in runs]
+    cells = [
+        cell(r, share, (low, high), f"{share:.0%}") for r, share in zip(runs, shares, strict=True)
+    ]
+    lines.append(
+        f"| share of fp32 peak, training {low:.0%}, {high:.0%} | fp32 | {' | '.join(cells)} |"
+    )
+    for kind in ("fp32", "bf16"):
+        cells = []
+        for run in runs:
+            peak = run["peak_megabytes"]
+            ratio = peak[f"openmythos-{kind}"] / peak[bench.REFERENCE]
+            text = f"{ratio:.2f}x"
+            cells.append(text if ratio <= bench.MEMORY_CEILING else f"**{text}**")
+        lines.append(
+            f"| peak memory of the training step, at most {bench.MEMORY_CEILING}x | {kind} | "
+            f"{' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """The text with new content between the marks of that name."""
+    begin, end = f"<!-- {name}: from results/, by `make claims` -->", f"<!-- end of {name} -->"
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
+
+
+def results_page(results: Path) -> str:
+    """docs/results.md: every study's report, its heading one level down, its figure linked."""
+    done = [name for name in STUDIES if (results / name / "report.md").exists()]
+    lines = [
+        "# Results of the studies",
+        "",
+        "Written by `make claims` from `results/`; each study is one command, one file in "
+        "`src/openmythos/studies/` and one folder.",
+        "",
+        "| study | verdict | minutes of one core |",
+        "|---|---|---|",
+    ]
+    for name in done:
+        data = load(results, f"{name}/results.json")
+        seconds = sum(run["seconds"] for run in (*data["runs"], *data["trials"]))
+        lines.append(f"| [{name}](#{name}) | {data['finding']['verdict']} | {seconds / 60:.0f} |")
+    missing = [name for name in STUDIES if name not in done]
+    lines += ["", f"Not run yet: {', '.join(missing) or 'none'}.", ""]
+    for name in done:
+        report = (results / name / "report.md").read_text(encoding="utf-8")
+        report = report.replace("\n## ", "\n### ").replace(
+            "(figure.png)", f"(../results/{name}/figure.png)"
+        )
+        lines += ["#" + report.rstrip(), ""]
+    return "\n".join(lines)
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """What every generated page should say."""
+    results, readme, performance = (
+        root / "results",
+        root / "README.md",
+        root / "docs/performance.md",
+    )
+    speed = replaced(_read(performance), "speed", speed_tables(results))
+    return {
+        readme: replaced(_read(readme), "claims", claims_table(results)),
+        performance: replaced(speed, "floors", floors_table(results)),
+        root / "docs/results.md": results_page(results),
+    }
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = {path: text for path, text in pages(ROOT).items() if text != _read(path)}
+    if check:
+        sys.exit(f"not what results/ says: {', '.join(map(str, stale))}" if stale else 0)
+    for path, text in stale.items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

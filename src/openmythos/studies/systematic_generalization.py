@@ -1,0 +1,177 @@
+"""Are facts composed that training never composed? A loop against as many layers of their own."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from openmythos.analysis import study_plots
+from openmythos.model.config import MythosConfig
+from openmythos.model.mythos import OpenMythos
+from openmythos.nn.attention import GroupedQueryAttention
+from openmythos.recurrence.loop_sampling import FixedLoops
+from openmythos.studies.depth_extrapolation import looped, stacked
+from openmythos.studies.learning import Learning, TiedLoops
+from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, percent
+from openmythos.tasks import SystematicHops
+from openmythos.tasks.split import Part
+from openmythos.train.optim import WSD, AdamW
+
+TASK = SystematicHops(num_relations=16, alone=0.125)
+PARTS: tuple[Part, ...] = ("train", "held_out", "ood")
+LOOPS = (2, 3, 4, 5, 6, 8)
+LOOPED, UNSHARED = "looped", "6 layers"
+EMERGED = 0.5
+
+
+def _sized(model: MythosConfig, **changes: Any) -> MythosConfig:
+    return replace(model, vocab_size=TASK.vocab_size, **changes)
+
+
+def arms() -> list[Arm]:
+    def learning(lr: float, loops: TiedLoops | FixedLoops) -> Learning:
+        return Learning(
+            num_steps=5000,
+            batch_size=128,
+            min_hops=2,
+            first_hops=6,
+            max_hops=6,
+            loops=loops,
+            optimizer=AdamW(lr=lr, weight_decay=0.6, beta1=0.9, beta2=0.98),
+            schedule=WSD(warmup=0.02, decay=0.6, final=0.03),
+        )
+
+    tied = learning(3e-3, TiedLoops(extra=3))
+    full = GroupedQueryAttention(num_heads=4, num_kv_heads=4)
+    bare = _sized(looped(), prelude_layers=0, coda_layers=0)
+    return [
+        Arm(name=LOOPED, model=bare, task=TASK, learning=tied),
+        Arm(
+            name="looped, full attention",
+            model=replace(bare, attention=full),
+            task=TASK,
+            learning=tied,
+            why="locality of attention",
+        ),
+        Arm(
+            name=UNSHARED,
+            model=_sized(stacked(6, 64)),
+            task=TASK,
+            learning=learning(1.5e-3, FixedLoops(mean_loops=1)),
+            why="depth",
+            rates=(7.5e-4, 1.5e-3, 3e-3),
+        ),
+    ]
+
+
+@torch.no_grad()
+def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
+    """Accuracy on chains of two hops by part and loops; each distinct pair of "ood" once."""
+    model.eval()
+    loops = (1,) if arm.model.num_loops == 1 else (2, 3) if quick else LOOPS
+    found: dict[str, Any] = {}
+    assert isinstance(arm.task, SystematicHops)
+    for part in PARTS:
+        generator = torch.Generator().manual_seed(10_000)
+        asked = replace(arm.task, one_hop=1e-9)
+        batch = asked.sample(40 if quick else 1000, 2, generator, part)
+        # Of few pairs a thousand draws repeat most: each counts once.
+        first = torch.unique(batch.tokens, dim=0, return_inverse=True)[1]
+        order = torch.stack([(first == i).nonzero()[0, 0] for i in range(int(first.max()) + 1)])
+        tokens, answers = batch.tokens[order], batch.answers()[order]
+        out = model(tokens, num_loops=max(loops), collect_loops=loops, last_only=True)
+        by_loops = dict(zip(out.recurrence.collected, out.loop_logits, strict=True))
+        found[part] = {"pairs": len(tokens)}
+        for loop in loops:
+            logits = by_loops.get(loop, out.logits)[:, 0]
+            found[part][str(loop)] = float((logits.argmax(dim=-1) == answers).float().mean())
+    return found
+
+
+def best(found: dict[str, Any], part: Part) -> float:
+    """The highest accuracy on a part, over loops."""
+    return max(share for loops, share in found[part].items() if loops != "pairs")
+
+
+def fit(result: RunResult) -> float:
+    """Accuracy on held-out pairs of facts that training did compose with others."""
+    return best(dict(result.curve), "held_out")
+
+
+def emerged(result: RunResult) -> int | None:
+    """The first snapshot at which half of the ood pairs are right."""
+    for step, found in result.curve["by_step"].items():
+        if best(found, "ood") >= EMERGED:
+            return int(step)
+    return None
+
+
+def judge(results: Sequence[RunResult]) -> Finding:
+    """Bars: looped >= 75% on ood pairs, unshared <= 10% (means over seeds), on >= 200 pairs."""
+    groups = by_arm(results)
+    mean = {
+        name: sum(best(dict(r.curve), "ood") for r in runs) / len(runs)
+        for name, runs in groups.items()
+    }
+    looped_mean, unshared = mean[LOOPED], mean[UNSHARED]
+    pairs = int(results[0].curve["ood"]["pairs"])
+    bars = {
+        f"looped on {pairs} pairs never composed: {looped_mean:.1%} (bar 75%)": looped_mean >= 0.75,
+        f"6 layers: {unshared:.1%} (bar at most 10%)": unshared <= 0.1,
+    }
+    verdict: Verdict = "does not hold here"
+    if all(bars.values()) and pairs >= 200:
+        verdict = "holds"
+    elif looped_mean >= unshared + 0.2:
+        verdict = "holds in part"
+    table = [
+        {
+            "arm": name,
+            "parameters": f"{runs[0].parameters:,}",
+            **{part: percent([best(dict(r.curve), part) for r in runs]) for part in PARTS},
+            "step of half the ood": ", ".join(str(emerged(r) or "never") for r in runs),
+            "minutes per run": f"{sum(r.seconds for r in runs) / len(runs) / 60:.1f}",
+        }
+        for name, runs in groups.items()
+    ]
+    return Finding(verdict, "; ".join(bars) + ".", table)
+
+
+def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
+    """Accuracy against training steps: three parts, an arm per panel."""
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    rows: list[dict[str, object]] = []
+    for result in results:
+        panel = panels.setdefault(result.arm, {part: {} for part in PARTS})
+        for step, found in result.curve["by_step"].items():
+            for part in PARTS:
+                panel[part].setdefault(int(step), []).append(best(found, part))
+                row = {"arm": result.arm, "seed": result.seed, "step": int(step), "part": part}
+                rows.append(row | {"accuracy": best(found, part)})
+    figure = study_plots.line_panels(
+        panels, x_labels=["training steps"], y_labels=["accuracy [%]"], percent=True
+    )
+    return figure, rows
+
+
+STUDY = Study(
+    name="systematic-generalization",
+    claim="A looped model composes facts that it has only ever seen alone; layers do not.",
+    source="Loop, Think & Generalize; Grokked Transformers (arXiv 2405.15071)",
+    method=(
+        f"{TASK.num_entities} entities, {TASK.num_relations} relations that are permutations; "
+        f"{TASK.alone:.1%} of the facts are only ever asked alone. Training: rows of one fact, and "
+        "chains of 2 to 6 other facts, 30% of whose pairs are held out. Asked: pairs of facts from "
+        "training (train), held-out pairs (held_out), and pairs of two facts that were always "
+        "alone (ood), at the best number of loops up to 8. The unshared model takes the best of "
+        "three learning rates by its accuracy on held-out pairs."
+    ),
+    not_shown=("Scale: the papers have 40,000 facts and millions of steps.", "Longer ood chains."),
+    arms=arms,
+    measure=measure,
+    fit=fit,
+    judge=judge,
+    draw=draw,
+    snapshots=20,
+)
