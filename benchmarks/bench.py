@@ -27,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from openmythos.analysis import plots
-from openmythos.config import write_json
+from openmythos.config import read_json, write_json
 from openmythos.machine import describe, keep_freed_memory, peak_bytes
 from openmythos.model import cost
 from openmythos.nn.cache import ExactCache
@@ -328,36 +328,43 @@ def main() -> None:
         return
     names, machine = tuple(options.contenders), describe()
     for workload in workloads:
-        results, limits_by_threads = [], {}
+        results = []
         memory = {} if options.no_memory else measure_memory(workload, names)
         for threads in options.threads:
-            limits = limits_by_threads[str(threads)] = machine_limits(threads)
+            limits = machine_limits(threads)
             result = time_workload(workload, names, threads, options.rounds)
             if memory:
                 result["peak_megabytes"] = memory
             report(workload, threads, result, limits)
             shape = vars(workload)
-            results.append({"workload": shape, "threads": threads, **result})
-        write_results(options, machine, limits_by_threads, results)
+            measured = {"commit": machine["commit"], "limits": limits, **result}
+            results.append({"workload": shape, "threads": threads, **measured})
+        write_results(options, machine, results)
 
 
 def write_results(
     options: argparse.Namespace,
     machine: dict[str, Any],
-    limits: dict[str, dict[str, float]],
     results: list[dict[str, Any]],
 ) -> None:
-    """bench-NAME.json, .png and .csv of one workload."""
+    """bench-NAME.json, .png and .csv of one workload; other numbers of threads there are kept."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"bench-{results[0]['workload']['name'].replace(' ', '-')}.json"
+    measured = {result["threads"] for result in results}
+    kept = read_json(path)["results"] if path.exists() else []
+    for result in results:
+        # Memory does not depend on threads: what was measured before still holds.
+        if "peak_megabytes" not in result and kept:
+            result["peak_megabytes"] = kept[0]["peak_megabytes"]
+    results = [result for result in kept if result["threads"] not in measured] + results
+    results.sort(key=lambda result: int(result["threads"]))
     missed = check_floors(results)
     for text in missed:
         OUT.print(f"below its floor: {text}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"bench-{results[0]['workload']['name'].replace(' ', '-')}.json"
     write_json(
         {
             "command": "python benchmarks/bench.py " + " ".join(sys.argv[1:]),
             "hardware": machine,
-            "limits": limits,
             "rounds": options.rounds,
             "results": json.loads(json.dumps(results)),
             "below_floor": missed,

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from openmythos.config import ConfigError
 from openmythos.nn.experts import SortedRows, grouped_linear, grouped_outer
 from openmythos.nn.feed_forward import TokenRows
+from openmythos.nn.linear import LowRank
 from openmythos.nn.moe import MoE, MoELayer, RouterStats, _filled_up, _inverse
 
 DIM, TOKENS = 16, 24
@@ -339,7 +340,7 @@ def test_updates_even_out_a_skewed_load(score: Any) -> None:
     """Tokens with a common direction flood some experts; the biases alone undo it."""
     layer = build(num_experts=8, score=score, bias_rate=0.005, num_shared_experts=0)
     layer.router.router_bias.zero_()
-    common = torch.randn(DIM)
+    common = 1.5 * torch.randn(DIM)
 
     def violation() -> float:
         stats = layer(torch.randn(512, DIM) + common, rows_of(512))[1]
@@ -505,3 +506,13 @@ def test_groups_in_bf16_are_filled_up_to_round_sizes() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = layer(tokens, rows_of(400))[0]
     torch.testing.assert_close(found.float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_a_loop_may_have_a_router_of_its_own() -> None:
+    layer, tokens = build(), torch.randn(TOKENS, DIM)
+    experts = layer.config.num_experts
+    layer.router.delta_key = "router"
+    own = LowRank(torch.randn(experts, DIM), torch.eye(experts))
+    _, _, scores, logits = layer.router(tokens, {"router": own})
+    torch.testing.assert_close(logits, tokens @ (layer.router.weight + own.down).T)
+    assert not scores.allclose(layer.router(tokens)[2])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from openmythos.model.inputs import token_layout
 from openmythos.nn.attention import attention_context
 from openmythos.studies import adaptive_computation as adaptive
 from openmythos.studies import depth_extrapolation as depth
+from openmythos.studies import depth_lora as lora
+from openmythos.studies import expert_routing as routing
 from openmythos.studies import runner, stability
 from openmythos.studies import systematic_generalization as systematic
 from openmythos.studies import test_time_depth as depth_of_text
@@ -193,8 +196,24 @@ def test_unknown_studies_are_named() -> None:
         runner.get("depth-extrapolatio")
 
 
+class Here:
+    """A pool that works in this process: starting others takes longer than a quick run."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def submit(self, work: Any, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*arguments))
+        return future
+
+    def shutdown(self, **_: Any) -> None: ...
+
+
 @pytest.mark.parametrize("name", [n for n in runner.STUDIES if n != depth.STUDY.name])
-def test_every_study_runs_quick_with_figure_and_report(name: str, tmp_path: Path) -> None:
+def test_every_study_runs_quick_with_figure_and_report(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
     study = runner.get(name)
     fast = replace(study, arms=lambda: [replace(arm, rates=()) for arm in study.arms()])
     finding = runner.run_study(fast, tmp_path, seeds=1, quick=True)
@@ -321,3 +340,20 @@ def test_ood_pairs_are_many_and_counted_once() -> None:
     found = systematic.measure(OpenMythos(arm.model, seed=0).eval(), arm, quick=False)
     assert 200 <= found["ood"]["pairs"] <= 1000
     assert found["train"]["pairs"] > 900
+
+
+def test_overlap_of_expert_sets() -> None:
+    same = torch.tensor([[[0, 1]], [[1, 0]]])
+    assert routing.overlap(same) == {"jaccard": 1.0, "union_over_top_k": 1.0}
+    half = torch.tensor([[[0, 1]], [[1, 2]]])
+    assert routing.overlap(half) == pytest.approx({"jaccard": 1 / 3, "union_over_top_k": 1.5})
+    apart = torch.tensor([[[0, 1]], [[2, 3]]])
+    assert routing.overlap(apart) == {"jaccard": 0.0, "union_over_top_k": 2.0}
+
+
+def test_controls_of_the_text_studies_are_matched() -> None:
+    counts = {arm.name: cost.parameters(arm.model) for arm in routing.arms()}
+    assert counts[routing.DENSE].total == pytest.approx(counts[routing.BALANCED].active, rel=0.05)
+    models = {arm.name: arm.model for arm in lora.arms()}
+    looped = models["text, rank 0"].effective_depth(lora.TRAINED)
+    assert models[lora.UNTIED].effective_depth(1) == looped

@@ -21,7 +21,7 @@ from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
 from openmythos.nn.cross_entropy import CHUNK_TOKENS
 from openmythos.nn.feed_forward import ReLU2, SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
-from openmythos.nn.moe import MoE, MoELayer, Router
+from openmythos.nn.moe import MoE, MoELayer
 
 Optimizer = Literal["adamw", "muon"]
 FP32 = 4
@@ -295,7 +295,7 @@ def _maps(layers: nn.Module) -> int:
     """Multiply-adds per token outside attention: one per weight that a token meets."""
     count = 0
     for module in layers.modules():
-        if isinstance(module, nn.Linear | Router):
+        if isinstance(module, nn.Linear):
             count += _numel(module)
         elif isinstance(module, MoELayer):
             count += _chosen(module)

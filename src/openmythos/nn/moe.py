@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from openmythos.config import require, require_int, require_number
 from openmythos.nn.experts import Experts, ExpertWeights, SortedRows
 from openmythos.nn.feed_forward import SwiGLULayer, TokenRows
-from openmythos.nn.linear import NO_DELTAS, Deltas, as_autocast
+from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, as_autocast
 from openmythos.types import Tokens
 
 # The grouped kernels want rows of whole 16 bytes: 8 numbers in bf16.
@@ -92,23 +92,32 @@ class MoE:
         return MoELayer(self, dim)
 
 
-class Router(nn.Module):
-    """scores s = sigmoid(W x) or softmax(W x); the top_k of s + router_bias are chosen."""
+class Router(Linear):
+    """scores s = sigmoid(W x) or softmax(W x); the top_k of s + router_bias are chosen.
+
+    A linear map, so that a LoopLoRA may give every loop a router of its own.
+    """
 
     router_bias: Tensor
 
     def __init__(self, config: MoE, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim, config.num_experts, bias=False)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
         self.register_buffer("router_bias", torch.zeros(config.num_experts))
 
-    def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, tokens: Tokens, deltas: Deltas = NO_DELTAS
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(weights [tokens, top_k], experts [tokens, top_k], scores, logits [tokens, experts])."""
         c = self.config
         # In fp32: a rounded score flips choices, and nothing here is large.
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.float(), self.weight.float())
+            wide = tokens.float()
+            logits = F.linear(wide, self.weight.float())
+            delta = deltas.get(self.delta_key)
+            if delta is not None:
+                down = F.linear(wide, delta.down.float())
+                logits = logits + F.linear(down, delta.up.float())
         scores = logits.sigmoid() if c.score == "sigmoid" else logits.softmax(dim=-1)
         experts = (scores.detach() + self.router_bias.float()).topk(c.top_k, dim=-1).indices
         weights = scores.gather(1, experts)
@@ -162,7 +171,7 @@ class MoELayer(nn.Module):
         """Statistics come in training only, of the sequences that `rows` tells."""
         if expert_weights is None:
             expert_weights = self.experts.weights()
-        weights, experts, scores, logits = self.router(tokens)
+        weights, experts, scores, logits = self.router(tokens, deltas)
         counts = None
         if self._are_few(tokens):
             tokens = as_autocast(tokens)

@@ -26,6 +26,8 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.studies import (
     adaptive_computation,
     depth_extrapolation,
+    depth_lora,
+    expert_routing,
     stability,
     systematic_generalization,
     test_time_depth,
@@ -46,6 +48,8 @@ STUDIES: dict[str, Study] = {
         systematic_generalization.STUDY,
         stability.STUDY,
         test_time_depth.STUDY,
+        expert_routing.STUDY,
+        depth_lora.STUDY,
         adaptive_computation.STUDY,
     )
 }

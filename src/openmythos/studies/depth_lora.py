@@ -1,0 +1,204 @@
+"""What does a low-rank difference between loops buy: on text, and beyond the loops trained?"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from openmythos.analysis import study_plots
+from openmythos.eval.likelihood import depth_sweep
+from openmythos.model.config import MythosConfig
+from openmythos.model.mythos import OpenMythos
+from openmythos.recurrence.conditioning import LoopLoRA
+from openmythos.recurrence.injection import LTI, NoInjection
+from openmythos.recurrence.loop_sampling import FixedLoops
+from openmythos.studies.depth_extrapolation import best, looped
+from openmythos.studies.learning import Learning, accuracy_map
+from openmythos.studies.stability import model
+from openmythos.studies.study import (
+    Arm,
+    Finding,
+    RunResult,
+    Study,
+    Verdict,
+    by_arm,
+    mean_and_half_width,
+    percent,
+)
+from openmythos.studies.text import Text, TextLearning, TextRun
+from openmythos.tasks import KHop
+from openmythos.train.config import TrainConfig
+from openmythos.train.optim import WSD, AdamW
+
+TRAINED = 4
+LOOPS = (1, 2, 3, 4, 6, 8, 16)
+RANKS = (0, 2, 8)
+UNTIED = "text, untied"
+HOPS, HOP_LOOPS = (10, 20, 30), (10, 20, 30, 40, 60, 80)
+RECOVERED = 0.5
+
+
+def with_rank(base: MythosConfig, rank: int, num_loops: int) -> MythosConfig:
+    """Every linear map of the loop with a delta of that rank per loop."""
+    if rank == 0:
+        return base
+    lora = LoopLoRA(rank=rank, num_loops=num_loops, targets=("attention.*", "feed_forward.*"))
+    return replace(base, loop_lora=lora)
+
+
+def untied() -> MythosConfig:
+    """As many layers as the looped model runs, each with its own weights."""
+    base = model(NoInjection())
+    return replace(base, prelude_layers=TRAINED, num_loops=1, prelude_norm=False)
+
+
+def arms() -> list[Arm]:
+    training = TrainConfig(
+        num_steps=400,
+        batch_size=8,
+        seq_len=128,
+        loops=FixedLoops(mean_loops=TRAINED),
+        optimizer=AdamW(lr=4e-3),
+        schedule=WSD(warmup=0.05, decay=0.3, final=0.1),
+    )
+    once = replace(training, loops=FixedLoops(mean_loops=1))
+
+    def text(name: str, config: MythosConfig, how: TrainConfig) -> Arm:
+        return Arm(
+            name=name,
+            model=config,
+            task=Text(),
+            learning=TextLearning(train=how),
+            rates=(2e-3, 4e-3, 8e-3),
+        )
+
+    hops = Learning(num_steps=1400, max_hops=10)
+    return [
+        *(text(f"text, rank {r}", with_rank(model(LTI()), r, TRAINED), training) for r in RANKS),
+        text(UNTIED, untied(), once),
+        *(
+            Arm(
+                name=f"k-hop, rank {rank}",
+                model=with_rank(looped(), rank, 16),
+                task=KHop(),
+                learning=hops,
+            )
+            for rank in RANKS
+        ),
+    ]
+
+
+@torch.no_grad()
+def measure(trained: TextRun | OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
+    """Held-out nats per token by loops, or accuracy by hops and loops."""
+    if isinstance(trained, TextRun):
+        loops = (1,) if arm.model.num_loops == 1 else LOOPS[:4] if quick else LOOPS
+        found = depth_sweep(trained.model, trained.held_out, loops, seq_len=128, batch_size=16)
+        return {str(n): likelihood.nats_per_token for n, likelihood in found.items()}
+    asked = ((2, 4), (2, 6)) if quick else (HOPS, HOP_LOOPS)
+    shares = accuracy_map(trained, arm.problems, *asked, examples=20 if quick else 400)
+    return {str(h): {str(t): share for t, share in row.items()} for h, row in shares.items()}
+
+
+def nats(result: RunResult, loops: int) -> float:
+    """Held-out loss after so many loops; of the untied model, after its layers."""
+    return float(result.curve.get(str(loops), result.curve["1"]))
+
+
+def fit(result: RunResult) -> float:
+    return -nats(result, TRAINED)
+
+
+def judge(results: Sequence[RunResult]) -> Finding:
+    """Rank 8 must recover half of what sharing costs (rank 0 against untied), must not lose more
+    than 0.02 nats at twice the trained loops, and must reach on k-hop what rank 0 does less 5
+    points at 20 hops."""
+    groups = by_arm(results)
+
+    def mean(name: str, loops: int) -> float:
+        return statistics.mean(nats(run, loops) for run in groups[name])
+
+    gap = mean("text, rank 0", TRAINED) - mean(UNTIED, TRAINED)
+    gain = mean("text, rank 0", TRAINED) - mean("text, rank 8", TRAINED)
+    later = mean("text, rank 8", 2 * TRAINED) - mean("text, rank 8", TRAINED)
+    hops = {
+        rank: statistics.mean(best(run, 20) for run in groups[f"k-hop, rank {rank}"])
+        for rank in (0, 8)
+    }
+    statements = {
+        f"sharing costs {gap:+.3f} nats, rank 8 wins {gain:+.3f} back": gap > 0
+        and gain >= RECOVERED * gap,
+        f"at twice the trained loops rank 8 loses {later:+.3f} (at most 0.02)": later <= 0.02,
+        f"at 20 hops rank 8 reaches {hops[8]:.0%}, rank 0 {hops[0]:.0%}": hops[8] >= hops[0] - 0.05,
+    }
+    verdict: Verdict = "does not hold here"
+    if all(statements.values()):
+        verdict = "holds"
+    elif next(iter(statements.values())) or (gain > 0 and sum(statements.values()) == 2):
+        verdict = "holds in part"
+    columns = [f"nats at {n} loops" for n in (1, TRAINED, 2 * TRAINED, 16)]
+    table = []
+    for name, runs in groups.items():
+        row = {"arm": name, "parameters": f"{runs[0].parameters:,}"}
+        on_text = name.startswith("text")
+        for n, column in zip((1, TRAINED, 2 * TRAINED, 16), columns, strict=True):
+            shown = on_text and (name != UNTIED or n == TRAINED)
+            values = [nats(run, n) for run in runs] if shown else []
+            row[column] = _shown(values) if values else "-"
+        for count in (10, 20, 30):
+            row[f"{count} hops"] = "-" if on_text else percent([best(r, count) for r in runs])
+        row["learning rate"] = f"{runs[0].rate:g}"
+        table.append(row)
+    text = "; ".join(f"{text} ({'yes' if true else 'no'})" for text, true in statements.items())
+    return Finding(verdict, f"{text}.", table)
+
+
+def _shown(values: Sequence[float]) -> str:
+    mean, half = mean_and_half_width(values)
+    return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
+
+
+def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
+    """Held-out loss against loops per rank; accuracy against hops per rank."""
+    text: dict[str, dict[float, list[float]]] = {}
+    hops: dict[str, dict[float, list[float]]] = {}
+    rows: list[dict[str, object]] = []
+    for run in results:
+        name = run.arm.split(", ")[1]
+        if run.arm.startswith("text"):
+            for loops in (TRAINED,) if run.arm == UNTIED else map(int, run.curve):
+                loss = nats(run, loops)
+                text.setdefault(name, {}).setdefault(loops, []).append(loss)
+                rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "nats": loss})
+            continue
+        for count in map(int, run.curve):
+            share = best(run, count)
+            hops.setdefault(name, {}).setdefault(count, []).append(100 * share)
+            rows.append({"arm": run.arm, "seed": run.seed, "hops": count, "accuracy": share})
+    figure = study_plots.line_panels(
+        {f"text (trained with {TRAINED} loops)": text, "k-hop (trained to 10 hops)": hops},
+        x_labels=["num_loops at inference", "hops"],
+        y_labels=["held-out loss [nats / token]", "accuracy at the best num_loops [%]"],
+    )
+    return figure, rows
+
+
+STUDY = Study(
+    name="depth-lora",
+    claim="A low-rank difference per loop wins back most of what sharing the weights costs.",
+    source="Relaxed Recursive Transformers (arXiv 2410.20672)",
+    method=(
+        "Text: 0.5 M parameters on Python's standard library, 400 steps of 8 x 128 tokens, 4 "
+        "loops; LoRA on every linear map of the loop; untied: 4 layers of their own between the "
+        "same first and last; best of three learning rates by held-out loss. k-hop: trained to 10 "
+        "hops as in what-makes-it-extrapolate, LoRA for 16 loops, the last pair for all later ones."
+    ),
+    not_shown=("Equal parameters: ranks and untied layers have more.", "Long training."),
+    arms=arms,
+    measure=measure,
+    fit=fit,
+    judge=judge,
+    draw=draw,
+)

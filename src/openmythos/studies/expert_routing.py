@@ -1,0 +1,214 @@
+"""Does each loop choose other experts, does bias balancing spread the load, and does it help?"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from openmythos.analysis import study_plots
+from openmythos.data.loader import evaluation_windows
+from openmythos.eval.likelihood import depth_sweep
+from openmythos.model.config import MythosConfig
+from openmythos.model.mythos import OpenMythos
+from openmythos.nn.block import Block
+from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.moe import MoE, MoELayer
+from openmythos.recurrence.conditioning import LoopLoRA
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.loop_sampling import PoissonLoops
+from openmythos.studies.stability import model
+from openmythos.studies.study import (
+    Arm,
+    Finding,
+    RunResult,
+    Study,
+    Verdict,
+    by_arm,
+    mean_and_half_width,
+)
+from openmythos.studies.text import Text, TextLearning, TextRun
+from openmythos.train.config import TrainConfig
+from openmythos.train.optim import WSD, AdamW
+
+LOOPS = 4
+EXPERTS = MoE(
+    num_experts=16,
+    top_k=2,
+    expert_dim=64,
+    num_shared_experts=1,
+    bias_rate=5e-3,
+    balance_weight=0.0,
+)
+BALANCED, UNBALANCED = "bias balancing", "no balancing"
+ROUTERS, DENSE = "a router per loop", "dense, equal active width"
+
+
+def arms() -> list[Arm]:
+    base = model(LTI())
+
+    def mixture(experts: MoE, **changes: Any) -> MythosConfig:
+        return replace(base, recurrent_feed_forward=experts, **changes)
+
+    per_loop = LoopLoRA(rank=EXPERTS.num_experts, num_loops=LOOPS, targets=("feed_forward.router",))
+    active = EXPERTS.expert_dim * (EXPERTS.top_k + EXPERTS.num_shared_experts)
+    models = {
+        BALANCED: mixture(EXPERTS),
+        UNBALANCED: mixture(replace(EXPERTS, bias_rate=0.0)),
+        "balance loss": mixture(replace(EXPERTS, bias_rate=0.0, balance_weight=1e-2)),
+        ROUTERS: mixture(EXPERTS, loop_lora=per_loop),
+        DENSE: replace(base, recurrent_feed_forward=SwiGLU(hidden_dim=active)),
+    }
+    training = TrainConfig(
+        num_steps=400,
+        batch_size=8,
+        seq_len=128,
+        loops=PoissonLoops(mean_loops=float(LOOPS), max_loops=12),
+        optimizer=AdamW(lr=4e-3),
+        schedule=WSD(warmup=0.05, decay=0.3, final=0.1),
+    )
+    return [
+        Arm(
+            name=name,
+            model=config,
+            task=Text(),
+            learning=TextLearning(train=training),
+            rates=(2e-3, 4e-3, 8e-3),
+        )
+        for name, config in models.items()
+    ]
+
+
+def chosen_experts(model: OpenMythos, tokens: torch.Tensor) -> torch.Tensor:
+    """Which experts every position chooses in every loop, [loops, positions, top_k]."""
+    block = model.recurrent.layers[0]
+    assert isinstance(block, Block) and isinstance(block.feed_forward, MoELayer)
+    seen: list[torch.Tensor] = []
+    handle = block.feed_forward.router.register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output[1])
+    )
+    try:
+        with torch.no_grad():
+            model.eval()(tokens, num_loops=LOOPS)
+    finally:
+        handle.remove()
+    return torch.stack(seen)
+
+
+def overlap(chosen: torch.Tensor) -> dict[str, float]:
+    """Mean Jaccard index of the sets of two loops of one token, and distinct experts / top_k."""
+    loops, _, top_k = chosen.shape
+    member = torch.zeros(*chosen.shape[:2], int(chosen.max()) + 1, dtype=torch.bool)
+    member = member.scatter(2, chosen, True)
+    jaccard = []
+    for one in range(loops):
+        for other in range(one + 1, loops):
+            both = (member[one] & member[other]).sum(dim=1)
+            either = (member[one] | member[other]).sum(dim=1)
+            jaccard.append(float((both / either).mean()))
+    union = member.any(dim=0).sum(dim=1) / top_k
+    return {"jaccard": statistics.mean(jaccard), "union_over_top_k": float(union.mean())}
+
+
+@torch.no_grad()
+def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
+    """Held-out nats per token, load on held-out text, overlap between loops."""
+    found = depth_sweep(trained.model, trained.held_out, (LOOPS,), seq_len=128, batch_size=16)
+    curve: dict[str, Any] = {"nats": found[LOOPS].nats_per_token}
+    if arm.name != DENSE:
+        batch = next(iter(evaluation_windows(trained.held_out, 128, batch_size=2 if quick else 64)))
+        chosen = chosen_experts(trained.model, batch.tokens)
+        load = torch.bincount(chosen.flatten(), minlength=EXPERTS.num_experts).float()
+        curve["load"] = (load / load.mean()).tolist()
+        curve["max_violation"] = float(load.max() / load.mean() - 1)
+        curve.update(overlap(chosen))
+    return curve
+
+
+def fit(result: RunResult) -> float:
+    return -float(result.curve["nats"])
+
+
+def judge(results: Sequence[RunResult]) -> Finding:
+    """Bars: MaxVio <= 0.2 with bias balancing, >= 0.5 without, at a loss within 1%; loops of one
+    token choose different experts (Jaccard <= 0.5); the mixture beats the dense control."""
+    groups = by_arm(results)
+
+    def mean(name: str, key: str) -> float:
+        return statistics.mean(run.curve[key] for run in groups[name])
+
+    loss = {name: mean(name, "nats") for name in groups}
+    change = loss[BALANCED] / loss[UNBALANCED] - 1
+    with_bias, without = mean(BALANCED, "max_violation"), mean(UNBALANCED, "max_violation")
+    jaccard = mean(BALANCED, "jaccard")
+    statements = {
+        f"MaxVio with bias balancing {with_bias:.2f} (at most 0.2)": with_bias <= 0.2,
+        f"without {without:.2f} (at least 0.5)": without >= 0.5,
+        f"loss {change:+.1%} (within 1%)": abs(change) <= 0.01,
+        f"Jaccard of two loops {jaccard:.2f} (at most 0.5)": jaccard <= 0.5,
+        f"loss {loss[BALANCED]:.3f}, dense {loss[DENSE]:.3f}": loss[BALANCED] < loss[DENSE],
+    }
+    verdict: Verdict = "does not hold here"
+    if all(statements.values()):
+        verdict = "holds"
+    elif sum(statements.values()) >= 3:
+        verdict = "holds in part"
+    table = []
+    for name, runs in groups.items():
+        row = {"arm": name, "parameters": f"{runs[0].parameters:,}"}
+        for key, head in (
+            ("nats", "held-out nats"),
+            ("max_violation", "MaxVio"),
+            ("jaccard", "Jaccard of loops"),
+            ("union_over_top_k", "distinct experts / top_k"),
+        ):
+            values = [run.curve[key] for run in runs if key in run.curve]
+            row[head] = _shown(values) if values else "-"
+        row["learning rate"] = f"{runs[0].rate:g}"
+        table.append(row)
+    text = "; ".join(f"{text} ({'yes' if true else 'no'})" for text, true in statements.items())
+    return Finding(verdict, f"{text}.", table)
+
+
+def _shown(values: Sequence[float]) -> str:
+    mean, half = mean_and_half_width(values)
+    return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
+
+
+def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
+    """Load of the experts, most loaded first, per arm."""
+    loads: dict[str, dict[float, list[float]]] = {}
+    rows: list[dict[str, object]] = []
+    for run in results:
+        rows.append(
+            {"arm": run.arm, "seed": run.seed}
+            | {key: value for key, value in run.curve.items() if key != "load"}
+        )
+        for place, load in enumerate(sorted(run.curve.get("load", []), reverse=True), start=1):
+            loads.setdefault(run.arm, {}).setdefault(place, []).append(load)
+    figure = study_plots.line_panels(
+        {"": loads},
+        x_labels=["expert, most loaded first"],
+        y_labels=["load on held-out text / mean load"],
+    )
+    return figure, rows
+
+
+STUDY = Study(
+    name="expert-routing",
+    claim="Bias balancing spreads the load at no loss, and every loop chooses experts of its own.",
+    source="DeepSeek-V3 (arXiv 2412.19437); OpenMythos announcement",
+    method=(
+        "Text as in test-time-depth, 16 experts top-2 and one shared in the loop, 400 steps; "
+        "load, and overlap between the expert sets of a token's 4 loops, on 64 held-out windows; a "
+        "router per loop is the shared one plus a matrix per loop; dense: a SwiGLU as wide as the "
+        "experts that a token uses. Best of three learning rates by held-out loss."
+    ),
+    not_shown=("Experts at scale; specialisation by content.",),
+    arms=arms,
+    measure=measure,
+    fit=fit,
+    judge=judge,
+    draw=draw,
+)
