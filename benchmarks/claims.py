@@ -30,7 +30,7 @@ def row(claim: str, measured: str, where: str) -> str:
 def study_rows(results: Path) -> Iterator[str]:
     """The verdicts of the studies that have been run."""
     for name, study in STUDIES.items():
-        if (results / name / "results.json").exists():
+        if (results / name / "report.md").exists():
             finding = load(results, f"{name}/results.json")["finding"]
             yield row(
                 study.claim,

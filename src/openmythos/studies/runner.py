@@ -28,6 +28,7 @@ from openmythos.studies import (
     depth_extrapolation,
     depth_lora,
     expert_routing,
+    parameter_efficiency,
     stability,
     systematic_generalization,
     test_time_depth,
@@ -45,6 +46,7 @@ STUDIES: dict[str, Study] = {
     for study in (
         depth_extrapolation.STUDY,
         what_makes_it_extrapolate.STUDY,
+        parameter_efficiency.STUDY,
         systematic_generalization.STUDY,
         stability.STUDY,
         test_time_depth.STUDY,

@@ -72,7 +72,9 @@ class Arm:
         if isinstance(self.task, Text):
             short = self._changed(num_steps=3, batch_size=2)
             return replace(short, task=self.task.quick())
-        return self._changed(num_steps=3, max_hops=3, first_hops=2, batch_size=4)
+        assert isinstance(self.learning, Learning)
+        first = max(2, self.learning.min_hops)
+        return self._changed(num_steps=3, max_hops=first + 1, first_hops=first, batch_size=4)
 
     @property
     def _learned(self) -> Learning | TrainConfig:

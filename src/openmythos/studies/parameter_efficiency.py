@@ -1,0 +1,175 @@
+"""Does one layer looped L times do what L layers do, with an L-th of the parameters?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from openmythos.analysis import study_plots
+from openmythos.model.config import MythosConfig
+from openmythos.model.mythos import OpenMythos
+from openmythos.nn.attention import GroupedQueryAttention
+from openmythos.nn.feed_forward import SwiGLU
+from openmythos.recurrence.conditioning import NoLoopLoRA
+from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.loop_sampling import FixedLoops
+from openmythos.studies.learning import Learning
+from openmythos.studies.study import (
+    Arm,
+    Finding,
+    RunResult,
+    Study,
+    Verdict,
+    by_arm,
+    percent,
+)
+from openmythos.tasks import Addition, PHop, Task
+from openmythos.train.optim import WSD, AdamW
+
+# (layers in the block, loops): the paper's k x L.
+GRID = ((6, 1), (1, 6), (2, 3), (3, 2), (1, 1), (2, 1), (3, 1))
+DEPTH = 6
+TASKS: dict[str, tuple[Task, int, int]] = {  # task, fewest and most hops
+    "p-hop": (PHop(alphabet=4, length=32), 4, 4),
+    "addition": (Addition(digits=2, max_operands=4), 2, 4),
+}
+
+
+def model(task: Task, layers: int, loops: int) -> MythosConfig:
+    """A block of layers run so many times on the embedding: nothing before, after or injected."""
+    feed_forward = SwiGLU(hidden_dim=168)
+    return MythosConfig(
+        vocab_size=task.vocab_size,
+        dim=64,
+        context=128,
+        prelude_layers=0,
+        recurrent_layers=layers,
+        coda_layers=0,
+        num_loops=loops,
+        attention=GroupedQueryAttention(num_heads=4, num_kv_heads=4),
+        feed_forward=feed_forward,
+        recurrent_feed_forward=feed_forward,
+        injection=NoInjection(),
+        loop_lora=NoLoopLoRA(),
+        state_init="encoded",
+        prelude_norm=False,
+        zero_init_outputs=False,
+    )
+
+
+def name_of(task: str, layers: int, loops: int) -> str:
+    return f"{task}, {layers} x {loops}"
+
+
+def arms() -> list[Arm]:
+    return [
+        Arm(
+            name=name_of(name, layers, loops),
+            model=model(task, layers, loops),
+            task=task,
+            learning=Learning(
+                num_steps=2000,
+                batch_size=64,
+                min_hops=fewest,
+                first_hops=most,
+                max_hops=most,
+                loops=FixedLoops(mean_loops=loops),
+                optimizer=AdamW(lr=2e-3, weight_decay=0.05, beta2=0.98),
+                schedule=WSD(warmup=0.05, decay=0.4, final=0.03),
+            ),
+            rates=(1e-3, 2e-3, 4e-3),
+        )
+        for name, (task, fewest, most) in TASKS.items()
+        for layers, loops in GRID
+    ]
+
+
+@torch.no_grad()
+def measure(trained: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
+    """Share of problems of the largest size answered right, all digits of a sum together."""
+    trained.eval()
+    hops = max(most for task, _, most in TASKS.values() if task.kind == arm.problems.kind)
+    generator = torch.Generator().manual_seed(10_000)
+    batch = arm.problems.sample(50 if quick else 2000, hops, generator)
+    right = trained(batch.tokens).logits.argmax(dim=-1) == batch.targets
+    if isinstance(arm.problems, Addition):
+        share = right[:, -arm.problems.answer_digits :].all(dim=1)
+    else:
+        share = right.gather(1, batch.answer_at[:, None])[:, 0]
+    return {"accuracy": float(share.float().mean())}
+
+
+def fit(result: RunResult) -> float:
+    return float(result.curve["accuracy"])
+
+
+def judge(results: Sequence[RunResult]) -> Finding:
+    """Bars, on every task: one layer looped 6 times within 2 points of 6 layers, and 30 points
+    above one layer run once."""
+    groups = by_arm(results)
+    mean = {name: sum(map(fit, runs)) / len(runs) for name, runs in groups.items()}
+    statements = {}
+    for task in TASKS:
+        full, looped, once = (
+            mean[name_of(task, *shape)] for shape in ((DEPTH, 1), (1, DEPTH), (1, 1))
+        )
+        text = f"{task}: 6 layers {full:.1%}, 1 layer x 6 loops {looped:.1%}, 1 layer {once:.1%}"
+        statements[text] = looped >= full - 0.02 and looped >= once + 0.3
+    verdict: Verdict = "does not hold here"
+    if all(statements.values()):
+        verdict = "holds"
+    elif any(statements.values()):
+        verdict = "holds in part"
+    table = []
+    for layers, loops in GRID:
+        row = {"layers x loops": f"{layers} x {loops}"}
+        for task in TASKS:
+            runs = groups[name_of(task, layers, loops)]
+            row[f"{task}, accuracy"] = percent([fit(run) for run in runs])
+            row[f"{task}, learning rate"] = f"{runs[0].rate:g}"
+        row["parameters"] = f"{groups[name_of('p-hop', layers, loops)][0].parameters:,}"
+        table.append(row)
+    text = "; ".join(f"{text} ({'yes' if true else 'no'})" for text, true in statements.items())
+    return Finding(verdict, f"{text}.", table)
+
+
+def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
+    """Accuracy against executed depth: looped and not, a panel per task."""
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    rows: list[dict[str, object]] = []
+    shapes = {name_of(task, *shape): (task, *shape) for task in TASKS for shape in GRID}
+    for run in results:
+        task, layers, loops = shapes[run.arm]
+        lines = panels.setdefault(task, {})
+        row = {"task": task, "layers": layers, "loops": loops, "seed": run.seed}
+        rows.append({**row, **run.curve})
+        if layers == 1:
+            lines.setdefault("1 layer, looped", {}).setdefault(loops, []).append(fit(run))
+        if loops == 1:
+            lines.setdefault("layers of their own", {}).setdefault(layers, []).append(fit(run))
+        if layers in (2, 3):
+            line = lines.setdefault(f"{layers} layers, looped", {})
+            line.setdefault(layers * loops, []).append(fit(run))
+    figure = study_plots.line_panels(
+        panels, x_labels=["layers executed"], y_labels=["accuracy [%]"], percent=True
+    )
+    return figure, rows
+
+
+STUDY = Study(
+    name="parameter-efficiency",
+    claim="One layer looped 6 times does what 6 layers do, with a sixth of their parameters.",
+    source="Saunshi et al. (arXiv 2502.17416)",
+    method=(
+        "p-hop induction (p = 4, 4 symbols, 32 places) and addition of 2 to 4 numbers of 2 digits; "
+        "width 64, no prelude, no coda, no injection; 2000 steps of 64 problems, the best of three "
+        "learning rates for every shape; 2000 unseen problems of the largest size, a sum right "
+        "when every digit is."
+    ),
+    not_shown=("The papers' sizes (p = 32, 32 operands) and language.",),
+    arms=arms,
+    measure=measure,
+    fit=fit,
+    judge=judge,
+    draw=draw,
+)
