@@ -130,7 +130,8 @@ def speed_ratios(
         figure = new_figure()
         columns = min(2, len(panels))
         rows = math.ceil(len(panels) / columns)
-        figure.set_size_inches(4.6 * columns + 1, 3.1 * rows + 0.9)
+        tall = 0.125 * (len(names) + 1) * max(map(len, panels.values()))
+        figure.set_size_inches(4.6 * columns + 1, max(3.1, tall) * rows + 0.9)
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (title, bars) in zip(grid.flat, panels.items(), strict=False):
             height = 0.8 / len(names)
