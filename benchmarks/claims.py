@@ -82,7 +82,7 @@ def bench_rows(results: Path) -> Iterator[str]:
     bf16, both = "openmythos-bf16", "openmythos-bf16-compiled"
     where = "`make bench` ([S](results/bench/bench-S.json), [M](results/bench/bench-M.json))"
     yield row(
-        "trains faster than open-mythos 0.5.0, equal shapes and loops, one CPU thread (workload S; M)",
+        "trains faster than open-mythos 0.5.0, equal shapes and loops, one CPU thread (S; M)",
         f"{ratio('training step', fp32)} in fp32; bf16 against its fp32: "
         f"{ratio('training step', bf16)}",
         where,
