@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import tyro
+from rich import box
 from rich.table import Table
 
 from openmythos.cli.screen import (
@@ -257,11 +258,13 @@ class Study:
             overrides=_flat(self.set),
             processes=self.processes,
         )
-        table = Table(*finding.table[0])
+        table = Table(*finding.table[0], box=box.SIMPLE_HEAD)
         for row in finding.table:
             table.add_row(*row.values())
         OUT.print(table)
         OUT.print(f"{study.claim}\n{finding.verdict}: {finding.sentence}")
+        if self.quick:
+            OUT.print("A quick run shows that the study runs; its verdict means nothing.")
         OUT.print(f"\nWritten: {folder}/results.json, report.md, figure.png")
 
 
