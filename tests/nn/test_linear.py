@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from openmythos.nn.feed_forward import SwiGLULayer
 from openmythos.nn.linear import NO_DELTAS, Linear, LowRank
 from openmythos.nn.norm import RMSNorm
 
@@ -71,3 +72,63 @@ def test_the_norm_keeps_the_dtype_of_its_input(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.float(), norm(x), atol=0.03, rtol=0.03)
     out.float().sum().backward()
     assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (2, 3, 6), (1, 6)])
+def test_the_gradient_of_the_norm_is_that_of_its_formula(shape: tuple[int, ...]) -> None:
+    norm = RMSNorm(6, eps=1e-3).double()
+    norm.weight.data.normal_()
+    x = torch.randn(shape, dtype=torch.double, requires_grad=True)
+
+    def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradcheck(normed, (x, norm.weight))
+    # What is kept is the input: a caller that changes nothing gets the same with and without it.
+    with torch.no_grad():
+        plain = norm(x)
+    assert plain.equal(norm(x))
+
+
+def test_a_norm_in_bf16_is_computed_in_fp32() -> None:
+    norm, x = RMSNorm(64, eps=1e-6), torch.randn(5, 64)
+    exact = norm(x.bfloat16().float())
+    assert norm(x.bfloat16()).equal(exact.bfloat16())
+
+
+def test_swiglu_and_its_gradients_are_those_of_its_formula() -> None:
+    layer = SwiGLULayer(6, 10).double()
+    x = torch.randn(5, 6, dtype=torch.double, requires_grad=True)
+    names = ["gate_up.weight", "down.weight"]
+
+    def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(layer, given, (x, None))[0]
+
+    weights = [layer.gate_up.weight, layer.down.weight]
+    gate, up = (x @ layer.gate_up.weight.T).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up) @ layer.down.weight.T
+    torch.testing.assert_close(run(x, *weights), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x, *weights), expected)
+    assert torch.autograd.gradcheck(run, (x, *weights))
+    # With a delta on the way out, which goes by other operators.
+    layer.down.delta_key = "down"
+    delta = LowRank(torch.randn(2, 10, dtype=torch.double), torch.randn(6, 2, dtype=torch.double))
+    changed = layer(x, None, {"down": delta})[0]
+    merged = layer.down.weight + delta.up @ delta.down
+    torch.testing.assert_close(changed, (torch.nn.functional.silu(gate) * up) @ merged.T)
+
+
+def test_swiglu_under_autocast_has_gradients_in_the_weights_dtype() -> None:
+    layer, x = SwiGLULayer(8, 16), torch.randn(5, 8, requires_grad=True)
+    layer(x, None)[0].square().sum().backward()
+    exact = layer.down.weight.grad
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x, None)[0]
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    found = layer.down.weight.grad
+    assert exact is not None and found is not None and found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, atol=0.05 * float(exact.abs().max()), rtol=0.05)

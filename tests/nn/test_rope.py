@@ -116,3 +116,12 @@ def test_a_bf16_model_still_knows_far_positions(attention: type) -> None:
     assert (exact[:, 1:] - exact[:, :-1]).abs().amax() > 0.1
     model.to(torch.bfloat16)
     torch.testing.assert_close(keys(), exact, atol=0.03, rtol=0.03)
+
+
+def test_the_gradient_of_a_rotation_turns_back() -> None:
+    cos, sin = (table.double() for table in rope_tables(torch.arange(5), 8, BASE))
+    x = torch.randn(2, 3, 5, 8, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: apply_rope(x, cos, sin), (x,))
+    with torch.no_grad():
+        plain = apply_rope(x, cos, sin)
+    assert plain.equal(apply_rope(x, cos, sin))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from openmythos.nn.feed_forward import gate
+from openmythos.nn.feed_forward import gated_product
 from openmythos.nn.linear import as_autocast
 from openmythos.types import Tokens
 
@@ -188,7 +188,7 @@ def few_experts(
         gated = token.new_empty(len(experts), gate_up.shape[1])
         for row, expert in zip(gated.unbind(), experts, strict=True):
             torch.mv(gate_up.select(0, expert), token, out=row)
-        hidden = gate(gated).mul_(row_weights[:, None])
+        hidden = gated_product(gated).mul_(row_weights[:, None])
         for row, expert in zip(hidden.unbind(), experts, strict=True):
             total.addmv_(down.select(0, expert), row)
     return out

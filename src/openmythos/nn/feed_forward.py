@@ -34,7 +34,7 @@ class SwiGLU:
         return SwiGLULayer(dim, self.hidden_dim)
 
 
-def gate(gated: Tensor) -> Tensor:
+def gated_product(gated: Tensor) -> Tensor:
     """silu(g) * u of [g | u], outside of autograd."""
     gate, up = gated.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
@@ -46,7 +46,7 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gated, weight):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gated, weight)
-        return F.linear(gate(gated), weight)
+        return F.linear(gated_product(gated), weight)
 
     @staticmethod
     @once_differentiable
