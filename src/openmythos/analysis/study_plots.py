@@ -27,7 +27,7 @@ def hops_against_loops(
     hops, loops = sorted(grid), sorted({loop for row in grid.values() for loop in row})
     with style():
         figure = new_figure()
-        figure.set_size_inches(11.0, 4.6)
+        figure.set_size_inches(11.0, 5.1)
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         cells = [[100 * grid[hop].get(loop, math.nan) for loop in loops] for hop in hops]
         image = left.imshow(cells, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=100)
@@ -47,7 +47,9 @@ def hops_against_loops(
         right.set_xlabel("hops (grey: the longest trained)")
         right.set_ylabel("accuracy at the best num_loops [%]")
         right.set_ylim(-3, 103)
-        right.legend(fontsize=8.5)
+        handles, labels = right.get_legend_handles_labels()
+        columns = math.ceil(len(labels) / 2)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
     return figure
 
 
