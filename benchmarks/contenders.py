@@ -4,6 +4,7 @@ A contender has the shapes of a `Workload` and runs all its loops; what a peer c
 of the table. Peers are imported only here and only when they take part.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -254,6 +255,9 @@ class DeepSeek(Contender):
             experts_implementation="grouped_mm",
         )
         self.model = DeepseekV3ForCausalLM(config)
+        # The name changed with transformers 5.24.
+        known = inspect.signature(self.model.forward).parameters
+        self._cache_name = "cache" if "cache" in known else "past_key_values"
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(tokens, use_cache=False).logits
@@ -263,10 +267,10 @@ class DeepSeek(Contender):
         return self.model(tokens, use_cache=False).logits
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
-        return self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        return self.model(tokens, use_cache=True, logits_to_keep=1)[self._cache_name]
 
     def decode(self, cache: Any, tokens: Tensor) -> None:
-        self.model(tokens, past_key_values=cache, use_cache=True)
+        self.model(tokens, use_cache=True, **{self._cache_name: cache})
 
     def cache_bytes(self, cache: Any) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

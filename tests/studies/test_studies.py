@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ def test_unknown_studies_are_named() -> None:
         runner.get("depth-extrapolatio")
 
 
-class Here:
+class Here(Executor):
     """A pool that works in this process: starting others takes longer than a quick run."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -205,8 +205,6 @@ class Here:
         future: Future[Any] = Future()
         future.set_result(work(*arguments))
         return future
-
-    def shutdown(self, **_: Any) -> None: ...
 
 
 @pytest.mark.parametrize("name", [n for n in runner.STUDIES if n != depth.STUDY.name])

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def _learned(study: Study, arm: Arm, seed: int, quick: bool) -> tuple[dict[str, 
 
 
 def _finished(
-    pool: ProcessPoolExecutor, study: Study, work: Sequence[tuple[Arm, int]], quick: bool
+    pool: Executor, study: Study, work: Sequence[tuple[Arm, int]], quick: bool
 ) -> Iterator[RunResult]:
     """Runs of (arm, seed), each the moment it is done."""
     futures = [pool.submit(run_arm, study.name, arm, seed, quick) for arm, seed in work]
