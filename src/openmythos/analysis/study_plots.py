@@ -13,8 +13,8 @@ Figure = Any  # matplotlib's, which only `plots` knows
 
 
 def hops_against_loops(
-    grid: Mapping[int, Mapping[int, float]],
-    lines: Mapping[str, Mapping[int, Sequence[float]]],
+    grid: Mapping[int, Mapping[int, float | int]],
+    lines: Mapping[str, Mapping[int, Sequence[float | int]]],
     *,
     trained_hops: int,
 ) -> Figure:
@@ -54,8 +54,8 @@ def hops_against_loops(
 
 
 def loops_against_hops(
-    loops: Mapping[str, Mapping[int, Sequence[float]]],
-    accuracies: Mapping[str, Mapping[int, Sequence[float]]],
+    loops: Mapping[str, Mapping[int, Sequence[float | int]]],
+    accuracies: Mapping[str, Mapping[int, Sequence[float | int]]],
     *,
     trained_hops: int,
 ) -> Figure:
@@ -84,7 +84,7 @@ def loops_against_hops(
 
 
 def line_panels(
-    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    panels: Mapping[str, Mapping[str, Mapping[Any, Sequence[float | int]]]],
     *,
     x_labels: Sequence[str],
     y_labels: Sequence[str],
@@ -115,7 +115,7 @@ def line_panels(
 
 
 def _mean_and_range(
-    axes: Any, lines: Mapping[str, Mapping[Any, Sequence[float]]], scale: int
+    axes: Any, lines: Mapping[str, Mapping[Any, Sequence[float | int]]], scale: int
 ) -> None:
     """A line per name through the means of the values at each x, and their range."""
     for look, (name, points) in zip(looks(), lines.items(), strict=False):
@@ -127,7 +127,9 @@ def _mean_and_range(
         axes.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def effects(bars: Mapping[str, tuple[float, float, Sequence[float]]], *, x_label: str) -> Figure:
+def effects(
+    bars: Mapping[str, tuple[float | int, float | int, Sequence[float | int]]], *, x_label: str
+) -> Figure:
     """Per name a mean, the half width of its interval (nan: none) and single values, about zero."""
     if not bars:
         raise ValueError("bars: no effect to draw")
