@@ -212,6 +212,7 @@ def test_every_study_runs_quick_with_figure_and_report(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(stability, "RATES", stability.RATES[:1])
     study = runner.get(name)
     fast = replace(study, arms=lambda: [replace(arm, rates=()) for arm in study.arms()])
     finding = runner.run_study(fast, tmp_path, seeds=1, quick=True)
