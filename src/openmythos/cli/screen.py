@@ -77,12 +77,10 @@ def _stop_on_signal() -> Iterator[list[int]]:
         restore()
 
 
-def train_with_bar(run: Run, *, resume: bool) -> bool:
-    """Train with a progress bar; False if a signal stopped it before its last step."""
-    steps = train(run, resume=resume)
-    num_steps = run.config.train.num_steps
-    columns: tuple[ProgressColumn, ...] = (
-        TextColumn("training"),
+def _columns(name: str) -> tuple[ProgressColumn, ...]:
+    """Of a bar over long work: how far, a word on it, time and ETA."""
+    return (
+        TextColumn(name),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}"),
@@ -90,6 +88,13 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
+
+
+def train_with_bar(run: Run, *, resume: bool) -> bool:
+    """Train with a progress bar; False if a signal stopped it before its last step."""
+    steps = train(run, resume=resume)
+    num_steps = run.config.train.num_steps
+    columns = _columns("training")
     last = None
     with _stop_on_signal() as received, Progress(*columns, console=OUT) as bar:
         task = bar.add_task("training", total=num_steps, text="starting")
@@ -137,21 +142,13 @@ def evaluate(run: Run, loops: tuple[int, ...], data: tuple[str, ...]) -> LoopRep
 
 def run_study_with_bar(study: Study, folder: Path, **options: Any) -> Finding:
     """Run a study's missing runs under a progress bar; Ctrl-C keeps those that are done."""
-    columns = (
-        TextColumn(study.name),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[last]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
+    columns = _columns(study.name)
     with Progress(*columns, console=OUT) as bar:
-        task = bar.add_task("runs", total=None, last="")
+        task = bar.add_task("runs", total=None, text="")
         return run_study(
             study,
             folder,
-            told=lambda done, total, last: bar.update(task, completed=done, total=total, last=last),
+            told=lambda done, total, last: bar.update(task, completed=done, total=total, text=last),
             **options,
         )
 
@@ -167,15 +164,7 @@ def learn_hops(num_steps: int) -> dict[int, dict[int, float]]:
         f"to {learning.max_hops} lookups, e0 r1 r2 ... -> r2(r1(e0)), in tables that it must "
         "remember.\nThen it is asked longer chains than it ever saw."
     )
-    columns = (
-        TextColumn("learning"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
+    columns = _columns("learning")
     with Progress(*columns, console=OUT) as bar:
         task = bar.add_task("learning", total=num_steps, text="")
         for done in learn(model, arm.problems, learning, seed=0):

@@ -24,7 +24,6 @@ from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.studies.depth_extrapolation import looped
 from openmythos.studies.learning import Learning
-from openmythos.studies.stability import model as text_model
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -32,13 +31,18 @@ from openmythos.studies.study import (
     Study,
     Verdict,
     by_arm,
-    mean_and_half_width,
     percent,
+    plus_minus,
 )
-from openmythos.studies.text import Text, TextLearning, TextRun
+from openmythos.studies.text import (
+    RATES,
+    Text,
+    TextLearning,
+    TextRun,
+    text_model,
+    text_training,
+)
 from openmythos.tasks import KHop
-from openmythos.train.config import TrainConfig
-from openmythos.train.optim import WSD, AdamW
 
 HOPS = (5, 10, 20, 30, 40)
 CAP = 80
@@ -77,16 +81,7 @@ def arms() -> list[Arm]:
         )
         for weight in PONDER
     ]
-    on_text = TextLearning(
-        train=TrainConfig(
-            num_steps=400,
-            batch_size=8,
-            seq_len=WINDOW,
-            loops=PoissonLoops(mean_loops=4.0, max_loops=12),
-            optimizer=AdamW(lr=4e-3),
-            schedule=WSD(warmup=0.05, decay=0.3, final=0.1),
-        )
-    )
+    on_text = TextLearning(train=text_training(PoissonLoops(mean_loops=4.0, max_loops=12)))
     texts = {TEXT: text_model(LTI())} | {
         f"{TEXT}, ACT, ponder {weight:g}": replace(
             text_model(LTI()), halting=ACT(ponder_weight=weight)
@@ -97,7 +92,7 @@ def arms() -> list[Arm]:
         Arm(name=LOOPED, model=looped(), task=task, learning=learning),
         *act,
         *(
-            Arm(name=name, model=model, task=Text(), learning=on_text, rates=(2e-3, 4e-3, 8e-3))
+            Arm(name=name, model=model, task=Text(), learning=on_text, rates=RATES)
             for name, model in texts.items()
         ),
     ]
@@ -234,13 +229,12 @@ def judge(results: Sequence[RunResult]) -> Finding:
                 passing.append(name)
             if gain > best_gap:
                 best_rule, best_gap = name, gain
-            loops, half = mean_and_half_width(found["loops"])
             table.append(
                 {
                     "rule": name,
                     "accuracy": percent(found["accuracy"]),
                     "least share of all loops' accuracy": percent(found["share"]),
-                    "mean loops": f"{loops:.1f}" + (f" ± {half:.1f}" if half == half else ""),
+                    "mean loops": plus_minus(found["loops"], digits=1),
                     "most loops beyond hops": f"{statistics.mean(found['excess']):+.1f}",
                     "Spearman, hops": f"{statistics.mean(found['spearman']):.2f}",
                     "best fixed at that cost": percent(found["fixed"]),
@@ -272,13 +266,11 @@ def text_rows(runs: Sequence[RunResult]) -> Iterator[dict[str, str]]:
             min(nats for n, nats in run.curve["fixed"].items() if int(n) <= max(1, used))
             for run, used in zip(runs, loops, strict=True)
         ]
-        nats, half = mean_and_half_width(score)
-        used, spread = mean_and_half_width(loops)
         yield {
             "rule": f"{TEXT}: {rule}" if runs[0].arm == TEXT else runs[0].arm,
-            "accuracy": f"{nats:.3f}" + (f" ± {half:.3f} nats" if half == half else " nats"),
+            "accuracy": f"{plus_minus(score)} nats",
             "least share of all loops' accuracy": "-",
-            "mean loops": f"{used:.1f}" + (f" ± {spread:.1f}" if spread == spread else ""),
+            "mean loops": plus_minus(loops, digits=1),
             "most loops beyond hops": "-",
             "Spearman, hops": "-",
             "best fixed at that cost": f"{statistics.mean(fixed):.3f} nats",

@@ -16,21 +16,27 @@ from openmythos.recurrence.injection import LTI, NoInjection
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import best, looped
 from openmythos.studies.learning import Learning, accuracy_map
-from openmythos.studies.stability import model
 from openmythos.studies.study import (
     Arm,
     Finding,
     RunResult,
     Study,
     Verdict,
+    as_sentence,
     by_arm,
-    mean_and_half_width,
     percent,
+    plus_minus,
 )
-from openmythos.studies.text import Text, TextLearning, TextRun
+from openmythos.studies.text import (
+    RATES,
+    Text,
+    TextLearning,
+    TextRun,
+    text_model,
+    text_training,
+)
 from openmythos.tasks import KHop
 from openmythos.train.config import TrainConfig
-from openmythos.train.optim import WSD, AdamW
 
 TRAINED = 4
 LOOPS = (1, 2, 3, 4, 6, 8, 16)
@@ -50,19 +56,12 @@ def with_rank(base: MythosConfig, rank: int, num_loops: int) -> MythosConfig:
 
 def untied() -> MythosConfig:
     """As many layers as the looped model runs, each with its own weights."""
-    base = model(NoInjection())
+    base = text_model(NoInjection())
     return replace(base, prelude_layers=TRAINED, num_loops=1, prelude_norm=False)
 
 
 def arms() -> list[Arm]:
-    training = TrainConfig(
-        num_steps=400,
-        batch_size=8,
-        seq_len=128,
-        loops=FixedLoops(mean_loops=TRAINED),
-        optimizer=AdamW(lr=4e-3),
-        schedule=WSD(warmup=0.05, decay=0.3, final=0.1),
-    )
+    training = text_training(FixedLoops(mean_loops=TRAINED))
     once = replace(training, loops=FixedLoops(mean_loops=1))
 
     def text(name: str, config: MythosConfig, how: TrainConfig) -> Arm:
@@ -71,12 +70,15 @@ def arms() -> list[Arm]:
             model=config,
             task=Text(),
             learning=TextLearning(train=how),
-            rates=(2e-3, 4e-3, 8e-3),
+            rates=RATES,
         )
 
     hops = Learning(num_steps=1400, max_hops=10)
     return [
-        *(text(f"text, rank {r}", with_rank(model(LTI()), r, TRAINED), training) for r in RANKS),
+        *(
+            text(f"text, rank {r}", with_rank(text_model(LTI()), r, TRAINED), training)
+            for r in RANKS
+        ),
         text(UNTIED, untied(), once),
         *(
             Arm(
@@ -146,18 +148,12 @@ def judge(results: Sequence[RunResult]) -> Finding:
         for n, column in zip((1, TRAINED, 2 * TRAINED, 16), columns, strict=True):
             shown = on_text and (name != UNTIED or n == TRAINED)
             values = [nats(run, n) for run in runs] if shown else []
-            row[column] = _shown(values) if values else "-"
+            row[column] = plus_minus(values) if values else "-"
         for count in (10, 20, 30):
             row[f"{count} hops"] = "-" if on_text else percent([best(r, count) for r in runs])
         row["learning rate"] = f"{runs[0].rate:g}"
         table.append(row)
-    text = "; ".join(f"{text} ({'yes' if true else 'no'})" for text, true in statements.items())
-    return Finding(verdict, f"{text}.", table)
-
-
-def _shown(values: Sequence[float]) -> str:
-    mean, half = mean_and_half_width(values)
-    return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
+    return Finding(verdict, as_sentence(statements), table)
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:

@@ -18,19 +18,24 @@ from openmythos.nn.moe import MoE, MoELayer
 from openmythos.recurrence.conditioning import LoopLoRA
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_sampling import PoissonLoops
-from openmythos.studies.stability import model
 from openmythos.studies.study import (
     Arm,
     Finding,
     RunResult,
     Study,
     Verdict,
+    as_sentence,
     by_arm,
-    mean_and_half_width,
+    plus_minus,
 )
-from openmythos.studies.text import Text, TextLearning, TextRun
-from openmythos.train.config import TrainConfig
-from openmythos.train.optim import WSD, AdamW
+from openmythos.studies.text import (
+    RATES,
+    Text,
+    TextLearning,
+    TextRun,
+    text_model,
+    text_training,
+)
 
 LOOPS = 4
 EXPERTS = MoE(
@@ -46,7 +51,7 @@ ROUTERS, DENSE = "a router per loop", "dense, equal active width"
 
 
 def arms() -> list[Arm]:
-    base = model(LTI())
+    base = text_model(LTI())
 
     def mixture(experts: MoE, **changes: Any) -> MythosConfig:
         return replace(base, recurrent_feed_forward=experts, **changes)
@@ -60,21 +65,14 @@ def arms() -> list[Arm]:
         ROUTERS: mixture(EXPERTS, loop_lora=per_loop),
         DENSE: replace(base, recurrent_feed_forward=SwiGLU(hidden_dim=active)),
     }
-    training = TrainConfig(
-        num_steps=400,
-        batch_size=8,
-        seq_len=128,
-        loops=PoissonLoops(mean_loops=float(LOOPS), max_loops=12),
-        optimizer=AdamW(lr=4e-3),
-        schedule=WSD(warmup=0.05, decay=0.3, final=0.1),
-    )
+    training = text_training(PoissonLoops(mean_loops=float(LOOPS), max_loops=12))
     return [
         Arm(
             name=name,
             model=config,
             task=Text(),
             learning=TextLearning(train=training),
-            rates=(2e-3, 4e-3, 8e-3),
+            rates=RATES,
         )
         for name, config in models.items()
     ]
@@ -164,16 +162,10 @@ def judge(results: Sequence[RunResult]) -> Finding:
             ("union_over_top_k", "distinct experts / top_k"),
         ):
             values = [run.curve[key] for run in runs if key in run.curve]
-            row[head] = _shown(values) if values else "-"
+            row[head] = plus_minus(values) if values else "-"
         row["learning rate"] = f"{runs[0].rate:g}"
         table.append(row)
-    text = "; ".join(f"{text} ({'yes' if true else 'no'})" for text, true in statements.items())
-    return Finding(verdict, f"{text}.", table)
-
-
-def _shown(values: Sequence[float]) -> str:
-    mean, half = mean_and_half_width(values)
-    return f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "")
+    return Finding(verdict, as_sentence(statements), table)
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:

@@ -20,6 +20,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     Verdict,
+    as_sentence,
     by_arm,
     percent,
 )
@@ -129,8 +130,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
             row[f"{task}, learning rate"] = f"{runs[0].rate:g}"
         row["parameters"] = f"{groups[name_of('p-hop', layers, loops)][0].parameters:,}"
         table.append(row)
-    text = "; ".join(f"{text} ({'yes' if true else 'no'})" for text, true in statements.items())
-    return Finding(verdict, f"{text}.", table)
+    return Finding(verdict, as_sentence(statements), table)
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:

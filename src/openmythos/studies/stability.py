@@ -10,10 +10,6 @@ import torch
 
 from openmythos.analysis import study_plots
 from openmythos.data.loader import evaluation_windows
-from openmythos.model.config import MythosConfig
-from openmythos.nn.attention import GroupedQueryAttention
-from openmythos.nn.feed_forward import SwiGLU
-from openmythos.recurrence.conditioning import NoLoopLoRA
 from openmythos.recurrence.injection import (
     LTI,
     Add,
@@ -25,7 +21,7 @@ from openmythos.recurrence.injection import (
 )
 from openmythos.recurrence.loop_sampling import Granularity, PoissonLoops
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm
-from openmythos.studies.text import Text, TextLearning, TextRun
+from openmythos.studies.text import Text, TextLearning, TextRun, text_model
 from openmythos.train.config import TrainConfig
 from openmythos.train.optim import WSD, AdamW
 
@@ -42,23 +38,6 @@ SAMPLING: tuple[Granularity, ...] = ("batch", "sequence")
 WORSE = 0.3
 
 
-def model(injection: Injection) -> MythosConfig:
-    feed_forward = SwiGLU(hidden_dim=256)
-    return MythosConfig(
-        vocab_size=Text().vocab_size,
-        dim=96,
-        context=128,
-        num_loops=4,
-        attention=GroupedQueryAttention(num_heads=4, num_kv_heads=4),
-        feed_forward=feed_forward,
-        recurrent_feed_forward=feed_forward,
-        injection=injection,
-        loop_lora=NoLoopLoRA(),
-        state_init="encoded" if isinstance(injection, NoInjection) else "zeros",
-        zero_init_outputs=False,
-    )
-
-
 def name_of(injection: str, per: str, rate: float) -> str:
     return f"{injection}, per {per}, {rate:g}"
 
@@ -73,7 +52,7 @@ def arms() -> list[Arm]:
     return [
         Arm(
             name=name_of(name, per, rate),
-            model=model(injection),
+            model=text_model(injection),
             task=Text(),
             learning=TextLearning(
                 train=replace(

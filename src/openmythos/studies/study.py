@@ -157,9 +157,19 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 def percent(values: Sequence[float]) -> str:
     """Shares as "97.3 ± 1.2"."""
+    return plus_minus([100 * value for value in values], digits=1)
+
+
+def plus_minus(values: Sequence[float], digits: int = 3) -> str:
+    """Numbers as "3.141 ± 0.027"."""
     mean, half = mean_and_half_width(values)
-    text = f"{100 * mean:.1f}"
-    return text if math.isnan(half) else f"{text} ± {100 * half:.1f}"
+    text = f"{mean:.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+def as_sentence(statements: Mapping[str, bool]) -> str:
+    """What was asked, each with whether it is so."""
+    return "; ".join(f"{text} ({'yes' if so else 'no'})" for text, so in statements.items()) + "."
 
 
 def by_arm(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:

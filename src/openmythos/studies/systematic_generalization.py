@@ -74,7 +74,7 @@ def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     assert isinstance(arm.task, SystematicHops)
     for part in PARTS:
         generator = torch.Generator().manual_seed(10_000)
-        asked = replace(arm.task, one_hop=1e-9)
+        asked = replace(arm.task, one_hop=0.0)
         batch = asked.sample(40 if quick else 1000, 2, generator, part)
         # Of few pairs a thousand draws repeat most: each counts once.
         first = torch.unique(batch.tokens, dim=0, return_inverse=True)[1]

@@ -18,19 +18,25 @@ from openmythos.nn.cache import (
 )
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
-from openmythos.studies.stability import model
 from openmythos.studies.study import (
     Arm,
     Finding,
     RunResult,
     Study,
     Verdict,
+    as_sentence,
     by_arm,
     mean_and_half_width,
+    plus_minus,
 )
-from openmythos.studies.text import Text, TextLearning, TextRun
-from openmythos.train.config import TrainConfig
-from openmythos.train.optim import WSD, AdamW
+from openmythos.studies.text import (
+    RATES,
+    Text,
+    TextLearning,
+    TextRun,
+    text_model,
+    text_training,
+)
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 FITTED = 8  # loops that a law is fitted on; beyond, it is asked
@@ -45,14 +51,7 @@ POLICIES: dict[str, CachePolicy] = {
 
 def arms() -> list[Arm]:
     drawn = PoissonLoops(mean_loops=4.0, max_loops=12)
-    base = TrainConfig(
-        num_steps=400,
-        batch_size=8,
-        seq_len=128,
-        loops=drawn,
-        optimizer=AdamW(lr=4e-3),
-        schedule=WSD(warmup=0.05, decay=0.3, final=0.1),
-    )
+    base = text_training(drawn)
     learnings = {
         BASE: base,
         "per batch": replace(base, loops=replace(drawn, per="batch")),
@@ -62,10 +61,10 @@ def arms() -> list[Arm]:
     return [
         Arm(
             name=name,
-            model=model(LTI()),
+            model=text_model(LTI()),
             task=Text(),
             learning=TextLearning(train=how),
-            rates=(2e-3, 4e-3, 8e-3),
+            rates=RATES,
         )
         for name, how in learnings.items()
     ]
@@ -129,11 +128,6 @@ def _added(result: RunResult, policy: str) -> float:
     return nats[policy] - nats["exact"]
 
 
-def _shown(values: Sequence[float], digits: int = 3) -> str:
-    mean, half = mean_and_half_width(values)
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
-
-
 def judge(results: Sequence[RunResult]) -> Finding:
     """Loops help: the loss at 8 loops is below that at 1 by more than its interval. Depth is safe:
     the loss at 32 loops is at most 0.02 above the least. An exponential predicts it beyond training
@@ -170,12 +164,12 @@ def judge(results: Sequence[RunResult]) -> Finding:
         {
             "arm": name,
             **{
-                f"{n} loop{'s' * (n > 1)}": _shown([curve_of(r)[n] for r in runs])
+                f"{n} loop{'s' * (n > 1)}": plus_minus([curve_of(r)[n] for r in runs])
                 for n in (1, 2, 4, 8, 32)
                 if n in curve_of(runs[0])
             },
             **{
-                f"cache: {policy}": _shown([_added(r, policy) for r in runs])
+                f"cache: {policy}": plus_minus([_added(r, policy) for r in runs])
                 for policy in POLICIES
                 if policy != "exact"
             },
@@ -183,8 +177,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         }
         for name, runs in groups.items()
     ]
-    text = "; ".join(f"{text} ({'yes' if true else 'no'})" for text, true in statements.items())
-    return Finding(verdict, f"{text}.", table)
+    return Finding(verdict, as_sentence(statements), table)
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:

@@ -12,9 +12,17 @@ from openmythos.data.tokenizer import BPE
 from openmythos.model import cost
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
+from openmythos.nn.attention import GroupedQueryAttention
+from openmythos.nn.feed_forward import SwiGLU
+from openmythos.recurrence.conditioning import NoLoopLoRA
+from openmythos.recurrence.injection import Injection, NoInjection
+from openmythos.recurrence.loop_sampling import LoopSampling
 from openmythos.train.config import DataConfig, RunConfig, TrainConfig
+from openmythos.train.optim import WSD, AdamW
 from openmythos.train.run import Run, train
 from openmythos.train.trainer import StepMetrics
+
+RATES = (2e-3, 4e-3, 8e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +56,36 @@ class TextRun(NamedTuple):
     flops: int | float  # of training
     history: tuple[StepMetrics, ...]
     held_out: TokenShards
+
+
+def text_model(injection: Injection) -> MythosConfig:
+    """0.5 M parameters: small enough for dozens of runs."""
+    feed_forward = SwiGLU(hidden_dim=256)
+    return MythosConfig(
+        vocab_size=Text().vocab_size,
+        dim=96,
+        context=128,
+        num_loops=4,
+        attention=GroupedQueryAttention(num_heads=4, num_kv_heads=4),
+        feed_forward=feed_forward,
+        recurrent_feed_forward=feed_forward,
+        injection=injection,
+        loop_lora=NoLoopLoRA(),
+        state_init="encoded" if isinstance(injection, NoInjection) else "zeros",
+        zero_init_outputs=False,
+    )
+
+
+def text_training(loops: LoopSampling) -> TrainConfig:
+    """400 steps of 8 x 128 tokens; its learning rate is one of RATES."""
+    return TrainConfig(
+        num_steps=400,
+        batch_size=8,
+        seq_len=128,
+        loops=loops,
+        optimizer=AdamW(lr=4e-3),
+        schedule=WSD(warmup=0.05, decay=0.3, final=0.1),
+    )
 
 
 @contextmanager

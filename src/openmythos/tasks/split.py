@@ -37,8 +37,9 @@ class SystematicHops:
     def __post_init__(self) -> None:
         require_int("num_entities", self.num_entities, minimum=2)
         require_int("num_relations", self.num_relations, minimum=2)
-        for name in ("alone", "held_out", "one_hop"):
+        for name in ("alone", "held_out"):
             require_number(name, getattr(self, name), above=0, below=1)
+        require_number("one_hop", self.one_hop, at_least=0, below=1)
 
     @property
     def hops(self) -> KHop:
