@@ -184,7 +184,12 @@ def report_markdown(
     study: Study, results: Sequence[RunResult], finding: Finding, tried: Sequence[Trial] = ()
 ) -> str:
     """report.md."""
-    seeds = sorted({result.seed for result in results})
+    by_name = [{run.seed for run in runs} for runs in by_arm(results).values()]
+    shared = set.intersection(*by_name)
+    more = set.union(*by_name) - shared
+    seeds = ", ".join(map(str, sorted(shared)))
+    if more:
+        seeds += f" (some arms also {', '.join(map(str, sorted(more)))})"
     minutes = (sum(r.seconds for r in results) + sum(t.seconds for t in tried)) / 60
     lines = [
         f"# {study.name}",
@@ -195,7 +200,7 @@ def report_markdown(
         "",
         "![figure](figure.png)",
         "",
-        f"**Method.** {study.method} Seeds: {', '.join(map(str, seeds))}; means with 95% intervals "
+        f"**Method.** {study.method} Seeds: {seeds}; means with 95% intervals "
         "(Student's t over seeds).",
         "",
         *_markdown_table(finding.table),
