@@ -46,8 +46,8 @@ def blockwise_attention(
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     flat = [x.reshape(batch * heads, *x.shape[2:]) for x in (query, key, value)]
-    out: Tensor = _BlockwiseAttention.apply(*flat, mask, window, scale)  # type: ignore[no-untyped-call]
-    return out.view(batch, heads, *out.shape[1:])
+    out: Tensor = _BlockwiseAttention.apply(*flat, mask, window, scale, heads)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2)
 
 
 def _weights(
@@ -75,17 +75,20 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     dL/dv = p^T g,  dL/ds = p * (g v^T - rowsum(g * o)),
     dL/dq = scale dL/ds k,  dL/dk = scale (dL/ds)^T q
+
+    o is [batch, seq, heads, head_dim], which the map after it reads as it is: kept once for both.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, window, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, query, key, value, mask, window, scale, heads):  # type: ignore[no-untyped-def]
         blocks = _Blocks.cut(query.shape[1], key.shape[1], window)
-        out = torch.empty(*query.shape[:2], value.shape[2], dtype=query.dtype)
+        out = query.new_empty(len(query) // heads, query.shape[1], heads, value.shape[2])
         kept = []
         keep = key.shape[1] <= KEPT_KEYS and any(ctx.needs_input_grad)
         for queries, keys in zip(*blocks, strict=True):
             weights = _weights(query, key, mask, queries, keys, scale)
-            torch.bmm(weights, value[:, slice(*keys)], out=out[:, slice(*queries)])
+            mixed = torch.bmm(weights, value[:, slice(*keys)])
+            out[:, slice(*queries)] = mixed.view(len(out), heads, *mixed.shape[1:]).transpose(1, 2)
             if keep:
                 kept.append(weights)
         ctx.save_for_backward(query, key, value, mask, out, *kept)
@@ -96,7 +99,8 @@ class _BlockwiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         query, key, value, mask, out, *kept = ctx.saved_tensors
-        mean = (grad * out).sum(dim=-1, keepdim=True)
+        mean = (grad * out).sum(dim=-1, keepdim=True).transpose(1, 2).reshape(*query.shape[:2], 1)
+        grad = grad.transpose(1, 2).reshape(*query.shape[:2], -1)
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         for index, (queries, keys) in enumerate(zip(*ctx.blocks, strict=True)):
@@ -107,4 +111,4 @@ class _BlockwiseAttention(torch.autograd.Function):
             grad_scores = grad_scores.sub_(mean[:, q]).mul_(weights).mul_(ctx.scale)
             torch.bmm(grad_scores, key[:, k], out=grad_query[:, q])
             grad_key[:, k].baddbmm_(grad_scores.transpose(1, 2), query[:, q])
-        return grad_query, grad_key, grad_value, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None, None

@@ -181,16 +181,14 @@ def few_experts(
 
     An operator of its own under torch.compile, which cannot follow the choice.
     """
+    top_k, each = chosen.shape[1], tokens.unbind()
+    rows = [(expert, row // top_k) for row, expert in enumerate(chosen.flatten().tolist())]
+    gated = torch.stack([torch.mv(gate_up[expert], each[token]) for expert, token in rows])
+    hidden = gated_product(gated).mul_(weights.view(-1, 1)).unbind()
     out = torch.zeros_like(tokens)
-    for total, token, row_weights, experts in zip(
-        out.unbind(), tokens.unbind(), weights.unbind(), chosen.tolist(), strict=True
-    ):
-        gated = token.new_empty(len(experts), gate_up.shape[1])
-        for row, expert in zip(gated.unbind(), experts, strict=True):
-            torch.mv(gate_up.select(0, expert), token, out=row)
-        hidden = gated_product(gated).mul_(row_weights[:, None])
-        for row, expert in zip(hidden.unbind(), experts, strict=True):
-            total.addmv_(down.select(0, expert), row)
+    totals = out.unbind()
+    for (expert, token), row in zip(rows, hidden, strict=True):
+        totals[token].addmv_(down[expert], row)
     return out
 
 

@@ -163,8 +163,7 @@ class RecurrentBlock(nn.Module):
             positions = positions if positions.shape[0] == 1 else positions[order]
         else:
             depths = [num_loops] * batch
-        encoded = self.prelude_norm(encoded)
-        drive = self.injection.prepare(encoded)
+        encoded, drive = self._prepare(encoded)
         experts = [cast("Block", layer).prepare(compiled=self._compiled) for layer in self.layers]
         carry = self._start(encoded, positions, can_stop=tracker is not None)
         trace = _Trace(len(self.layers), collect)
@@ -238,10 +237,7 @@ class RecurrentBlock(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Carry, list[RouterStats | None]]:
         """One pass of the shared layers."""
-        u = self.injection(carry.state, drive)
         embedding, deltas = self.conditioning(loop)
-        if embedding is not None:
-            u = u + embedding.to(u.dtype)
         slots = [
             None if cache is None else cache.recurrent_slot(layer, loop)
             for layer in range(len(self.layers))
@@ -249,7 +245,9 @@ class RecurrentBlock(nn.Module):
         frozen: list[Frozen | None] = [None] * len(self.layers)
         if carry.active is not None and carry.kv:
             frozen = [Frozen(carry.active, kv) for kv in carry.kv]
-        state, kv, router = self._layers(u, context, slots, frozen, deltas, experts)
+        state, kv, router = self._layers(
+            carry.state, drive, embedding, context, slots, frozen, deltas, experts
+        )
         loops_used = carry.loops_used + 1
         if carry.active is not None:
             state = torch.where(carry.active[..., None], state, carry.state)
@@ -260,16 +258,26 @@ class RecurrentBlock(nn.Module):
             halt, active = self.halting.update(halt, active, state, loop)
         return Carry(state, loops_used, active, kept, halt), router
 
+    def _prepare(self, encoded: Hidden) -> tuple[Hidden, Drive]:
+        """What the loops read of the prelude's output, and what of it no loop changes."""
+        encoded = self.prelude_norm(encoded)
+        return encoded, self.injection.prepare(encoded)
+
     def _layers(
         self,
-        x: Tensor,
+        state: Tensor,
+        drive: Drive,
+        embedding: Tensor | None,
         context: AttentionContext,
         slots: list[CacheSlot | None],
         frozen: list[Frozen | None],
         deltas: Deltas,
         experts: LoopWeights,
     ) -> tuple[Tensor, tuple[Tensor, ...], list[RouterStats | None]]:
-        """x + R(x): the part that `compile_layers` compiles."""
+        """u + R(u), u = Inj(h, e): the part that `compile_layers` compiles."""
+        x = self.injection(state, drive)
+        if embedding is not None:
+            x = x + embedding.to(x.dtype)
         kv, router = [], []
         for layer, slot, stopped, weights in zip(self.layers, slots, frozen, experts, strict=True):
             out = layer(
@@ -281,8 +289,9 @@ class RecurrentBlock(nn.Module):
         return x, tuple(kv), router
 
     def compile_layers(self, **options: object) -> None:
-        """torch.compile the shared layers: one compilation serves all loops."""
+        """torch.compile the shared layers, one compilation for all loops, and what precedes them."""
         self._compiled = True
+        self._prepare = torch.compile(self._prepare, **options)  # type: ignore[method-assign, call-overload]
         self._layers = torch.compile(self._layers, **options)  # type: ignore[method-assign, call-overload]
 
     def _start(self, encoded: Hidden, positions: Tensor, can_stop: bool) -> Carry:
