@@ -237,7 +237,10 @@ class RecurrentBlock(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Carry, list[RouterStats | None]]:
         """One pass of the shared layers."""
+        u = self.injection(carry.state, drive)
         embedding, deltas = self.conditioning(loop)
+        if embedding is not None:
+            u = u + embedding.to(u.dtype)
         slots = [
             None if cache is None else cache.recurrent_slot(layer, loop)
             for layer in range(len(self.layers))
@@ -245,9 +248,7 @@ class RecurrentBlock(nn.Module):
         frozen: list[Frozen | None] = [None] * len(self.layers)
         if carry.active is not None and carry.kv:
             frozen = [Frozen(carry.active, kv) for kv in carry.kv]
-        state, kv, router = self._layers(
-            carry.state, drive, embedding, context, slots, frozen, deltas, experts
-        )
+        state, kv, router = self._layers(u, context, slots, frozen, deltas, experts)
         loops_used = carry.loops_used + 1
         if carry.active is not None:
             state = torch.where(carry.active[..., None], state, carry.state)
@@ -265,19 +266,14 @@ class RecurrentBlock(nn.Module):
 
     def _layers(
         self,
-        state: Tensor,
-        drive: Drive,
-        embedding: Tensor | None,
+        x: Tensor,
         context: AttentionContext,
         slots: list[CacheSlot | None],
         frozen: list[Frozen | None],
         deltas: Deltas,
         experts: LoopWeights,
     ) -> tuple[Tensor, tuple[Tensor, ...], list[RouterStats | None]]:
-        """u + R(u), u = Inj(h, e): the part that `compile_layers` compiles."""
-        x = self.injection(state, drive)
-        if embedding is not None:
-            x = x + embedding.to(x.dtype)
+        """x + R(x): the part that `compile_layers` compiles."""
         kv, router = [], []
         for layer, slot, stopped, weights in zip(self.layers, slots, frozen, experts, strict=True):
             out = layer(
@@ -289,7 +285,7 @@ class RecurrentBlock(nn.Module):
         return x, tuple(kv), router
 
     def compile_layers(self, **options: object) -> None:
-        """torch.compile the shared layers, one compilation for all loops, and what precedes them."""
+        """torch.compile the shared layers, once for all loops, and what precedes the loops."""
         self._compiled = True
         self._prepare = torch.compile(self._prepare, **options)  # type: ignore[method-assign, call-overload]
         self._layers = torch.compile(self._layers, **options)  # type: ignore[method-assign, call-overload]
