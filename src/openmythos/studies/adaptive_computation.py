@@ -34,14 +34,7 @@ from openmythos.studies.study import (
     percent,
     plus_minus,
 )
-from openmythos.studies.text import (
-    RATES,
-    Text,
-    TextLearning,
-    TextRun,
-    text_model,
-    text_training,
-)
+from openmythos.studies.text import TextRun, text_model, text_training
 from openmythos.tasks import KHop
 
 HOPS = (5, 10, 20, 30, 40)
@@ -81,7 +74,7 @@ def arms() -> list[Arm]:
         )
         for weight in PONDER
     ]
-    on_text = TextLearning(train=text_training(PoissonLoops(mean_loops=4.0, max_loops=12)))
+    on_text = text_training(PoissonLoops(mean_loops=4.0, max_loops=12))
     texts = {TEXT: text_model(LTI())} | {
         f"{TEXT}, ACT, ponder {weight:g}": replace(
             text_model(LTI()), halting=ACT(ponder_weight=weight)
@@ -91,10 +84,7 @@ def arms() -> list[Arm]:
     return [
         Arm(name=LOOPED, model=looped(), task=task, learning=learning),
         *act,
-        *(
-            Arm(name=name, model=model, task=Text(), learning=on_text, rates=RATES)
-            for name, model in texts.items()
-        ),
+        *(Arm.on_text(name, model, on_text) for name, model in texts.items()),
     ]
 
 

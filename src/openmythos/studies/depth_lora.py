@@ -27,16 +27,8 @@ from openmythos.studies.study import (
     percent,
     plus_minus,
 )
-from openmythos.studies.text import (
-    RATES,
-    Text,
-    TextLearning,
-    TextRun,
-    text_model,
-    text_training,
-)
+from openmythos.studies.text import TextRun, text_model, text_training
 from openmythos.tasks import KHop
-from openmythos.train.config import TrainConfig
 
 TRAINED = 4
 LOOPS = (1, 2, 3, 4, 6, 8, 16)
@@ -64,22 +56,13 @@ def arms() -> list[Arm]:
     training = text_training(FixedLoops(mean_loops=TRAINED))
     once = replace(training, loops=FixedLoops(mean_loops=1))
 
-    def text(name: str, config: MythosConfig, how: TrainConfig) -> Arm:
-        return Arm(
-            name=name,
-            model=config,
-            task=Text(),
-            learning=TextLearning(train=how),
-            rates=RATES,
-        )
-
     hops = Learning(num_steps=1400, max_hops=10)
     return [
         *(
-            text(f"text, rank {r}", with_rank(text_model(LTI()), r, TRAINED), training)
+            Arm.on_text(f"text, rank {r}", with_rank(text_model(LTI()), r, TRAINED), training)
             for r in RANKS
         ),
-        text(UNTIED, untied(), once),
+        Arm.on_text(UNTIED, untied(), once),
         *(
             Arm(
                 name=f"k-hop, rank {rank}",
@@ -186,7 +169,7 @@ STUDY = Study(
     claim="A low-rank difference per loop wins back most of what sharing the weights costs.",
     source="Relaxed Recursive Transformers (arXiv 2410.20672)",
     method=(
-        "Text: 0.5 M parameters on Python's standard library, 400 steps of 8 x 128 tokens, 4 "
+        "Text: 0.5 M parameters on Python's standard library, 300 steps of 8 x 128 tokens, 4 "
         "loops; LoRA on every linear map of the loop; untied: 4 layers of their own between the "
         "same first and last; best of three learning rates by held-out loss. k-hop: trained to 10 "
         "hops as in what-makes-it-extrapolate, LoRA for 16 loops, the last pair for all later ones."

@@ -28,14 +28,7 @@ from openmythos.studies.study import (
     by_arm,
     plus_minus,
 )
-from openmythos.studies.text import (
-    RATES,
-    Text,
-    TextLearning,
-    TextRun,
-    text_model,
-    text_training,
-)
+from openmythos.studies.text import TextRun, text_model, text_training
 
 LOOPS = 4
 EXPERTS = MoE(
@@ -66,16 +59,7 @@ def arms() -> list[Arm]:
         DENSE: replace(base, recurrent_feed_forward=SwiGLU(hidden_dim=active)),
     }
     training = text_training(PoissonLoops(mean_loops=float(LOOPS), max_loops=12))
-    return [
-        Arm(
-            name=name,
-            model=config,
-            task=Text(),
-            learning=TextLearning(train=training),
-            rates=RATES,
-        )
-        for name, config in models.items()
-    ]
+    return [Arm.on_text(name, config, training) for name, config in models.items()]
 
 
 def chosen_experts(model: OpenMythos, tokens: torch.Tensor) -> torch.Tensor:
@@ -192,7 +176,7 @@ STUDY = Study(
     claim="Bias balancing spreads the load at no loss, and every loop chooses experts of its own.",
     source="DeepSeek-V3 (arXiv 2412.19437); OpenMythos announcement",
     method=(
-        "Text as in test-time-depth, 16 experts top-2 and one shared in the loop, 400 steps; "
+        "Text as in test-time-depth, 16 experts top-2 and one shared in the loop, 300 steps; "
         "load, and overlap between the expert sets of a token's 4 loops, on 64 held-out windows; a "
         "router per loop is the shared one plus a matrix per loop; dense: a SwiGLU as wide as the "
         "experts that a token uses. Best of three learning rates by held-out loss."

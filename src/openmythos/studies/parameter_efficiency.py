@@ -69,8 +69,8 @@ def arms() -> list[Arm]:
             model=model(task, layers, loops),
             task=task,
             learning=Learning(
-                num_steps=2000,
-                batch_size=64,
+                num_steps=1000,
+                batch_size=32,
                 min_hops=fewest,
                 first_hops=most,
                 max_hops=most,
@@ -79,6 +79,7 @@ def arms() -> list[Arm]:
                 schedule=WSD(warmup=0.05, decay=0.4, final=0.03),
             ),
             rates=(1e-3, 2e-3, 4e-3),
+            trial_share=2,
         )
         for name, (task, fewest, most) in TASKS.items()
         for layers, loops in GRID
@@ -162,7 +163,7 @@ STUDY = Study(
     source="Saunshi et al. (arXiv 2502.17416)",
     method=(
         "p-hop induction (p = 4, 4 symbols, 32 places) and addition of 2 to 4 numbers of 2 digits; "
-        "width 64, no prelude, no coda, no injection; 2000 steps of 64 problems, the best of three "
+        "width 64, no prelude, no coda, no injection; 1000 steps of 32 problems, the best of three "
         "learning rates for every shape; 2000 unseen problems of the largest size, a sum right "
         "when every digit is."
     ),

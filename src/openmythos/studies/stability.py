@@ -45,7 +45,7 @@ def name_of(injection: str, per: str, rate: float) -> str:
 def arms() -> list[Arm]:
     training = TrainConfig(
         num_steps=120,
-        batch_size=8,
+        batch_size=4,
         seq_len=128,
         schedule=WSD(warmup=0.05, decay=0.2, final=0.1),
     )
@@ -200,7 +200,7 @@ STUDY = Study(
     claim="LTI injection trains at learning rates at which other injections diverge.",
     source="Parcae (arXiv 2604.12946)",
     method=(
-        "0.5 M parameters on Python's standard library, 120 steps of 8 x 128 tokens, loops from "
+        "0.5 M parameters on Python's standard library, 120 steps of 4 x 128 tokens, loops from "
         f"Poisson(4), clipped gradients; learning rates {', '.join(f'{r:g}' for r in RATES)} "
         f"(AdamW). A run diverges that is not finite or ends {WORSE} nats above its best tenth."
     ),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from openmythos.config import ConfigError, to_dict
 from openmythos.model.config import MythosConfig
 from openmythos.studies.learning import Learning
-from openmythos.studies.text import Text, TextLearning
+from openmythos.studies.text import RATES, Text, TextLearning
 from openmythos.tasks import Task
 from openmythos.train.config import TrainConfig
 
@@ -27,8 +27,8 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 class Arm:
     """One thing that is compared: a model, and a task or text and how it is learned.
 
-    Where `rates` names learning rates, each is tried with a third of the steps and a seed that no
-    run has; the runs take the one that fits best. Otherwise they take the optimizer's own.
+    Where `rates` names learning rates, each is tried with one step of `trial_share` and a seed that
+    no run has; the runs take the one that fits best. Otherwise they take the optimizer's own.
     """
 
     name: str
@@ -37,6 +37,15 @@ class Arm:
     learning: Learning | TextLearning
     why: str = ""  # what this arm controls for
     rates: tuple[float, ...] = ()
+    trial_share: int = 3
+
+    @classmethod
+    def on_text(cls, name: str, model: MythosConfig, training: TrainConfig) -> "Arm":
+        """An arm that learns text; each of three learning rates is tried at full length."""
+        learning = TextLearning(train=training)
+        return cls(
+            name=name, model=model, task=Text(), learning=learning, rates=RATES, trial_share=1
+        )
 
     def settings(self) -> dict[str, Any]:
         """Everything that a run of this arm is a function of, besides its seed."""
@@ -62,8 +71,8 @@ class Arm:
         return self._changed(optimizer=optimizer)
 
     def trials(self) -> "list[Arm]":
-        """This arm at each of its rates, with a third of the steps."""
-        steps = max(1, self._learned.num_steps // 3)
+        """This arm at each of its rates, as long as trials are."""
+        steps = max(1, self._learned.num_steps // self.trial_share)
         short = replace(self._changed(num_steps=steps), rates=())
         return [short.at_rate(rate) for rate in self.rates]
 
@@ -110,7 +119,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Trial:
-    """One arm at one learning rate, for a third of the steps."""
+    """One arm at one learning rate, with another seed than any run."""
 
     arm: str
     rate: float
@@ -224,11 +233,12 @@ def _tuning(tried: Sequence[Trial]) -> Iterator[str]:
     yield from (
         "## Learning rates",
         "",
-        "Fit of the training range after a third of the steps.",
+        "Fit of the training range (share right, or minus the loss) with a seed that no run has.",
         "",
     )
     for arm in dict.fromkeys(trial.arm for trial in tried):
-        fits = [f"{t.rate:g}: {100 * t.fit:.0f}%" for t in tried if t.arm == arm]
+        own = [trial for trial in tried if trial.arm == arm]
+        fits = [f"{t.rate:g}: {t.fit:.3f}" for t in sorted(own, key=lambda t: t.rate)]
         yield f"- {arm}: {', '.join(fits)}"
     yield ""
 

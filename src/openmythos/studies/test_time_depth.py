@@ -29,14 +29,7 @@ from openmythos.studies.study import (
     mean_and_half_width,
     plus_minus,
 )
-from openmythos.studies.text import (
-    RATES,
-    Text,
-    TextLearning,
-    TextRun,
-    text_model,
-    text_training,
-)
+from openmythos.studies.text import TextRun, text_model, text_training
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 FITTED = 8  # loops that a law is fitted on; beyond, it is asked
@@ -58,16 +51,7 @@ def arms() -> list[Arm]:
         "fixed 4": replace(base, loops=FixedLoops(mean_loops=4)),
         "gradient: last 2 loops": replace(base, backprop_loops=2),
     }
-    return [
-        Arm(
-            name=name,
-            model=text_model(LTI()),
-            task=Text(),
-            learning=TextLearning(train=how),
-            rates=RATES,
-        )
-        for name, how in learnings.items()
-    ]
+    return [Arm.on_text(name, text_model(LTI()), how) for name, how in learnings.items()]
 
 
 @torch.no_grad()
@@ -207,7 +191,7 @@ STUDY = Study(
     ),
     source="Parcae (arXiv 2604.12946); Huginn (arXiv 2502.05171)",
     method=(
-        "0.5 M parameters on Python's standard library, 400 steps of 8 x 128 tokens, loops in "
+        "0.5 M parameters on Python's standard library, 300 steps of 8 x 128 tokens, loops in "
         "training from Poisson(4) up to 12 unless the arm says otherwise; best of three learning "
         "rates by the held-out loss at 4 loops. Both laws are fitted on 1 to 8 loops. Cache: what "
         "sharing one slot adds in nats per token, decoding the second halves of 64 windows of 128 "

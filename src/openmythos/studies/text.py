@@ -22,7 +22,7 @@ from openmythos.train.optim import WSD, AdamW
 from openmythos.train.run import Run, train
 from openmythos.train.trainer import StepMetrics
 
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,13 @@ def text_model(injection: Injection) -> MythosConfig:
 
 
 def text_training(loops: LoopSampling) -> TrainConfig:
-    """400 steps of 8 x 128 tokens; its learning rate is one of RATES."""
+    """300 steps of 8 x 128 tokens; its learning rate is one of RATES."""
     return TrainConfig(
-        num_steps=400,
+        num_steps=300,
         batch_size=8,
         seq_len=128,
         loops=loops,
-        optimizer=AdamW(lr=4e-3),
+        optimizer=AdamW(lr=2e-3),
         schedule=WSD(warmup=0.05, decay=0.3, final=0.1),
     )
 
