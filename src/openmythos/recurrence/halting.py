@@ -77,7 +77,7 @@ class ACTHalting(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(dim))
-        self.bias = nn.Parameter(torch.empty(()))
+        self.bias = nn.Parameter(torch.empty(1))
 
     def start(self, state: Hidden) -> HaltState:
         zeros = state.new_zeros(state.shape[:2], dtype=torch.float32)

@@ -30,9 +30,9 @@ from openmythos.train.optim import WSD, AdamW
 # (layers in the block, loops): the paper's k x L.
 GRID = ((6, 1), (1, 6), (2, 3), (3, 2), (1, 1), (2, 1), (3, 1))
 DEPTH = 6
-TASKS: dict[str, tuple[Task, int, int]] = {  # task, fewest and most hops
-    "p-hop": (PHop(alphabet=4, length=32), 4, 4),
-    "addition": (Addition(digits=2, max_operands=4), 2, 4),
+TASKS: dict[str, tuple[Task, int, int, int]] = {  # task, fewest and most hops, steps
+    "p-hop": (PHop(alphabet=4, length=32), 4, 4, 1000),
+    "addition": (Addition(digits=1, max_operands=4), 2, 4, 3000),
 }
 
 
@@ -69,7 +69,7 @@ def arms() -> list[Arm]:
             model=model(task, layers, loops),
             task=task,
             learning=Learning(
-                num_steps=1000,
+                num_steps=steps,
                 batch_size=32,
                 min_hops=fewest,
                 first_hops=most,
@@ -81,7 +81,7 @@ def arms() -> list[Arm]:
             rates=(1e-3, 2e-3, 4e-3),
             trial_share=2,
         )
-        for name, (task, fewest, most) in TASKS.items()
+        for name, (task, fewest, most, steps) in TASKS.items()
         for layers, loops in GRID
     ]
 
@@ -90,7 +90,7 @@ def arms() -> list[Arm]:
 def measure(trained: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     """Share of problems of the largest size answered right, all digits of a sum together."""
     trained.eval()
-    hops = max(most for task, _, most in TASKS.values() if task.kind == arm.problems.kind)
+    hops = max(most for task, _, most, _ in TASKS.values() if task.kind == arm.problems.kind)
     generator = torch.Generator().manual_seed(10_000)
     batch = arm.problems.sample(50 if quick else 2000, hops, generator)
     right = trained(batch.tokens).logits.argmax(dim=-1) == batch.targets
@@ -162,10 +162,10 @@ STUDY = Study(
     claim="One layer looped 6 times does what 6 layers do, with a sixth of their parameters.",
     source="Saunshi et al. (arXiv 2502.17416)",
     method=(
-        "p-hop induction (p = 4, 4 symbols, 32 places) and addition of 2 to 4 numbers of 2 digits; "
-        "width 64, no prelude, no coda, no injection; 1000 steps of 32 problems, the best of three "
-        "learning rates for every shape; 2000 unseen problems of the largest size, a sum right "
-        "when every digit is."
+        "p-hop induction (p = 4, 4 symbols, 32 places) and addition of 2 to 4 numbers of 1 digit; "
+        "width 64, no prelude, no coda, no injection; 1000 (p-hop) and 3000 steps of 32 problems, "
+        "the best of three learning rates for every shape; 2000 unseen problems of the largest "
+        "size, a sum right when every digit is."
     ),
     not_shown=("The papers' sizes (p = 32, 32 operands) and language.",),
     arms=arms,

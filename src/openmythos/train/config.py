@@ -14,6 +14,7 @@ from openmythos.recurrence.loop_sampling import (
 )
 from openmythos.train.loss import FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
+from openmythos.train.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class TrainConfig:
     checkpoint_loops: bool = False
     compile: bool = False
     device: str = "auto"
+    parallel: Parallel = field(default_factory=Parallel)
     log_every: int = 1
     save_every: int = 100
     keep_checkpoints: int = 2

@@ -11,6 +11,7 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import MythosLosses
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
+from openmythos.train.parallel import mean_over_ranks
 from openmythos.types import Scalar
 
 
@@ -48,19 +49,21 @@ class LossParts(NamedTuple):
 
 
 def training_loss(losses: MythosLosses, loss: Loss, config: MythosConfig) -> LossParts:
-    """All parts of the loss of one micro-batch."""
+    """All parts of the loss of one micro-batch; its mean over ranks is that of all their rows."""
     cross_entropy = losses.cross_entropy
     total = cross_entropy
     if isinstance(loss, DeepSupervision):
         total = total + loss.weight * torch.stack(losses.by_loop).mean()
     zero = cross_entropy.new_zeros(())
     balance, z = zero, zero
-    for name, stats in losses.router.items():
+    # Of rows that loop more often, here or on another rank, there is more to average over.
+    sizes = mean_over_ranks([x for s in losses.router.values() for x in (s.sequences, s.tokens)])
+    for index, (name, stats) in enumerate(losses.router.items()):
         inside = name.startswith("recurrent")
         moe = config.recurrent_feed_forward if inside else config.feed_forward
         assert isinstance(moe, MoE)
-        layer_balance = stats.balance / stats.sequences.clamp_min(1)
-        layer_z = stats.z / stats.tokens.clamp_min(1)
+        layer_balance = stats.balance / sizes[2 * index].clamp_min(1)
+        layer_z = stats.z / sizes[2 * index + 1].clamp_min(1)
         total = total + moe.balance_weight * layer_balance + moe.z_weight * layer_z
         balance = balance + layer_balance / len(losses.router)
         z = z + layer_z / len(losses.router)

@@ -1,8 +1,111 @@
-"""What ranks of a distributed run have to agree on."""
+"""Many ranks as one: how a model is spread over them, and what they have to agree on.
+
+The model files know one device. Here, from outside and in this order: recomputed loops, compiled
+layers, weights in shards (torch's FSDP2). Prelude layers, the recurrent block and coda layers are a
+unit each, gathered when they run: the block once per pass, however many loops it runs.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from openmythos.config import require, require_int
+from openmythos.model.mythos import OpenMythos
+
+# A collective that waits longer for a rank ends the job.
+PATIENCE = timedelta(seconds=50)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How ranks share the work: `replicate` groups of `shard` ranks (0: as many as there are).
+
+    Every rank reads its own part of the batch. A group holds the model once, each of its ranks a
+    part of every weight; more than one group is HSDP. `gather` is the dtype in which weights travel
+    to where they are used; gradients come back in fp32.
+    """
+
+    replicate: int = 1
+    shard: int = 0
+    gather: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        require_int("replicate", self.replicate, minimum=1)
+        require_int("shard", self.shard, minimum=0)
+
+    def mesh(self, device: str) -> DeviceMesh:
+        """All ranks, along ("replicate", "shard") or one of them alone."""
+        size = rank_and_world_size()[1]
+        shard = self.shard or max(1, size // self.replicate)
+        fits = self.replicate * shard == size
+        text = f"times shard = {shard} must be the number of ranks = {size}"
+        require(fits, "replicate", self.replicate, text)
+        if self.replicate == 1:
+            return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
+        return init_device_mesh(
+            device, (self.replicate, shard), mesh_dim_names=("replicate", "shard")
+        )
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The ranks that torchrun has started; nothing where it has not."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    backend = "gloo"
+    if device.type != "cpu":
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(
+    model: OpenMythos, parallel: Parallel, *, checkpoint_loops: bool, compiled: bool
+) -> OpenMythos:
+    """The model as a step runs it, in place; every rank comes with the same weights."""
+    model.recurrent.checkpoint_loops = checkpoint_loops
+    if compiled:
+        model.compile_layers()
+    if rank_and_world_size()[1] > 1:
+        mesh = parallel.mesh(next(model.parameters()).device.type)
+        narrow = torch.bfloat16 if parallel.gather == "bf16" else None
+        policy = MixedPrecisionPolicy(
+            param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for unit in (*model.prelude, model.recurrent, *model.coda, model):
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "losses")
+    return model
+
+
+def reduce_gradients(model: OpenMythos, on: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks: of a step's passes the last."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that may be in shards."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -20,9 +123,21 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+@torch.no_grad()
+def mean_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
+    """Every scalar's mean over all ranks, in one message."""
+    if rank_and_world_size()[1] == 1 or not values:
+        return [value.detach() for value in values]
+    stacked = torch.stack([value.detach().float() for value in values])
+    return list(sum_over_ranks(stacked) / rank_and_world_size()[1])
+
+
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the accelerator if there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator()
-    return torch.device("cpu") if accelerator is None else accelerator
+    """ "auto" is the accelerator if there is one, else the CPU; of several, this rank's."""
+    device = torch.device(name) if name != "auto" else torch.accelerator.current_accelerator()
+    if device is None:
+        return torch.device("cpu")
+    if device.type != "cpu" and device.index is None:
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+        torch.accelerator.set_device_index(device.index)
+    return device

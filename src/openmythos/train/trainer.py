@@ -19,7 +19,14 @@ from openmythos.recurrence.injection import LTIInjection
 from openmythos.recurrence.loop_sampling import sample_loops
 from openmythos.train.config import TrainConfig
 from openmythos.train.loss import LossParts, training_loss
-from openmythos.train.parallel import rank_and_world_size, sum_over_ranks
+from openmythos.train.parallel import (
+    mean_over_ranks,
+    rank_and_world_size,
+    reduce_gradients,
+    spread,
+    sum_over_ranks,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class StepMetrics:
     max_violation: float  # of the busiest expert, over recurrent MoE layers
     ponder_cost: float
     max_decay: float
+    skipped: int  # steps so far whose loss or gradient was not finite: nothing was changed
 
     def as_dict(self) -> dict[str, int | float]:
         return asdict(self)
@@ -47,14 +55,18 @@ class Trainer:
     """Trains a model on a loader's batches from step `step` on."""
 
     def __init__(self, model: OpenMythos, loader: Loader, config: TrainConfig) -> None:
-        self.model, self.loader, self.config = model, loader, config
+        self.loader, self.config = loader, config
         self.device = next(model.parameters()).device
-        self.optimizers = config.optimizer.build(model)
+        self.model = spread(
+            model,
+            config.parallel,
+            checkpoint_loops=config.checkpoint_loops,
+            compiled=config.compile,
+        )
+        self.optimizers = config.optimizer.build(self.model)
         self.step = 0
+        self.skipped = 0
         self.rank, self.world_size = rank_and_world_size()
-        model.recurrent.checkpoint_loops = config.checkpoint_loops
-        if config.compile:
-            model.compile_layers()
 
     def steps(self) -> Iterator[StepMetrics]:
         """Run the remaining steps, yielding after each; stop iterating to stop training."""
@@ -77,16 +89,21 @@ class Trainer:
             step=self.step,
             num_steps=c.num_steps,
         )
-        rows = len(batch.tokens)
+        mean_loops, rows = float(loops.float().mean()), len(batch.tokens)
         loops = loops[self.rank * rows : (self.rank + 1) * rows]
         self.model.train()
         parts, router = self._backward(batch, loops)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)
+        parts = LossParts(*mean_over_ranks(parts))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
         scale = c.schedule.scale(self.step, c.num_steps)
-        self.optimizers.step(scale)
-        self.model.zero_grad(set_to_none=True)
         counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
-        self.model.update_router_bias(counts)
+        # Of numbers that all ranks share, so that all skip or none.
+        if bool(parts.total.isfinite() & norm.isfinite()):
+            self.optimizers.step(scale)
+            self.model.update_router_bias(counts)
+        else:
+            self.skipped += 1
+        self.model.zero_grad(set_to_none=True)
         elapsed = time.perf_counter() - started
         violations = [float(stats.max_violation()) for stats in router.values()]
         return StepMetrics(
@@ -95,13 +112,14 @@ class Trainer:
             total_loss=float(parts.total),
             gradient_norm=float(norm),
             lr_scale=scale,
-            mean_loops=float(loops.float().mean()),
+            mean_loops=mean_loops,
             tokens=batch.tokens.numel() * self.world_size,
             tokens_per_second=batch.tokens.numel() * self.world_size / elapsed,
             balance=float(parts.balance),
             max_violation=max(violations, default=0.0),
             ponder_cost=float(parts.ponder_cost),
             max_decay=self._max_decay(),
+            skipped=self.skipped,
         )
 
     def _backward(self, batch: Batch, loops: Tensor) -> tuple[LossParts, dict[str, RouterStats]]:
@@ -130,6 +148,7 @@ class Trainer:
                     collect_loops=c.loss.collect_loops,
                 )
                 parts = training_loss(losses, c.loss, self.model.config)
+            reduce_gradients(self.model, on=start == pieces[-1])
             torch.autograd.backward(parts.total / len(pieces))
             with torch.no_grad():
                 for name, stats in losses.router.items():
@@ -152,4 +171,4 @@ class Trainer:
         if not isinstance(injection, LTIInjection):
             return float("nan")
         with torch.no_grad():
-            return float(injection.discretize()[0].max())
+            return float(whole(injection.discretize()[0].max()))
