@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from variants import tiny_config
 
 from openmythos.config import ConfigError, apply_overrides, load_toml
@@ -19,7 +20,7 @@ from openmythos.data.tokenizer import BPE
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.train import checkpoint
-from openmythos.train.checkpoint import latest_checkpoint, list_checkpoints, load_training
+from openmythos.train.checkpoint import latest_checkpoint, list_checkpoints
 from openmythos.train.config import DataConfig, RunConfig, TrainConfig
 from openmythos.train.metrics import MetricsLog, read_metrics
 from openmythos.train.optim import AdamW, Muon
@@ -62,7 +63,7 @@ def run(tmp_path: Path, corpus: Path) -> Run:
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(latest_checkpoint(run.folder) / "model.safetensors")
+    return run.load_model().state_dict()
 
 
 def steps_of(run: Run) -> list[float]:
@@ -141,8 +142,8 @@ def no_space(*_args: object, **_kwargs: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def fail_torch_save(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch, "save", no_space)
+def fail_writing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(HuggingFaceStorageWriter, "write_data", no_space)
 
 
 def fail_weights(patch: pytest.MonkeyPatch) -> None:
@@ -157,15 +158,18 @@ def fail_sync(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(checkpoint.os, "fsync", no_space)
 
 
-@pytest.mark.parametrize("fail", [fail_torch_save, fail_weights, fail_rename, fail_sync])
+@pytest.mark.parametrize("fail", [fail_writing, fail_weights, fail_rename, fail_sync])
 def test_full_disk_leaves_the_former_checkpoint(
     run: Run, monkeypatch: pytest.MonkeyPatch, fail: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     steps = train(run)
     for _ in range(3):
         next(steps)
+    deadline = time.monotonic() + 30
+    while not list_checkpoints(run.folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
     before = {path: path.read_bytes() for path in latest_checkpoint(run.folder).iterdir()}
-    assert len(before) == 3
+    assert len(before) == 4
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         fail(patch)
         list(steps)
@@ -185,41 +189,61 @@ def test_interrupted_creation_is_not_a_run(
         Run.open(tmp_path / "run")
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a pickle", None])
-def test_damaged_training_file_is_named(run: Run, damage: bytes | None) -> None:
+FILES = [
+    "config.json",
+    "training.json",
+    "shard-00001-model-00001-of-00001.safetensors",
+    "checksums.json",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
+def test_damaged_file_of_a_checkpoint_is_named(run: Run, name: str, damage: bytes | None) -> None:
     list(train(run))
-    path = latest_checkpoint(run.folder) / "training.pt"
-    path.write_bytes(path.read_bytes()[:-2000] if damage is None else damage)
-    with pytest.raises(ConfigError, match=r"training\.pt: is damaged") as caught:
-        train(run, resume=True)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    path = latest_checkpoint(run.folder) / name
+    path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
+    for use in (lambda: train(run, resume=True), run.load_model):
+        with pytest.raises(ConfigError) as caught:
+            use()
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
-def test_training_file_runs_no_code(run: Run) -> None:
-    list(train(run))
-    path = latest_checkpoint(run.folder) / "training.pt"
-    torch.save({"step": print}, path)
-    with pytest.raises(ConfigError, match=r"training\.pt: is damaged"):
-        load_training(path.parent)
-
-
-@pytest.mark.parametrize("name", ["training.pt", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_missing_file_of_a_checkpoint_is_named(run: Run, name: str) -> None:
     list(train(run))
     path = latest_checkpoint(run.folder) / name
     path.unlink()
-    with pytest.raises(ConfigError) as caught:
-        train(run, resume=True)
-    assert str(path) in str(caught.value)
+    for use in (lambda: train(run, resume=True), run.load_model):
+        with pytest.raises(ConfigError) as caught:
+            use()
+        assert str(path) in str(caught.value)
 
 
-def test_damaged_weights_are_named(run: Run) -> None:
+def test_checkpoint_of_another_model_is_refused(run: Run) -> None:
     list(train(run))
-    path = latest_checkpoint(run.folder) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"model\.safetensors: is damaged"):
-        run.load_model()
+    other = replace(run.config, model=replace(run.config.model, dim=48))
+    with pytest.raises(ConfigError, match=r"step-00000006: does not fit this model: Size"):
+        train(replace(run, config=other), resume=True)
+
+
+def test_every_so_many_steps_a_checkpoint_stays(tmp_path: Path, corpus: Path) -> None:
+    config = config_of(corpus, keep_checkpoints=1, keep_every=4, save_every=1)
+    run = Run.create(tmp_path / "run", config)
+    list(train(run))
+    kept = [int(path.name.removeprefix("step-")) for path in list_checkpoints(run.folder)]
+    assert kept == [4, 6]
+
+
+def test_training_stops_after_the_step_in_which_it_is_asked_to(run: Run) -> None:
+    asked, seen = [], []
+    for metrics in train(run, stopping=lambda: 0 in asked):
+        seen.append(metrics.step)
+        if metrics.step == 2:
+            asked.append(0)
+    assert seen == [0, 1, 2, 3]
+    assert latest_checkpoint(run.folder).name == "step-00000004"
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (9, [2, 4, 6])])

@@ -92,11 +92,11 @@ def _columns(name: str) -> tuple[ProgressColumn, ...]:
 
 def train_with_bar(run: Run, *, resume: bool) -> bool:
     """Train with a progress bar; False if a signal stopped it before its last step."""
-    steps = train(run, resume=resume)
     num_steps = run.config.train.num_steps
     columns = _columns("training")
     last = None
     with _stop_on_signal() as received, Progress(*columns, console=OUT) as bar:
+        steps = train(run, resume=resume, stopping=lambda: bool(received))
         task = bar.add_task("training", total=num_steps, text="starting")
         smooth = None
         for metrics in steps:
@@ -104,9 +104,6 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
             smooth = metrics.loss if smooth is None else 0.9 * smooth + 0.1 * metrics.loss
             text = f"loss {smooth:.3f}  {metrics.tokens_per_second:,.0f} tokens/s"
             bar.update(task, completed=metrics.step + 1, text=text)
-            if received:
-                steps.close()
-                break
     if last is None:
         OUT.print(f"{run.folder}: all {num_steps} steps are done already")
         return True

@@ -22,14 +22,19 @@ def save(folder: Path, config: MythosConfig, state: Mapping[str, Tensor]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS_FILE
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    header = {"model_type": "openmythos", "format_version": FORMAT_VERSION}
     with replacing(folder / CONFIG_FILE) as new_config, replacing(weights) as new_weights:
-        write_json(header | to_dict(config), new_config)
+        write_config(config, new_config)
         try:
             save_file(tensors, new_weights)
         except SafetensorError as error:
             # The library wraps what the system said about disk or permission.
             raise OSError(f"{weights}: cannot be written: {error}") from error
+
+
+def write_config(config: MythosConfig, path: Path) -> None:
+    """config.json alone."""
+    header = {"model_type": "openmythos", "format_version": FORMAT_VERSION}
+    write_json(header | to_dict(config), path)
 
 
 def load_config(folder: Path) -> MythosConfig:

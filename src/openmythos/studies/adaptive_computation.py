@@ -179,14 +179,17 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return below + (values[:, None] == values).sum(dim=1) / 2
 
 
-def summarise(runs: Sequence[RunResult], rule: str) -> dict[str, list[float]]:
-    """Per quantity a value per seed: what a rule reaches, and the best fixed number of loops of
-    equal cost."""
+def summarise(
+    runs: Sequence[RunResult], rule: str, without: Sequence[RunResult]
+) -> dict[str, list[float]]:
+    """Per quantity a value per seed: what a rule reaches, as a share of what the model of `without`
+    with the same seed reaches with all loops, and the best fixed number of loops of equal cost."""
+    never_stops = {run.seed: run.curve["rules"][ALL] for run in without}
     names = ("accuracy", "share", "loops", "excess", "spearman", "fixed")
     found: dict[str, list[float]] = {name: [] for name in names}
     for run in runs:
         rows = {int(hop): row for hop, row in run.curve["rules"][rule].items()}
-        every = {int(hop): row[0] for hop, row in run.curve["rules"][ALL].items()}
+        every = {int(hop): row[0] for hop, row in never_stops[run.seed].items()}
         loops = statistics.mean(row[1] for row in rows.values())
         found["accuracy"].append(statistics.mean(row[0] for row in rows.values()))
         found["share"].append(min(rows[h][0] / max(every[h], 1e-9) for h in rows))
@@ -203,15 +206,16 @@ def summarise(runs: Sequence[RunResult], rule: str) -> dict[str, list[float]]:
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
-    """Bar: some rule has, at every number of hops, 99% of the accuracy of all loops within 5 loops
-    of the hops (means over seeds), and beats every fixed number of loops of equal cost."""
+    """Bar: some rule has, at every number of hops, 99% of what the looped model has with all loops,
+    within 5 loops of the hops (means over seeds), and beats every fixed number of loops of equal
+    cost."""
     groups = by_arm(results)
     table, passing, best_rule, best_gap = [], [], "", 0.0
     for arm, runs in groups.items():
         for rule in runs[0].curve["rules"]:
             if arm.startswith(TEXT) or (rule == ALL and arm == LOOPED):
                 continue
-            found = summarise(runs, rule)
+            found = summarise(runs, rule, groups[LOOPED])
             name = rule if arm == LOOPED else arm
             gain = statistics.mean(found["accuracy"]) - statistics.mean(found["fixed"])
             within = statistics.mean(found["excess"]) <= SPARE
@@ -223,7 +227,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
                 {
                     "rule": name,
                     "accuracy": percent(found["accuracy"]),
-                    "least share of all loops' accuracy": percent(found["share"]),
+                    "least share of the looped model's accuracy": percent(found["share"]),
                     "mean loops": plus_minus(found["loops"], digits=1),
                     "most loops beyond hops": f"{statistics.mean(found['excess']):+.1f}",
                     "Spearman, hops": f"{statistics.mean(found['spearman']):.2f}",
@@ -259,7 +263,7 @@ def text_rows(runs: Sequence[RunResult]) -> Iterator[dict[str, str]]:
         yield {
             "rule": f"{TEXT}: {rule}" if runs[0].arm == TEXT else runs[0].arm,
             "accuracy": f"{plus_minus(score)} nats",
-            "least share of all loops' accuracy": "-",
+            "least share of the looped model's accuracy": "-",
             "mean loops": plus_minus(loops, digits=1),
             "most loops beyond hops": "-",
             "Spearman, hops": "-",
@@ -299,7 +303,9 @@ STUDY = Study(
         "chains at each of 5, 10, 20, 30 and 40 hops. The best fixed number of loops is the one, "
         "for all hops, that costs no more than the rule does in the mean. Text: the model and "
         "training of test-time-depth, the same rules and ponder costs, at most 16 loops; in place "
-        "of accuracy the held-out loss. Learning rates of ACT and text from grids of three."
+        "of accuracy the held-out loss. Learning rates of ACT and text from grids of three. "
+        "One change after the runs: the bar first compared ACT with itself, now with the looped "
+        "model without it."
     ),
     not_shown=("Rules tuned per model.", "Text models that need many loops."),
     arms=arms,

@@ -1,6 +1,5 @@
 """Run a study: seeds in parallel processes, results kept as they come, then report and figure."""
 
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -184,7 +183,7 @@ def _refuse_others(
 ) -> None:
     """Raise where something kept is not of one of these arms with its settings."""
     for one in found:
-        if not any(_same(one.settings, arm.settings()) for arm in arms if arm.name == one.arm):
+        if not any(arm.has(one.settings) for arm in arms if arm.name == one.arm):
             raise ConfigError(
                 f"{out}/results.json: holds a run of {one.arm!r} with other settings; "
                 "choose another --out"
@@ -195,11 +194,6 @@ def _in_order(done: Mapping[tuple[str, int], RunResult], arms: Sequence[Arm]) ->
     """By arm as the study lists them, then by seed."""
     places = {arm.name: place for place, arm in enumerate(arms)}
     return [done[key] for key in sorted(done, key=lambda key: (places[key[0]], key[1]))]
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal as they are written: JSON turns tuples into lists and keys into text."""
-    return bool(json.loads(json.dumps(one)) == json.loads(json.dumps(other)))
 
 
 def _load(path: Path) -> tuple[list[RunResult], list[Trial]]:

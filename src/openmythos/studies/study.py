@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from openmythos.config import ConfigError, to_dict
+from openmythos.config import ConfigError, from_dict, to_dict
 from openmythos.model.config import MythosConfig
 from openmythos.studies.learning import Learning
 from openmythos.studies.text import RATES, Text, TextLearning
@@ -54,6 +54,14 @@ class Arm:
             "task": to_dict(self.task),
             "learning": to_dict(self.learning),
         }
+
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        """Whether kept settings are this arm's; what they do not name is at its default."""
+        own = {"model": self.model, "task": self.task, "learning": self.learning}
+        try:
+            return all(from_dict(type(part), settings[name]) == part for name, part in own.items())
+        except ConfigError:
+            return False
 
     @property
     def rate(self) -> float:

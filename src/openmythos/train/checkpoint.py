@@ -1,47 +1,141 @@
 """Checkpoints of a run: folders that are either whole or not there.
 
     RUN/checkpoints/step-00000200/
-        config.json  model.safetensors      what `OpenMythos.from_pretrained` reads
-        training.pt                         optimiser state and step, to go on from
+        config.json                 of the model
+        training.json               step and counters
+        shard-*.safetensors         weights and optimizer state, a file per rank that wrote
+        checksums.json              sha256 of all these files, written last
 
-A checkpoint is written under a temporary name and renamed when it is complete, so a crash or a
-full disk leaves the former one as it was.
+Weights and optimizer state go through torch's distributed checkpoints, which any number of ranks
+can read again. A checkpoint is written in the background, under a temporary name, and renamed when
+it is complete, so a crash or a full disk leaves the former one as it was.
 """
 
+import hashlib
 import os
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from openmythos.config import ConfigError
+from openmythos.config import ConfigError, read_json, write_json
+from openmythos.model import storage
+from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
+from openmythos.train.optim import Optimizers
+from openmythos.train.parallel import rank_and_world_size
 
 FOLDER = "checkpoints"
-TRAINING_FILE = "training.pt"
+TRAINING_FILE, CHECKSUMS_FILE = "training.json", "checksums.json"
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+# One process is what was meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
-def save_checkpoint(run: Path, model: OpenMythos, training: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of training["step"], then remove all but the newest `keep`."""
-    final = run / FOLDER / f"step-{training['step']:08d}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        with open(temporary / TRAINING_FILE, "xb") as file:
-            torch.save(training, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return final
+class Counters(NamedTuple):
+    """Of a run, besides its tensors."""
+
+    step: int
+    skipped: int
+
+
+class CheckpointWriter:
+    """Saves checkpoints of a run in the background, one at a time, and removes old ones.
+
+    The newest `keep` stay, and with keep_every > 0 those whose step it divides.
+    """
+
+    def __init__(self, run: Path, *, keep: int, keep_every: int = 0) -> None:
+        self._folder, self._keep, self._keep_every = run / FOLDER, keep, keep_every
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        # Of its own: messages of the background must not meet those of the training.
+        self._group = dist.new_group(backend="gloo") if rank_and_world_size()[1] > 1 else None
+
+    def save(self, model: OpenMythos, optimizers: Optimizers, counters: Counters) -> None:
+        """Copy everything aside and return; all ranks call it at the same step."""
+        self.wait()
+        rank, world_size = rank_and_world_size()
+        final = self._folder / f"step-{counters.step:08d}"
+        temporary = final.with_name(f".{final.name}.tmp")
+        if rank == 0:
+            for left_over in self._folder.glob(".step-*.tmp"):
+                shutil.rmtree(left_over)
+            temporary.mkdir(parents=True)
+        if world_size > 1:
+            dist.barrier()
+        aside = {name: x.to("cpu", copy=True) for name, x in _tensors(model, optimizers).items()}
+        self._writing = self._pool.submit(
+            self._write, aside, model.config, counters, temporary, final
+        )
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if it is known by now."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole; raises what went wrong."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait and stop."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _write(
+        self,
+        tensors: dict[str, Tensor],
+        config: MythosConfig,
+        counters: Counters,
+        temporary: Path,
+        final: Path,
+    ) -> None:
+        rank, world_size = rank_and_world_size()
+        try:
+            storage_writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            with _plain_errors():
+                save(
+                    tensors,
+                    storage_writer=storage_writer,
+                    process_group=self._group,
+                    no_dist=world_size == 1,
+                )
+            if rank:
+                return
+            storage.write_config(config, temporary / storage.CONFIG_FILE)
+            write_json(counters._asdict(), temporary / TRAINING_FILE)
+            files = sorted(temporary.iterdir())
+            write_json({file.name: _sha256(file) for file in files}, temporary / CHECKSUMS_FILE)
+            _sync(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+        except BaseException:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in list_checkpoints(self._folder.parent)[: -self._keep]:
+            if self._keep_every == 0 or _step_of(old) % self._keep_every:
+                shutil.rmtree(old)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -57,14 +151,80 @@ def latest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-def load_training(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given; only tensors and plain values are unpickled."""
-    path = checkpoint / TRAINING_FILE
+def verify(checkpoint: Path) -> None:
+    """Raise a ConfigError that names the file unless all are there as they were written."""
+    for name, sha256 in read_json(checkpoint / CHECKSUMS_FILE).items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise ConfigError(f"{path}: is missing")
+        if _sha256(path) != sha256:
+            raise ConfigError(f"{path}: is damaged, its sha256 is not that of {CHECKSUMS_FILE}")
+
+
+def load_model(checkpoint: Path) -> OpenMythos:
+    """The model of a checkpoint, whole, in eval mode, on the CPU."""
+    verify(checkpoint)
+    model = OpenMythos(storage.load_config(checkpoint))
+    _read(checkpoint, {_MODEL + name: x for name, x in model.state_dict().items()})
+    return model.eval()
+
+
+def load_training(checkpoint: Path, model: OpenMythos, optimizers: Optimizers) -> Counters:
+    """Fill model and optimizers, spread over ranks or not, with what a checkpoint holds."""
+    rank, world_size = rank_and_world_size()
+    if rank == 0:
+        verify(checkpoint)
+    if world_size > 1:
+        dist.barrier()
+    saved = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    names = [name.removeprefix(_OPTIMIZER) for name in saved if name.startswith(_OPTIMIZER)]
+    optimizers.expect(names)
+    _read(checkpoint, _tensors(model, optimizers))
+    return Counters(**read_json(checkpoint / TRAINING_FILE))
+
+
+def _tensors(model: OpenMythos, optimizers: Optimizers) -> dict[str, Tensor]:
+    """All that is saved, by name; what is in shards stays so."""
+    found = {_MODEL + name: x.detach() for name, x in model.state_dict().items()}
+    return found | {_OPTIMIZER + name: x for name, x in optimizers.tensors().items()}
+
+
+def _read(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
+    """Fill tensors in place."""
     try:
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: is missing") from None
-    except Exception as error:
+        with torch.no_grad(), _plain_errors():
+            load(
+                dict(into),
+                storage_reader=HuggingFaceStorageReader(str(checkpoint)),
+                no_dist=rank_and_world_size()[1] == 1,
+            )
+    except (RuntimeError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
-        raise ConfigError(f"{path}: is damaged: {first_line}") from error
-    return loaded
+        raise ConfigError(f"{checkpoint}: does not fit this model: {first_line}") from error
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What went wrong itself in place of torch's wrapping, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Have the folder's entries on disk before it is renamed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -42,7 +42,8 @@ class TrainConfig:
     A step sees batch_size sequences of seq_len tokens, in micro-batches of micro_batch_size (0: all
     at once). Loops are drawn from `loops` under `curriculum`; only the last backprop_loops of each
     sequence carry gradient (0: all). `mask_documents` keeps attention inside each packed document.
-    precision "bf16" is autocast over fp32 weights.
+    precision "bf16" is autocast over fp32 weights. Of checkpoints the newest keep_checkpoints stay,
+    and with keep_every > 0 those whose step it divides.
     """
 
     num_steps: int = 200
@@ -66,12 +67,13 @@ class TrainConfig:
     log_every: int = 1
     save_every: int = 100
     keep_checkpoints: int = 2
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "seq_len", "log_every", "save_every"):
             require_int(name, getattr(self, name), minimum=1)
         require_int("keep_checkpoints", self.keep_checkpoints, minimum=1)
-        for name in ("micro_batch_size", "seed", "backprop_loops"):
+        for name in ("micro_batch_size", "seed", "backprop_loops", "keep_every"):
             require_int(name, getattr(self, name), minimum=0)
         require(
             self.batch_size % self.micro_size == 0,

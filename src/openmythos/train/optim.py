@@ -11,7 +11,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ class AdamW:
             {"params": plain, "weight_decay": 0.0},
         ]
         betas = (self.beta1, self.beta2)
-        return Optimizers([torch.optim.AdamW(groups, lr=self.lr, betas=betas, fused=True)])
+        adamw = torch.optim.AdamW(groups, lr=self.lr, betas=betas, fused=True)
+        return Optimizers([adamw], _names(model))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,9 @@ class Muon:
 
     def build(self, model: nn.Module) -> "Optimizers":
         decayed, plain = _split(model)
-        views = MatrixViews(decayed)
+        views, names = MatrixViews(decayed), _names(model)
+        for weight, matrices in views.items():
+            names |= {id(m): f"{names[id(weight)]}.{i}" for i, m in enumerate(matrices)}
         muon = torch.optim.Muon(
             views.matrices,
             lr=self.lr,
@@ -89,7 +92,7 @@ class Muon:
             weight_decay=0.0,
             fused=True,
         )
-        return Optimizers([muon, adamw], views)
+        return Optimizers([muon, adamw], names, views)
 
 
 Optimizer = AdamW | Muon
@@ -100,8 +103,14 @@ class MatrixViews:
 
     def __init__(self, stacked: Iterable[nn.Parameter]) -> None:
         self._stacked = list(stacked)
-        self._parts = [_matrices(weight.data) for weight in self._stacked]
-        self.matrices = [nn.Parameter(part) for parts in self._parts for part in parts]
+        self._parts = [
+            [nn.Parameter(part) for part in _matrices(weight.data)] for weight in self._stacked
+        ]
+        self.matrices = [part for parts in self._parts for part in parts]
+
+    def items(self) -> Iterable[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """Each stack with its matrices."""
+        return zip(self._stacked, self._parts, strict=True)
 
     def take_gradients(self) -> None:
         """Point the views' gradients at their share of the stacked gradients."""
@@ -117,12 +126,19 @@ def _matrices(weight: Tensor) -> list[Tensor]:
 
 
 class Optimizers:
-    """One or more optimisers stepped together, with learning rates scaled by a schedule."""
+    """One or more optimisers stepped together, with learning rates scaled by a schedule.
+
+    `names` has the name of every parameter by its id: the state is saved under them.
+    """
 
     def __init__(
-        self, optimizers: list[torch.optim.Optimizer], views: MatrixViews | None = None
+        self,
+        optimizers: list[torch.optim.Optimizer],
+        names: dict[int, str],
+        views: MatrixViews | None = None,
     ) -> None:
         self._optimizers = optimizers
+        self._names = names
         self._views = views
         self._base = [[group["lr"] for group in o.param_groups] for o in optimizers]
 
@@ -135,12 +151,35 @@ class Optimizers:
                 group["lr"] = lr * scale
             optimizer.step()
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [optimizer.state_dict() for optimizer in self._optimizers]
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state, by parameter and field: "embed.weight.exp_avg"."""
+        return {
+            f"{self._names[id(parameter)]}.{field}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for field, value in state.items()
+        }
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for optimizer, state in zip(self._optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+    def expect(self, names: Iterable[str]) -> None:
+        """Make room for state of these names, as `tensors` has them, to be loaded into."""
+        fields: dict[str, list[str]] = {}
+        for name in names:
+            parameter, _, field = name.rpartition(".")
+            fields.setdefault(parameter, []).append(field)
+        for optimizer in self._optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                for field in fields.get(self._names[id(parameter)], ()):
+                    # All is of the parameter's shape but the number of steps.
+                    room = (
+                        torch.zeros((), device=parameter.device)
+                        if field == "step"
+                        else torch.zeros_like(parameter)
+                    )
+                    optimizer.state[parameter][field] = room
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

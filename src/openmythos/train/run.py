@@ -20,7 +20,13 @@ from openmythos.data.loader import Loader
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.tokenizer import Tokenizer, load_tokenizer
 from openmythos.model.mythos import OpenMythos
-from openmythos.train.checkpoint import latest_checkpoint, load_training, save_checkpoint
+from openmythos.train.checkpoint import (
+    CheckpointWriter,
+    Counters,
+    latest_checkpoint,
+    load_model,
+    load_training,
+)
 from openmythos.train.config import DataConfig, RunConfig
 from openmythos.train.metrics import MetricsLog
 from openmythos.train.parallel import choose_device, rank_and_world_size
@@ -98,7 +104,7 @@ class Run:
 
     def load_model(self) -> OpenMythos:
         """The model of the newest checkpoint, in eval mode, on the CPU."""
-        return OpenMythos.from_pretrained(latest_checkpoint(self.folder))
+        return load_model(latest_checkpoint(self.folder))
 
 
 def _check_length(shards: TokenShards, config: RunConfig) -> None:
@@ -106,14 +112,16 @@ def _check_length(shards: TokenShards, config: RunConfig) -> None:
     Loader(shards, seq_len=config.train.seq_len, batch_size=1, seed=0)
 
 
-def train(run: Run, *, resume: bool = False) -> Generator[StepMetrics, None, None]:
+def train(
+    run: Run, *, resume: bool = False, stopping: Callable[[], bool] = lambda: False
+) -> Generator[StepMetrics, None, None]:
     """Train, logging and saving as the config says; yields every step's metrics.
 
-    Closing the iterator (as Ctrl-C does) saves a checkpoint of the last finished step.
+    On several ranks all of them call it. Training ends after a step at which `stopping` was true on
+    any of them; that, or closing the iterator, saves a checkpoint of the last finished step.
     """
     config = run.config.train
     rank, world_size = rank_and_world_size()
-    device = choose_device(config.device)
     loader = Loader(
         run.shards("train"),
         seq_len=config.seq_len,
@@ -123,41 +131,44 @@ def train(run: Run, *, resume: bool = False) -> Generator[StepMetrics, None, Non
         world_size=world_size,
     )
     checkpoint = latest_checkpoint(run.folder) if resume else None
-    if checkpoint is None:
-        model = OpenMythos(run.config.model, seed=config.seed)
-    else:
-        # Copied, since kernels round by where a tensor starts and a file's tensors start anywhere.
-        saved = OpenMythos.from_pretrained(checkpoint)
-        model = OpenMythos(saved.config)
-        model.load_state_dict(saved.state_dict())
-    trainer = Trainer(model.to(device), loader, config)
+    model = OpenMythos(run.config.model, seed=config.seed).to(choose_device(config.device))
+    trainer = Trainer(model, loader, config, stopping)
     if checkpoint is not None:
-        state = load_training(checkpoint)
-        trainer.optimizers.load_state_dict(state["optimizers"])
-        trainer.step = state["step"]
+        counters = load_training(checkpoint, trainer.model, trainer.optimizers)
+        trainer.step, trainer.skipped = counters
     return _steps(run, trainer)
 
 
 def _steps(run: Run, trainer: Trainer) -> Generator[StepMetrics, None, None]:
     config = run.config.train
-    log = MetricsLog(run.folder, trainer.step)
+    log = MetricsLog(run.folder, trainer.step) if trainer.rank == 0 else None
+    writer = CheckpointWriter(
+        run.folder, keep=config.keep_checkpoints, keep_every=config.keep_every
+    )
     saved = trainer.step
 
     def save() -> None:
         nonlocal saved
-        training = {"step": trainer.step, "optimizers": trainer.optimizers.state_dict()}
-        save_checkpoint(run.folder, trainer.model, training, config.keep_checkpoints)
-        saved = trainer.step
+        if saved != trainer.step:
+            counters = Counters(trainer.step, trainer.skipped)
+            writer.save(trainer.model, trainer.optimizers, counters)
+            saved = trainer.step
 
     try:
         for metrics in trainer.steps():
-            if metrics.step % config.log_every == 0 or trainer.step == config.num_steps:
+            last = trainer.step == config.num_steps
+            if log is not None and (metrics.step % config.log_every == 0 or last):
                 log.write(metrics.as_dict())
-            if trainer.step % config.save_every == 0 or trainer.step == config.num_steps:
+            if trainer.step % config.save_every == 0 or last:
                 save()
+            writer.check()
             yield metrics
+            if trainer.stopping:
+                save()
+                return
     except GeneratorExit:
         # Between two steps, and only there, is the model in a state worth keeping.
-        if saved != trainer.step:
-            save()
+        save()
         raise
+    finally:
+        writer.close()

@@ -5,7 +5,7 @@ are drawn from (seed, step), so a resumed run goes on exactly as the uninterrupt
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
@@ -54,7 +54,13 @@ class StepMetrics:
 class Trainer:
     """Trains a model on a loader's batches from step `step` on."""
 
-    def __init__(self, model: OpenMythos, loader: Loader, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: OpenMythos,
+        loader: Loader,
+        config: TrainConfig,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.loader, self.config = loader, config
         self.device = next(model.parameters()).device
         self.model = spread(
@@ -66,6 +72,8 @@ class Trainer:
         self.optimizers = config.optimizer.build(self.model)
         self.step = 0
         self.skipped = 0
+        self.stopping = False  # as of the last step, whether some rank was asked to
+        self._asked_to_stop = stopping
         self.rank, self.world_size = rank_and_world_size()
 
     def steps(self) -> Iterator[StepMetrics]:
@@ -93,7 +101,9 @@ class Trainer:
         loops = loops[self.rank * rows : (self.rank + 1) * rows]
         self.model.train()
         parts, router = self._backward(batch, loops)
-        parts = LossParts(*mean_over_ranks(parts))
+        stop = parts.total.new_tensor(float(self._asked_to_stop()))
+        *means, stop = mean_over_ranks([*parts, stop])
+        parts, self.stopping = LossParts(*means), bool(stop > 0)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
         scale = c.schedule.scale(self.step, c.num_steps)
         counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
