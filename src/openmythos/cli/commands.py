@@ -1,5 +1,6 @@
 """The commands, each a dataclass whose fields are its flags."""
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -33,7 +34,9 @@ from openmythos.model import cost, presets
 from openmythos.model.generation import Request
 from openmythos.recipes import catalogue, report
 from openmythos.studies import runner
+from openmythos.train.checkpoint import list_checkpoints
 from openmythos.train.config import DataConfig
+from openmythos.train.parallel import launched
 from openmythos.train.run import CONFIG_FILE, Run, open_data
 
 DEMO_LOOPS = (1, 2, 4, 8, 16)
@@ -62,6 +65,12 @@ class Train:
     """Run folder to go on with; only train.* can be changed."""
 
     def run(self) -> None:
+        rank, ranks = launched()
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if restarted and (Path(self.out) / CONFIG_FILE).is_file():
+            run = Run.open(Path(self.out))
+            train_with_bar(run, resume=bool(list_checkpoints(run.folder)))
+            return
         if self.resume:
             require(not self.data, "data", list(_flat(self.data)), "goes not with --resume")
             run = Run.open(Path(self.resume))
@@ -72,8 +81,11 @@ class Train:
                 ):
                     raise ConfigError(f"{field.name}: cannot change when a run is resumed")
             run = replace(run, config=changed)
-            save_toml(changed, run.folder / CONFIG_FILE)
+            if rank == 0:
+                save_toml(changed, run.folder / CONFIG_FILE)
         else:
+            told = "must be given to several ranks, so that all mean the same folder"
+            require(ranks == 1 or bool(self.out), "out", self.out, told)
             config = catalogue.get(self.recipe)
             if self.data:
                 config = replace(config, data=replace(config.data, paths=_flat(self.data)))

@@ -1,6 +1,7 @@
 """What the commands show: progress bars, tables, streamed text."""
 
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,15 +33,22 @@ from openmythos.studies.learning import Learning, accuracy_map, learn
 from openmythos.studies.runner import run_study
 from openmythos.studies.study import Finding, Study
 from openmythos.train.config import RunConfig
-from openmythos.train.run import Run, train
+from openmythos.train.parallel import choose_device, launched, process_group
+from openmythos.train.run import CONFIG_FILE, Run, train
 
 # Numbers and code are what gets printed: nothing for rich to colour or to read as markup.
-OUT = Console(highlight=False, markup=False)
+# Of several ranks one speaks.
+OUT = Console(highlight=False, markup=False, quiet=launched()[0] > 0)
 HOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 LOOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 
 
 def create(folder: Path, config: RunConfig) -> Run:
+    """Make a run folder; of several ranks the first makes it, the others wait until it is there."""
+    if launched()[0] > 0:
+        while not (folder / CONFIG_FILE).is_file():
+            time.sleep(0.1)
+        return Run.open(folder)
     with OUT.status("reading the corpus") as status:
         run = Run.create(
             folder,
@@ -95,7 +103,11 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
     num_steps = run.config.train.num_steps
     columns = _columns("training")
     last = None
-    with _stop_on_signal() as received, Progress(*columns, console=OUT) as bar:
+    with (
+        process_group(choose_device(run.config.train.device)),
+        _stop_on_signal() as received,
+        Progress(*columns, console=OUT) as bar,
+    ):
         steps = train(run, resume=resume, stopping=lambda: bool(received))
         task = bar.add_task("training", total=num_steps, text="starting")
         smooth = None
@@ -107,7 +119,8 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
     if last is None:
         OUT.print(f"{run.folder}: all {num_steps} steps are done already")
         return True
-    report.write_loss_curve(run)
+    if launched()[0] == 0:
+        report.write_loss_curve(run)
     if last.step + 1 < num_steps:
         OUT.print(f"stopped after step {last.step + 1}, checkpoint saved; go on with")
         OUT.print(f"    openmythos train --resume {run.folder}")

@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openmythos.config import require_number
 
@@ -77,7 +79,9 @@ class Muon:
         decayed, plain = _split(model)
         views, names = MatrixViews(decayed), _names(model)
         for weight, matrices in views.items():
-            names |= {id(m): f"{names[id(weight)]}.{i}" for i, m in enumerate(matrices)}
+            numbers = range(_first_matrix(weight), weight.shape[0])
+            named = zip(matrices, numbers, strict=False)
+            names |= {id(matrix): f"{names[id(weight)]}.{number}" for matrix, number in named}
         muon = torch.optim.Muon(
             views.matrices,
             lr=self.lr,
@@ -122,7 +126,22 @@ class MatrixViews:
 
 
 def _matrices(weight: Tensor) -> list[Tensor]:
-    return [weight] if weight.ndim == 2 else list(weight.flatten(0, -3).unbind())
+    """Of a stack in shards the matrices of this rank, which are whole; a matrix stays in shards."""
+    if weight.ndim == 2:
+        return [weight]
+    if isinstance(weight, DTensor):
+        weight = weight.to_local()
+    return list(weight.flatten(0, -3).unbind())
+
+
+def _first_matrix(weight: Tensor) -> int:
+    """Which of a stack's matrices is this rank's first."""
+    if weight.ndim == 2 or not isinstance(weight, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    return offset[0]
 
 
 class Optimizers:

@@ -62,10 +62,15 @@ class Parallel:
         )
 
 
+def launched() -> tuple[int, int]:
+    """(rank, ranks) as torchrun has started this process; (0, 1) where it has not."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """The ranks that torchrun has started; nothing where it has not."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if launched()[1] == 1 or dist.is_initialized():
         yield
         return
     backend = "gloo"
