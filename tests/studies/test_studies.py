@@ -12,6 +12,7 @@ import torch
 from matplotlib.image import imread
 
 from openmythos import OpenMythos
+from openmythos.analysis import plots
 from openmythos.config import ConfigError, read_json
 from openmythos.model import cost
 from openmythos.model.inputs import token_layout
@@ -25,7 +26,14 @@ from openmythos.studies import systematic_generalization as systematic
 from openmythos.studies import test_time_depth as depth_of_text
 from openmythos.studies import what_makes_it_extrapolate as what
 from openmythos.studies.learning import Learning, TiedLoops, accuracy_map, learn
-from openmythos.studies.study import RunResult, mean_and_half_width, percent, report_markdown
+from openmythos.studies.study import (
+    Arm,
+    Finding,
+    RunResult,
+    mean_and_half_width,
+    percent,
+    report_markdown,
+)
 from openmythos.tasks import KHop
 from openmythos.train.optim import AdamW
 
@@ -205,6 +213,34 @@ class Here(Executor):
         future: Future[Any] = Future()
         future.set_result(work(*arguments))
         return future
+
+
+def test_rates_are_chosen_by_the_mean_over_their_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = replace(ARMS["3 layers, equal parameters"], rates=(1.0, 2.0, 3.0), trial_seeds=3)
+    fits = {1.0: (0.4, 0.4, 0.4), 2.0: (0.6, 0.6, 0.6), 3.0: (0.9, 0.1, 0.2)}
+
+    def made_up(_study: str, arm: Arm, seed: int, _quick: bool) -> RunResult:
+        fit = fits[arm.rate][seed - runner.TRIAL_SEED] if seed >= runner.TRIAL_SEED else 0.0
+        return RunResult(arm.name, seed, arm.settings(), {"fit": fit}, 1, 1.0, 2.0, "")
+
+    study = replace(
+        depth.STUDY,
+        arms=lambda: [arm],
+        fit=lambda run: float(run.curve["fit"]),
+        judge=lambda _runs: Finding("holds", "", [{"arm": "one"}]),
+        draw=lambda _runs: (plots.new_figure(), [{"arm": "one"}]),
+    )
+    monkeypatch.setattr(runner, "run_arm", made_up)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
+    runner.run_study(study, tmp_path, seeds=1, quick=True)
+    data = read_json(tmp_path / "results.json")
+    assert {t["rate"]: t["fit"] for t in data["trials"]} == pytest.approx(
+        {1.0: 0.4, 2.0: 0.6, 3.0: 0.4}
+    )
+    assert all(trial["seconds"] == 6.0 for trial in data["trials"])
+    assert data["runs"][0]["settings"]["learning"]["optimizer"]["lr"] == 2.0
 
 
 @pytest.mark.parametrize("name", [n for n in runner.STUDIES if n != depth.STUDY.name])

@@ -1,6 +1,7 @@
 """Run a study: seeds in parallel processes, results kept as they come, then report and figure."""
 
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -37,7 +38,7 @@ from openmythos.studies.learning import Learning, learn
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Trial, report_markdown
 from openmythos.studies.text import Text, TextLearning, trained_on_text
 
-# No run has it: rates are chosen on other data than the results are reported on.
+# No run has it or one after it: rates are chosen on other data than the results are reported on.
 TRIAL_SEED = 1000
 
 STUDIES: dict[str, Study] = {
@@ -84,6 +85,7 @@ def run_study(
     done = {(run.arm, run.seed): run for run in runs}
     fits = {(trial.arm, trial.rate): trial for trial in tried}
     trials = [trial for arm in arms for trial in arm.trials()]
+    seeds_of = {arm.name: arm.trial_seeds for arm in arms}
     _refuse_others(out, tried, trials)
     wanted = [(arm.name, seed) for seed in range(seeds) for arm in arms]
     total = len(trials) + len({*done, *wanted})
@@ -99,11 +101,25 @@ def run_study(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context)
     try:
-        rates = [(t, TRIAL_SEED) for t in trials if (t.name, t.rate) not in fits]
+        rates = [
+            (trial, TRIAL_SEED + number)
+            for trial in trials
+            if (trial.name, trial.rate) not in fits
+            for number in range(trial.trial_seeds)
+        ]
+        found: dict[tuple[str, float], list[RunResult]] = {}
         for result in _finished(pool, study, rates, quick):
-            trial = Trial(result.arm, result.rate, result.settings, 0.0, result.seconds)
-            fits[trial.arm, trial.rate] = replace(trial, fit=study.fit(result))
-            keep(f"{trial.arm}, learning rate {trial.rate:g}")
+            same = found.setdefault((result.arm, result.rate), [])
+            same.append(result)
+            if len(same) == seeds_of[result.arm]:
+                fits[result.arm, result.rate] = Trial(
+                    result.arm,
+                    result.rate,
+                    result.settings,
+                    statistics.mean(map(study.fit, same)),
+                    round(sum(one.seconds for one in same), 3),
+                )
+                keep(f"{result.arm}, learning rate {result.rate:g}")
         arms = [_tuned(arm, list(fits.values())) for arm in arms]
         _refuse_others(out, runs, arms)
         chosen = {arm.name: arm for arm in arms}
