@@ -232,7 +232,11 @@ DEMO = [
 ]
 
 
-def test_demo_trains_evaluates_and_samples(here: Path, call: Call) -> None:
+def test_demo_trains_evaluates_and_samples(
+    here: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "HOPS_ASKED", (2, 25))
+    monkeypatch.setattr(screen, "LOOPS_ASKED", (2, 4))
     result = call("demo", "--hops-steps", "2", "--set", *DEMO)
     assert result.code == 0, result.err
     folder = here / "runs" / "demo-1"
