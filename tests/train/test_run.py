@@ -228,6 +228,17 @@ def test_checkpoint_of_another_model_is_refused(run: Run) -> None:
         train(replace(run, config=other), resume=True)
 
 
+@pytest.mark.parametrize("kinds", [(AdamW(), Muon()), (Muon(), AdamW())])
+def test_checkpoint_of_another_optimizer_is_refused(
+    tmp_path: Path, corpus: Path, kinds: tuple[Any, Any]
+) -> None:
+    run = Run.create(tmp_path / "run", config_of(corpus, optimizer=kinds[0], num_steps=2))
+    list(train(run))
+    other = replace(run.config, train=replace(run.config.train, optimizer=kinds[1]))
+    with pytest.raises(ConfigError, match=r"step-00000002: optimizer: has no place for the saved"):
+        train(replace(run, config=other), resume=True)
+
+
 def test_every_so_many_steps_a_checkpoint_stays(tmp_path: Path, corpus: Path) -> None:
     config = config_of(corpus, keep_checkpoints=1, keep_every=4, save_every=1)
     run = Run.create(tmp_path / "run", config)

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,49 @@ SETTINGS = [
 ]
 
 
-def two_ranks(*argv: str) -> "subprocess.CompletedProcess[str]":
+NEW = ["train", "--recipe", "tiny", "--data", "text.txt", "--data", "more.txt"]
+LONG = [*SETTINGS, "train.num_steps=60", "train.save_every=10"]
+
+
+def command(*argv: str, restarts: int = 0) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [sys.executable, *torchrun, f"--max-restarts={restarts}", "-m", "openmythos", *argv]
+
+
+def two_ranks(*argv: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, *torchrun, "-m", "openmythos", *argv],
+        command(*argv),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def signalled(run: Path, number: signal.Signals, *argv: str, restarts: int = 0) -> int:
+    """Exit code of torchrun, one of whose ranks gets a signal once there is a checkpoint."""
+    torchrun = subprocess.Popen(
+        command(*argv, restarts=restarts),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list_checkpoints(run) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        ranks = {
+            pid: dict(
+                entry.partition("=")[::2]
+                for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
+            ).get("RANK")
+            for pid in children
+        }
+        os.kill(int(next(pid for pid, rank in ranks.items() if rank == "1")), number)
+        return torchrun.wait(timeout=120)
+    finally:
+        torchrun.kill()
 
 
 @pytest.fixture
@@ -47,9 +83,8 @@ def losses(run: Path) -> list[Any]:
 
 
 def test_two_ranks_train_a_run_that_one_goes_on_with(here: Path) -> None:
-    new = ["train", "--recipe", "tiny", "--data", "text.txt", "--data", "more.txt"]
-    assert main([*new, "--out", "alone", "--set", *SETTINGS]) == 0
-    both = two_ranks(*new, "--out", "both", "--set", *SETTINGS, "train.num_steps=3")
+    assert main([*NEW, "--out", "alone", "--set", *SETTINGS]) == 0
+    both = two_ranks(*NEW, "--out", "both", "--set", *SETTINGS, "train.num_steps=3")
     assert both.returncode == 0, both.stderr
     assert len(re.findall("held-out tokens", both.stdout)) == 1, "one rank speaks"
     saved = [path.name for path in list_checkpoints(here / "both")]
@@ -67,3 +102,21 @@ def test_ranks_without_a_common_folder_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "--recipe", "tiny", "--data", "text.txt"]) == 2
     assert "out = '': must be given to several ranks" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_and_a_kill_is_restarted_both_exactly(here: Path) -> None:
+    straight = two_ranks(*NEW, "--out", "straight", "--set", *LONG)
+    assert straight.returncode == 0, straight.stderr
+    assert (
+        signalled(here / "stopped", signal.SIGTERM, *NEW, "--out", "stopped", "--set", *LONG) == 0
+    )
+    done = len(losses(here / "stopped"))
+    assert 10 <= done < 60
+    assert list_checkpoints(here / "stopped")[-1].name == f"step-{done:08d}"
+    more = two_ranks("train", "--resume", "stopped")
+    assert more.returncode == 0, more.stderr
+    killed = [*NEW, "--out", "killed", "--set", *LONG]
+    assert signalled(here / "killed", signal.SIGKILL, *killed, restarts=1) == 0
+    for run in ("stopped", "killed"):
+        assert losses(here / run) == losses(here / "straight")

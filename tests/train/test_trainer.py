@@ -271,3 +271,34 @@ def test_steps_go_on_where_they_stopped(shards: TokenShards) -> None:
     steps.close()  # type: ignore[attr-defined]
     found = first + list(trainer.steps())
     assert losses(found) == losses(train(shards, num_steps=4))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    shards: TokenShards, where: str
+) -> None:
+    trainer = trainer_of(shards, num_steps=3)
+    steps = trainer.steps()
+    assert next(steps).skipped == 0
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    state = {name: x.clone() for name, x in trainer.optimizers.tensors().items()}
+    weight = trainer.model.norm.weight
+    if where == "gradient":
+        handle = weight.register_hook(lambda gradient: gradient * float("nan"))
+    else:
+        handle = trainer.model.norm.register_forward_hook(
+            lambda *arguments: arguments[2] * float("nan")
+        )
+    metrics = next(steps)
+    handle.remove()
+    assert metrics.skipped == 1
+    assert (metrics.loss == metrics.loss) == (where == "gradient")
+    for name, x in trainer.model.state_dict().items():
+        assert torch.equal(x, before[name]), name
+    for name, x in trainer.optimizers.tensors().items():
+        assert torch.equal(x, state[name]), name
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    after = next(steps)
+    assert after.skipped == 1
+    assert after.loss == after.loss
+    assert not torch.equal(weight, before["norm.weight"])

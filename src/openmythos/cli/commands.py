@@ -67,7 +67,7 @@ class Train:
     def run(self) -> None:
         rank, ranks = launched()
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if restarted and (Path(self.out) / CONFIG_FILE).is_file():
+        if restarted and self.out and (Path(self.out) / CONFIG_FILE).is_file():
             run = Run.open(Path(self.out))
             train_with_bar(run, resume=bool(list_checkpoints(run.folder)))
             return

@@ -151,9 +151,14 @@ def latest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-def verify(checkpoint: Path) -> None:
-    """Raise a ConfigError that names the file unless all are there as they were written."""
-    for name, sha256 in read_json(checkpoint / CHECKSUMS_FILE).items():
+def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Raise a ConfigError that names the file unless all are there as they were written.
+
+    Each rank reads its share of the files: the largest are as many as the ranks that wrote.
+    """
+    checksums = read_json(checkpoint / CHECKSUMS_FILE)
+    for name in sorted(checksums)[rank::world_size]:
+        sha256 = checksums[name]
         path = checkpoint / name
         if not path.is_file():
             raise ConfigError(f"{path}: is missing")
@@ -172,13 +177,15 @@ def load_model(checkpoint: Path) -> OpenMythos:
 def load_training(checkpoint: Path, model: OpenMythos, optimizers: Optimizers) -> Counters:
     """Fill model and optimizers, spread over ranks or not, with what a checkpoint holds."""
     rank, world_size = rank_and_world_size()
-    if rank == 0:
-        verify(checkpoint)
+    verify(checkpoint, rank, world_size)
     if world_size > 1:
         dist.barrier()
     saved = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     names = [name.removeprefix(_OPTIMIZER) for name in saved if name.startswith(_OPTIMIZER)]
-    optimizers.expect(names)
+    try:
+        optimizers.expect(names)
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint}: {error}") from error
     _read(checkpoint, _tensors(model, optimizers))
     return Counters(**read_json(checkpoint / TRAINING_FILE))
 

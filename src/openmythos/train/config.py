@@ -82,6 +82,9 @@ class TrainConfig:
             f"must divide batch_size = {self.batch_size}",
         )
         require_number("clip_norm", self.clip_norm, above=0)
+        fits = self.parallel.gather == "fp32" or self.precision == "bf16"
+        allowed = f"must be fp32 with precision = {self.precision}"
+        require(fits, "parallel.gather", self.parallel.gather, allowed)
 
     @property
     def micro_size(self) -> int:

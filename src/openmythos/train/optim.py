@@ -9,7 +9,7 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from openmythos.config import require_number
+from openmythos.config import ConfigError, require_number
 
 _WITHOUT_DECAY = (
     "embed.",
@@ -182,19 +182,30 @@ class Optimizers:
     def expect(self, names: Iterable[str]) -> None:
         """Make room for state of these names, as `tensors` has them, to be loaded into."""
         fields: dict[str, list[str]] = {}
+        own = {self._names[id(parameter)] for _, parameter in self._parameters()}
+        stacks = {name.rpartition(".")[0] for name in own}
         for name in names:
-            parameter, _, field = name.rpartition(".")
-            fields.setdefault(parameter, []).append(field)
+            parameter_name, _, field = name.rpartition(".")
+            stack, _, number = parameter_name.rpartition(".")
+            # A matrix of a stack may be another rank's.
+            elsewhere = number.isdigit() and stack in stacks
+            if parameter_name not in own and not elsewhere:
+                raise ConfigError(f"optimizer: has no place for the saved {name}; was it another?")
+            fields.setdefault(parameter_name, []).append(field)
+        for optimizer, parameter in self._parameters():
+            for field in fields.get(self._names[id(parameter)], ()):
+                # All is of the parameter's shape but the number of steps.
+                room = (
+                    torch.zeros((), device=parameter.device)
+                    if field == "step"
+                    else torch.zeros_like(parameter)
+                )
+                optimizer.state[parameter][field] = room
+
+    def _parameters(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
         for optimizer in self._optimizers:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                for field in fields.get(self._names[id(parameter)], ()):
-                    # All is of the parameter's shape but the number of steps.
-                    room = (
-                        torch.zeros((), device=parameter.device)
-                        if field == "step"
-                        else torch.zeros_like(parameter)
-                    )
-                    optimizer.state[parameter][field] = room
+            for group in optimizer.param_groups:
+                yield from ((optimizer, parameter) for parameter in group["params"])
 
 
 def _names(model: nn.Module) -> dict[int, str]:

@@ -37,7 +37,7 @@ class Parallel:
 
     Every rank reads its own part of the batch. A group holds the model once, each of its ranks a
     part of every weight; more than one group is HSDP. `gather` is the dtype in which weights travel
-    to where they are used; gradients come back in fp32.
+    to where they are used, bf16 for autocast alone; gradients come back in fp32.
     """
 
     replicate: int = 1
