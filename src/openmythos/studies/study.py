@@ -43,7 +43,7 @@ class Arm:
 
     @classmethod
     def on_text(cls, name: str, model: MythosConfig, training: TrainConfig) -> "Arm":
-        """An arm that learns text; each of three learning rates is tried at full length.
+        """An arm that learns text; each of three learning rates is tried at half length.
 
         With three seeds: at a rate that is too high for some seeds, others do best of all.
         """
@@ -53,7 +53,7 @@ class Arm:
             task=Text(),
             learning=TextLearning(train=training),
             rates=RATES,
-            trial_share=1,
+            trial_share=2,
             trial_seeds=3,
         )
 
