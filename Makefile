@@ -33,7 +33,7 @@ test-all: $(VENV)/.installed-dev  ## run all tests
 define run-tests
 $(TEST_ENV) $(BIN)/pytest -n 2 -m "($(1)) and not compile and not distributed" \
 	--jaxtyping-packages=openmythos,beartype.beartype $(ARGS)
-$(TEST_ENV) $(BIN)/pytest -m "($(1)) and (compile or distributed)" $(ARGS) \
+$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m "($(1)) and (compile or distributed)" $(ARGS) \
 	|| [ $$? -eq 5 ]  # 5: none selected
 endef
 

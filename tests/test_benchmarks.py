@@ -90,6 +90,7 @@ def test_cache_table_is_the_formula() -> None:
         assert row["recurrent_shared_ratio"] == 16
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_process_alone() -> None:
     small, large = (scaling.peak_of(loops, 256, "all loops") for loops in (1, 16))
     assert 10 < small < large

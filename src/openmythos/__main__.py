@@ -1,8 +1,6 @@
 """`python -m openmythos`."""
 
-import sys
-
-from openmythos.cli import main
+from openmythos.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

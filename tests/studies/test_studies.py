@@ -154,7 +154,9 @@ def test_intervals() -> None:
     assert percent([0.5]) == "50.0" and percent([0.5, 0.5]) == "50.0 ± 0.0"
 
 
-def test_quick_runs_everything_once_and_keeps_it(tmp_path: Path) -> None:
+def test_quick_runs_everything_once_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     two = [ARMS[depth.LOOPED], ARMS["3 layers, equal parameters"]]
     study = replace(depth.STUDY, arms=lambda: two)
     told: list[tuple[int, int, str]] = []
@@ -182,6 +184,7 @@ def test_quick_runs_everything_once_and_keeps_it(tmp_path: Path) -> None:
     ]
     best = max(first["trials"], key=lambda t: (t["fit"], -t["rate"]))
     assert first["runs"][1]["settings"]["learning"]["optimizer"]["lr"] == best["rate"]
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
     run()
     assert [done for done, _, _ in told] == [6, 6]  # nothing is run again
     assert read_json(tmp_path / "results.json")["runs"] == first["runs"]

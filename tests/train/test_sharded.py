@@ -24,7 +24,7 @@ from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
 from openmythos.train.config import TrainConfig
 from openmythos.train.optim import Muon
-from openmythos.train.parallel import Parallel, process_group
+from openmythos.train.parallel import Parallel, leave, process_group
 from openmythos.train.trainer import StepMetrics, Trainer
 
 pytestmark = pytest.mark.distributed
@@ -119,6 +119,7 @@ def worker(rank: int, ranks: int, folder: str) -> None:
                 Parallel(replicate=3).mesh("cpu")
     assert not dist.is_initialized()
     torch.save(found, Path(folder) / f"{ranks}-{rank}.pt")
+    leave(0)
 
 
 @pytest.fixture(scope="module")

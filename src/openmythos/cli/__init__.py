@@ -5,12 +5,13 @@ import itertools
 import logging
 import sys
 from contextlib import redirect_stderr
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
 from openmythos.cli.commands import Demo, Eval, Generate, Plan, Presets, Study, Tokenizer, Train
 from openmythos.machine import keep_freed_memory
+from openmythos.train.parallel import leave
 
 # What tyro draws around its messages.
 BOX = " │─╭╮╰╯"
@@ -25,6 +26,11 @@ Command = (
     | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
 )
+
+
+def run() -> NoReturn:
+    """The program `openmythos`."""
+    leave(main())
 
 
 def main(argv: list[str] | None = None) -> int:

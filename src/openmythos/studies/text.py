@@ -38,7 +38,7 @@ class Text:
         return self.tokenizer.vocab_size
 
     def quick(self) -> "Text":
-        return replace(self, data=replace(self.data, limit_mb=0.15), tokenizer=BPE(vocab_size=300))
+        return replace(self, data=replace(self.data, limit_mb=0.05), tokenizer=BPE(vocab_size=300))
 
 
 @dataclass(frozen=True, kw_only=True)
