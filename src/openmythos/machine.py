@@ -1,10 +1,12 @@
 """The machine that a process runs on: what it asks of it, and what a result says of it."""
 
 import ctypes
+import math
 import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -44,6 +46,18 @@ def describe() -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large square product on a device, the best of a few."""
+    size = 512 if device.type == "cpu" else 8192
+    x = torch.ones(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def peak_bytes() -> int:

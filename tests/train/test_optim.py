@@ -12,7 +12,16 @@ from openmythos.config import ConfigError
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
 from openmythos.recurrence.halting import ACT
-from openmythos.train.optim import AdamW, MatrixViews, Muon, Optimizer, Optimizers, Schedule
+from openmythos.train.optim import (
+    AdamW,
+    Cosine,
+    Linear,
+    MatrixViews,
+    Muon,
+    Optimizer,
+    Optimizers,
+    Schedule,
+)
 
 # Everything that must never decay, said independently of the table in the code.
 NEVER_DECAYED = re.compile(
@@ -188,6 +197,15 @@ def test_wsd_stays_until_its_decay() -> None:
     chosen = wsd(warmup=0.0, final=0.0, decay=0.4)
     scales = [chosen.scale(step, 10) for step in range(10)]
     assert scales == pytest.approx([1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("kind", [Cosine, Linear])
+def test_what_falls_falls_from_the_end_of_the_warmup_on(kind: Any) -> None:
+    chosen = kind(warmup=0.2, final=0.0)
+    scales = [chosen.scale(step, 10) for step in range(10)]
+    assert scales[:2] == pytest.approx([0.5, 1.0])
+    assert scales[5] == pytest.approx(0.5)  # half of what is left
+    assert scales[9] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("choice", get_args(Optimizer))

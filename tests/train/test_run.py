@@ -4,8 +4,9 @@ import errno
 import json
 import os
 import random
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.train import checkpoint
 from openmythos.train.checkpoint import latest_checkpoint, list_checkpoints
 from openmythos.train.config import DataConfig, RunConfig, TrainConfig
+from openmythos.train.guards import NoSpikes, Rollback
 from openmythos.train.metrics import MetricsLog, read_metrics
 from openmythos.train.optim import AdamW, Muon
 from openmythos.train.run import Run, train
@@ -104,6 +106,50 @@ def test_resumed_equals_uninterrupted(
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
     assert steps_of(broken) == list(range(STEPS))
+
+
+def test_a_spike_takes_the_run_back_and_on_with_other_data(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def jumpy(rule: Rollback, recent: Sequence[float], loss: float) -> bool:
+        """True for about every third loss, as a function of what the real rule sees."""
+        return len(recent) == rule.window and round(1e6 * (loss + sum(recent))) % 3 == 0
+
+    monkeypatch.setattr(Rollback, "is_spike", jumpy)
+    config = config_of(corpus, num_steps=12, save_every=2, spikes=Rollback(window=3, at_most=2))
+    run = Run.create(tmp_path / "run", config)
+    calm = Run.create(
+        tmp_path / "calm", replace(config, train=replace(config.train, spikes=NoSpikes()))
+    )
+    usual = [metrics.loss for metrics in train(calm)]
+    found = list(train(run))
+    assert [metrics.rollbacks for metrics in found][-1] == 2
+    back = [n for n in range(1, len(found)) if found[n].step <= found[n - 1].step]
+    assert len(back) == 2
+    first = back[0]
+    assert [metrics.loss for metrics in found[:first]] == usual[:first]  # the spike is the last
+    assert found[first].step % 2 == 0 and found[first].step > 0
+    assert found[first].loss != usual[found[first].step]
+    assert steps_of(run) == list(range(12))
+    logged = [metrics["loss"] for metrics in read_metrics(run.folder)]
+    assert logged[found[first].step] == found[first].loss
+
+    # Killed and resumed from the checkpoint before: the same jumps, the same end.
+    for stop in (first, first + 1, back[1] + 1):
+        broken = Run.create(tmp_path / f"broken-{stop}", config)
+        steps = train(broken)
+        for _ in range(stop):
+            next(steps)
+        kept = copy_of(broken, tmp_path / f"kept-{stop}")
+        steps.close()
+        list(train(kept, resume=bool(list_checkpoints(kept.folder))))
+        assert [metrics["loss"] for metrics in read_metrics(kept.folder)] == logged
+
+
+def copy_of(run: Run, folder: Path) -> Run:
+    """The run as it lies on the disk: what a killed process leaves."""
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns(".step-*"))
+    return Run.open(folder)
 
 
 def test_resume_after_a_crash_repeats_the_lost_steps(tmp_path: Path, corpus: Path) -> None:

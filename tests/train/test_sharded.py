@@ -153,6 +153,8 @@ def test_ranks_together_take_the_steps_of_one(folder: Path, name: str) -> None:
                 continue
             for key in ("loss", "total_loss", "gradient_norm", "balance", "ponder_cost"):
                 assert metrics[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), key
+            for key in ("state_rms", "residual"):
+                assert metrics[key] == pytest.approx(expected[key], rel=1e-5), key
             assert metrics["max_violation"] == expected["max_violation"]
             assert metrics["max_decay"] == pytest.approx(expected["max_decay"], rel=1e-6)
 

@@ -13,6 +13,7 @@ from openmythos.data.loader import Loader
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import ByteTokenizer
+from openmythos.model import cost
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE, MoELayer
@@ -22,9 +23,12 @@ from openmythos.recurrence.loop_sampling import (
     FixedLoops,
     LoopCurriculum,
     LoopSampling,
+    NoCurriculum,
     UniformLoops,
+    sample_loops,
 )
 from openmythos.train.config import RunConfig, TrainConfig
+from openmythos.train.guards import NoSpikes, Rollback
 from openmythos.train.loss import Loss
 from openmythos.train.optim import AdamW, Muon, Optimizer, Schedule
 from openmythos.train.trainer import StepMetrics, Trainer
@@ -63,6 +67,8 @@ def assert_finite(metrics: list[StepMetrics], steps: int = 2) -> None:
     for metric in metrics:
         values = metric.as_dict()
         values.pop("max_decay")  # nan where there is no decay
+        values["state_rms"] = sum(values["state_rms"])
+        values["residual"] = sum(values["residual"])
         assert all(value == value and abs(value) < 1e6 for value in values.values()), values
 
 
@@ -75,7 +81,7 @@ def test_micro_batches_add_up_to_the_batch(shards: TokenShards, loops: Any, micr
         trainer.model.train()
         batch = trainer.loader.batch(0)
         counts = torch.tensor([4, 1, 3, 2]) if loops is PER_SEQUENCE else torch.full((BATCH,), 3)
-        parts, router = trainer._backward(batch, counts)
+        parts, router, _ = trainer._backward(batch, counts)
         found[size] = parts, router, gradients(trainer.model)
         (stats,) = router.values()
         moe = MODEL.recurrent_feed_forward
@@ -239,7 +245,7 @@ def test_masked_documents_are_each_on_their_own(shards: TokenShards) -> None:
     batches = (trainer.loader.batch(step) for step in range(20))
     batch = next(batch for batch in batches if int(batch.documents.max()) > 0)
     trainer.model.train()
-    parts, _ = trainer._backward(batch, torch.full((BATCH,), 2))
+    parts, *_ = trainer._backward(batch, torch.full((BATCH,), 2))
     losses_alone: list[torch.Tensor] = []
     for tokens, targets, documents in zip(
         batch.tokens, batch.targets, batch.documents, strict=True
@@ -302,3 +308,50 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert after.skipped == 1
     assert after.loss == after.loss
     assert not torch.equal(weight, before["norm.weight"])
+
+
+def test_sizes_of_the_states_are_those_of_the_loops(shards: TokenShards) -> None:
+    trainer = trainer_of(shards, loops=PER_SEQUENCE, micro_batch_size=2, num_steps=1)
+    model, batch = OpenMythos(MODEL, seed=0).train(), trainer.loader.batch(0)
+    (metrics,) = trainer.steps()
+    loops = sample_loops(
+        PER_SEQUENCE, NoCurriculum(), batch=BATCH, seed=TRAIN.seed, step=0, num_steps=1
+    )
+    assert len(metrics.state_rms) == len(metrics.residual) == int(loops.max())
+    with torch.no_grad():
+        found = model(batch.tokens, num_loops=4, collect_loops=(1, 2, 3, 4)).recurrence.states
+    states = [torch.zeros_like(found[0]), *found]
+    for loop, (rms, residual) in enumerate(
+        zip(metrics.state_rms, metrics.residual, strict=True), start=1
+    ):
+        before, after = (states[n][loops >= loop] for n in (loop - 1, loop))
+        assert rms == pytest.approx(float(after.square().mean().sqrt()), rel=1e-5)
+        change = (after - before).norm(dim=-1) / after.norm(dim=-1)
+        assert residual == pytest.approx(float(change.mean()), rel=1e-5)
+    assert metrics.residual[0] == pytest.approx(1.0)
+
+
+def test_sizes_are_looked_at_where_they_are_logged(shards: TokenShards) -> None:
+    found = train(shards, num_steps=4, log_every=2)
+    assert [len(metrics.state_rms) for metrics in found] == [2, 0, 2, 2]
+
+
+def test_flops_of_a_step_are_those_of_its_loops(shards: TokenShards) -> None:
+    trainer = trainer_of(shards, backprop_loops=2)
+    wanted = sum(
+        cost.training_flops_per_token(MODEL, num_loops=n, backprop_loops=2, context=SEQ)
+        for n in (1, 2, 5)
+    )
+    assert trainer._step_flops(torch.tensor([1, 2, 5])) == pytest.approx(SEQ * wanted, rel=1e-6)
+    assert 0 < next(trainer.steps()).mfu < 2
+
+
+@pytest.mark.parametrize(
+    ("last", "spike"), [(3.8, False), (2.0, False), (4.0, True), (float("nan"), False)]
+)
+def test_a_spike_stands_out_of_the_losses_before_it(last: float, spike: bool) -> None:
+    rule = Rollback(window=5, deviations=6.0)
+    calm = (3.0, 3.1, 2.9, 3.2, 2.8)  # median 3, median absolute deviation 0.1
+    assert rule.is_spike(calm, last) == spike
+    assert not rule.is_spike(calm[1:], last)
+    assert not NoSpikes().is_spike(calm, last)

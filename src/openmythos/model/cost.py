@@ -205,8 +205,19 @@ def training_flops_per_token(
     Recomputation (checkpointed loops) is not counted: it is a choice of how, not of what.
     """
     loops = config.num_loops if num_loops is None else num_loops
-    once, per_loop = _flops(config, config.context if context is None else context)
-    return round(3 * once + (loops + 2 * _grad_loops(loops, backprop_loops)) * per_loop)
+    flops = TrainingFlops(config, config.context if context is None else context)
+    return round(flops.per_token(loops, backprop_loops))
+
+
+class TrainingFlops:
+    """Of one config and context, for many numbers of loops: see `training_flops_per_token`."""
+
+    def __init__(self, config: MythosConfig, context: int) -> None:
+        self._once, self._per_loop = _flops(config, context)
+
+    def per_token(self, num_loops: int, backprop_loops: int = 0) -> float:
+        passes = num_loops + 2 * _grad_loops(num_loops, backprop_loops)
+        return 3 * self._once + passes * self._per_loop
 
 
 def training_memory(

@@ -9,9 +9,9 @@ numbers of loops: they are sorted by depth and leave the batch when they are don
 the sum of its depths, not its batch times the largest.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from openmythos.nn.linear import Deltas
 from openmythos.nn.moe import RouterStats
 from openmythos.nn.norm import RMSNorm
 from openmythos.recurrence.conditioning import Conditioning, LoopEmbeddings, LoopLoRAs
-from openmythos.recurrence.halting import ExitTracker, Halting, HaltState, LoopStates
+from openmythos.recurrence.halting import ExitTracker, Halting, LoopStates
 from openmythos.recurrence.injection import Drive, Injection
+from openmythos.recurrence.trace import Carry, Trace
 from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Scalar
 
 StateInit = Literal["zeros", "encoded", "normal"]
@@ -62,39 +63,6 @@ class RecurrentConfig(Protocol):
     def norm_eps(self) -> float: ...
 
 
-class Carry(NamedTuple):
-    """What goes from one loop to the next; every tensor has the batch as its first dimension."""
-
-    state: Tensor
-    loops_used: Tensor  # [batch, seq]
-    active: Tensor | None  # [batch, seq]; None where no position can stop
-    kv: tuple[Tensor, ...]  # per layer, kept only where positions can stop
-    halt: HaltState | None
-
-    def rows(self, start: int, stop: int) -> "Carry":
-        return Carry(
-            self.state[start:stop],
-            self.loops_used[start:stop],
-            None if self.active is None else self.active[start:stop],
-            tuple(kv[start:stop] for kv in self.kv),
-            None if self.halt is None else HaltState(*(x[start:stop] for x in self.halt)),
-        )
-
-    @staticmethod
-    def join(parts: "Sequence[Carry]") -> "Carry":
-        if len(parts) == 1:
-            return parts[0]
-        halts = [part.halt for part in parts if part.halt is not None]
-        masks = [part.active for part in parts if part.active is not None]
-        return Carry(
-            torch.cat([part.state for part in parts]),
-            torch.cat([part.loops_used for part in parts]),
-            torch.cat(masks) if masks else None,
-            tuple(torch.cat(kv) for kv in zip(*(part.kv for part in parts), strict=True)),
-            HaltState(*map(torch.cat, zip(*halts, strict=True))) if halts else None,
-        )
-
-
 @dataclass(frozen=True)
 class RecurrentOutput:
     """State after the last loop and what happened on the way.
@@ -102,6 +70,7 @@ class RecurrentOutput:
     `states`, `outputs` (what the coda would get if the loops ended there: under halting, the
     weighted sum) and `halt_weights` hold an entry for each loop count in `collected`. Where rows
     ran different numbers of loops, an entry has only those that ran that loop, in `order`.
+    `sizes` is there where `RecurrentBlock.watched` is set; see `Trace.watch`.
     """
 
     state: Hidden
@@ -113,13 +82,15 @@ class RecurrentOutput:
     outputs: list[Tensor]
     halt_weights: list[Tensor]
     order: Tensor | None
+    sizes: Tensor | None
 
 
 class RecurrentBlock(nn.Module):
     """h_{t+1} = u_t + R(u_t), u_t = Injection(h_t, e), for t < num_loops.
 
     `checkpoint_loops` recomputes each loop in the backward pass, so that the memory of a training
-    step holds one state per loop instead of every activation.
+    step holds one state per loop instead of every activation. `watched` asks for the size and the
+    change of every loop's state.
     """
 
     def __init__(self, config: RecurrentConfig) -> None:
@@ -135,6 +106,7 @@ class RecurrentBlock(nn.Module):
         self.conditioning = Conditioning(c.dim, self.layers, c.loop_embedding, c.loop_lora)
         self.halting = c.halting.build(c.dim)
         self.checkpoint_loops = False
+        self.watched = False
         self._compiled = False
         self._noise: dict[int, Tensor] = {}
 
@@ -166,7 +138,7 @@ class RecurrentBlock(nn.Module):
         encoded, drive = self._prepare(encoded)
         experts = [cast("Block", layer).prepare(compiled=self._compiled) for layer in self.layers]
         carry = self._start(encoded, positions, can_stop=tracker is not None)
-        trace = _Trace(len(self.layers), collect)
+        trace = Trace(len(self.layers), collect)
         done: list[Carry] = []
         loops_run = 0
         for loop in range(depths[0]):
@@ -180,6 +152,8 @@ class RecurrentBlock(nn.Module):
             if tracker is not None:
                 carry = self._judge(previous, carry, tracker, loop)
             loops_run = loop + 1
+            if self.watched:
+                trace.watch(previous, carry.state)
             if collect:
                 trace.record(loops_run, carry, self._output(carry)[0])
             # Only at inference: in training all ranks must run the same loops.
@@ -198,7 +172,7 @@ class RecurrentBlock(nn.Module):
         loop: int,
         without_grad: int,
         cache: KVCache | None,
-        trace: "_Trace",
+        trace: "Trace",
     ) -> Carry:
         """One loop of all running rows, the first `without_grad` of them without gradient."""
         rows = carry.state.shape[0]
@@ -325,7 +299,7 @@ class RecurrentBlock(nn.Module):
         view = LoopStates(previous, carry.state, self._output(carry)[0])
         return carry._replace(active=tracker.update(view, carry.active, loop))
 
-    def _finish(self, carry: Carry, trace: "_Trace", order: Tensor | None) -> RecurrentOutput:
+    def _finish(self, carry: Carry, trace: "Trace", order: Tensor | None) -> RecurrentOutput:
         (state, ponder_cost), loops_used = self._output(carry), carry.loops_used
         if order is not None:
             back = order.argsort()
@@ -340,6 +314,7 @@ class RecurrentBlock(nn.Module):
             trace.outputs,
             trace.halt_weights(),
             order,
+            trace.sizes(),
         )
 
     def _output(self, carry: Carry) -> tuple[Hidden, Scalar | None]:
@@ -348,42 +323,6 @@ class RecurrentBlock(nn.Module):
             return carry.state, None
         output, ponder = self.halting.finish(carry.halt, carry.state, carry.loops_used)
         return output, ponder.mean()
-
-
-class _Trace:
-    """Router statistics summed over loops, and the states of the loops asked for."""
-
-    def __init__(self, num_layers: int, collect: Collection[int]) -> None:
-        self.router: list[RouterStats | None] = [None] * num_layers
-        self.collected: list[int] = []
-        self.states: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-        self._collect = collect
-        self._cumulative: list[Tensor] = []
-
-    def add_router(self, stats: list[RouterStats | None]) -> None:
-        self.router = [
-            old if new is None else new.plus(old)
-            for old, new in zip(self.router, stats, strict=True)
-        ]
-
-    def record(self, loops_run: int, carry: Carry, output: Tensor) -> None:
-        if loops_run in self._collect:
-            self.collected.append(loops_run)
-            self.states.append(carry.state)
-            self.outputs.append(output)
-        if carry.halt is not None:
-            self._cumulative.append(carry.halt.cumulative)
-
-    def halt_weights(self) -> list[Tensor]:
-        """Weight of every loop's state, [rows, seq] each; a row's last loop has its remainder."""
-        weights = []
-        for loop, total in enumerate(self._cumulative):
-            before = self._cumulative[loop - 1][: len(total)] if loop else torch.zeros_like(total)
-            going_on = len(self._cumulative[loop + 1]) if loop + 1 < len(self._cumulative) else 0
-            last = torch.arange(len(total), device=total.device) >= going_on
-            weights.append(total - before + last[:, None] * (1 - total))
-        return [weights[loop - 1] for loop in self.collected] if weights else []
 
 
 def _count_above(depths: list[int], loop: int) -> int:

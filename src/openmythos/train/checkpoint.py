@@ -47,10 +47,17 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Counters(NamedTuple):
-    """Of a run, besides its tensors."""
+    """Of a run, besides its tensors.
 
-    step: int
-    skipped: int
+    `passed` counts the batches that a rollback went past, `recent` holds the losses by which the
+    next one is known for a spike.
+    """
+
+    step: int = 0  # the next one
+    skipped: int = 0
+    rollbacks: int = 0
+    passed: int = 0
+    recent: tuple[float, ...] = ()
 
 
 class CheckpointWriter:
@@ -187,7 +194,8 @@ def load_training(checkpoint: Path, model: OpenMythos, optimizers: Optimizers) -
     except ConfigError as error:
         raise ConfigError(f"{checkpoint}: {error}") from error
     _read(checkpoint, _tensors(model, optimizers))
-    return Counters(**read_json(checkpoint / TRAINING_FILE))
+    counters = read_json(checkpoint / TRAINING_FILE)
+    return Counters(**counters | {"recent": tuple(counters["recent"])})
 
 
 def _tensors(model: OpenMythos, optimizers: Optimizers) -> dict[str, Tensor]:

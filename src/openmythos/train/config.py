@@ -12,6 +12,7 @@ from openmythos.recurrence.loop_sampling import (
     NoCurriculum,
     PoissonLoops,
 )
+from openmythos.train.guards import NoSpikes, Spikes
 from openmythos.train.loss import FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
 from openmythos.train.parallel import Parallel
@@ -58,6 +59,7 @@ class TrainConfig:
     optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=WSD)
     clip_norm: float = 1.0
+    spikes: Spikes = field(default_factory=NoSpikes)
     precision: Literal["fp32", "bf16"] = "fp32"
     mask_documents: bool = False
     checkpoint_loops: bool = False

@@ -3,22 +3,27 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from openmythos.config import ConfigError
 
 FILE = "metrics.jsonl"
-Metrics = dict[str, int | float]
+Metrics = dict[str, Any]  # numbers, and lists of numbers by loop
 
 
 class MetricsLog:
     """Appends metrics; on resuming drops the lines at or after the step that comes next."""
 
     def __init__(self, run: Path, next_step: int) -> None:
-        self._path = run / FILE
-        kept = [m for m in read_metrics(run) if m["step"] < next_step] if next_step else []
+        self._run, self._path = run, run / FILE
+        self.rewind(next_step)
+
+    def rewind(self, next_step: int) -> None:
+        """Drop the lines at or after a step."""
+        kept = [m for m in read_metrics(self._run) if m["step"] < next_step] if next_step else []
         self._path.write_text("".join(json.dumps(m) + "\n" for m in kept))
 
-    def write(self, metrics: Mapping[str, int | float]) -> None:
+    def write(self, metrics: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(dict(metrics)) + "\n")
 

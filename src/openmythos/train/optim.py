@@ -247,6 +247,10 @@ class _Warmup:
             return (step + 1) / warmup_steps
         return self.final + (1 - self.final) * self.shape((step + 1) / num_steps)
 
+    def since_warmup(self, progress: float) -> float:
+        """Share of the steps behind the warmup."""
+        return max(0.0, (progress - self.warmup) / (1 - self.warmup))
+
     def shape(self, progress: float) -> float:
         raise TypeError(f"{type(self).__name__} must define shape")
 
@@ -273,7 +277,17 @@ class Cosine(_Warmup):
     kind: Literal["cosine"] = "cosine"
 
     def shape(self, progress: float) -> float:
-        return 0.5 * (1 + math.cos(math.pi * progress))
+        return 0.5 * (1 + math.cos(math.pi * self.since_warmup(progress)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(_Warmup):
+    """Warm up, then fall linearly to the end."""
+
+    kind: Literal["linear"] = "linear"
+
+    def shape(self, progress: float) -> float:
+        return 1 - self.since_warmup(progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,4 +300,4 @@ class Constant(_Warmup):
         return 1.0
 
 
-Schedule = WSD | Cosine | Constant
+Schedule = WSD | Cosine | Linear | Constant

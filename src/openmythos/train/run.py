@@ -22,8 +22,8 @@ from openmythos.data.tokenizer import Tokenizer, load_tokenizer
 from openmythos.model.mythos import OpenMythos
 from openmythos.train.checkpoint import (
     CheckpointWriter,
-    Counters,
     latest_checkpoint,
+    list_checkpoints,
     load_model,
     load_training,
 )
@@ -134,41 +134,63 @@ def train(
     model = OpenMythos(run.config.model, seed=config.seed).to(choose_device(config.device))
     trainer = Trainer(model, loader, config, stopping)
     if checkpoint is not None:
-        counters = load_training(checkpoint, trainer.model, trainer.optimizers)
-        trainer.step, trainer.skipped = counters
+        trainer.counters = load_training(checkpoint, trainer.model, trainer.optimizers)
     return _steps(run, trainer)
 
 
 def _steps(run: Run, trainer: Trainer) -> Generator[StepMetrics, None, None]:
-    config = run.config.train
-    log = MetricsLog(run.folder, trainer.step) if trainer.rank == 0 else None
-    writer = CheckpointWriter(
-        run.folder, keep=config.keep_checkpoints, keep_every=config.keep_every
-    )
-    saved = trainer.step
-
-    def save() -> None:
-        nonlocal saved
-        if saved != trainer.step:
-            counters = Counters(trainer.step, trainer.skipped)
-            writer.save(trainer.model, trainer.optimizers, counters)
-            saved = trainer.step
-
+    config, record = run.config.train, _Record(run, trainer)
     try:
         for metrics in trainer.steps():
-            last = trainer.step == config.num_steps
-            if log is not None and (metrics.step % config.log_every == 0 or last):
-                log.write(metrics.as_dict())
-            if trainer.step % config.save_every == 0 or last:
-                save()
-            writer.check()
+            record.log(metrics)
+            if trainer.spiked:
+                yield metrics
+                record.roll_back()
+                continue
+            if trainer.step % config.save_every == 0 or trainer.step == config.num_steps:
+                record.save()
+            record.writer.check()
             yield metrics
             if trainer.stopping:
-                save()
+                record.save()
                 return
     except GeneratorExit:
         # Between two steps, and only there, is the model in a state worth keeping.
-        save()
+        record.save()
         raise
     finally:
-        writer.close()
+        record.writer.close()
+
+
+class _Record:
+    """What a run leaves on disk as it goes: metrics and checkpoints."""
+
+    def __init__(self, run: Run, trainer: Trainer) -> None:
+        config = run.config.train
+        self.writer = CheckpointWriter(
+            run.folder, keep=config.keep_checkpoints, keep_every=config.keep_every
+        )
+        self._run, self._trainer, self._saved = run, trainer, trainer.step
+        self._log = MetricsLog(run.folder, trainer.step) if trainer.rank == 0 else None
+
+    def log(self, metrics: StepMetrics) -> None:
+        if self._log is not None and self._trainer.logs(metrics.step):
+            self._log.write(metrics.as_dict())
+
+    def save(self) -> None:
+        trainer = self._trainer
+        if self._saved != trainer.step and not trainer.spiked:
+            self.writer.save(trainer.model, trainer.optimizers, trainer.counters)
+            self._saved = trainer.step
+
+    def roll_back(self) -> None:
+        """To the newest checkpoint, if there is one yet."""
+        trainer = self._trainer
+        self.writer.wait()
+        if not list_checkpoints(self._run.folder):
+            return
+        checkpoint = latest_checkpoint(self._run.folder)
+        trainer.roll_back(load_training(checkpoint, trainer.model, trainer.optimizers))
+        self._saved = trainer.step
+        if self._log is not None:
+            self._log.rewind(trainer.step)

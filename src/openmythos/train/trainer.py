@@ -4,19 +4,26 @@ A step is a function of (config, seed, step) and the state before it: data order
 are drawn from (seed, step), so a resumed run goes on exactly as the uninterrupted one.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos.data.loader import Batch, Loader
+from openmythos.machine import matmul_peak
+from openmythos.model.cost import TrainingFlops
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
 from openmythos.recurrence.injection import LTIInjection
 from openmythos.recurrence.loop_sampling import sample_loops
+from openmythos.train.checkpoint import Counters
 from openmythos.train.config import TrainConfig
 from openmythos.train.loss import LossParts, training_loss
 from openmythos.train.parallel import (
@@ -46,9 +53,16 @@ class StepMetrics:
     ponder_cost: float
     max_decay: float
     skipped: int  # steps so far whose loss or gradient was not finite: nothing was changed
+    rollbacks: int  # so far, after a spike of the loss
+    mfu: float  # model FLOPs over those of a matrix product on the same device
+    # By loop, means over the positions that run it; empty at steps that are not logged.
+    state_rms: tuple[float, ...]
+    residual: tuple[float, ...]  # |h' - h| / |h'|
 
-    def as_dict(self) -> dict[str, int | float]:
-        return asdict(self)
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        found = asdict(self)
+        return {key: list(x) if isinstance(x, tuple) else x for key, x in found.items()}
 
 
 class Trainer:
@@ -70,25 +84,39 @@ class Trainer:
             compiled=config.compile,
         )
         self.optimizers = config.optimizer.build(self.model)
-        self.step = 0
-        self.skipped = 0
+        self.counters = Counters()
         self.stopping = False  # as of the last step, whether some rank was asked to
+        self.spiked = False  # whether the last step's loss was a spike
         self._asked_to_stop = stopping
         self.rank, self.world_size = rank_and_world_size()
+        self._flops = TrainingFlops(model.config, config.seq_len)
+
+    @property
+    def step(self) -> int:
+        """The next one."""
+        return self.counters.step
 
     def steps(self) -> Iterator[StepMetrics]:
         """Run the remaining steps, yielding after each; stop iterating to stop training."""
         while self.step < self.config.num_steps:
             metrics = self.run_step()
-            self.step += 1
+            self._count(metrics)
             yield metrics
+
+    def roll_back(self, saved: Counters) -> None:
+        """Go on from a checkpoint that has been loaded, with the data that follow the spike."""
+        now = self.counters
+        self.counters = saved._replace(
+            rollbacks=now.rollbacks + 1, passed=now.passed + now.step - saved.step
+        )
+        self.spiked = False
 
     def run_step(self) -> StepMetrics:
         started = time.perf_counter()
         c = self.config
         # Noise of the initial state; nothing else in a step draws from the global generator.
         torch.manual_seed((c.seed * 1_000_003 + self.step) * 1_009 + self.rank)
-        batch = self.loader.batch(self.step)
+        batch = self.loader.batch(self.step + self.counters.passed)
         loops = sample_loops(
             c.loops,
             c.curriculum,
@@ -97,10 +125,11 @@ class Trainer:
             step=self.step,
             num_steps=c.num_steps,
         )
-        mean_loops, rows = float(loops.float().mean()), len(batch.tokens)
+        all_loops, rows = loops, len(batch.tokens)
         loops = loops[self.rank * rows : (self.rank + 1) * rows]
         self.model.train()
-        parts, router = self._backward(batch, loops)
+        self.model.recurrent.watched = self.logs(self.step)
+        parts, router, sizes = self._backward(batch, loops)
         stop = parts.total.new_tensor(float(self._asked_to_stop()))
         *means, stop = mean_over_ranks([*parts, stop])
         parts, self.stopping = LossParts(*means), bool(stop > 0)
@@ -108,12 +137,12 @@ class Trainer:
         scale = c.schedule.scale(self.step, c.num_steps)
         counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
         # Of numbers that all ranks share, so that all skip or none.
-        if bool(parts.total.isfinite() & norm.isfinite()):
+        finite = bool(parts.total.isfinite() & norm.isfinite())
+        if finite:
             self.optimizers.step(scale)
             self.model.update_router_bias(counts)
-        else:
-            self.skipped += 1
         self.model.zero_grad(set_to_none=True)
+        state_rms, residual = self._by_loop(sizes, int(all_loops.max()))
         elapsed = time.perf_counter() - started
         violations = [float(stats.max_violation()) for stats in router.values()]
         return StepMetrics(
@@ -122,23 +151,68 @@ class Trainer:
             total_loss=float(parts.total),
             gradient_norm=float(norm),
             lr_scale=scale,
-            mean_loops=mean_loops,
+            mean_loops=float(all_loops.float().mean()),
             tokens=batch.tokens.numel() * self.world_size,
             tokens_per_second=batch.tokens.numel() * self.world_size / elapsed,
             balance=float(parts.balance),
             max_violation=max(violations, default=0.0),
             ponder_cost=float(parts.ponder_cost),
             max_decay=self._max_decay(),
-            skipped=self.skipped,
+            skipped=self.counters.skipped + (not finite),
+            rollbacks=self.counters.rollbacks,
+            mfu=self._step_flops(all_loops) / elapsed / (self._peak * self.world_size),
+            state_rms=state_rms,
+            residual=residual,
         )
 
-    def _backward(self, batch: Batch, loops: Tensor) -> tuple[LossParts, dict[str, RouterStats]]:
-        """Gradients of a step over its micro-batches; losses averaged, router statistics summed."""
+    def logs(self, step: int) -> bool:
+        """Whether a step's metrics are written down."""
+        return step % self.config.log_every == 0 or step + 1 == self.config.num_steps
+
+    def _count(self, metrics: StepMetrics) -> None:
+        c, spikes = self.counters, self.config.spikes
+        known = c.rollbacks < spikes.at_most
+        self.spiked = known and spikes.is_spike(c.recent, metrics.loss)
+        recent = c.recent
+        if spikes.window and not self.spiked and math.isfinite(metrics.loss):
+            recent = (*recent, metrics.loss)[-spikes.window :]
+        self.counters = c._replace(step=c.step + 1, skipped=metrics.skipped, recent=recent)
+
+    @cached_property
+    def _peak(self) -> float:
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        return matmul_peak(self.device, dtype)
+
+    def _step_flops(self, loops: Tensor) -> float:
+        """Of all ranks; every sequence has its own number of loops."""
+        per_token = (self._flops.per_token(n, self.config.backprop_loops) for n in loops.tolist())
+        return self.config.seq_len * sum(per_token)
+
+    def _by_loop(
+        self, sizes: list[Tensor], longest: int
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(state_rms, residual) of all ranks and micro-batches."""
+        if not self.model.recurrent.watched:
+            return (), ()
+        # Some have run fewer loops; all know the most that any has.
+        padded = [F.pad(x, (0, 0, 0, longest - len(x))) for x in sizes]
+        positions, squares, changes = sum_over_ranks(torch.stack(padded).sum(0)).unbind(1)
+        rms, residual = (squares / positions).sqrt(), changes / positions
+        return tuple(rms.tolist()), tuple(residual.tolist())
+
+    def _backward(
+        self, batch: Batch, loops: Tensor
+    ) -> tuple[LossParts, dict[str, RouterStats], list[Tensor]]:
+        """Gradients of a step over its micro-batches; losses averaged, router statistics summed.
+
+        Last come the sizes of the states of each micro-batch, where they are watched.
+        """
         c = self.config
         size = min(c.micro_size, len(batch.tokens))
         pieces = range(0, len(batch.tokens), size)
         router: dict[str, RouterStats] = {}
         sums: list[Tensor] | None = None
+        sizes: list[Tensor] = []
         # One number suffices where all agree, and spares sorting the batch.
         per_sequence = c.loops.per == "sequence"
         for start in pieces:
@@ -160,6 +234,8 @@ class Trainer:
                 parts = training_loss(losses, c.loss, self.model.config)
             reduce_gradients(self.model, on=start == pieces[-1])
             torch.autograd.backward(parts.total / len(pieces))
+            if losses.recurrence.sizes is not None:
+                sizes.append(losses.recurrence.sizes)
             with torch.no_grad():
                 for name, stats in losses.router.items():
                     detached = RouterStats(*(x.detach() for x in stats))
@@ -169,7 +245,7 @@ class Trainer:
                     values if sums is None else [a + b for a, b in zip(sums, values, strict=True)]
                 )
         assert sums is not None
-        return LossParts(*sums), router
+        return LossParts(*sums), router, sizes
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.config.precision == "bf16":

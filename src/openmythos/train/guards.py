@@ -1,0 +1,54 @@
+"""What a run does when its loss jumps."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from openmythos.config import require_int, require_number
+
+# Of a normal distribution, standard deviation over median absolute deviation.
+_SIGMA_PER_MAD = 1.4826
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSpikes:
+    """Goes on whatever the loss does."""
+
+    kind: Literal["none"] = "none"
+    window: ClassVar[int] = 0  # losses that it looks at
+    at_most: ClassVar[int] = 0
+
+    def is_spike(self, recent: Sequence[float], loss: float) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Goes back to the newest checkpoint, and on with other data, where the loss jumps.
+
+    A jump is a loss `deviations` standard deviations above the median of the last `window` steps;
+    both are robust: the deviation is that of the median absolute deviation. PaLM (arXiv 2204.02311,
+    5.1) goes back by hand in the same way. After `at_most` times the run goes on regardless.
+    """
+
+    kind: Literal["rollback"] = "rollback"
+    window: int = 100
+    deviations: float = 8.0
+    at_most: int = 10
+
+    def __post_init__(self) -> None:
+        require_int("window", self.window, minimum=3)
+        require_number("deviations", self.deviations, above=0)
+        require_int("at_most", self.at_most, minimum=1)
+
+    def is_spike(self, recent: Sequence[float], loss: float) -> bool:
+        """Whether a loss jumps out of the `window` before it, if there are as many."""
+        if len(recent) < self.window:
+            return False
+        median = statistics.median(recent)
+        spread = statistics.median(abs(x - median) for x in recent)
+        return loss > median + self.deviations * _SIGMA_PER_MAD * spread
+
+
+Spikes = NoSpikes | Rollback
