@@ -107,11 +107,19 @@ def line_panels(
             if percent:
                 axes.set_ylim(-3, 103)
             if log_x:
-                axes.set_xscale("log")
+                _log_x(axes, {x for points in lines.values() for x in points})
             if place < len(log_y) and log_y[place]:
                 axes.set_yscale("log")
         row[0].legend(fontsize=9)
     return figure
+
+
+def _log_x(axes: Any, xs: set[Any]) -> None:
+    """Whole numbers, such as loops, at powers of two and as they are written."""
+    whole = all(isinstance(x, int) for x in xs)
+    axes.set_xscale("log", base=2 if whole else 10)
+    if whole:
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _mean_and_range(
