@@ -260,11 +260,12 @@ def draw_smoothed(
     look: Mapping[str, Any],
     name: str,
 ) -> "matplotlib.lines.Line2D":
-    """Points as a thin line and, in front, smoothed as a bold one, which is returned."""
+    """Points as a thin line and, in front, smoothed as a bold one; returns that."""
     values = [_finite(value) for _, value in points]
     positions = [x for x, _ in points]
     axes.plot(positions, values, color=look["color"], linewidth=0.8, alpha=0.4)
-    bold = {**look, "marker": "", "linewidth": 2}
+    # Above the raw lines of all others, or theirs would hide it.
+    bold = {**look, "marker": "", "linewidth": 2, "zorder": 2.5}
     return axes.plot(positions, _smoothed(values), **bold, label=name)[0]
 
 

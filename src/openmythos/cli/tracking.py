@@ -195,11 +195,12 @@ def _labels(runs: list[Path], configs: list[RunConfig]) -> list[str]:
 
 
 def _table(summaries: list[RunSummary]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Of a narrow terminal the names give way, not the numbers.
     table.add_column("run", overflow="fold")
-    table.add_column("state")
-    for name in ("step", "loss", "held-out", "tokens/s", "last step", "params"):
-        table.add_column(name, justify="right")
+    table.add_column("state", no_wrap=True)
+    for name in ("step", "loss", "held-out", "tokens/s", "age", "params"):
+        table.add_column(name, justify="right", no_wrap=True)
     for s in summaries:
         held_out = "" if s.bits_per_byte is None else f"{s.bits_per_byte:.4f} @{s.loops}"
         table.add_row(

@@ -3,6 +3,7 @@
 Runs are read as they lie on disk, whatever process trains them; no model or token is loaded.
 """
 
+import functools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from openmythos.config import ConfigError, load_toml, read_json, require, to_dict
 from openmythos.model import cost
+from openmythos.model.config import MythosConfig
 from openmythos.train.config import RunConfig
 from openmythos.train.metrics import FILE as METRICS_FILE
 from openmythos.train.metrics import Metrics, read_metrics, recent_median
@@ -76,7 +78,7 @@ class _Parts:
 
     def read_config(self, run: Path) -> None:
         self.config = load_toml(RunConfig, run / CONFIG_FILE)
-        self.parameters = cost.parameters(self.config.model).total
+        self.parameters = _parameters(self.config.model)
 
     def read_metrics(self, run: Path) -> None:
         if (run / METRICS_FILE).is_file():
@@ -96,10 +98,12 @@ class _Parts:
         last = self.metrics[-1] if self.metrics else None
         steps = [last["step"] + 1] if last else [0]
         num_steps = self.config.train.num_steps if self.config else None
-        latest = self.written
+        # state.json of a running process may be some seconds behind the metrics, and is ahead of
+        # them where not every step is logged.
+        signs = [] if self.written is None else [self.written]
         if self.state is not None:
             steps.append(self.state.step)
-            latest = self.state.stepped
+            signs.append(self.state.stepped)
         return RunSummary(
             folder=str(run),
             state=self._state(max(steps), now),
@@ -107,7 +111,7 @@ class _Parts:
             num_steps=num_steps,
             loss=float(last["loss"]) if last and "loss" in last else None,
             tokens_per_second=recent_median(self.metrics, "tokens_per_second") if last else None,
-            age=None if latest is None else max(0.0, now - latest),
+            age=max(0.0, now - max(signs)) if signs else None,
             parameters=self.parameters,
             error="; ".join(dict.fromkeys(" ".join(error.split()) for error in errors)),
             **(self.best or {}),
@@ -119,6 +123,12 @@ class _Parts:
         if self.written is None:
             return "new"
         return "finished" if self.config and step >= self.config.train.num_steps else "unknown"
+
+
+@functools.lru_cache
+def _parameters(model: MythosConfig) -> int:
+    # Many runs are of one model, which is built (on the meta device) to be counted.
+    return cost.parameters(model).total
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
