@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 from variants import tiny_config
 
-from openmythos.config import ConfigError, apply_overrides, dumps_toml, load_toml
+from openmythos.config import ConfigError, apply_overrides, load_toml, save_toml
 from openmythos.train.config import DataConfig, RunConfig, TrainConfig
 from openmythos.train.run import Run, train
 from openmythos.train.trackers import TensorBoard, Tracker, Trackers, Trackio, Wandb
@@ -184,10 +184,10 @@ def test_a_missing_package_is_named_before_anything_is_made(
 @pytest.mark.parametrize("kind", MODULES)
 def test_trackers_are_written_in_configs_and_overrides(tmp_path: Path, kind: str) -> None:
     for text in (f'[{{kind="{kind}"}}]', f'["{kind}"]'):
-        config = apply_overrides(RunConfig(), [f"train.trackers={text}"])
-        assert [tracker.kind for tracker in config.train.trackers] == [kind]
-        (tmp_path / "config.toml").write_text(dumps_toml(config))
-        assert load_toml(RunConfig, tmp_path / "config.toml") == config
+        config = apply_overrides(TrainConfig(), [f"trackers={text}"])
+        assert [tracker.kind for tracker in config.trackers] == [kind]
+    save_toml(config, tmp_path / "config.toml")
+    assert load_toml(TrainConfig, tmp_path / "config.toml") == config
 
 
 def test_wrong_trackers_are_named() -> None:
@@ -199,7 +199,7 @@ def test_wrong_trackers_are_named() -> None:
     }
     for text, message in wrong.items():
         with pytest.raises(ConfigError, match=message):
-            apply_overrides(RunConfig(), [f"train.trackers={text}"])
+            apply_overrides(TrainConfig(), [f"trackers={text}"])
 
 
 @pytest.mark.usefixtures("fakes")
