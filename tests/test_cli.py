@@ -88,6 +88,7 @@ def test_train_makes_a_run_folder(here: Path, call: Call) -> None:
     assert result.code == 0, result.err
     folder = here / "runs" / "tiny-1"
     wanted = {"config.toml", "tokenizer.json", "tokens", "metrics.jsonl", "checkpoints"}
+    wanted.add("state.json")
     assert wanted | {"loss.png", "loss.csv"} == {path.name for path in folder.iterdir()}
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
     assert load_toml(RunConfig, folder / "config.toml").model.dim == 32

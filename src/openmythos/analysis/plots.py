@@ -18,6 +18,7 @@ from openmythos.config import ConfigError, replacing, require
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
+    import matplotlib.lines
 
 # Okabe and Ito's, which colour-blind readers can tell apart; their yellow is too faint for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -69,14 +70,10 @@ def loss_curve(
     with style():
         figure, axes = new_axes(x_label, y_label)
         for look, (name, points) in zip(looks(), series.items(), strict=False):
-            losses = [_finite(loss) for _, loss in points]
-            positions = [x for x, _ in points]
-            axes.plot(positions, losses, color=look["color"], linewidth=0.8, alpha=0.4)
-            look = look | {"marker": "", "linewidth": 2}
-            axes.plot(positions, _smoothed(losses), **look, label=name)
+            draw_smoothed(axes, points, look, name)
         if min(xs) > 0 and max(xs) >= _LOG_SPAN * min(xs):
             axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(_short_number)
+        axes.xaxis.set_major_formatter(short_number)
         _legend(figure, series, title="bold: smoothed, thin: raw")
     return figure
 
@@ -257,6 +254,21 @@ def new_axes(x_label: str, y_label: str) -> "tuple[matplotlib.figure.Figure, mat
     return figure, axes
 
 
+def draw_smoothed(
+    axes: "matplotlib.axes.Axes",
+    points: Sequence[tuple[float | int, float | int]],
+    look: Mapping[str, Any],
+    name: str,
+) -> "matplotlib.lines.Line2D":
+    """Points as a thin line and, in front, smoothed as a bold one; returns that."""
+    values = [_finite(value) for _, value in points]
+    positions = [x for x, _ in points]
+    axes.plot(positions, values, color=look["color"], linewidth=0.8, alpha=0.4)
+    # Above the raw lines of all others, or theirs would hide it.
+    bold = {**look, "marker": "", "linewidth": 2, "zorder": 2.5}
+    return axes.plot(positions, _smoothed(values), **bold, label=name)[0]
+
+
 def looks() -> Iterator[dict[str, Any]]:
     """What tells lines apart: colour, marker and, once the colours are used up, dashes."""
     markers = itertools.cycle(_MARKERS)
@@ -290,7 +302,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def _short_number(value: float | int, _position: object = None) -> str:
+def short_number(value: float | int, _position: object = None) -> str:
     """1500000 as 1.5M; matplotlib's own formatter would write 1e9 as 1G."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:

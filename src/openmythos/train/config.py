@@ -16,6 +16,7 @@ from openmythos.train.guards import NoSpikes, Spikes
 from openmythos.train.loss import FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
 from openmythos.train.parallel import Parallel
+from openmythos.train.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class TrainConfig:
     at once). Loops are drawn from `loops` under `curriculum`; only the last backprop_loops of each
     sequence carry gradient (0: all). `mask_documents` keeps attention inside each packed document.
     precision "bf16" is autocast over fp32 weights. Of checkpoints the newest keep_checkpoints stay,
-    and with keep_every > 0 those whose step it divides.
+    and with keep_every > 0 those whose step it divides. `trackers` get what metrics.jsonl gets.
     """
 
     num_steps: int = 200
@@ -70,6 +71,7 @@ class TrainConfig:
     save_every: int = 100
     keep_checkpoints: int = 2
     keep_every: int = 0
+    trackers: tuple[Tracker, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "seq_len", "log_every", "save_every"):
@@ -87,6 +89,8 @@ class TrainConfig:
         fits = self.parallel.gather == "fp32" or self.precision == "bf16"
         allowed = f"must be fp32 with precision = {self.precision}"
         require(fits, "parallel.gather", self.parallel.gather, allowed)
+        kinds = [tracker.kind for tracker in self.trackers]
+        require(len(kinds) == len(set(kinds)), "trackers", kinds, "must be of different kinds")
 
     @property
     def micro_size(self) -> int:

@@ -1,14 +1,18 @@
-"""Metrics of a run: one JSON object per line in RUN/metrics.jsonl."""
+"""Metrics of a run: one JSON object per line in RUN/metrics.jsonl, and what follows from them."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from openmythos.config import ConfigError
+from openmythos.config import ConfigError, require, unknown_name
 
 FILE = "metrics.jsonl"
 Metrics = dict[str, Any]  # numbers, and lists of numbers by loop
+# A pace is that of this many logged steps, so that one slow step does not set it.
+RECENT = 20
 
 
 class MetricsLog:
@@ -28,17 +32,122 @@ class MetricsLog:
             file.write(json.dumps(dict(metrics)) + "\n")
 
 
+class MetricsTail:
+    """Metrics of a run that is still being written; `read` costs what has been added since."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / FILE
+        self._place = 0
+        self.metrics: list[Metrics] = []
+
+    def read(self) -> list[Metrics]:
+        """All metrics so far; of a file that is not there yet, none."""
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, 2) < self._place:
+                    self._forget()
+                file.seek(self._place)
+                added = file.read()
+        except FileNotFoundError:
+            self._forget()
+            return self.metrics
+        whole = added[: added.rfind(b"\n") + 1]
+        new = [_parsed(line) for line in whole.splitlines()]
+        steps = [m["step"] for m in (*self.metrics[-1:], *new) if m is not None]
+        # A resumed run writes the file anew; by now it may have outgrown the place it was read to.
+        if self._place and (None in new or steps != sorted(set(steps))):
+            self._forget()
+            return self.read()
+        self.metrics += [m for m in new if m is not None]
+        self._place += len(whole)
+        return self.metrics
+
+    def _forget(self) -> None:
+        self._place, self.metrics = 0, []
+
+
 def read_metrics(run: Path) -> list[Metrics]:
     """All metrics of a run, in order; a last line cut short by a crash is left out."""
     path = run / FILE
     if not path.is_file():
         raise ConfigError(f"{path}: is missing; {run} is not the folder of a run")
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     metrics = []
     for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ConfigError(f"{path}, line {number}: is not JSON: {error}") from error
+        entry = _parsed(line)
+        if entry is not None:
+            metrics.append(entry)
+        elif number < len(lines):
+            raise ConfigError(f"{path}, line {number}: is not JSON with a step")
     return metrics
+
+
+def _parsed(line: bytes) -> Metrics | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a step: a list's are called name/1, name/2 and so on; the step is left out."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, list | tuple):
+            found |= {f"{name}/{place}": float(item) for place, item in enumerate(value, start=1)}
+        elif name != "step":
+            found[name] = float(value)
+    return found
+
+
+def metric_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of all scalars, in order of appearance."""
+    return list(dict.fromkeys(name for entry in metrics for name in scalars(entry)))
+
+
+def chosen_metrics(asked: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The scalars asked for: by their own names, or all of a list by the list's name."""
+    found: list[str] = []
+    for name in asked:
+        matching = [k for k in known if k == name or k.rpartition("/")[0] == name]
+        require(len(matching) > 0, "metric", name, unknown_name("metric", name, known))
+        found += [k for k in matching if k not in found]
+    return found
+
+
+def tokens_seen(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Training tokens up to and with each logged step; steps that were not logged count alike."""
+    return _accumulated(metrics, [float(m["tokens"]) for m in metrics])
+
+
+def seconds_trained(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Seconds spent in steps up to and with each logged one, evaluation and pauses left out."""
+    return _accumulated(metrics, [seconds_per_step(m) for m in metrics])
+
+
+def seconds_per_step(metrics: Mapping[str, Any]) -> float:
+    """What one logged step took; nan where it cannot be told."""
+    speed = float(metrics.get("tokens_per_second", math.nan))
+    return float(metrics.get("tokens", math.nan)) / speed if speed > 0 else math.nan
+
+
+def recent_median(metrics: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The median of the last logged steps; nan where there is none."""
+    values = [float(m[name]) for m in metrics[-RECENT:] if name in m]
+    return median(values) if values else math.nan
+
+
+def seconds_left(metrics: Sequence[Mapping[str, Any]], num_steps: int) -> float:
+    """Until the last step at the pace of the last logged ones; nan where it cannot be told."""
+    paces = [s for m in metrics[-RECENT:] if math.isfinite(s := seconds_per_step(m))]
+    return median(paces) * (num_steps - 1 - metrics[-1]["step"]) if paces else math.nan
+
+
+def _accumulated(metrics: Sequence[Mapping[str, Any]], each: Sequence[float]) -> list[float]:
+    total, before, found = 0.0, -1, []
+    for entry, amount in zip(metrics, each, strict=True):
+        total += amount * (entry["step"] - before)
+        before = entry["step"]
+        found.append(total)
+    return found

@@ -5,16 +5,19 @@ RUN/
     tokenizer.json
     tokens/{train,held_out}/    memory-mapped shards
     metrics.jsonl               one object per logged step
+    state.json                  what the run is doing, see `train.state`
     checkpoints/step-*/         see `train.checkpoint`
 """
 
 import functools
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from openmythos.config import ConfigError, load_toml, save_toml
+from openmythos.config import ConfigError, load_toml, save_toml, to_dict
 from openmythos.data.corpus import Corpus, open_corpus
 from openmythos.data.loader import Loader
 from openmythos.data.shards import TokenShards, write_shards
@@ -30,6 +33,8 @@ from openmythos.train.checkpoint import (
 from openmythos.train.config import DataConfig, RunConfig
 from openmythos.train.metrics import MetricsLog
 from openmythos.train.parallel import choose_device, rank_and_world_size
+from openmythos.train.state import StateFile
+from openmythos.train.trackers import Trackers, require_packages
 from openmythos.train.trainer import StepMetrics, Trainer
 
 CONFIG_FILE = "config.toml"
@@ -62,6 +67,7 @@ class Run:
             raise ConfigError(
                 f"{folder}: exists already; choose another --out, or --resume {folder}"
             )
+        require_packages(config.train.trackers)
         report = progress or (lambda _stage, _done: None)
         corpus = open_data(config.data)
         report("tokenizer", 0)
@@ -122,6 +128,8 @@ def train(
     """
     config = run.config.train
     rank, world_size = rank_and_world_size()
+    if rank == 0:
+        require_packages(config.trackers)
     loader = Loader(
         run.shards("train"),
         seq_len=config.seq_len,
@@ -135,11 +143,27 @@ def train(
     trainer = Trainer(model, loader, config, stopping)
     if checkpoint is not None:
         trainer.counters = load_training(checkpoint, trainer.model, trainer.optimizers)
-    return _steps(run, trainer)
+    return _watched(run, trainer) if rank == 0 else _steps(run, trainer, lambda _metrics: None)
 
 
-def _steps(run: Run, trainer: Trainer) -> Generator[StepMetrics, None, None]:
-    config, record = run.config.train, _Record(run, trainer)
+def _watched(run: Run, trainer: Trainer) -> Generator[StepMetrics, None, None]:
+    """The steps of the first rank, which tells state.json and the trackers about them."""
+    config = run.config.train
+    with (
+        # Closed last: uploading what is left may take long, and by then all is saved.
+        Trackers(config.trackers, run.folder, trainer.step, to_dict(run.config)) as trackers,
+        StateFile(run.folder, step=trainer.step, num_steps=config.num_steps) as state,
+        closing(_steps(run, trainer, trackers.log)) as steps,
+    ):
+        for metrics in steps:
+            state.stepped(trainer.step)
+            yield metrics
+
+
+def _steps(
+    run: Run, trainer: Trainer, track: Callable[[Mapping[str, Any]], None]
+) -> Generator[StepMetrics, None, None]:
+    config, record = run.config.train, _Record(run, trainer, track)
     try:
         for metrics in trainer.steps():
             record.log(metrics)
@@ -165,17 +189,21 @@ def _steps(run: Run, trainer: Trainer) -> Generator[StepMetrics, None, None]:
 class _Record:
     """What a run leaves on disk as it goes: metrics and checkpoints."""
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
+    def __init__(
+        self, run: Run, trainer: Trainer, track: Callable[[Mapping[str, Any]], None]
+    ) -> None:
         config = run.config.train
         self.writer = CheckpointWriter(
             run.folder, keep=config.keep_checkpoints, keep_every=config.keep_every
         )
         self._run, self._trainer, self._saved = run, trainer, trainer.step
+        self._track = track
         self._log = MetricsLog(run.folder, trainer.step) if trainer.rank == 0 else None
 
     def log(self, metrics: StepMetrics) -> None:
         if self._log is not None and self._trainer.logs(metrics.step):
             self._log.write(metrics.as_dict())
+            self._track(metrics.as_dict())
 
     def save(self) -> None:
         trainer = self._trainer

@@ -1,0 +1,224 @@
+"""The commands that look at training runs: a table, curves, a live view."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich import box
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from openmythos.analysis import run_plots
+from openmythos.analysis.plots import save_figure
+from openmythos.cli.live import STYLES, duration, frame
+from openmythos.cli.screen import OUT, short
+from openmythos.config import ConfigError, load_toml, require, require_number
+from openmythos.train.config import RunConfig
+from openmythos.train.metrics import (
+    Metrics,
+    MetricsTail,
+    chosen_metrics,
+    metric_names,
+    read_metrics,
+    scalars,
+    seconds_trained,
+    tokens_seen,
+)
+from openmythos.train.overview import RunSummary, differences, find_runs, names_of, summarize
+from openmythos.train.run import CONFIG_FILE
+from openmythos.train.state import ENDED, read_state
+
+# Differing values that a line of the legend has room for.
+LEGEND_KEYS = 5
+X_LABELS = {
+    "steps": "training step",
+    "tokens": "training tokens",
+    "seconds": "time spent in training steps [s]",
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List training runs: state, step, loss, held-out bits per byte, speed, age, parameters."""
+
+    folders: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Folders to look in, at any depth (default: runs)."""
+    json: bool = False
+    """Print a JSON list instead of a table."""
+
+    def run(self) -> None:
+        folders = [Path(folder) for folder in self.folders or ("runs",)]
+        found = dict.fromkeys(run for folder in folders for run in find_runs(folder))
+        summaries = [summarize(run) for run in found]
+        # What runs comes first, then what did so last.
+        summaries.sort(key=lambda s: (s.state != "running", math.inf if s.age is None else s.age))
+        if self.json:
+            print(json.dumps([_plain(asdict(s)) for s in summaries], indent=2))
+            return
+        if not summaries:
+            OUT.print(f"no run in {', '.join(map(str, folders))}")
+            return
+        OUT.print(_table(summaries))
+        for summary in summaries:
+            if summary.error:
+                OUT.print(summary.error)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the curves of training runs, one or several against each other: PNG and CSV."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders."""
+    metric: tuple[str, ...] = ("loss",)
+    """Metrics of metrics.jsonl, a panel each; a list such as state_norm is all of its parts."""
+    x: Literal["steps", "tokens", "seconds"] = "steps"
+    """What the curves are drawn against."""
+    out: str = ""
+    """PNG file (default: curves.png in the run folder; of several runs, here)."""
+
+    def run(self) -> None:
+        require(bool(self.runs), "runs", [], "must name at least one run folder")
+        runs = list(dict.fromkeys(Path(run) for run in self.runs))
+        configs = [_config(run) for run in runs]
+        labels = _labels(runs, configs)
+        metrics = [_some_metrics(run) for run in runs]
+        known = list(dict.fromkeys(name for each in metrics for name in metric_names(each)))
+        chosen = chosen_metrics(self.metric, known)
+        panels: dict[str, dict[str, run_plots.Points]] = {name: {} for name in chosen}
+        rows: list[dict[str, object]] = []
+        for run, label, entries in zip(runs, labels, metrics, strict=True):
+            xs = _positions(self.x, run, entries)
+            values = [scalars(entry) for entry in entries]
+            for name in chosen:
+                points = [(x, v[name]) for x, v in zip(xs, values, strict=True) if name in v]
+                if points:
+                    panels[name][label] = points
+                else:
+                    OUT.print(f"{run} has no {name}")
+            for entry, x, v in zip(entries, xs, values, strict=True):
+                where = {"run": str(run), "step": entry["step"]}
+                where |= {} if self.x == "steps" else {self.x: x}
+                rows.append({**where, **{name: v[name] for name in chosen if name in v}})
+        out = Path(self.out) if self.out else Path(runs[0] if len(runs) == 1 else ".", "curves.png")
+        figure = run_plots.metric_curves(panels, x_label=X_LABELS[self.x], single=len(runs) == 1)
+        save_figure(figure, out, rows)
+        OUT.print(f"Written: {out}, {out.with_suffix('.csv')}")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Show a training run while it goes on, from here or on another machine; Ctrl-C leaves."""
+
+    folder: tyro.conf.Positional[str]
+    """Run folder."""
+    every: float = 1.0
+    """Seconds between two looks."""
+    once: bool = False
+    """Print how the run stands now, and return."""
+
+    def run(self) -> None:
+        require_number("every", self.every, above=0)
+        run = Path(self.folder)
+        _config(run)
+        tail = MetricsTail(run)
+        if self.once:
+            OUT.print(_look(run, tail)[0])
+            return
+        with Live(console=OUT, auto_refresh=False) as live:
+            try:
+                while True:
+                    shown, ended = _look(run, tail)
+                    live.update(shown, refresh=True)
+                    if ended:
+                        return
+                    time.sleep(self.every)
+            except KeyboardInterrupt:
+                return
+
+
+def _look(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
+    """The frame to show, and whether it is the last."""
+    # The state before the metrics, so that the last frame of a run has its last step.
+    record = read_state(run)
+    metrics = tail.read()
+    num_steps = _config(run).train.num_steps
+    if record is not None:
+        state = record.seen(time.time())
+    elif metrics:
+        state = "finished" if metrics[-1]["step"] + 1 >= num_steps else "unknown"
+    else:
+        state = "new"
+    fits = OUT.encoding.startswith("utf")
+    width = min(100, OUT.width)
+    shown = frame(run, state, record, metrics, num_steps, width=width, unicode=fits)
+    return shown, state in ENDED
+
+
+def _config(run: Path) -> RunConfig:
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"{run}: is not the folder of a run: it has no {CONFIG_FILE}")
+    return load_toml(RunConfig, run / CONFIG_FILE)
+
+
+def _some_metrics(run: Path) -> list[Metrics]:
+    metrics = read_metrics(run)
+    if not metrics:
+        raise ConfigError(f"{run}: no step has been logged yet")
+    return metrics
+
+
+def _positions(x: str, run: Path, metrics: list[Metrics]) -> list[float]:
+    if x == "steps":
+        return [float(entry["step"]) for entry in metrics]
+    needed = {"tokens": ("tokens",), "seconds": ("tokens", "tokens_per_second")}[x]
+    for name in needed:
+        held = all(name in entry for entry in metrics)
+        require(held, "x", x, f"cannot be told, for not all steps of {run} have {name}")
+    return tokens_seen(metrics) if x == "tokens" else seconds_trained(metrics)
+
+
+def _labels(runs: list[Path], configs: list[RunConfig]) -> list[str]:
+    """Names, and in what the runs differ."""
+    labels = []
+    for name, values in zip(names_of(runs), differences(configs), strict=True):
+        parts = [f"{key}={value}" for key, value in values.items()]
+        parts = [*parts[:LEGEND_KEYS], "..."] if len(parts) > LEGEND_KEYS else parts
+        labels.append(f"{name}: {', '.join(parts)}" if parts else name)
+    return labels
+
+
+def _table(summaries: list[RunSummary]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Of a narrow terminal the names give way, not the numbers.
+    table.add_column("run", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in ("step", "loss", "held-out", "tokens/s", "age", "params"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for s in summaries:
+        held_out = "" if s.bits_per_byte is None else f"{s.bits_per_byte:.4f} @{s.loops}"
+        table.add_row(
+            s.folder,
+            Text(s.state, style=STYLES[s.state]),
+            f"{s.step}/{'?' if s.num_steps is None else s.num_steps}",
+            "" if s.loss is None else f"{s.loss:.4f}",
+            held_out,
+            "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
+            "" if s.age is None else duration(s.age),
+            "" if s.parameters is None else short(s.parameters),
+        )
+    return table
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold: it knows no nan."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }

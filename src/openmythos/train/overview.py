@@ -1,0 +1,187 @@
+"""Many runs at a glance: which folders are runs, how far each is, and in what their configs differ.
+
+Runs are read as they lie on disk, whatever process trains them; no model or token is loaded.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openmythos.config import ConfigError, load_toml, read_json, require, to_dict
+from openmythos.model import cost
+from openmythos.model.config import MythosConfig
+from openmythos.train.config import RunConfig
+from openmythos.train.metrics import FILE as METRICS_FILE
+from openmythos.train.metrics import Metrics, read_metrics, recent_median
+from openmythos.train.run import CONFIG_FILE
+from openmythos.train.state import RunState, State, read_state
+
+MARKS = (CONFIG_FILE, "tokenizer.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """A run in one line. None is what it does not have (yet); `error` says what cannot be read.
+
+    `age` is seconds since the last step, `bits_per_byte` the best of eval.json, at `loops` loops.
+    """
+
+    folder: str
+    state: State
+    step: int = 0  # steps done
+    num_steps: int | None = None
+    loss: float | None = None
+    bits_per_byte: float | None = None
+    loops: int | None = None
+    tokens_per_second: float | None = None
+    age: float | None = None
+    parameters: int | None = None
+    error: str = ""
+
+
+def find_runs(folder: Path) -> Iterator[Path]:
+    """The folder itself if it is a run, else all runs below it, in order of their names."""
+    require(folder.is_dir(), "folder", str(folder), "is no folder")
+    for path, folders, files in os.walk(folder):
+        if set(MARKS) <= set(files):
+            yield Path(path)
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def summarize(run: Path, now: float | None = None) -> RunSummary:
+    """What is to be said of a run; a file that is damaged costs only what it would have told."""
+    found, errors = _Parts(), []
+    for read in (found.read_config, found.read_metrics, found.read_state, found.read_evaluation):
+        try:
+            read(run)
+        except (ConfigError, OSError) as error:
+            errors.append(str(error))
+        except (KeyError, TypeError, ValueError) as error:
+            errors.append(f"{run}: {type(error).__name__}: {error}")
+    return found.summary(run, time.time() if now is None else now, errors)
+
+
+class _Parts:
+    """What could be read of a run."""
+
+    config: RunConfig | None = None
+    metrics: Sequence[Metrics] = ()
+    state: RunState | None = None
+    parameters: int | None = None
+    best: Mapping[str, Any] | None = None
+    written: float | None = None
+
+    def read_config(self, run: Path) -> None:
+        self.config = load_toml(RunConfig, run / CONFIG_FILE)
+        self.parameters = _parameters(self.config.model)
+
+    def read_metrics(self, run: Path) -> None:
+        if (run / METRICS_FILE).is_file():
+            self.written = (run / METRICS_FILE).stat().st_mtime
+            self.metrics = read_metrics(run)
+
+    def read_state(self, run: Path) -> None:
+        self.state = read_state(run)
+
+    def read_evaluation(self, run: Path) -> None:
+        if (run / "eval.json").is_file():
+            rows = read_json(run / "eval.json")["held_out"]
+            best = min(rows, key=lambda row: float(row["bits_per_byte"]))
+            self.best = {"bits_per_byte": best["bits_per_byte"], "loops": best["num_loops"]}
+
+    def summary(self, run: Path, now: float, errors: Sequence[str]) -> RunSummary:
+        last = self.metrics[-1] if self.metrics else None
+        steps = [last["step"] + 1] if last else [0]
+        num_steps = self.config.train.num_steps if self.config else None
+        # state.json of a running process may be some seconds behind the metrics, and is ahead of
+        # them where not every step is logged.
+        signs = [] if self.written is None else [self.written]
+        if self.state is not None:
+            steps.append(self.state.step)
+            signs.append(self.state.stepped)
+        return RunSummary(
+            folder=str(run),
+            state=self._state(max(steps), now),
+            step=max(steps),
+            num_steps=num_steps,
+            loss=float(last["loss"]) if last and "loss" in last else None,
+            tokens_per_second=recent_median(self.metrics, "tokens_per_second") if last else None,
+            age=max(0.0, now - max(signs)) if signs else None,
+            parameters=self.parameters,
+            error="; ".join(dict.fromkeys(" ".join(error.split()) for error in errors)),
+            **(self.best or {}),
+        )
+
+    def _state(self, step: int, now: float) -> State:
+        if self.state is not None:
+            return self.state.seen(now)
+        if self.written is None:
+            return "new"
+        return "finished" if self.config and step >= self.config.train.num_steps else "unknown"
+
+
+@functools.lru_cache
+def _parameters(model: MythosConfig) -> int:
+    # Many runs are of one model, which is built (on the meta device) to be counted.
+    return cost.parameters(model).total
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """A short name per run: its folder's, or its path where two folders are called alike."""
+    folders = [run.resolve().name for run in runs]
+    return [
+        str(run) if folders.count(folder) > 1 else folder
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+
+
+def differences(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
+    """Per config the values in which it differs from the others, under names as short as can be.
+
+    Where runs have parts of different kinds, what only one of the kinds has goes without saying.
+    """
+    flat = [dict(_flattened(to_dict(config))) for config in configs]
+    shown = [key for key in dict.fromkeys(k for config in flat for k in config) if _told(key, flat)]
+    names = {key: key.removesuffix(".kind") for key in shown}
+    lasts = [name.rpartition(".")[2] for name in names.values()]
+    short = {
+        key: last if lasts.count(last) == 1 else names[key]
+        for (key, last) in zip(shown, lasts, strict=True)
+    }
+    return [{short[key]: _text(config[key]) for key in shown if key in config} for config in flat]
+
+
+def _flattened(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _told(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    values = [config[key] for config in configs if key in config]
+    if any(value != values[0] for value in values):
+        return True
+    return len(values) < len(configs) and not _explained(key, configs)
+
+
+def _explained(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a part above this key is of several kinds."""
+    parts = key.split(".")
+    above = [".".join([*parts[:end], "kind"]) for end in range(1, len(parts))]
+    return any(len({config.get(kind) for config in configs}) > 1 for kind in above)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        kinds = [item.get("kind", item) if isinstance(item, Mapping) else item for item in value]
+        return "+".join(map(str, kinds)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,223 @@
+"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
+
+A tracker is told what is logged and no more. It must not cost a training: one that raises is named
+in a warning and left out from then on. Only the first rank tracks.
+"""
+
+import importlib
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from openmythos.config import ConfigError, read_json, require, write_json
+from openmythos.train.metrics import scalars
+
+LOGGER = logging.getLogger(__name__)
+FILE = "tracking.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracked:
+    """A run as a tracker knows it: `id` stays the same when the run is resumed at `first_step`."""
+
+    folder: Path
+    id: str
+    first_step: int
+    config: Mapping[str, Any]
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """A tracker at work."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def close(self, *, failed: bool) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorBoard:
+    """Event files in RUN/tensorboard; `tensorboard --logdir runs` shows all runs below runs/."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+
+    def module(self) -> Any:
+        return _imported("torch.utils.tensorboard", "SummaryWriter", self.kind)
+
+    def start(self, run: Tracked) -> Sink:
+        return _TensorBoardSink(self.module().SummaryWriter, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """A run of a Weights & Biases project; its local files are in RUN/wandb.
+
+    mode "auto" does what WANDB_MODE says, and is online without it.
+    """
+
+    kind: Literal["wandb"] = "wandb"
+    project: str = "openmythos"
+    entity: str = ""
+    group: str = ""
+    mode: Literal["auto", "online", "offline"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(bool(self.project), "project", self.project, "must name a project")
+
+    def module(self) -> Any:
+        return _imported("wandb", "init", self.kind)
+
+    def start(self, run: Tracked) -> Sink:
+        wandb = self.module()
+        started = wandb.init(
+            project=self.project,
+            entity=self.entity or None,
+            group=self.group or None,
+            mode=None if self.mode == "auto" else self.mode,
+            name=run.folder.name,
+            id=run.id,
+            resume="allow",
+            dir=str(run.folder),
+            config=dict(run.config),
+            # Its capture of the terminal would record every redraw of the progress bar.
+            settings=wandb.Settings(console="off"),
+        )
+        return _RunSink(started, lambda failed: started.finish(exit_code=int(failed)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trackio:
+    """A run of a Trackio project: on this machine, or on the Hugging Face Space of that name."""
+
+    kind: Literal["trackio"] = "trackio"
+    project: str = "openmythos"
+    space: str = ""
+
+    def __post_init__(self) -> None:
+        require(bool(self.project), "project", self.project, "must name a project")
+
+    def module(self) -> Any:
+        return _imported("trackio", "init", self.kind)
+
+    def start(self, run: Tracked) -> Sink:
+        started = self.module().init(
+            project=self.project,
+            # It resumes by name, and another run's folder may have had this one's.
+            name=f"{run.folder.name}-{run.id}",
+            space_id=self.space or None,
+            config=dict(run.config),
+            resume="allow",
+            embed=False,
+        )
+        return _RunSink(started, lambda _failed: started.finish())
+
+
+Tracker = TensorBoard | Wandb | Trackio
+
+
+class _TensorBoardSink:
+    def __init__(self, writer: Callable[..., Any], run: Tracked) -> None:
+        # What a crash made the run repeat would be drawn twice.
+        purge = run.first_step if run.first_step > 0 else None
+        self._writer = writer(str(run.folder / "tensorboard"), purge_step=purge, flush_secs=10)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, *, failed: bool) -> None:
+        self._writer.close()
+
+
+class _RunSink:
+    """A run of wandb or of trackio, which speaks wandb's language."""
+
+    def __init__(self, run: Any, finish: Callable[[bool], None]) -> None:
+        self._run, self._finish = run, finish
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        self._finish(failed)
+
+
+class Trackers:
+    """All trackers of a run, each left out once it has failed; closed when the training ends."""
+
+    def __init__(
+        self, chosen: tuple[Tracker, ...], folder: Path, first_step: int, config: Mapping[str, Any]
+    ) -> None:
+        self._sinks: dict[str, Sink] = {}
+        if not chosen:
+            return
+        require_packages(chosen)
+        tracked = Tracked(
+            folder=folder, id=_run_id(folder, first_step), first_step=first_step, config=config
+        )
+        for tracker in chosen:
+            self._try(tracker.kind, partial(self._start, tracker, tracked))
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """The scalars of a logged step, see `metrics.scalars`."""
+        values = scalars(metrics)
+        for kind, sink in list(self._sinks.items()):
+            self._try(kind, partial(sink.log, values, metrics["step"]))
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        failed = kind is not None and issubclass(kind, Exception)
+        for name, sink in list(self._sinks.items()):
+            self._try(name, partial(sink.close, failed=failed))
+
+    def _start(self, tracker: Tracker, tracked: Tracked) -> None:
+        self._sinks[tracker.kind] = tracker.start(tracked)
+
+    def _try(self, kind: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:
+            self._sinks.pop(kind, None)
+            text = " ".join(str(error).split())
+            LOGGER.warning("%s tracks no more: %s: %s", kind, type(error).__name__, text)
+
+
+def require_packages(chosen: tuple[Tracker, ...]) -> None:
+    """Raise a ConfigError that names the extra to install for a package that is not there."""
+    for tracker in chosen:
+        tracker.module()
+
+
+def _imported(module: str, needed: str, kind: str) -> Any:
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"tracker {kind} needs: pip install 'openmythos[{kind}]'") from error
+    # A folder called wandb, which wandb itself makes, imports as an empty package.
+    if not hasattr(found, needed):
+        raise ConfigError(f"tracker {kind} needs: pip install 'openmythos[{kind}]'")
+    return found
+
+
+def _run_id(folder: Path, first_step: int) -> str:
+    """The id the run was tracked under so far; one from its first step is a new run."""
+    path = folder / FILE
+    if first_step > 0 and path.is_file():
+        run_id = read_json(path).get("id")
+        require(isinstance(run_id, str) and bool(run_id), f"{path}: id", run_id, "must be a string")
+        return str(run_id)
+    run_id = secrets.token_hex(4)
+    write_json({"id": run_id}, path)
+    return run_id
