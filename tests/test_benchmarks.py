@@ -13,6 +13,7 @@ import bench
 import cache as cache_benchmark
 import claims
 import contenders
+import kills
 import scaling
 
 TINY = replace(
@@ -99,3 +100,15 @@ def test_memory_is_that_of_the_process_alone() -> None:
 def test_every_number_in_the_readme_is_that_of_the_results() -> None:
     for path, text in claims.pages(claims.ROOT).items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make claims`"
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_moments_ends_as_the_one_left_alone(tmp_path: Path) -> None:
+    found = kills.measure(tmp_path, 20, 1500, seed=1)
+    assert {point["way"] for point in found["kills"]} == set(kills.WAYS)
+    codes = {"SIGKILL": -9, "SIGTERM": 0, "full disk": 1}
+    assert all(point["exit_code"] == codes[point["way"]] for point in found["kills"])
+    assert any(point["during_a_checkpoint"] for point in found["kills"])
+    assert found["compared"]["steps"] == 1500
+    assert found["compared"]["steps_that_differ"] == 0
+    assert found["compared"]["tensors_that_differ"] == 0
