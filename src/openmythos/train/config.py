@@ -12,7 +12,7 @@ from openmythos.recurrence.loop_sampling import (
     NoCurriculum,
     PoissonLoops,
 )
-from openmythos.train.loss import FinalLoss, Loss
+from openmythos.train.loss import DeepSupervision, FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
 from openmythos.train.parallel import Parallel
 
@@ -85,11 +85,22 @@ class TrainConfig:
         fits = self.parallel.gather == "fp32" or self.precision == "bf16"
         allowed = f"must be fp32 with precision = {self.precision}"
         require(fits, "parallel.gather", self.parallel.gather, allowed)
+        _check_shared_experts(self)
 
     @property
     def micro_size(self) -> int:
         """Sequences per forward pass."""
         return self.micro_batch_size or self.batch_size
+
+
+def _check_shared_experts(config: TrainConfig) -> None:
+    """What ranks do not do equally often, or compile differently, they cannot do together."""
+    experts = config.parallel.experts
+    text = "must be 1 with compile = true"
+    require(experts == 1 or not config.compile, "parallel.experts", experts, text)
+    uneven = isinstance(config.loss, DeepSupervision) and config.loops.per == "sequence"
+    text = 'must be 1 with loss.kind = "deep" and loops.per = "sequence"'
+    require(experts == 1 or not uneven, "parallel.experts", experts, text)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from openmythos.recurrence.loop_sampling import sample_loops
 from openmythos.train.config import TrainConfig
 from openmythos.train.loss import LossParts, training_loss
 from openmythos.train.parallel import (
+    clip_gradients,
     mean_over_ranks,
     rank_and_world_size,
     reduce_gradients,
@@ -104,7 +105,7 @@ class Trainer:
         stop = parts.total.new_tensor(float(self._asked_to_stop()))
         *means, stop = mean_over_ranks([*parts, stop])
         parts, self.stopping = LossParts(*means), bool(stop > 0)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
+        norm = clip_gradients(self.model.parameters(), c.clip_norm)
         scale = c.schedule.scale(self.step, c.num_steps)
         counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
         # Of numbers that all ranks share, so that all skip or none.
