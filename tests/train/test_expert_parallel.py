@@ -39,7 +39,7 @@ from openmythos.train.trainer import StepMetrics, Trainer
 
 pytestmark = pytest.mark.distributed
 
-SHORT = replace(TRAIN, num_steps=4)
+SHORT = replace(TRAIN, num_steps=3)
 # One rank is done with its rows long before the other.
 UNEVEN = UniformLoops(min_loops=1, max_loops=6)
 HALTING = replace(MODEL, halting=ACT(bias_init=-0.5))
@@ -51,11 +51,10 @@ EVERYWHERE = replace(
 )
 # (ranks, model, training) by name; `experts` is 2 in all.
 CASES: dict[str, tuple[int, Any, TrainConfig]] = {
-    "uneven loops": (2, MODEL, replace(TRAIN, num_steps=12, loops=UNEVEN)),
-    "halting": (2, HALTING, replace(TRAIN, num_steps=12)),
+    "uneven loops": (2, MODEL, replace(TRAIN, num_steps=10, loops=UNEVEN)),
+    "halting": (2, HALTING, replace(TRAIN, num_steps=10)),
     "recomputed": (2, HALTING, replace(SHORT, checkpoint_loops=True, loops=UNEVEN)),
-    "truncated": (2, MODEL, replace(SHORT, backprop_loops=1, loops=UNEVEN)),
-    "both": (2, MODEL, replace(SHORT, backprop_loops=2, checkpoint_loops=True, loops=UNEVEN)),
+    "truncated": (2, MODEL, replace(SHORT, backprop_loops=2, checkpoint_loops=True, loops=UNEVEN)),
     "everywhere": (2, EVERYWHERE, SHORT),
     "micro-batches": (
         2,
@@ -63,11 +62,10 @@ CASES: dict[str, tuple[int, Any, TrainConfig]] = {
         replace(SHORT, micro_batch_size=1, loops=FixedLoops(mean_loops=2)),
     ),
     "clipped": (2, MODEL, replace(SHORT, clip_norm=1e-3)),
-    "muon": (2, MODEL, replace(SHORT, optimizer=Muon())),
     "bf16": (
         2,
         MODEL,
-        replace(SHORT, num_steps=2, precision="bf16", loops=FixedLoops(mean_loops=2)),
+        replace(SHORT, num_steps=1, precision="bf16", loops=FixedLoops(mean_loops=2)),
     ),
     "shards of shares": (4, EVERYWHERE, replace(SHORT, loops=UNEVEN)),
     "replicas": (4, HALTING, replace(SHORT, parallel=Parallel(replicate=2))),
@@ -96,7 +94,11 @@ def refusals() -> list[str]:
     """What is said of settings that do not divide, with two ranks."""
     three = replace(MODEL, recurrent_feed_forward=MoE(num_experts=3, expert_dim=16))
     said = []
-    for model, experts in ((three, 3), (three, 2), (replace(MODEL, recurrent_feed_forward=SwiGLU()), 2)):
+    for model, experts in (
+        (three, 3),
+        (three, 2),
+        (replace(MODEL, recurrent_feed_forward=SwiGLU()), 2),
+    ):
         with pytest.raises(ConfigError) as refused:
             Trainer(OpenMythos(model), None, TrainConfig(parallel=Parallel(experts=experts)))  # type: ignore[arg-type]
         said.append(str(refused.value))
@@ -108,7 +110,7 @@ def prompts(rank: int) -> torch.Tensor:
 
 
 # The second rank's positions go on when those of the first have stopped.
-EXITS = (StateChangeExit(threshold=0.2), StateChangeExit(threshold=0.04))
+EXITS = (StateChangeExit(threshold=0.2), StateChangeExit(threshold=0.1))
 
 
 def early_exits(model: OpenMythos) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +238,7 @@ def test_what_does_not_divide_is_refused(outcome: Outcome) -> None:
         ]
     with pytest.raises(ConfigError, match="experts = 2: must divide the number of ranks that shar"):
         spread(OpenMythos(MODEL), Parallel(experts=2), checkpoint_loops=False, compiled=False)
-    with pytest.raises(ConfigError, match="experts = 0: must be at least 1"):
+    with pytest.raises(ConfigError, match="experts = 0: must be an integer, at least 1"):
         Parallel(experts=0)
 
 

@@ -151,12 +151,12 @@ class LatentAttentionLayer(AttentionLayer):
         query = torch.cat((per_head(nope, weight[:, : c.nope_head_dim]), rope), dim=-1)
         # The rotary part rides along as value and is cut off after: no copy of the latents.
         shared = kv.unsqueeze(1)
-        _, heads, seq, _ = query.shape
+        batch, heads, seq, _ = query.shape
         if context.mask is None and not context.is_causal:
             # One query token sees every key, so its heads may stand as rows of one head.
             rows = query.transpose(1, 2).flatten(1, 2).unsqueeze(1)
             mixed = attend(rows, shared, shared, context, self.scale)
-            mixed = mixed.squeeze(1).unflatten(1, (seq, heads)).transpose(1, 2)
+            mixed = mixed.view(batch, seq, heads, mixed.shape[-1]).transpose(1, 2)
         else:
             mixed = attend(query, shared, shared, context, self.scale)
         value_up = weight[:, c.nope_head_dim :].transpose(1, 2)
@@ -168,6 +168,6 @@ def per_head(x: Tensor, weight: Tensor) -> Tensor:
 
     With the heads as the batch of the product: broadcasting would copy the weight for every row.
     """
-    batch, _, seq, _ = x.shape
+    batch, heads, seq, _ = x.shape
     out = torch.bmm(x.transpose(0, 1).flatten(1, 2), weight)
-    return out.unflatten(1, (batch, seq)).transpose(0, 1)
+    return out.view(heads, batch, seq, out.shape[-1]).transpose(0, 1)

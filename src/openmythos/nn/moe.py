@@ -9,7 +9,7 @@ it may run any number of times per step, also under activation checkpointing.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ ALIGNMENT = 8
 FEW_ROWS_PER_EXPERT = 0.25
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """Takes rows to where their expert is held, and what comes of them back, in the same order.
 
@@ -250,7 +251,7 @@ class MoELayer(nn.Module):
         # A row of its own for each choice, so that their gradients meet in a fixed order.
         rows = tokens[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)
         back = exchange(rows.index_select(0, order), counts, there)
-        choices = back.index_select(0, _inverse(order)).unflatten(0, experts.shape)
+        choices = back.index_select(0, _inverse(order)).view(*experts.shape, back.shape[-1])
         return (choices * weights.to(tokens.dtype)[..., None]).sum(dim=1), counts
 
     def _group_step(self, tokens: Tensor, mean: int) -> int:

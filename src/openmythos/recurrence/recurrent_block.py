@@ -120,8 +120,7 @@ class RecurrentBlock(nn.Module):
 
     `checkpoint_loops` recomputes each loop in the backward pass, so that the memory of a training
     step holds one state per loop instead of every activation. `agree`, the largest of the numbers
-    that several processes give, is for such as have to call the layers equally often: whose rows
-    are done goes on with none.
+    that some processes give, has these call the layers equally often: with no rows when done.
     """
 
     def __init__(self, config: RecurrentConfig) -> None:
@@ -328,8 +327,7 @@ class RecurrentBlock(nn.Module):
         return self._noise[block]
 
     def _have_stopped(self, active: Mask) -> bool:
-        going_on = int(active.any())
-        return not (going_on if self.agree is None else self.agree(going_on))
+        return not (active.any() if self.agree is None else self.agree(int(active.any())))
 
     def _judge(self, previous: Hidden, carry: Carry, tracker: ExitTracker, loop: int) -> Carry:
         """Let the exit rule look at the state and stop the positions that it lets go."""

@@ -1,8 +1,9 @@
 """Many ranks as one: how a model is spread over them, and what they have to agree on.
 
 The model files know one device. Here, from outside and in this order: recomputed loops, compiled
-layers, weights in shards (torch's FSDP2). Prelude layers, the recurrent block and coda layers are a
-unit each, gathered when they run: the block once per pass, however many loops it runs.
+layers, experts that ranks hold between them, weights in shards (torch's FSDP2). Prelude layers, the
+recurrent block and coda layers are a unit each, gathered when they run: the block once per pass,
+however many loops it runs.
 """
 
 import os
@@ -156,7 +157,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     One sum over all ranks: shards may lie on several meshes, and replicas must get the same.
     """
     groups = by_mesh(parameter for parameter in parameters if parameter.grad is not None)
-    grads = [parameter.grad for group in groups for parameter in group]
+    grads = [p.grad for group in groups for p in group if p.grad is not None]
     norm = get_total_norm([x.to_local() if isinstance(x, DTensor) else x for x in grads])
     if isinstance(grads[0], DTensor):
         names = grads[0].device_mesh.mesh_dim_names or ()
