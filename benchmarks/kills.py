@@ -4,7 +4,7 @@
 
 Writes results/scale/kills.json. Most kills are SIGKILL; some are SIGTERM, and some take the process
 the room for its files (RLIMIT_FSIZE), as a full disk does. Every child is the command that a user
-types. At the end losses, gradient norms and weights must be those of the run left alone, bit for bit.
+types. At the end metrics and weights must be those of the run left alone, bit for bit.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Mixture of experts: the grouped path against Python loops, routing statistics, balance."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,6 +76,29 @@ def assert_equals_naive(layer: MoELayer, tokens: Tensor) -> None:
     )
     got = torch.autograd.grad(out, wrt, direction)
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+
+
+def through_strangers(
+    rows: Tensor, counts: Tensor, there: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """As an exchange with others does, hands the rows over in another order than they came in."""
+    expert = torch.arange(len(counts)).repeat_interleave(counts)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return there(rows[order], expert[order])[order.argsort()]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 24])
+def test_rows_that_are_exchanged_equal_naive(tokens: int) -> None:
+    torch.manual_seed(0)
+    layer = build()
+    layer.exchange = through_strangers
+    x = torch.randn(tokens, DIM, requires_grad=True)
+    if tokens:
+        assert_equals_naive(layer, x)
+        return
+    out, stats = layer(x, rows_of(0))
+    assert out.shape == (0, DIM) and out.requires_grad and stats is not None
+    assert int(stats.counts.sum()) == 0
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
@@ -499,9 +523,9 @@ def test_filled_up_groups_hold_the_same_rows(step: int) -> None:
 
 def test_groups_in_bf16_are_filled_up_to_round_sizes() -> None:
     layer, tokens = build(top_k=2), torch.randn(400, DIM)
-    assert layer._group_step(tokens) == 1
-    assert layer._group_step(tokens.bfloat16()) == 8  # of 133 rows per expert
-    assert layer._group_step(tokens[:5].bfloat16()) == 1
+    assert layer._group_step(tokens, 133) == 1
+    assert layer._group_step(tokens.bfloat16(), 133) == 8  # rows per expert
+    assert layer._group_step(tokens[:5].bfloat16(), 1) == 1
     exact = layer(tokens, rows_of(400))[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = layer(tokens, rows_of(400))[0]

@@ -1,42 +1,37 @@
 """Weights in shards over gloo processes train as one process does."""
 
-import os
-import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.utils._python_dispatch import TorchDispatchMode
-from variants import tiny_config
+from ranks import (
+    BATCH,
+    MODEL,
+    SEQ,
+    TRAIN,
+    Collectives,
+    all_steps,
+    assert_same_steps,
+    launch,
+    trainer_of,
+    write_text,
+)
 
 from openmythos.config import ConfigError
-from openmythos.data.loader import Loader
-from openmythos.data.shards import TokenShards, write_shards
-from openmythos.data.sources import Document
-from openmythos.data.tokenizer import ByteTokenizer
-from openmythos.model.mythos import OpenMythos
-from openmythos.recurrence.conditioning import LoopLoRA
 from openmythos.recurrence.halting import ACT
-from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
+from openmythos.recurrence.loop_sampling import FixedLoops, Granularity, PoissonLoops
 from openmythos.train.config import TrainConfig
+from openmythos.train.loss import DeepSupervision
 from openmythos.train.optim import Muon
-from openmythos.train.parallel import Parallel, leave, process_group
-from openmythos.train.trainer import StepMetrics, Trainer
+from openmythos.train.parallel import Parallel, sum_over_ranks
 
 pytestmark = pytest.mark.distributed
 
-SEQ, BATCH = 24, 4
-MODEL = tiny_config(vocab_size=257, context=SEQ, loop_lora=LoopLoRA(rank=2, num_loops=2))
-TRAIN = TrainConfig(
-    num_steps=20,
-    batch_size=BATCH,
-    seq_len=SEQ,
-    loops=PoissonLoops(mean_loops=2.0, max_loops=5, per="sequence"),
-)
+GRANULARITIES = get_args(Granularity)
+
 SHORT = replace(TRAIN, num_steps=6)
 # Few shapes: a CPU compiles its bf16 kernels for each.
 BF16 = replace(
@@ -61,102 +56,104 @@ CASES: dict[str, tuple[int, Any, TrainConfig]] = {
 }
 
 
-def trainer_of(shards: Path, model: Any, config: TrainConfig) -> Trainer:
-    distributed = dist.is_initialized()
-    loader = Loader(
-        TokenShards.open(shards),
-        seq_len=SEQ,
-        batch_size=BATCH,
-        seed=0,
-        rank=dist.get_rank() if distributed else 0,
-        world_size=dist.get_world_size() if distributed else 1,
-    )
-    return Trainer(OpenMythos(model, seed=0), loader, config)
-
-
-def all_steps(shards: Path, model: Any, config: TrainConfig) -> list[StepMetrics]:
-    return list(trainer_of(shards, model, config).steps())
-
-
-class Collectives(TorchDispatchMode):
-    """Names of the collectives that are called inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.names.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def all_gathers(shards: Path, num_loops: int) -> int:
     config = replace(TRAIN, loops=FixedLoops(mean_loops=num_loops))
     trainer = trainer_of(shards, MODEL, config)
     with Collectives() as found:
         trainer.run_step()
-    return sum("allgather" in name for name in found.names)
+    return found.count("allgather")
 
 
-def worker(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        WORLD_SIZE=str(ranks),
-        RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=(Path(folder) / "port").read_text(),
+def first_step(shards: Path, per: Any) -> dict[str, Any]:
+    """What a process hears of in its first step."""
+    config = TrainConfig(
+        num_steps=1, batch_size=BATCH, seq_len=SEQ, loops=PoissonLoops(max_loops=8, per=per)
     )
-    with process_group(torch.device("cpu")):
-        found: dict[str, Any] = {
-            name: [metrics.as_dict() for metrics in all_steps(Path(folder) / "shards", *case[1:])]
-            for name, case in CASES.items()
-            if case[0] == ranks
-        }
-        if ranks == 2:
-            found["gathers"] = [all_gathers(Path(folder) / "shards", n) for n in (1, 4, 9)]
-            with pytest.raises(ConfigError, match="replicate = 3: times shard = 1 must be"):
-                Parallel(replicate=3).mesh("cpu")
-    assert not dist.is_initialized()
-    torch.save(found, Path(folder) / f"{ranks}-{rank}.pt")
-    leave(0)
+    trainer = trainer_of(shards, MODEL, config)
+    model = trainer.model
+    heard: dict[str, Any] = {}
+
+    losses = model.losses
+
+    def note_loops(*args: Any, **options: Any) -> Any:
+        heard["loops"] = options["num_loops"]
+        return losses(*args, **options)
+
+    update = model.update_router_bias
+
+    def note_counts(counts: dict[str, torch.Tensor]) -> None:
+        heard["counts"] = {name: count.clone() for name, count in counts.items()}
+        update(counts)
+
+    model.losses = note_loops  # type: ignore[method-assign]
+    model.update_router_bias = note_counts  # type: ignore[method-assign, assignment]
+    metrics = trainer.run_step()
+    heard["tokens"], heard["max_violation"] = metrics.tokens, metrics.max_violation
+    heard["buffers"] = dict(model.named_buffers())
+    heard["sum"] = sum_over_ranks(torch.tensor([1.0 + trainer.rank]))
+    return heard
+
+
+def work(folder: Path) -> dict[str, Any]:
+    ranks = dist.get_world_size()
+    found: dict[str, Any] = {
+        name: [metrics.as_dict() for metrics in all_steps(folder / "shards", *case[1:])]
+        for name, case in CASES.items()
+        if case[0] == ranks
+    }
+    if ranks == 2:
+        found["heard"] = {per: first_step(folder / "shards", per) for per in GRANULARITIES}
+        found["gathers"] = [all_gathers(folder / "shards", n) for n in (1, 4, 9)]
+        with pytest.raises(ConfigError, match="replicate = 3: times shard = 1 must be"):
+            Parallel(replicate=3).mesh("cpu")
+        with pytest.raises(ConfigError, match=r"loss\.kind = 'deep': wants loops\.per = \"batch\""):
+            trainer_of(folder / "shards", MODEL, replace(SHORT, loss=DeepSupervision()))
+    return found
+
+
+Found = dict[int, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two and four processes have written what they measured."""
     path = tmp_path_factory.mktemp("shards")
-    documents = [Document(name=str(i), text=f"text number {i} " * 9) for i in range(20)]
-    write_shards(documents, ByteTokenizer(), path / "shards")
-    for ranks in (2, 4):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            (path / "port").write_text(str(free.getsockname()[1]))
-        mp.spawn(worker, args=(ranks, str(path)), nprocs=ranks)
+    write_text(path)
     return path
 
 
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Found:
+    """What each of two and of four processes measured."""
+    return {ranks: launch(ranks, work, folder) for ranks in (2, 4)}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_together_take_the_steps_of_one(folder: Path, name: str) -> None:
+def test_ranks_together_take_the_steps_of_one(folder: Path, found: Found, name: str) -> None:
     ranks, model, config = CASES[name]
     # Where bf16 is used (Muon does), a last bit makes much, even other choices of experts.
     rough = isinstance(config.optimizer, Muon) or config.precision == "bf16"
     alone = all_steps(folder / "shards", model, replace(config, parallel=Parallel()))
+    assert len(alone) == config.num_steps
     for rank in range(ranks):
-        found = torch.load(folder / f"{ranks}-{rank}.pt")[name]
-        assert len(found) == config.num_steps
-        for metrics, wanted in zip(found, alone, strict=True):
-            expected = wanted.as_dict()
-            for key in ("step", "tokens", "mean_loops", "skipped"):
-                assert metrics[key] == expected[key], key
-            if rough:
-                assert metrics["loss"] == pytest.approx(expected["loss"], rel=2e-3)
-                continue
-            for key in ("loss", "total_loss", "gradient_norm", "balance", "ponder_cost"):
-                assert metrics[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), key
-            for key in ("state_rms", "residual"):
-                assert metrics[key] == pytest.approx(expected[key], rel=1e-5), key
-            assert metrics["max_violation"] == expected["max_violation"]
-            assert metrics["max_decay"] == pytest.approx(expected["max_decay"], rel=1e-6)
+        assert_same_steps(found[ranks][rank][name], alone, rough=rough)
+
+
+@pytest.mark.parametrize("per", GRANULARITIES)
+def test_two_ranks_hear_what_one_hears(folder: Path, found: Found, per: Any) -> None:
+    alone = first_step(folder / "shards", per)
+    ranks = [rank["heard"][per] for rank in found[2]]
+    for heard in ranks:
+        assert heard["counts"].keys() == alone["counts"].keys()
+        for name, counts in alone["counts"].items():
+            assert torch.equal(heard["counts"][name], counts), name
+        for name, buffer in alone["buffers"].items():
+            assert torch.equal(heard["buffers"][name], buffer), name
+        assert heard["tokens"] == alone["tokens"] == BATCH * SEQ
+        assert float(heard["sum"]) == 3.0
+    if per == "batch":
+        assert [heard["loops"] for heard in ranks] == [alone["loops"]] * 2
+    else:
+        assert torch.equal(torch.cat([heard["loops"] for heard in ranks]), alone["loops"])
 
 
 def test_weights_that_travel_in_bf16_want_autocast() -> None:
@@ -166,9 +163,9 @@ def test_weights_that_travel_in_bf16_want_autocast() -> None:
         TrainConfig(parallel=Parallel(gather="bf16"))
 
 
-def test_weights_are_gathered_as_often_for_many_loops_as_for_one(folder: Path) -> None:
+def test_weights_are_gathered_as_often_for_many_loops_as_for_one(found: Found) -> None:
     for rank in range(2):
-        one, *more = torch.load(folder / f"2-{rank}.pt")["gathers"]
+        one, *more = found[2][rank]["gathers"]
         assert more == [one, one]
         # Forward and backward of prelude, recurrent block and coda; the rest stays gathered.
         assert one == 2 * 3 + 1

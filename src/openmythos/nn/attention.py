@@ -246,7 +246,7 @@ class GroupedQueryAttentionLayer(AttentionLayer):
         self.key_norm = RMSNorm(self.head_dim, norm_eps) if config.qk_norm else nn.Identity()
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        return x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
     def project_kv(
         self, x: Hidden, context: AttentionContext, deltas: Deltas = NO_DELTAS

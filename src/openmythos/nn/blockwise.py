@@ -66,7 +66,8 @@ def _weights(
         scores[..., i - j :].masked_fill_(later, float("-inf"))
     else:
         hidden = ~mask[:, :, i:j, first:last]
-        scores.view(mask.shape[0], -1, *scores.shape[1:]).masked_fill_(hidden, float("-inf"))
+        heads = len(scores) // max(1, mask.shape[0])
+        scores.view(mask.shape[0], heads, *scores.shape[1:]).masked_fill_(hidden, float("-inf"))
     return scores.softmax(dim=-1)
 
 
@@ -100,7 +101,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         query, key, value, mask, out, *kept = ctx.saved_tensors
         mean = (grad * out).sum(dim=-1, keepdim=True).transpose(1, 2).reshape(*query.shape[:2], 1)
-        grad = grad.transpose(1, 2).reshape(*query.shape[:2], -1)
+        grad = grad.transpose(1, 2).flatten(0, 1)
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         for index, (queries, keys) in enumerate(zip(*ctx.blocks, strict=True)):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from openmythos.nn.feed_forward import gated_product
 from openmythos.nn.linear import as_autocast
@@ -201,6 +202,11 @@ def _(tokens: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(tokens)
 
 
+def _held(weight: Tensor) -> Tensor:
+    """Of a stack that ranks hold between them, this one's experts."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
 class Experts(nn.Module):
     """num_experts SwiGLU networks with stacked weights."""
 
@@ -214,7 +220,7 @@ class Experts(nn.Module):
 
         sum_gradients is for many uses of the result, none of them compiled.
         """
-        gate_up, down = as_autocast(self.gate_up), as_autocast(self.down)
+        gate_up, down = as_autocast(_held(self.gate_up)), as_autocast(_held(self.down))
         trained = self.gate_up.requires_grad and self.down.requires_grad
         if not (sum_gradients and trained and torch.is_grad_enabled()):
             return ExpertWeights(gate_up, down)

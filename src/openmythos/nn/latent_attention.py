@@ -106,7 +106,7 @@ class LatentAttentionLayer(AttentionLayer):
             query = self.query_up(latent, deltas)
         else:
             query = self.query(x, deltas)
-        query = query.view(*x.shape[:2], self.config.num_heads, -1).transpose(1, 2)
+        query = query.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
         query, split = self.query_norm(query), self.config.nope_head_dim
         return query[..., :split], rotate(query[..., split:], context)
 
@@ -135,7 +135,7 @@ class LatentAttentionLayer(AttentionLayer):
         c = self.config
         query = torch.cat((nope, rope), dim=-1)
         latent, rope_key = kv[..., : c.kv_latent_dim], kv[..., c.kv_latent_dim :]
-        expanded = self.kv_up(latent, deltas).view(*kv.shape[:2], c.num_heads, -1).transpose(1, 2)
+        expanded = self.kv_up(latent, deltas).unflatten(-1, (c.num_heads, -1)).transpose(1, 2)
         nope_key, value = expanded[..., : c.nope_head_dim], expanded[..., c.nope_head_dim :]
         rope_key = rope_key.unsqueeze(1).expand(-1, c.num_heads, -1, -1)
         key = torch.cat((nope_key, rope_key), dim=-1)
@@ -154,9 +154,9 @@ class LatentAttentionLayer(AttentionLayer):
         batch, heads, seq, _ = query.shape
         if context.mask is None and not context.is_causal:
             # One query token sees every key, so its heads may stand as rows of one head.
-            rows = query.transpose(1, 2).reshape(batch, 1, seq * heads, -1)
+            rows = query.transpose(1, 2).flatten(1, 2).unsqueeze(1)
             mixed = attend(rows, shared, shared, context, self.scale)
-            mixed = mixed.view(batch, seq, heads, -1).transpose(1, 2)
+            mixed = mixed.view(batch, seq, heads, mixed.shape[-1]).transpose(1, 2)
         else:
             mixed = attend(query, shared, shared, context, self.scale)
         value_up = weight[:, c.nope_head_dim :].transpose(1, 2)
@@ -169,5 +169,5 @@ def per_head(x: Tensor, weight: Tensor) -> Tensor:
     With the heads as the batch of the product: broadcasting would copy the weight for every row.
     """
     batch, heads, seq, _ = x.shape
-    out = torch.bmm(x.transpose(0, 1).reshape(heads, batch * seq, -1), weight)
-    return out.view(heads, batch, seq, -1).transpose(0, 1)
+    out = torch.bmm(x.transpose(0, 1).flatten(1, 2), weight)
+    return out.view(heads, batch, seq, out.shape[-1]).transpose(0, 1)

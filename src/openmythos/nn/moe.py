@@ -7,8 +7,9 @@ chosen, never the weight of a chosen expert, and which the trainer moves after e
 it may run any number of times per step, also under activation checkpointing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,19 @@ from openmythos.types import Tokens
 ALIGNMENT = 8
 # Measured on a CPU: below so many routed rows per expert, expert by expert is faster.
 FEW_ROWS_PER_EXPERT = 0.25
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """Takes rows to where their expert is held, and what comes of them back, in the same order.
+
+    `rows` [rows, dim] are sorted by expert, counts[i] of them for expert i. `there` maps rows that
+    have come and the number of each one's expert, counted from the first that is held there.
+    """
+
+    def __call__(
+        self, rows: Tensor, counts: Tensor, there: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor: ...
 
 
 class RouterStats(NamedTuple):
@@ -128,6 +142,12 @@ class Router(Linear):
         return weights, experts, scores, logits
 
 
+def _count(chosen: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs."""
+    counts = torch.zeros(num_experts, dtype=torch.int32, device=chosen.device)
+    return counts.scatter_add(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
+
+
 def _inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
 
@@ -148,7 +168,10 @@ def _filled_up(rows: SortedRows, counts: Tensor, step: int) -> SortedRows:
 
 
 class MoELayer(nn.Module):
-    """y = sum_{i in top_k} g_i Expert_i(x) + SharedExpert(x)."""
+    """y = sum_{i in top_k} g_i Expert_i(x) + SharedExpert(x).
+
+    With an `exchange`, its ranks hold the routed experts between them and call the layer together.
+    """
 
     def __init__(self, config: MoE, dim: int) -> None:
         super().__init__()
@@ -160,6 +183,7 @@ class MoELayer(nn.Module):
             if config.num_shared_experts
             else None
         )
+        self.exchange: Exchange | None = None
 
     def forward(
         self,
@@ -173,7 +197,9 @@ class MoELayer(nn.Module):
             expert_weights = self.experts.weights()
         weights, experts, scores, logits = self.router(tokens, deltas)
         counts = None
-        if self._are_few(tokens):
+        if self.exchange is not None:
+            out, counts = self._exchanged(tokens, weights, experts, expert_weights, self.exchange)
+        elif self._are_few(tokens):
             tokens = as_autocast(tokens)
             weights = weights.to(tokens.dtype)
             out = self.experts.few(tokens, weights, experts, expert_weights)
@@ -189,24 +215,46 @@ class MoELayer(nn.Module):
         self, tokens: Tensor, weights: Tensor, experts: Tensor, expert_weights: ExpertWeights
     ) -> tuple[Tensor, Tensor]:
         """(sum over the chosen experts, tokens per expert) by grouped products."""
-        c = self.config
-        counts = torch.zeros(c.num_experts, dtype=torch.int32, device=tokens.device)
         chosen = experts.flatten()
-        counts = counts.scatter_add(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
+        counts = _count(chosen, expert_weights.gate_up.shape[0])
         tokens = as_autocast(tokens)
         order = chosen.argsort()
         rows = SortedRows(
             ends=counts.cumsum(0, dtype=torch.int32),
-            source=order // c.top_k,
+            source=order // experts.shape[1],
             weights=weights.to(tokens.dtype).flatten()[order],
             place=_inverse(order).view_as(experts),
         )
-        step = self._group_step(tokens)
+        step = self._group_step(tokens, len(chosen) // len(counts))
         if step > 1:
             rows = _filled_up(rows, counts, step)
         return self.experts(tokens, rows, expert_weights), counts
 
-    def _group_step(self, tokens: Tensor) -> int:
+    def _exchanged(
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        expert_weights: ExpertWeights,
+        exchange: Exchange,
+    ) -> tuple[Tensor, Tensor]:
+        """The same where other ranks hold some of the experts, and this one some of theirs."""
+
+        def there(rows: Tensor, expert: Tensor) -> Tensor:
+            whole = rows.new_ones(len(rows), 1)
+            return self._sorted(rows, whole, expert[:, None], expert_weights)[0]
+
+        tokens = as_autocast(tokens)
+        chosen = experts.flatten()
+        counts = _count(chosen, self.config.num_experts)
+        order = chosen.argsort()
+        # A row of its own for each choice, so that their gradients meet in a fixed order.
+        rows = tokens[:, None].expand(-1, experts.shape[1], -1).flatten(0, 1)
+        back = exchange(rows.index_select(0, order), counts, there)
+        choices = back.index_select(0, _inverse(order)).view(*experts.shape, back.shape[-1])
+        return (choices * weights.to(tokens.dtype)[..., None]).sum(dim=1), counts
+
+    def _group_step(self, tokens: Tensor, mean: int) -> int:
         """Groups are filled up to multiples of this.
 
         A CPU's bf16 kernels are compiled for each shape anew, for longer than they run, and the
@@ -215,7 +263,6 @@ class MoELayer(nn.Module):
         compiled_anew = tokens.device.type == "cpu" and tokens.dtype != torch.float32
         if not compiled_anew or torch.compiler.is_compiling():
             return 1
-        mean = len(tokens) * self.config.top_k // self.config.num_experts
         return 1 << max(0, mean.bit_length() - 5)  # a 16th to a 32nd of a mean group
 
     def _are_few(self, tokens: Tensor) -> bool:

@@ -9,7 +9,7 @@ numbers of loops: they are sorted by depth and leave the batch when they are don
 the sum of its depths, not its batch times the largest.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast, runtime_checkable
 
@@ -28,7 +28,7 @@ from openmythos.recurrence.conditioning import Conditioning, LoopEmbeddings, Loo
 from openmythos.recurrence.halting import ExitTracker, Halting, LoopStates
 from openmythos.recurrence.injection import Drive, Injection
 from openmythos.recurrence.trace import Carry, Trace
-from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Scalar
+from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Mask, Scalar
 
 StateInit = Literal["zeros", "encoded", "normal"]
 LoopWeights = list[ExpertWeights | None]  # of each layer, made once for all loops
@@ -90,7 +90,8 @@ class RecurrentBlock(nn.Module):
 
     `checkpoint_loops` recomputes each loop in the backward pass, so that the memory of a training
     step holds one state per loop instead of every activation. `watched` asks for the size and the
-    change of every loop's state.
+    change of every loop's state. `agree`, the largest of the numbers that some processes give, has
+    these call the layers equally often: with no rows when done.
     """
 
     def __init__(self, config: RecurrentConfig) -> None:
@@ -107,6 +108,7 @@ class RecurrentBlock(nn.Module):
         self.halting = c.halting.build(c.dim)
         self.checkpoint_loops = False
         self.watched = False
+        self.agree: Callable[[int], int] | None = None
         self._compiled = False
         self._noise: dict[int, Tensor] = {}
 
@@ -141,14 +143,17 @@ class RecurrentBlock(nn.Module):
         trace = Trace(len(self.layers), collect)
         done: list[Carry] = []
         loops_run = 0
-        for loop in range(depths[0]):
+        deepest = depths[0] if self.agree is None else self.agree(depths[0])
+        for loop in range(deepest):
             running = _count_above(depths, loop)
             if running < carry.state.shape[0]:
                 done.append(carry.rows(running, carry.state.shape[0]))
                 carry = carry.rows(0, running)
-            without_grad = _count_above(depths, loop + backprop_loops) if backprop_loops else 0
+            split = None
+            if backprop_loops and deepest > loop + backprop_loops:
+                split = _count_above(depths, loop + backprop_loops)
             previous = carry.state
-            carry = self._run_rows(carry, drive, context, experts, loop, without_grad, cache, trace)
+            carry = self._run_rows(carry, drive, context, experts, loop, split, cache, trace)
             if tracker is not None:
                 carry = self._judge(previous, carry, tracker, loop)
             loops_run = loop + 1
@@ -157,7 +162,7 @@ class RecurrentBlock(nn.Module):
             if collect:
                 trace.record(loops_run, carry, self._output(carry)[0])
             # Only at inference: in training all ranks must run the same loops.
-            if not self.training and carry.active is not None and not carry.active.any():
+            if not self.training and carry.active is not None and self._have_stopped(carry.active):
                 break
         if cache is not None:
             cache.fill_unrun_loops(loops_run, encoded.shape[1])
@@ -170,31 +175,33 @@ class RecurrentBlock(nn.Module):
         context: AttentionContext,
         experts: LoopWeights,
         loop: int,
-        without_grad: int,
+        split: int | None,
         cache: KVCache | None,
         trace: "Trace",
     ) -> Carry:
-        """One loop of all running rows, the first `without_grad` of them without gradient."""
+        """One loop of all running rows, those before `split` without gradient."""
         rows = carry.state.shape[0]
         if rows < drive.forced.shape[0]:
             drive, context = drive.rows(0, rows), context.rows(0, rows)
         parts = []
-        for start, stop in ((0, without_grad), (without_grad, rows)):
-            if start == stop:
+        plan = [(0, rows, True)] if split is None else [(0, split, False), (split, rows, True)]
+        for start, stop, graded in plan:
+            # Others, who have rows here, must find this process at the same collectives.
+            if start == stop and self.agree is None:
                 continue
             part, cut, visible = (
                 (carry, drive, context)
                 if stop - start == rows
                 else (carry.rows(start, stop), drive.rows(start, stop), context.rows(start, stop))
             )
-            with torch.set_grad_enabled(torch.is_grad_enabled() and start == without_grad):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and graded):
                 if self.checkpoint_loops and cache is None and torch.is_grad_enabled():
                     part, router = checkpoint(
                         self._loop, part, cut, visible, experts, loop, use_reentrant=False
                     )
                 else:
                     part, router = self._loop(part, cut, visible, experts, loop, cache)
-            if start < without_grad:
+            if not graded:
                 # Weights that autocast has cast without gradient must not serve the next part.
                 torch.clear_autocast_cache()
             trace.add_router(router)
@@ -292,6 +299,9 @@ class RecurrentBlock(nn.Module):
             noise = torch.randn(NOISE_BLOCK, like.shape[-1], generator=generator)
             self._noise[block] = noise.to(like.device)
         return self._noise[block]
+
+    def _have_stopped(self, active: Mask) -> bool:
+        return not (active.any() if self.agree is None else self.agree(int(active.any())))
 
     def _judge(self, previous: Hidden, carry: Carry, tracker: ExitTracker, loop: int) -> Carry:
         """Let the exit rule look at the state and stop the positions that it lets go."""

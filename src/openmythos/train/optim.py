@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -47,8 +48,9 @@ class AdamW:
     def build(self, model: nn.Module) -> "Optimizers":
         decayed, plain = _split(model)
         groups = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": part, "weight_decay": weight_decay}
+            for params, weight_decay in ((decayed, self.weight_decay), (plain, 0.0))
+            for part in by_mesh(params)
         ]
         betas = (self.beta1, self.beta2)
         adamw = torch.optim.AdamW(groups, lr=self.lr, betas=betas, fused=True)
@@ -90,7 +92,7 @@ class Muon:
             adjust_lr_fn="match_rms_adamw",
         )
         adamw = torch.optim.AdamW(
-            plain,
+            [{"params": part} for part in by_mesh(plain)],
             lr=self.lr * self.adamw_lr_scale,
             betas=(self.beta1, self.beta2),
             weight_decay=0.0,
@@ -183,11 +185,12 @@ class Optimizers:
         """Make room for state of these names, as `tensors` has them, to be loaded into."""
         fields: dict[str, list[str]] = {}
         own = {self._names[id(parameter)] for _, parameter in self._parameters()}
-        stacks = {name.rpartition(".")[0] for name in own}
+        views = () if self._views is None else self._views.items()
+        stacks = {self._names[id(weight)] for weight, _ in views}
         for name in names:
             parameter_name, _, field = name.rpartition(".")
             stack, _, number = parameter_name.rpartition(".")
-            # A matrix of a stack may be another rank's.
+            # A matrix of a stack may be another rank's, and so may all of them.
             elsewhere = number.isdigit() and stack in stacks
             if parameter_name not in own and not elsewhere:
                 raise ConfigError(f"optimizer: has no place for the saved {name}; was it another?")
@@ -206,6 +209,15 @@ class Optimizers:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 yield from ((optimizer, parameter) for parameter in group["params"])
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in lists of one mesh each: torch's operators on lists take no other."""
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        found.setdefault(mesh, []).append(parameter)
+    return list(found.values())
 
 
 def _names(model: nn.Module) -> dict[int, str]:

@@ -1,13 +1,14 @@
 """Many ranks as one: how a model is spread over them, and what they have to agree on.
 
 The model files know one device. Here, from outside and in this order: recomputed loops, compiled
-layers, weights in shards (torch's FSDP2). Prelude layers, the recurrent block and coda layers are a
-unit each, gathered when they run: the block once per pass, however many loops it runs.
+layers, experts that ranks hold between them, weights in shards (torch's FSDP2). Prelude layers, the
+recurrent block and coda layers are a unit each, gathered when they run: the block once per pass,
+however many loops it runs.
 """
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,7 @@ from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -24,9 +25,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from openmythos.config import require, require_int
 from openmythos.model.mythos import OpenMythos
+from openmythos.train.expert_parallel import average_over_all, check_experts, split_experts
+from openmythos.train.optim import by_mesh
 
 # A collective that waits longer for a rank ends the job.
 PATIENCE = timedelta(seconds=50)
@@ -37,30 +41,49 @@ class Parallel:
     """How ranks share the work: `replicate` groups of `shard` ranks (0: as many as there are).
 
     Every rank reads its own part of the batch. A group holds the model once, each of its ranks a
-    part of every weight; more than one group is HSDP. `gather` is the dtype in which weights travel
+    part of every weight; more than one group is HSDP. `experts` of a group's ranks hold the routed
+    experts between them, and tokens travel to those. `gather` is the dtype in which weights travel
     to where they are used, bf16 for autocast alone; gradients come back in fp32.
     """
 
     replicate: int = 1
     shard: int = 0
+    experts: int = 1
     gather: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         require_int("replicate", self.replicate, minimum=1)
         require_int("shard", self.shard, minimum=0)
+        require_int("experts", self.experts, minimum=1)
 
     def mesh(self, device: str) -> DeviceMesh:
         """All ranks, along ("replicate", "shard") or one of them alone."""
-        size = rank_and_world_size()[1]
-        shard = self.shard or max(1, size // self.replicate)
-        fits = self.replicate * shard == size
-        text = f"times shard = {shard} must be the number of ranks = {size}"
-        require(fits, "replicate", self.replicate, text)
+        shard = self._ranks_that_shard()
         if self.replicate == 1:
             return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
         return init_device_mesh(
             device, (self.replicate, shard), mesh_dim_names=("replicate", "shard")
         )
+
+    def expert_mesh(self, device: str) -> DeviceMesh:
+        """The same ranks along ("replicate", "shard", "experts"), or the last two alone."""
+        shard = self._ranks_that_shard()
+        text = f"must divide the number of ranks that shard = {shard}"
+        require(shard % self.experts == 0, "experts", self.experts, text)
+        sizes, names = (shard // self.experts, self.experts), ("shard", "experts")
+        if self.replicate == 1:
+            return init_device_mesh(device, sizes, mesh_dim_names=names)
+        return init_device_mesh(
+            device, (self.replicate, *sizes), mesh_dim_names=("replicate", *names)
+        )
+
+    def _ranks_that_shard(self) -> int:
+        size = rank_and_world_size()[1]
+        shard = self.shard or max(1, size // self.replicate)
+        fits = self.replicate * shard == size
+        text = f"times shard = {shard} must be the number of ranks = {size}"
+        require(fits, "replicate", self.replicate, text)
+        return shard
 
 
 def launched() -> tuple[int, int]:
@@ -103,14 +126,21 @@ def spread(
     model.recurrent.checkpoint_loops = checkpoint_loops
     if compiled:
         model.compile_layers()
+    place = None
+    if parallel.experts > 1:
+        check_experts(model, parallel.experts)
+        place = split_experts(model, parallel.expert_mesh(next(model.parameters()).device.type))
     if rank_and_world_size()[1] > 1:
         mesh = parallel.mesh(next(model.parameters()).device.type)
         narrow = torch.bfloat16 if parallel.gather == "bf16" else None
         policy = MixedPrecisionPolicy(
             param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        for unit in (*model.prelude, model.recurrent, *model.coda, model):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+        units = (*model.prelude, model.recurrent, *model.coda, model)
+        for unit in units:
+            fully_shard(unit, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
+        if place is not None:
+            average_over_all(units)
         register_fsdp_forward_method(model, "losses")
     return model
 
@@ -119,6 +149,23 @@ def reduce_gradients(model: OpenMythos, on: bool) -> None:
     """Whether the next backward pass sums gradients over ranks: of a step's passes the last."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """The norm of all gradients, which are scaled down together where it is above max_norm.
+
+    One sum over all ranks: shards may lie on several meshes, and replicas must get the same.
+    """
+    groups = by_mesh(parameter for parameter in parameters if parameter.grad is not None)
+    grads = [p.grad for group in groups for p in group if p.grad is not None]
+    norm = get_total_norm([x.to_local() if isinstance(x, DTensor) else x for x in grads])
+    if isinstance(grads[0], DTensor):
+        names = grads[0].device_mesh.mesh_dim_names or ()
+        replicas = grads[0].device_mesh["replicate"].size() if "replicate" in names else 1
+        norm = (sum_over_ranks(norm.square()) / replicas).sqrt()
+    for group in groups:
+        clip_grads_with_norm_(group, max_norm, norm)
+    return norm
 
 
 def whole(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openmythos.config import require
 from openmythos.data.loader import Batch, Loader
 from openmythos.machine import matmul_peak
 from openmythos.model.cost import TrainingFlops
@@ -27,6 +28,7 @@ from openmythos.train.checkpoint import Counters
 from openmythos.train.config import TrainConfig
 from openmythos.train.loss import LossParts, training_loss
 from openmythos.train.parallel import (
+    clip_gradients,
     mean_over_ranks,
     rank_and_world_size,
     reduce_gradients,
@@ -76,6 +78,10 @@ class Trainer:
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.loader, self.config = loader, config
+        self.rank, self.world_size = rank_and_world_size()
+        # Where ranks run other loops, they would call the coda, and gather its weights, less often.
+        fits = self.world_size == 1 or not config.loss.collect_loops or config.loops.per == "batch"
+        require(fits, "loss.kind", config.loss.kind, 'wants loops.per = "batch" on several ranks')
         self.device = next(model.parameters()).device
         self.model = spread(
             model,
@@ -88,7 +94,6 @@ class Trainer:
         self.stopping = False  # as of the last step, whether some rank was asked to
         self.spiked = False  # whether the last step's loss was a spike
         self._asked_to_stop = stopping
-        self.rank, self.world_size = rank_and_world_size()
         self._flops = TrainingFlops(model.config, config.seq_len)
 
     @property
@@ -133,7 +138,7 @@ class Trainer:
         stop = parts.total.new_tensor(float(self._asked_to_stop()))
         *means, stop = mean_over_ranks([*parts, stop])
         parts, self.stopping = LossParts(*means), bool(stop > 0)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
+        norm = clip_gradients(self.model.parameters(), c.clip_norm)
         scale = c.schedule.scale(self.step, c.num_steps)
         counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
         # Of numbers that all ranks share, so that all skip or none.

@@ -1,0 +1,130 @@
+"""Routed experts that ranks hold between them: rows travel to their expert and back.
+
+Every `Parallel.experts` neighbouring ranks are an experts group. Rank i of a group holds the i-th
+part of each stack of experts; groups, and replicas of them, share that part by FSDP2 as all ranks
+share the other weights. No row is dropped: ranks first tell each other how many are to come.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementResult,
+)
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from openmythos.config import ConfigError, require
+from openmythos.model.mythos import OpenMythos
+from openmythos.nn.moe import MoELayer
+
+# Which mesh each parameter is to be sharded on, where that is not the others'.
+Placement = Callable[[nn.Parameter], ShardPlacementResult | None]
+
+
+class _Travel(torch.autograd.Function):
+    """Rows to other ranks, arriving by rank; their gradients go the way back."""
+
+    @staticmethod
+    def forward(ctx, rows, sent, received, group):  # type: ignore[no-untyped-def]
+        ctx.sizes, ctx.group = (sent, received), group
+        return _all_to_all(rows, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        sent, received = ctx.sizes
+        return _all_to_all(grad, received, sent, ctx.group), None, None, None
+
+
+def _all_to_all(
+    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+    return out
+
+
+class GroupExchange:
+    """An `nn.moe.Exchange` among the ranks of a group, each with as many experts."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def __call__(
+        self, rows: Tensor, counts: Tensor, there: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        to_others = counts.long().view(self._group.size(), -1)
+        to_me = torch.empty_like(to_others)
+        dist.all_to_all_single(to_me, to_others, group=self._group)
+        sent, received = torch.stack((to_others.sum(dim=1), to_me.sum(dim=1))).tolist()
+        local = torch.arange(to_me.shape[1], device=rows.device).repeat(len(to_me))
+        expert = local.repeat_interleave(to_me.flatten())
+        come: Tensor = _Travel.apply(rows, sent, received, self._group)  # type: ignore[no-untyped-call]
+        back: Tensor = _Travel.apply(there(come, expert), received, sent, self._group)  # type: ignore[no-untyped-call]
+        return back
+
+
+def check_experts(model: OpenMythos, experts: int) -> None:
+    """Raise a ConfigError unless every MoE layer can be split into `experts` parts."""
+    layers = _layers(model)
+    if not layers:
+        raise ConfigError(f"experts = {experts}: must be 1 for a model without routed experts")
+    for layer in layers:
+        held = layer.config.num_experts
+        text = f"must divide the number of routed experts = {held}"
+        require(held % experts == 0, "experts", experts, text)
+
+
+def split_experts(model: OpenMythos, mesh: DeviceMesh) -> Placement:
+    """Split the stacks over the mesh's "experts", before FSDP2, which gets what is returned."""
+    group = mesh.get_group("experts")
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "experts")
+    split = set()
+    for layer in _layers(model):
+        layer.exchange = GroupExchange(group)
+        for name, weight in layer.experts.named_parameters():
+            # All ranks come with the same weights: none need be sent.
+            part = distribute_tensor(
+                weight.detach(), mesh["experts"], [Shard(0)], src_data_rank=None
+            )
+            setattr(layer.experts, name, nn.Parameter(part))
+            split.add(layer.experts.get_parameter(name))
+    model.recurrent.agree = functools.partial(_largest, group=group)
+    others = mesh[names]
+    info = (
+        FSDPMeshInfo(others, shard_mesh_dim=0)
+        if len(names) == 1
+        else HSDPMeshInfo(others, shard_mesh_dim=1, replicate_mesh_dim=0)
+    )
+    return lambda weight: ShardPlacementResult(Shard(0), info) if weight in split else None
+
+
+def average_over_all(units: Sequence[nn.Module]) -> None:
+    """Have FSDP2 divide gradients of experts by the number of all ranks, as it does the others'.
+
+    In an experts group they are summed already, for a loss that is a mean over ranks.
+    """
+    for unit in units:
+        for group in fully_shard.state(unit)._fsdp_param_groups:  # type: ignore[attr-defined]
+            if group.mesh_info.mesh.size() < dist.get_world_size():
+                group.gradient_divide_factor = float(dist.get_world_size())
+                # Gloo cannot scale while it sums. Torch divides for a group of one without.
+                group.force_sum_reduction_for_comms = group.mesh_info.shard_mesh_size > 1
+
+
+def _layers(model: OpenMythos) -> list[MoELayer]:
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def _largest(number: int, group: dist.ProcessGroup) -> int:
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return int(found)

@@ -1,0 +1,118 @@
+"""Gloo processes that train, for tests of what ranks do together."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+from variants import tiny_config
+
+from openmythos.data.loader import Loader
+from openmythos.data.shards import TokenShards, write_shards
+from openmythos.data.sources import Document
+from openmythos.data.tokenizer import ByteTokenizer
+from openmythos.model.mythos import OpenMythos
+from openmythos.recurrence.conditioning import LoopLoRA
+from openmythos.recurrence.loop_sampling import PoissonLoops
+from openmythos.train.config import TrainConfig
+from openmythos.train.parallel import leave, process_group
+from openmythos.train.trainer import StepMetrics, Trainer
+
+SEQ, BATCH = 24, 4
+MODEL = tiny_config(vocab_size=257, context=SEQ, loop_lora=LoopLoRA(rank=2, num_loops=2))
+TRAIN = TrainConfig(
+    num_steps=20,
+    batch_size=BATCH,
+    seq_len=SEQ,
+    loops=PoissonLoops(mean_loops=2.0, max_loops=5, per="sequence"),
+)
+
+
+def write_text(folder: Path) -> Path:
+    """Token shards of a little text."""
+    documents = [Document(name=str(i), text=f"text number {i} " * 9) for i in range(20)]
+    write_shards(documents, ByteTokenizer(), folder / "shards")
+    return folder / "shards"
+
+
+def trainer_of(shards: Path, model: Any, config: TrainConfig) -> Trainer:
+    distributed = dist.is_initialized()
+    loader = Loader(
+        TokenShards.open(shards),
+        seq_len=SEQ,
+        batch_size=BATCH,
+        seed=0,
+        rank=dist.get_rank() if distributed else 0,
+        world_size=dist.get_world_size() if distributed else 1,
+    )
+    return Trainer(OpenMythos(model, seed=0), loader, config)
+
+
+def all_steps(shards: Path, model: Any, config: TrainConfig) -> list[StepMetrics]:
+    return list(trainer_of(shards, model, config).steps())
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name: str) -> int:
+        return sum(name in found for found in self.names)
+
+
+def _work(rank: int, ranks: int, folder: Path, work: Callable[[Path], Any]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        WORLD_SIZE=str(ranks),
+        RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=(folder / "port").read_text(),
+    )
+    with process_group(torch.device("cpu")):
+        found = work(folder)
+    assert not dist.is_initialized()
+    torch.save(found, folder / f"{ranks}-{rank}.pt")
+    leave(0)
+
+
+def launch(ranks: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:
+    """What work(folder) returns on each of so many processes, by rank."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        (folder / "port").write_text(str(free.getsockname()[1]))
+    mp.spawn(_work, args=(ranks, folder, work), nprocs=ranks)
+    return [torch.load(folder / f"{ranks}-{rank}.pt") for rank in range(ranks)]
+
+
+def assert_same_steps(
+    found: list[dict[str, Any]], alone: list[StepMetrics], *, rough: bool = False
+) -> None:
+    """A rank's metrics are those of one process; `rough` where a last bit makes much."""
+    assert len(found) == len(alone)
+    for metrics, wanted in zip(found, alone, strict=True):
+        expected = wanted.as_dict()
+        for key in ("step", "tokens", "mean_loops", "skipped"):
+            assert metrics[key] == expected[key], key
+        if rough:
+            assert abs(metrics["loss"] - expected["loss"]) < 2e-3 * expected["loss"]
+            continue
+        for key in ("state_rms", "residual"):
+            for mine, theirs in zip(metrics[key], expected[key], strict=True):
+                assert abs(mine - theirs) <= 1e-5 * max(1, theirs), key
+        for key in ("loss", "total_loss", "gradient_norm", "balance", "ponder_cost"):
+            difference = abs(metrics[key] - expected[key])
+            assert difference <= 1e-5 * max(1, abs(expected[key])), (key, difference)
+        assert metrics["max_violation"] == expected["max_violation"]
+        assert abs(metrics["max_decay"] - expected["max_decay"]) < 1e-6

@@ -1,0 +1,246 @@
+"""Routed experts that gloo processes hold between them train as one process does."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import (
+    BATCH,
+    MODEL,
+    TRAIN,
+    all_steps,
+    assert_same_steps,
+    launch,
+    trainer_of,
+    write_text,
+)
+
+from openmythos.config import ConfigError
+from openmythos.model.mythos import OpenMythos
+from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.moe import MoE
+from openmythos.recurrence.halting import ACT, StateChangeExit
+from openmythos.recurrence.loop_sampling import FixedLoops, UniformLoops, sample_loops
+from openmythos.train.checkpoint import (
+    CheckpointWriter,
+    Counters,
+    latest_checkpoint,
+    load_model,
+    load_training,
+)
+from openmythos.train.config import TrainConfig
+from openmythos.train.optim import Muon
+from openmythos.train.parallel import Parallel, spread, whole
+from openmythos.train.trainer import StepMetrics, Trainer
+
+pytestmark = pytest.mark.distributed
+
+SHORT = replace(TRAIN, num_steps=3)
+# One rank is done with its rows long before the other.
+UNEVEN = UniformLoops(min_loops=1, max_loops=6)
+HALTING = replace(MODEL, halting=ACT(bias_init=-0.5))
+# Experts outside the loops too; as many as do not divide among four.
+EVERYWHERE = replace(
+    MODEL,
+    feed_forward=MoE(num_experts=2, top_k=1, expert_dim=16),
+    recurrent_feed_forward=MoE(num_experts=6, top_k=2, expert_dim=16),
+)
+# (ranks, model, training) by name; `experts` is 2 in all.
+CASES: dict[str, tuple[int, Any, TrainConfig]] = {
+    "uneven loops": (2, MODEL, replace(TRAIN, num_steps=10, loops=UNEVEN)),
+    "halting": (2, HALTING, replace(TRAIN, num_steps=10)),
+    "recomputed": (2, HALTING, replace(SHORT, checkpoint_loops=True, loops=UNEVEN)),
+    "truncated": (2, MODEL, replace(SHORT, backprop_loops=2, checkpoint_loops=True, loops=UNEVEN)),
+    "everywhere": (2, EVERYWHERE, SHORT),
+    "micro-batches": (
+        2,
+        MODEL,
+        replace(SHORT, micro_batch_size=1, loops=FixedLoops(mean_loops=2)),
+    ),
+    "clipped": (2, MODEL, replace(SHORT, clip_norm=1e-3)),
+    "bf16": (
+        2,
+        MODEL,
+        replace(SHORT, num_steps=1, precision="bf16", loops=FixedLoops(mean_loops=2)),
+    ),
+    "shards of shares": (4, EVERYWHERE, replace(SHORT, loops=UNEVEN)),
+    "replicas": (4, HALTING, replace(SHORT, parallel=Parallel(replicate=2))),
+    "muon in shards": (4, EVERYWHERE, replace(SHORT, optimizer=Muon())),
+}
+SAVED = {2: (MODEL, SHORT), 4: (EVERYWHERE, replace(SHORT, optimizer=Muon()))}
+
+
+def shared(config: TrainConfig) -> TrainConfig:
+    return replace(config, parallel=replace(config.parallel, experts=2))
+
+
+def contents(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights and the optimizers' state, whole."""
+    found = {**trainer.model.state_dict(), **trainer.optimizers.tensors()}
+    return {name: whole(x).clone() for name, x in found.items()}
+
+
+def save(folder: Path, trainer: Trainer) -> None:
+    writer = CheckpointWriter(folder, keep=1)
+    writer.save(trainer.model, trainer.optimizers, trainer.counters)
+    writer.close()
+
+
+def refusals() -> list[str]:
+    """What is said of settings that do not divide, with two ranks."""
+    three = replace(MODEL, recurrent_feed_forward=MoE(num_experts=3, expert_dim=16))
+    said = []
+    for model, experts in (
+        (three, 3),
+        (three, 2),
+        (replace(MODEL, recurrent_feed_forward=SwiGLU()), 2),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            Trainer(OpenMythos(model), None, TrainConfig(parallel=Parallel(experts=experts)))  # type: ignore[arg-type]
+        said.append(str(refused.value))
+    return said
+
+
+def prompts(rank: int) -> torch.Tensor:
+    return torch.randint(257, (1 + rank, 8), generator=torch.Generator().manual_seed(rank))
+
+
+# The second rank's positions go on when those of the first have stopped.
+EXITS = (StateChangeExit(threshold=0.2), StateChangeExit(threshold=0.1))
+
+
+def early_exits(model: OpenMythos) -> tuple[torch.Tensor, torch.Tensor]:
+    model.eval()
+    with torch.no_grad():
+        out = model(prompts(dist.get_rank()), num_loops=12, exit_rule=EXITS[dist.get_rank()])
+    return out.logits, out.recurrence.loops_used
+
+
+def work(folder: Path) -> dict[str, Any]:
+    ranks = dist.get_world_size()
+    found: dict[str, Any] = {
+        name: [metrics.as_dict() for metrics in all_steps(folder / "shards", model, shared(config))]
+        for name, (of, model, config) in CASES.items()
+        if of == ranks
+    }
+    model, config = SAVED[ranks]
+    trainer = trainer_of(folder / "shards", model, shared(config))
+    halfway = latest_checkpoint(folder / f"alone-{ranks}")
+    trainer.counters = load_training(halfway, trainer.model, trainer.optimizers)
+    found["read"] = contents(trainer)
+    found["rest"] = [metrics.as_dict() for metrics in trainer.steps()]
+    save(folder / f"together-{ranks}", trainer)
+    found["saved"] = contents(trainer)
+    if ranks == 2:
+        found["exits"] = early_exits(trainer.model)
+        found["refused"] = refusals()
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    folder: Path
+    halfway: dict[int, dict[str, torch.Tensor]]  # what one process saved, by the ranks to read it
+    rest: dict[int, list[StepMetrics]]  # its steps after that
+    ranks: dict[int, list[dict[str, Any]]]  # what each rank found
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """One launch of two processes and one of four, after one process has saved for them."""
+    folder = tmp_path_factory.mktemp("experts")
+    write_text(folder)
+    found = Outcome(folder, {}, {}, {})
+    for ranks, (model, config) in SAVED.items():
+        trainer = trainer_of(folder / "shards", model, config)
+        steps = trainer.steps()
+        for _ in range(2):
+            next(steps)
+        trainer.counters = Counters(step=2)
+        save(folder / f"alone-{ranks}", trainer)
+        found.halfway[ranks] = contents(trainer)
+        found.rest[ranks] = list(trainer.steps())
+        found.ranks[ranks] = launch(ranks, work, folder)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_that_share_experts_take_the_steps_of_one(outcome: Outcome, name: str) -> None:
+    ranks, model, config = CASES[name]
+    rough = isinstance(config.optimizer, Muon) or config.precision == "bf16"
+    alone = all_steps(outcome.folder / "shards", model, replace(config, parallel=Parallel()))
+    assert len(alone) == config.num_steps
+    for found in outcome.ranks[ranks]:
+        assert_same_steps(found[name], alone, rough=rough)
+
+
+def test_ranks_run_different_numbers_of_loops() -> None:
+    """Else nothing above would show that the ranks wait for each other."""
+    for name in ("uneven loops", "truncated", "shards of shares"):
+        ranks, _, config = CASES[name]
+        drawn = [
+            sample_loops(
+                config.loops, config.curriculum, batch=BATCH, seed=0, step=step, num_steps=4
+            )
+            for step in range(config.num_steps)
+        ]
+        deepest = torch.stack(drawn).view(config.num_steps, ranks, -1).amax(dim=2)
+        assert (deepest[:, 0] != deepest[:, 1]).any()
+
+
+@pytest.mark.parametrize("ranks", SAVED)
+def test_a_checkpoint_of_one_process_is_read_by_ranks(outcome: Outcome, ranks: int) -> None:
+    whole_state, rough = outcome.halfway[ranks], ranks == 4
+    seen = set()
+    for found in outcome.ranks[ranks]:
+        for name, x in found["read"].items():
+            assert torch.equal(x, whole_state[name]), name
+        seen |= set(found["read"])
+        assert_same_steps(found["rest"], outcome.rest[ranks], rough=rough)
+    assert seen == set(whole_state)
+
+
+@pytest.mark.parametrize("ranks", SAVED)
+def test_a_checkpoint_of_ranks_is_read_by_one_process(outcome: Outcome, ranks: int) -> None:
+    model, config = SAVED[ranks]
+    trainer = trainer_of(outcome.folder / "shards", model, config)
+    checkpoint = latest_checkpoint(outcome.folder / f"together-{ranks}")
+    assert load_training(checkpoint, trainer.model, trainer.optimizers).step == config.num_steps
+    read = contents(trainer)
+    for found in outcome.ranks[ranks]:
+        for name, x in found["saved"].items():
+            assert torch.equal(x, read[name]), name
+
+
+def test_positions_leave_early_on_each_rank_as_alone(outcome: Outcome) -> None:
+    model = load_model(latest_checkpoint(outcome.folder / "together-2"))
+    last = set()
+    for rank, found in enumerate(outcome.ranks[2]):
+        logits, loops_used = found["exits"]
+        with torch.no_grad():
+            alone = model(prompts(rank), num_loops=12, exit_rule=EXITS[rank])
+        assert torch.equal(loops_used, alone.recurrence.loops_used)
+        torch.testing.assert_close(logits, alone.logits, rtol=1e-4, atol=1e-5)
+        last.add(int(loops_used.max()))
+    assert len(last) == 2 and max(last) < 12
+
+
+def test_what_does_not_divide_is_refused(outcome: Outcome) -> None:
+    for found in outcome.ranks[2]:
+        assert found["refused"] == [
+            "experts = 3: must divide the number of ranks that shard = 2",
+            "experts = 2: must divide the number of routed experts = 3",
+            "experts = 2: must be 1 for a model without routed experts",
+        ]
+    with pytest.raises(ConfigError, match="experts = 2: must divide the number of ranks that shar"):
+        spread(OpenMythos(MODEL), Parallel(experts=2), checkpoint_loops=False, compiled=False)
+    with pytest.raises(ConfigError, match="experts = 0: must be an integer, at least 1"):
+        Parallel(experts=0)
+
+
+def test_what_ranks_cannot_do_equally_often_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.experts = 2: must be 1 with compile"):
+        TrainConfig(parallel=Parallel(experts=2), compile=True)
