@@ -13,7 +13,7 @@ import pytest
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from openmythos import cli
-from openmythos.cli import commands, screen
+from openmythos.cli import data, screen
 from openmythos.config import load_toml
 from openmythos.model import presets
 from openmythos.train.config import RunConfig
@@ -373,7 +373,7 @@ def test_keyboard_interrupt_is_not_a_crash(
     def interrupted(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "open_data", interrupted)
+    monkeypatch.setattr(data, "open_data", interrupted)
     result = call("tokenizer", "--data", "text")
     assert (result.code, result.err) == (130, "interrupted\n")
 
