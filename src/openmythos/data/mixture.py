@@ -13,11 +13,11 @@ _BITS = 48
 class Mixture:
     """Deals out samples 0, 1, 2, ... to sources of the given weights.
 
-    The first source has share w and takes sample s where floor((s + 1) w + u) > floor(s w + u), with
-    u in [0, 1) drawn from the seed; it has then taken floor(s w + u) before. The samples it leaves
-    are numbered anew and dealt out to the other sources in the same way. So any stretch of n samples
-    holds n w of a source to within the number of sources, where independent draws would be off by
-    sqrt(n), and what each has taken before a sample needs no memory.
+    The first source has share w and takes sample s where floor((s + 1) w + u) > floor(s w + u),
+    with u in [0, 1) drawn from the seed; it has then taken floor(s w + u) before. The samples it
+    leaves are numbered anew and dealt out to the other sources in the same way. So any stretch of
+    n samples holds n w of a source to within the number of sources, where independent draws would
+    be off by about sqrt(n), and what each has taken before a sample follows without counting.
     """
 
     def __init__(self, weights: Sequence[int | float], seed: int) -> None:

@@ -358,7 +358,7 @@ def _folder(out: Path, number: int) -> Path:
 def _index_parts(out: Path, origin: Origin, entries: list[PartEntry]) -> None:
     """Write what the whole folder's own files will hold; the last says that all parts are whole."""
     unfinished = out / UNFINISHED
-    hashes = {}
+    hashes: dict[str, str] = {}
     for side in SIDES:
         parts = [
             _unmapped(TokenShards.open(_folder(out, number) / side, verify=False))
@@ -372,7 +372,12 @@ def _index_parts(out: Path, origin: Origin, entries: list[PartEntry]) -> None:
         write_atomically(unfinished / f"{side}-{DOCUMENTS_FILE}", joined.document_starts.tobytes())
         save_json(joined.index, unfinished / f"{side}-{INDEX_FILE}")
         hashes[side] = sha256_of(unfinished / f"{side}-{INDEX_FILE}")
-    prepared = Prepared(origin=origin, parts=tuple(entries), **hashes)
+    prepared = Prepared(
+        origin=origin,
+        parts=tuple(entries),
+        train=hashes["train"],
+        held_out=hashes["held_out"],
+    )
     save_json(prepared, unfinished / PREPARED_FILE)
 
 

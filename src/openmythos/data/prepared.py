@@ -114,8 +114,8 @@ class References:
         # Absolute: a run can move, or be resumed from elsewhere.
         folders = [Path(path).resolve() for path in paths]
         first, *others = [load_json(Prepared, folder / PREPARED_FILE) for folder in folders]
-        for path, other in zip(paths[1:], others, strict=True):
-            if other.origin.tokenizer != first.origin.tokenizer:
+        for path, prepared in zip(paths[1:], others, strict=True):
+            if prepared.origin.tokenizer != first.origin.tokenizer:
                 raise ConfigError(f"{path}: was prepared with another tokenizer than {paths[0]}")
         return cls(
             sources=tuple(

@@ -23,8 +23,8 @@ class DataConfig:
 
     `held_out` is the share of documents never trained on, `field` the text column of JSONL and
     parquet, `limit_mb` > 0 stops reading a corpus (a streamed one, say) after that many megabytes.
-    Paths may instead all be prepared folders (`data.prepared`), which decided these things; they are
-    read at the shares of `weights`, one for each (none: each as often as it has tokens).
+    Paths may instead all be prepared folders (`data.prepared`), which decided these things; they
+    are read at the shares of `weights`, one for each (none: each as often as it has tokens).
     """
 
     paths: tuple[str, ...] = ("stdlib",)
