@@ -13,6 +13,7 @@ import bench
 import cache as cache_benchmark
 import claims
 import contenders
+import loader as loader_benchmark
 import scaling
 
 TINY = replace(
@@ -99,3 +100,12 @@ def test_memory_is_that_of_the_process_alone() -> None:
 def test_every_number_in_the_readme_is_that_of_the_results() -> None:
     for path, text in claims.pages(claims.ROOT).items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make claims`"
+
+
+def test_the_loader_is_timed_within_the_step(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("loop state halt\n" * 200)
+    overrides = [f'data.paths=["{tmp_path}/text.txt"]', "model.dim=32", "train.batch_size=2"]
+    found = loader_benchmark.measure(apply_overrides(catalogue.get("tiny"), overrides), 2, 5)
+    assert len(found["step_seconds"]) == len(found["batch_seconds"]) == 2
+    assert 0 < found["share"] < 1
+    assert found["alone_tokens_per_second"] * found["alone_median_seconds"] == pytest.approx(128)
