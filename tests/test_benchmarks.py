@@ -16,6 +16,9 @@ import contenders
 import loader as loader_benchmark
 import scaling
 
+from openmythos.config import apply_overrides
+from openmythos.recipes import catalogue
+
 TINY = replace(
     contenders.S,
     **{"dim": 32, "heads": 2, "kv_latent": 8, "q_latent": 16, "rope": 4, "nope": 8, "value": 8},
