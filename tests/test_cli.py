@@ -351,9 +351,12 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "weights of text": (
         [*NEW, "--data", "text", "--set", "data.weights=[1]"],
-        ["data.weights = [1]", "only prepared folders", "data prepare"],
+        ["data.weights = [1.0]", "only prepared folders", "data prepare"],
     ),
-    "weights": ([*NEW, "--set", "data.weights=[1,2]"], ["data.weights = [1, 2]", "of the 1 paths"]),
+    "weights": (
+        [*NEW, "--set", "data.weights=[1,2]"],
+        ["data.weights = [1.0, 2.0]", "of the 1 paths"],
+    ),
     "no prepared folder": (["data", "check", "text"], ["text: is not a prepared folder"]),
     "prepare into text": (
         ["data", "prepare", "--data", "text", "--tokenizer", "bytes", "--out", "text"],
