@@ -14,7 +14,11 @@ import cache as cache_benchmark
 import claims
 import contenders
 import kills
+import loader as loader_benchmark
 import scaling
+
+from openmythos.config import apply_overrides
+from openmythos.recipes import catalogue
 
 TINY = replace(
     contenders.S,
@@ -112,3 +116,12 @@ def test_a_run_killed_at_twenty_moments_ends_as_the_one_left_alone(tmp_path: Pat
     assert found["compared"]["steps"] == 1500
     assert found["compared"]["steps_that_differ"] == 0
     assert found["compared"]["tensors_that_differ"] == 0
+
+
+def test_the_loader_is_timed_within_the_step(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("loop state halt\n" * 200)
+    overrides = [f'data.paths=["{tmp_path}/text.txt"]', "model.dim=32", "train.batch_size=2"]
+    found = loader_benchmark.measure(apply_overrides(catalogue.get("tiny"), overrides), 2, 5)
+    assert len(found["step_seconds"]) == len(found["batch_seconds"]) == 2
+    assert 0 < found["share"] < 1
+    assert found["alone_tokens_per_second"] * found["alone_median_seconds"] == pytest.approx(128)

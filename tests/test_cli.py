@@ -13,7 +13,7 @@ import pytest
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from openmythos import cli
-from openmythos.cli import commands, screen
+from openmythos.cli import data, screen
 from openmythos.config import load_toml
 from openmythos.model import presets
 from openmythos.train.config import RunConfig
@@ -220,6 +220,44 @@ def test_tokenizer_is_trained_and_used(here: Path, call: Call) -> None:
     assert_refused(call(*argv), "bpe/tokenizer.json: exists already")
 
 
+PREPARE = ["data", "prepare", "--data", "text", "--processes", "1", "--part-mb", "0.001"]
+
+
+def test_prepared_folders_are_trained_on_by_their_weights(here: Path, call: Call) -> None:
+    result = call(*PREPARE, "--tokenizer", "bytes", "--out", "a")
+    assert result.code == 0, result.err
+    assert "MB/s" in result.out and "a: " in result.out and " held-out tokens of " in result.out
+    assert (
+        call(*PREPARE[:3], "text/1.py", *PREPARE[4:], "--tokenizer", "bytes", "--out", "b").code
+        == 0
+    )
+    assert call("data", "check", "a").code == 0
+    argv = ["train", "--recipe", "tiny", "--data", "a", "b", "--out", "mixed", "--set", *SMALL]
+    result = call(*argv, "data.weights=[3,1]")
+    assert result.code == 0, result.err
+    run = Run.open(here / "mixed")
+    assert run.config.data.weights == (3, 1)
+    assert not list((here / "mixed" / "tokens").glob("*/tokens-*.bin"))
+    assert [len(found) for found in run.sources("held_out")] == [
+        len(found)
+        for folder in "ab"
+        for found in Run.open(here / "mixed").sources("held_out")
+        if str(here / folder) in str(found.files[0])
+    ]
+    # The run may move, the folders it reads may not.
+    (here / "mixed").rename(here / "moved")
+    assert call("train", "--resume", "moved", "--set", "train.num_steps=4").code == 0
+    assert call("eval", "moved", "--num-loops", "1").code == 0
+    path = here / "b" / "train" / "tokens-00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    more = ["train", "--resume", "moved", "--set", "train.num_steps=5"]
+    assert_refused(call(*more), f"{path}: is damaged")
+    assert_refused(call("data", "check", "b"), "b/train/tokens-00000.bin: is damaged")
+    (here / "b").rename(here / "c")
+    assert_refused(call(*more), "b: the prepared folder that this run reads is not there")
+    assert call("generate", "moved", "--max-new-tokens", "1").code == 0
+
+
 DEMO = [
     'data.paths=["text"]',
     "tokenizer.vocab_size=300",
@@ -312,6 +350,19 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["tokenizer", "--data", "text", "--vocab-size", "100", "--out", "bpe"],
         ["vocab_size = 100", "at least 257"],
     ),
+    "weights of text": (
+        [*NEW, "--data", "text", "--set", "data.weights=[1]"],
+        ["data.weights = [1.0]", "only prepared folders", "data prepare"],
+    ),
+    "weights": (
+        [*NEW, "--set", "data.weights=[1,2]"],
+        ["data.weights = [1.0, 2.0]", "of the 1 paths"],
+    ),
+    "no prepared folder": (["data", "check", "text"], ["text: is not a prepared folder"]),
+    "prepare into text": (
+        ["data", "prepare", "--data", "text", "--tokenizer", "bytes", "--out", "text"],
+        ["text: exists already"],
+    ),
     "plan context": (["plan", "tiny", "--context", "-1"], ["context", "-1"]),
 }
 
@@ -374,7 +425,7 @@ def test_keyboard_interrupt_is_not_a_crash(
     def interrupted(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "open_data", interrupted)
+    monkeypatch.setattr(data, "open_data", interrupted)
     result = call("tokenizer", "--data", "text")
     assert (result.code, result.err) == (130, "interrupted\n")
 
@@ -391,6 +442,7 @@ FLAGS = {
     "presets": [],
     "study": ["--list", "--seeds", "--quick", "--out", "--processes", "--set"],
     "tokenizer": ["--data", "--vocab-size", "--out"],
+    "data": ["prepare", "check"],
 }
 
 

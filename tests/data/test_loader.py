@@ -45,7 +45,8 @@ def equal(a: Batch, b: Batch) -> bool:
 
 def starts(loader: Loader, step: int) -> list[int]:
     """Where the windows of a step start, by the loader's own arithmetic."""
-    return [loader._start(step * loader._batch_size + row) for row in loader._rows]
+    (source,) = loader._sources
+    return [source.start(step * loader._batch_size + row) for row in loader._rows]
 
 
 def test_shapes_and_dtypes(shards: TokenShards) -> None:
@@ -109,7 +110,7 @@ def test_ranks_share_the_batch_of_one(shards: TokenShards, world_size: int) -> N
 @pytest.mark.parametrize("seq_len", [1, 5, 8, 50])
 def test_an_epoch_reads_every_window_once(shards: TokenShards, seq_len: int) -> None:
     made = loader(shards, seq_len=seq_len, batch_size=1)
-    windows = made.windows_per_epoch
+    (windows,) = made.windows_per_epoch
     assert windows * seq_len > len(shards) - 2 * seq_len
     offsets = set()
     orders = set()
@@ -123,7 +124,7 @@ def test_an_epoch_reads_every_window_once(shards: TokenShards, seq_len: int) -> 
         orders.add(tuple(start - first for start in order))
     assert len(orders) == 4
     assert len(offsets) > 1 or seq_len == 1
-    assert made.epochs(2 * windows) == 2
+    assert made.epochs(2 * windows) == (2,)
 
 
 def test_seeds_differ(shards: TokenShards) -> None:
@@ -140,7 +141,7 @@ def test_every_token_is_a_target_over_the_epochs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [9, 10, 16, 17, 18])
 def test_a_corpus_smaller_than_a_batch_is_read_again(tmp_path: Path, length: int) -> None:
     made = loader(of_length(tmp_path, length), seq_len=8, batch_size=32)
-    assert made.windows_per_epoch * 8 <= length - 1
+    assert made.windows_per_epoch[0] * 8 <= length - 1
     batch = made.batch(3)
     assert batch.tokens.shape == (32, 8)
     assert equal(batch, made.batch(3))

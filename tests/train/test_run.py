@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from variants import tiny_config
 
 from openmythos.config import ConfigError, apply_overrides, load_toml
-from openmythos.data.tokenizer import BPE
+from openmythos.data.prepare import prepare
+from openmythos.data.prepared import Preparation
+from openmythos.data.tokenizer import BPE, ByteTokenizer
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.train import checkpoint
@@ -357,6 +359,33 @@ def test_damaged_shard_is_refused_by_name(run: Run, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         run.shards(part)
     assert str(path) in str(caught.value)
+
+
+def test_a_prepared_folder_trains_as_its_text_does(tmp_path: Path, corpus: Path, run: Run) -> None:
+    config = run.config
+    prepare(Preparation(paths=config.data.paths), ByteTokenizer(), tmp_path / "prepared")
+    data = DataConfig(paths=(str(tmp_path / "prepared"),))
+    other = Run.create(tmp_path / "other", replace(config, data=data, tokenizer=BPE()))
+    assert other.tokenizer.serialized() == run.tokenizer.serialized()
+    assert Run.open(other.folder).config == other.config
+    assert [m.loss for m in train(other)] == [m.loss for m in train(run)]
+    held_out = other.shards("held_out")
+    assert (
+        held_out.read(0, len(held_out)).tolist()
+        == run.shards("held_out").read(0, len(held_out)).tolist()
+    )
+
+
+@pytest.mark.parametrize("changes", [{"held_out": 0.1}, {"field": "body"}, {"limit_mb": 1.0}])
+def test_what_preparation_decided_is_not_set_again(
+    tmp_path: Path, corpus: Path, changes: dict[str, Any]
+) -> None:
+    config = config_of(corpus)
+    prepare(Preparation(paths=config.data.paths), ByteTokenizer(), tmp_path / "prepared")
+    data = DataConfig(paths=(str(tmp_path / "prepared"),), **changes)
+    with pytest.raises(ConfigError, match=rf"data\.{next(iter(changes))} = .*: was decided when"):
+        Run.create(tmp_path / "run", replace(config, data=data))
+    assert not (tmp_path / "run").exists()
 
 
 def test_shards_of_another_tokenizer_are_refused(run: Run) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from openmythos.cli.commands import Demo, Eval, Generate, Plan, Presets, Study, Tokenizer, Train
+from openmythos.cli.commands import Demo, Eval, Generate, Plan, Presets, Study, Train
+from openmythos.cli.data import Data, Tokenizer
 from openmythos.cli.tracking import Plot, Runs, Watch
 from openmythos.machine import keep_freed_memory
 from openmythos.train.parallel import leave
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Presets, tyro.conf.subcommand("presets")]
     | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Watch, tyro.conf.subcommand("watch")]

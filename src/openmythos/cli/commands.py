@@ -28,16 +28,14 @@ from openmythos.config import (
     save_toml,
     to_dict,
 )
-from openmythos.data.tokenizer import BPE
 from openmythos.inference.engine import Engine
 from openmythos.model import cost, presets
 from openmythos.model.generation import Request
 from openmythos.recipes import catalogue, report
 from openmythos.studies import runner
 from openmythos.train.checkpoint import list_checkpoints
-from openmythos.train.config import DataConfig
 from openmythos.train.parallel import launched
-from openmythos.train.run import CONFIG_FILE, Run, open_data
+from openmythos.train.run import CONFIG_FILE, Run
 
 DEMO_LOOPS = (1, 2, 4, 8, 16)
 DEMO_PROMPT = "def main("
@@ -45,7 +43,7 @@ DEMO_PROMPT = "def main("
 Many = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
 
 
-def _flat(values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+def flat(values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     return tuple(value for group in values for value in group)
 
 
@@ -56,7 +54,7 @@ class Train:
     recipe: str = "demo"
     """Config to start from: tiny (seconds), demo (minutes) or small (an hour or two)."""
     data: Many = ()
-    """Text files, folders, globs, .jsonl, .parquet, hf:NAME, or stdlib (the default)."""
+    """Text files, folders, globs, .jsonl, .parquet, hf:NAME, stdlib (the default); or prepared."""
     set: Many = ()
     """Changes to the config, such as model.halting=act or train.num_steps=500."""
     out: str = ""
@@ -72,9 +70,9 @@ class Train:
             train_with_bar(run, resume=bool(list_checkpoints(run.folder)))
             return
         if self.resume:
-            require(not self.data, "data", list(_flat(self.data)), "goes not with --resume")
+            require(not self.data, "data", list(flat(self.data)), "goes not with --resume")
             run = Run.open(Path(self.resume))
-            changed = apply_overrides(run.config, _flat(self.set))
+            changed = apply_overrides(run.config, flat(self.set))
             for field in fields(changed):
                 if field.name != "train" and changed != replace(
                     changed, **{field.name: getattr(run.config, field.name)}
@@ -88,8 +86,8 @@ class Train:
             require(ranks == 1 or bool(self.out), "out", self.out, told)
             config = catalogue.get(self.recipe)
             if self.data:
-                config = replace(config, data=replace(config.data, paths=_flat(self.data)))
-            config = apply_overrides(config, _flat(self.set))
+                config = replace(config, data=replace(config.data, paths=flat(self.data)))
+            config = apply_overrides(config, flat(self.set))
             folder = Path(self.out) if self.out else _free_folder(self.recipe)
             run = create(folder, config)
         if train_with_bar(run, resume=bool(self.resume)):
@@ -133,7 +131,7 @@ class Generate:
             chosen[1] = f"num_loops={self.num_loops}"
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             chosen.append(f"sampling.{name}={getattr(self, name)}")
-        request = apply_overrides(request, [*chosen, *_flat(self.set)])
+        request = apply_overrides(request, [*chosen, *flat(self.set)])
         loops = stream(Engine(model, run.tokenizer), self.prompt, request)
         if self.exit_rule != "fixed" and loops:
             OUT.print(f"\n[{sum(loops) / len(loops):.1f} of {request.num_loops} loops per token]")
@@ -155,7 +153,7 @@ class Eval:
     def run(self) -> None:
         run = Run.open(Path(self.folder))
         loops = _loop_counts(self.num_loops)
-        found = evaluate(run, loops, _flat(self.data))
+        found = evaluate(run, loops, flat(self.data))
         folder = Path(self.out) if self.out else run.folder
         report.write_report(found, folder)
         OUT.print(f"\nWritten: {folder}/eval.json, loops.png, loops.csv")
@@ -177,7 +175,7 @@ class Plan:
     """Changes to the preset, such as recurrent_feed_forward.top_k=4."""
 
     def run(self) -> None:
-        config = apply_overrides(presets.get(self.preset), _flat(self.set))
+        config = apply_overrides(presets.get(self.preset), flat(self.set))
         print_plan(
             self.preset,
             cost.plan(
@@ -202,36 +200,6 @@ class Presets:
             cells = (name, short(count.total), short(count.active), config.dim)
             table.add_row(*map(str, (*cells, config.num_loops, f"{config.context:,}", experts)))
         OUT.print(table)
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Train a byte-level BPE tokenizer and write its tokenizer.json (Hugging Face format)."""
-
-    data: Many = (("stdlib",),)
-    """Text to learn from: as for `openmythos train --data`."""
-    vocab_size: int = 4096
-    """Number of tokens."""
-    out: str = "tokenizer"
-    """Folder for tokenizer.json; use it with --set tokenizer.kind=file tokenizer.path=FOLDER."""
-
-    def run(self) -> None:
-        folder = Path(self.out)
-        if (folder / "tokenizer.json").exists():
-            raise ConfigError(f"{folder}/tokenizer.json: exists already; choose another --out")
-        corpus = open_data(DataConfig(paths=_flat(self.data)))
-        with OUT.status("training the tokenizer"):
-            texts = (document.text for document in corpus.train())
-            tokenizer = BPE(vocab_size=self.vocab_size).build(texts)
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder)
-        held_out = [document.text for document in corpus.held_out()]
-        tokens = sum(map(len, tokenizer.encode_batch(held_out)))
-        size = len(corpus.held_out_bytes())
-        OUT.print(
-            f"{folder}/tokenizer.json: {tokenizer.vocab_size} tokens, "
-            f"{size / tokens:.2f} bytes per token on held-out text"
-        )
 
 
 @dataclass(frozen=True)
@@ -267,7 +235,7 @@ class Study:
             folder,
             seeds=1 if self.quick else self.seeds,
             quick=self.quick,
-            overrides=_flat(self.set),
+            overrides=flat(self.set),
             processes=self.processes,
         )
         table = Table(*finding.table[0], box=box.SIMPLE_HEAD)
@@ -300,7 +268,7 @@ class Demo:
                 "depth-extrapolation` has seeds, controls and where it breaks.\n"
             )
         folder = Path(self.out) if self.out else _free_folder("demo")
-        run = create(folder, apply_overrides(catalogue.get("demo"), _flat(self.set)))
+        run = create(folder, apply_overrides(catalogue.get("demo"), flat(self.set)))
         if not train_with_bar(run, resume=False):
             return
         found = evaluate(run, DEMO_LOOPS, ())

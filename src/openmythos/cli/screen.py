@@ -55,7 +55,7 @@ def create(folder: Path, config: RunConfig) -> Run:
             config,
             lambda stage, done: status.update(f"{stage}: {done / 1e6:.1f} MB"),
         )
-    tokens, held_out = len(run.shards("train")), len(run.shards("held_out"))
+    tokens, held_out = (len(run.shards(part, verify=False)) for part in ("train", "held_out"))
     OUT.print(
         f"{folder}: {tokens:,} training and {held_out:,} held-out tokens, "
         f"vocabulary of {run.tokenizer.vocab_size}"

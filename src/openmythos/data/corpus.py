@@ -8,7 +8,7 @@ import hashlib
 import logging
 import lzma
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from openmythos.config import ConfigError, require, require_int, require_number
@@ -51,10 +51,10 @@ class Corpus:
         return self._read(Reader(self._field))
 
     def train(self) -> Iterator[Document]:
-        return self._part(held_out=False)
+        return self.split(self.documents(), held_out=False)
 
     def held_out(self) -> Iterator[Document]:
-        return self._part(held_out=True)
+        return self.split(self.documents(), held_out=True)
 
     def held_out_bytes(self) -> bytes:
         """The held-out text as UTF-8, documents joined, to compare with other compressors."""
@@ -70,8 +70,9 @@ class Corpus:
                 if size >= self._limit:
                     return
 
-    def _part(self, *, held_out: bool) -> Iterator[Document]:
-        for document in self.documents():
+    def split(self, documents: Iterable[Document], *, held_out: bool) -> Iterator[Document]:
+        """What of some of its documents is held out, or is not."""
+        for document in documents:
             text = document.text
             if self._split.by_position:
                 cut = _cut(text, self._held_out)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from openmythos.config import ConfigError, require, require_int
+from openmythos.data.mixture import Mixture
 from openmythos.data.shards import TokenShards
 from openmythos.types import PerToken, TokenIds
 
@@ -38,21 +39,24 @@ class EvaluationBatch(Batch):
 class Loader:
     """Windows of seq_len tokens in random order, a pure function of (seed, step, rank).
 
-    Epoch e reads each of its ``windows_per_epoch`` windows once, in an order and from a first
-    token that are drawn from (seed, e); a step goes on where the one before ended, over the ends
-    of epochs. All ranks together read what one rank would read with the same ``batch_size``, which
-    is that of all ranks. To resume, ask for the next step.
+    The sources, one or several, take turns as ``Mixture`` says, by ``weights`` (none: each as often
+    as it has windows). An epoch of a source reads each of its windows once, in an order and from
+    a first token that are drawn from seed, epoch and the source's place among the sources; a step
+    goes on where the one before ended, over the ends of epochs. All ranks together read what one
+    rank would read with the same ``batch_size``, which is that of all ranks. To resume, ask for
+    the next step.
     """
 
     def __init__(
         self,
-        shards: TokenShards,
+        shards: TokenShards | Sequence[TokenShards],
         *,
         seq_len: int,
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        weights: Sequence[int | float] = (),
     ) -> None:
         require_int("seq_len", seq_len, minimum=1)
         require_int("batch_size", batch_size, minimum=1)
@@ -61,31 +65,58 @@ class Loader:
         require_int("rank", rank, minimum=0, maximum=world_size - 1)
         fits = batch_size % world_size == 0
         require(fits, "batch_size", batch_size, f"must divide by world_size = {world_size}")
+        streams = [shards] if isinstance(shards, TokenShards) else list(shards)
+        if any(stream.index.tokenizer != streams[0].index.tokenizer for stream in streams):
+            raise ConfigError("the sources were written with different tokenizers")
+        self._sources = [
+            _Source(stream, seq_len, seed, number) for number, stream in enumerate(streams)
+        ]
+        self._bos_id = streams[0].bos_id
+        self._batch_size = batch_size
+        self._rows = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.windows_per_epoch = tuple(source.windows_per_epoch for source in self._sources)
+        self._mixture = Mixture(weights or self.windows_per_epoch, seed)
+        given = len(self._mixture) == len(streams)
+        require(given, "weights", list(weights), f"must be {len(streams)}, one for each source")
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0; only this rank's rows."""
+        require_int("step", step, minimum=0)
+        windows = [self._window(step * self._batch_size + row) for row in self._rows]
+        return Batch(*_split(np.stack(windows), self._bos_id))
+
+    def epochs(self, step: int) -> tuple[float, ...]:
+        """How often each source has been read before a step."""
+        counts = self._mixture.counts(step * self._batch_size)
+        return tuple(n / size for n, size in zip(counts, self.windows_per_epoch, strict=True))
+
+    def _window(self, sample: int) -> NDArray[np.int64]:
+        number, earlier = self._mixture.place(sample)
+        return self._sources[number].window(earlier)
+
+
+class _Source:
+    """The windows of one token stream in the order of its epochs, counted from 0."""
+
+    def __init__(self, shards: TokenShards, seq_len: int, seed: int, number: int) -> None:
         if len(shards) < seq_len + 1:
             raise ConfigError(
                 f"the corpus has {len(shards)} tokens, seq_len = {seq_len} needs {seq_len + 1}"
             )
         self._shards = shards
         self._seq_len = seq_len
-        self._batch_size = batch_size
-        self._seed = seed
-        self._rows = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self._seed, self._number = seed, number
         # One fewer than may fit, which leaves the first token of an epoch free to move.
         self.windows_per_epoch = max(1, (len(shards) - seq_len) // seq_len)
         self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0; only this rank's rows."""
-        require_int("step", step, minimum=0)
-        starts = [self._start(step * self._batch_size + row) for row in self._rows]
-        windows = [self._shards.read(start, start + self._seq_len + 1) for start in starts]
-        return Batch(*_split(np.stack(windows), self._shards.bos_id))
+    def window(self, sample: int) -> NDArray[np.int64]:
+        """seq_len + 1 tokens."""
+        start = self.start(sample)
+        return self._shards.read(start, start + self._seq_len + 1)
 
-    def epochs(self, step: int) -> float:
-        """How often the corpus has been read before a step."""
-        return step * self._batch_size / self.windows_per_epoch
-
-    def _start(self, sample: int) -> int:
+    def start(self, sample: int) -> int:
+        """Where the window begins."""
         epoch, number = divmod(sample, self.windows_per_epoch)
         if epoch != self._epoch[0]:
             # Only a cache: what it holds follows from seed and epoch.
@@ -93,7 +124,8 @@ class Loader:
         return int(self._epoch[1][number])
 
     def _window_starts(self, epoch: int) -> NDArray[np.int64]:
-        random = np.random.default_rng((self._seed, epoch))
+        own = (self._number,) if self._number else ()
+        random = np.random.default_rng((self._seed, epoch, *own))
         # Up to all the tokens that are left over, so that the last ones have their turn too.
         spare = len(self._shards) - 1 - self.windows_per_epoch * self._seq_len
         offset = random.integers(spare, endpoint=True)

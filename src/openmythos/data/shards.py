@@ -10,8 +10,9 @@ Every document starts with bos.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +25,12 @@ from openmythos.data.sources import Document
 from openmythos.data.tokenizer import Tokenizer, fingerprint
 
 INDEX_FILE = "index.json"
-_DOCUMENTS_FILE = "documents.bin"
+DOCUMENTS_FILE = "documents.bin"
 _STARTS = np.dtype("<i8")
 # Long documents are tokenised in pieces, and pieces in batches, to fill every core.
 _PIECE_CHARACTERS = 1 << 17
 _BATCH_CHARACTERS = 1 << 21
+_OPEN_FILES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +64,21 @@ class ShardIndex:
 
 
 class TokenShards:
-    """The token stream of a folder that ``write_shards`` has written."""
+    """The token stream of a folder that ``write_shards`` has written, or of several, joined."""
 
-    def __init__(self, folder: Path, index: ShardIndex) -> None:
+    def __init__(
+        self, index: ShardIndex, files: Sequence[Path], document_starts: NDArray[np.int64]
+    ) -> None:
         self.index = index
-        self._shards = [
-            _map(folder / _shard_name(number), _little_endian(index.dtype), entry.tokens)
-            for number, entry in enumerate(index.shards)
-        ]
+        self.files = tuple(files)
+        self.document_starts = document_starts
         # Position of the first token of each shard, and of the end.
-        self._bounds = np.array(list(accumulate((len(s) for s in self._shards), initial=0)))
-        self.document_starts = _map(folder / _DOCUMENTS_FILE, _STARTS, index.num_documents)
+        self._bounds = np.array(list(accumulate((s.tokens for s in index.shards), initial=0)))
+        self._dtype = _little_endian(index.dtype)
+        for path, entry in zip(self.files, index.shards, strict=True):
+            _check_size(path, self._dtype, entry.tokens)
+        # A map keeps its file open, and a process may have about a thousand open files.
+        self._tokens = lru_cache(maxsize=_OPEN_FILES)(self._map)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> "TokenShards":
@@ -81,10 +87,32 @@ class TokenShards:
         if not (folder / INDEX_FILE).is_file():
             raise ConfigError(f"{folder}: holds no finished token shards, {INDEX_FILE} is missing")
         index = load_json(ShardIndex, folder / INDEX_FILE)
-        shards = cls(folder, index)
+        files = [folder / shard_name(number) for number in range(len(index.shards))]
+        starts = _map(folder / DOCUMENTS_FILE, _STARTS, index.num_documents)
+        shards = cls(index, files, starts)
         if verify:
-            shards._verify(folder)
+            _check_hash(folder / DOCUMENTS_FILE, starts, index.documents_sha256)
+            shards._verify()
         return shards
+
+    @classmethod
+    def join(cls, parts: Sequence["TokenShards"]) -> "TokenShards":
+        """Streams of one tokenizer one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        firsts = accumulate((len(part) for part in parts), initial=0)
+        starts = [first + part.document_starts for first, part in zip(firsts, parts, strict=False)]
+        table = np.concatenate(starts, dtype=_STARTS)
+        index = replace(
+            parts[0].index,
+            num_documents=len(table),
+            num_bytes=sum(part.num_bytes for part in parts),
+            documents_sha256=hashlib.sha256(table.tobytes()).hexdigest(),
+            shards=tuple(entry for part in parts for entry in part.index.shards),
+        )
+        if any(part.index.tokenizer != index.tokenizer for part in parts):
+            raise ConfigError("the token shards were written with different tokenizers")
+        return cls(index, [file for part in parts for file in part.files], table)
 
     def __len__(self) -> int:
         return int(self._bounds[-1])
@@ -115,7 +143,7 @@ class TokenShards:
         done = 0
         while done < len(result):
             first = start + done - int(self._bounds[number])
-            part = self._shards[number][first : first + len(result) - done]
+            part = self._tokens(number)[first : first + len(result) - done]
             result[done : done + len(part)] = part
             done += len(part)
             number += 1
@@ -126,14 +154,16 @@ class TokenShards:
         if fingerprint(tokenizer) != self.index.tokenizer:
             raise ConfigError("the token shards were written with another tokenizer")
 
-    def _verify(self, folder: Path) -> None:
-        for number, (entry, tokens) in enumerate(zip(self.index.shards, self._shards, strict=True)):
-            path = folder / _shard_name(number)
+    def _map(self, number: int) -> NDArray[Any]:
+        return _map(self.files[number], self._dtype, self.index.shards[number].tokens)
+
+    def _verify(self) -> None:
+        for path, entry in zip(self.files, self.index.shards, strict=True):
+            tokens = _map(path, self._dtype, entry.tokens)
             _check_hash(path, tokens, entry.sha256)
             highest = int(tokens.max())
             if highest >= self.vocab_size:
                 raise ConfigError(f"{path}: holds id {highest}, vocab_size is {self.vocab_size}")
-        _check_hash(folder / _DOCUMENTS_FILE, self.document_starts, self.index.documents_sha256)
 
 
 def write_shards(
@@ -171,7 +201,7 @@ def write_shards(
         raise ConfigError("there is no document to tokenise")
     writer.flush()
     table = np.array(starts, dtype=_STARTS).tobytes()
-    write_atomically(folder / _DOCUMENTS_FILE, table)
+    write_atomically(folder / DOCUMENTS_FILE, table)
     index = ShardIndex(
         dtype=writer.dtype,
         tokenizer=fingerprint(tokenizer),
@@ -211,7 +241,7 @@ class _Writer:
         if not self._parts:
             return
         data = np.concatenate(self._parts).tobytes()
-        write_atomically(self._folder / _shard_name(len(self.entries)), data)
+        write_atomically(self._folder / shard_name(len(self.entries)), data)
         sha256 = hashlib.sha256(data).hexdigest()
         self.entries.append(ShardEntry(tokens=self._gathered, sha256=sha256))
         self._parts, self._gathered = [], 0
@@ -243,7 +273,8 @@ def _pieces(text: str) -> Iterator[tuple[int, str]]:
     yield start, text[start:]
 
 
-def _shard_name(number: int) -> str:
+def shard_name(number: int) -> str:
+    """The name of a folder's file of ids."""
     return f"tokens-{number:05d}.bin"
 
 
@@ -252,14 +283,21 @@ def _little_endian(dtype: str) -> np.dtype[Any]:
 
 
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    _check_size(path, dtype, count)
     try:
-        size = path.stat().st_size
-        if size != count * dtype.itemsize:
-            wanted = count * dtype.itemsize
-            raise ConfigError(f"{path}: is damaged, {size} bytes instead of {wanted}")
         return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(count,)))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _check_size(path: Path, dtype: np.dtype[Any], count: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    wanted = count * dtype.itemsize
+    if size != wanted:
+        raise ConfigError(f"{path}: is damaged, {size} bytes instead of {wanted}")
 
 
 def _check_hash(path: Path, data: NDArray[Any], sha256: str) -> None:

@@ -28,8 +28,31 @@ class Document:
     text: str
 
 
-class _NotTextError(ConfigError):
-    pass
+class NotTextError(ConfigError):
+    """A file holds something else than UTF-8 text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file of a source; ``named`` by the user himself, who then means it to be text."""
+
+    path: Path
+    name: str
+    named: bool
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it holds many documents rather than one."""
+        return self.name.endswith((*_ROWS, ".parquet"))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its size says little about that of its text."""
+        return self.name.endswith((".gz", ".parquet"))
+
+    def read(self, field: str) -> Iterator[Document]:
+        """Its documents; NotTextError if it is not text."""
+        return _file(self.path, self.name, field)
 
 
 class Reader:
@@ -42,15 +65,26 @@ class Reader:
 
     def read(self, source: str) -> Iterator[Document]:
         """The documents of a source as ``open_corpus`` describes it."""
-        if source.startswith("hf:"):
+        if is_remote(source):
             yield from _hugging_face(source, self._field)
-        elif source == "stdlib":
+            return
+        for file in self.files(source):
+            try:
+                yield from file.read(self._field)
+            except NotTextError:
+                if file.named:
+                    raise
+                self.skipped += 1
+
+    def files(self, source: str) -> Iterator[SourceFile]:
+        """The files of a source that is not remote, but for those seen before."""
+        if source == "stdlib":
             root = Path(sysconfig.get_path("stdlib"))
             yield from self._files(_stdlib(root), root)
         elif Path(source).is_file():
             path = Path(source)
             if self._is_new(path):
-                yield from _file(path, path.name, self._field)
+                yield SourceFile(path=path, name=path.name, named=True)
         elif Path(source).is_dir():
             yield from self._files(_walk(Path(source)), Path(source))
         elif _is_pattern(source):
@@ -58,19 +92,22 @@ class Reader:
         else:
             raise ConfigError(f"{source}: no such file or folder")
 
-    def _files(self, paths: Iterable[Path], root: Path) -> Iterator[Document]:
+    def _files(self, paths: Iterable[Path], root: Path) -> Iterator[SourceFile]:
         for path in paths:
             if path.is_file() and self._is_new(path):
-                try:
-                    yield from _file(path, path.relative_to(root).as_posix(), self._field)
-                except _NotTextError:
-                    self.skipped += 1
+                name = path.relative_to(root).as_posix()
+                yield SourceFile(path=path, name=name, named=False)
 
     def _is_new(self, path: Path) -> bool:
         resolved = path.resolve()
         known = resolved in self._seen
         self._seen.add(resolved)
         return not known
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is streamed from elsewhere, not made of files here."""
+    return source.startswith("hf:")
 
 
 def _walk(root: Path, skipped: frozenset[str] = _NOT_SOURCE) -> Iterator[Path]:
@@ -125,7 +162,7 @@ def _decode(data: bytes, path: Path) -> str:
             return data.decode()
     except UnicodeDecodeError:
         pass
-    raise _NotTextError(f"{path}: is not UTF-8 text")
+    raise NotTextError(f"{path}: is not UTF-8 text")
 
 
 def _jsonl(path: Path, name: str, field: str) -> Iterator[Document]:

@@ -25,16 +25,36 @@ class DataConfig:
 
     `held_out` is the share of documents never trained on, `field` the text column of JSONL and
     parquet, `limit_mb` > 0 stops reading a corpus (a streamed one, say) after that many megabytes.
+    Paths may instead all be prepared folders (`data.prepared`), which decided these things; they
+    are read at the shares of `weights`, one for each (none: each as often as it has tokens).
     """
 
     paths: tuple[str, ...] = ("stdlib",)
     field: str = "text"
     held_out: float = 0.04
     limit_mb: float = 0.0
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         require(len(self.paths) > 0, "paths", list(self.paths), "must name at least one source")
         require_number("limit_mb", self.limit_mb, at_least=0)
+        fits = len(self.weights) in (0, len(self.paths))
+        allowed = f"must be one for each of the {len(self.paths)} paths, or none"
+        require(fits, "weights", list(self.weights), allowed)
+        for weight in self.weights:
+            require_number("weights", weight, above=0, below=float("inf"))
+
+    def require_honoured(self, prepared: bool) -> None:
+        """Raise if something is set that such paths cannot follow."""
+        if not prepared:
+            allowed = "only prepared folders can be weighted, see `openmythos data prepare`"
+            require(not self.weights, "data.weights", list(self.weights), allowed)
+            return
+        usual = DataConfig()
+        for name in ("field", "held_out", "limit_mb"):
+            value = getattr(self, name)
+            allowed = "was decided when the folder was prepared; leave it as it is"
+            require(value == getattr(usual, name), f"data.{name}", value, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 RUN/
     config.toml                 everything that the run is a function of
     tokenizer.json
-    tokens/{train,held_out}/    memory-mapped shards
+    tokens/{train,held_out}/    memory-mapped shards; or
+    tokens/prepared.json        the prepared folders that it reads instead, and their sha256
     metrics.jsonl               one object per logged step
     state.json                  what the run is doing, see `train.state`
     checkpoints/step-*/         see `train.checkpoint`
@@ -11,7 +12,7 @@ RUN/
 
 import functools
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any
 from openmythos.config import ConfigError, load_toml, save_toml, to_dict
 from openmythos.data.corpus import Corpus, open_corpus
 from openmythos.data.loader import Loader
+from openmythos.data.prepared import References
 from openmythos.data.shards import TokenShards, write_shards
-from openmythos.data.tokenizer import Tokenizer, load_tokenizer
+from openmythos.data.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
 from openmythos.model.mythos import OpenMythos
 from openmythos.train.checkpoint import (
     CheckpointWriter,
@@ -69,24 +71,28 @@ class Run:
             )
         require_packages(config.train.trackers)
         report = progress or (lambda _stage, _done: None)
-        corpus = open_data(config.data)
-        report("tokenizer", 0)
-        tokenizer = config.tokenizer.build(document.text for document in corpus.train())
+        prepared = References.of(config.data.paths)
+        config.data.require_honoured(prepared is not None)
+        if prepared is None:
+            corpus = open_data(config.data)
+            report("tokenizer", 0)
+            tokenizer = config.tokenizer.build(document.text for document in corpus.train())
+        else:
+            tokenizer = prepared.tokenizer()
+            config = replace(config, tokenizer=TokenizerFile(path=prepared.sources[0].path))
         vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         # Under another name until it is whole, so that a failure leaves nothing in the way.
         unfinished = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            for part, documents in (("train", corpus.train()), ("held_out", corpus.held_out())):
-                shards = write_shards(
-                    documents,
-                    tokenizer,
-                    unfinished / "tokens" / part,
-                    progress=functools.partial(report, f"{part} tokens"),
-                )
-                if part == "train":
-                    _check_length(shards, config)
+            if prepared is None:
+                _write_tokens(corpus, tokenizer, unfinished / "tokens", report)
+            else:
+                prepared.save(unfinished / "tokens")
+            made = cls(unfinished, config, tokenizer)
+            # A Loader refuses a corpus shorter than one window.
+            made.loader(made.sources("train", verify=False))
             tokenizer.save(unfinished)
             save_toml(config, unfinished / CONFIG_FILE)
             unfinished.replace(folder)
@@ -102,20 +108,44 @@ class Run:
             raise ConfigError(f"{folder}: is not the folder of a run: it has no {CONFIG_FILE}")
         return cls(folder, load_toml(RunConfig, folder / CONFIG_FILE), load_tokenizer(folder))
 
-    def shards(self, part: str) -> TokenShards:
+    def shards(self, part: str, *, verify: bool = True) -> TokenShards:
         """Tokens of "train" or "held_out", verified against their checksums."""
-        shards = TokenShards.open(self.folder / "tokens" / part)
-        shards.require_tokenizer(self.tokenizer)
-        return shards
+        return TokenShards.join(self.sources(part, verify=verify))
+
+    def sources(self, part: str, *, verify: bool = True) -> list[TokenShards]:
+        """The same, one by one where the run reads several prepared folders."""
+        folder = self.folder / "tokens"
+        prepared = References.load(folder)
+        if prepared is None:
+            found = [TokenShards.open(folder / part, verify=verify)]
+        else:
+            found = prepared.shards(part, verify=verify)
+        for shards in found:
+            shards.require_tokenizer(self.tokenizer)
+        return found
+
+    def loader(self, sources: Sequence[TokenShards], rank: int = 0, world_size: int = 1) -> Loader:
+        """The batches of a rank."""
+        config = self.config.train
+        return Loader(
+            sources,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            weights=self.config.data.weights,
+        )
 
     def load_model(self) -> OpenMythos:
         """The model of the newest checkpoint, in eval mode, on the CPU."""
         return load_model(latest_checkpoint(self.folder))
 
 
-def _check_length(shards: TokenShards, config: RunConfig) -> None:
-    """A Loader refuses a corpus shorter than one window; ask before the folder is there."""
-    Loader(shards, seq_len=config.train.seq_len, batch_size=1, seed=0)
+def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress) -> None:
+    for part, documents in (("train", corpus.train()), ("held_out", corpus.held_out())):
+        told = functools.partial(report, f"{part} tokens")
+        write_shards(documents, tokenizer, folder / part, progress=told)
 
 
 def train(
@@ -130,14 +160,7 @@ def train(
     rank, world_size = rank_and_world_size()
     if rank == 0:
         require_packages(config.trackers)
-    loader = Loader(
-        run.shards("train"),
-        seq_len=config.seq_len,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-    )
+    loader = run.loader(run.sources("train"), rank, world_size)
     checkpoint = latest_checkpoint(run.folder) if resume else None
     model = OpenMythos(run.config.model, seed=config.seed).to(choose_device(config.device))
     trainer = Trainer(model, loader, config, stopping)

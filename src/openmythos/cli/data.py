@@ -1,0 +1,170 @@
+"""The commands about text before training: its tokenizer, its tokens."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from openmythos.cli.commands import Many, flat
+from openmythos.cli.screen import OUT
+from openmythos.config import ConfigError, load_json, require_int, require_number
+from openmythos.data.prepare import Progress, prepare
+from openmythos.data.prepared import (
+    PREPARED_FILE,
+    SIDES,
+    Preparation,
+    Prepared,
+    is_prepared,
+    open_prepared,
+)
+from openmythos.data.tokenizer import BPE, ByteTokenizer, load_tokenizer
+from openmythos.train.config import DataConfig
+from openmythos.train.run import open_data
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Train a byte-level BPE tokenizer and write its tokenizer.json (Hugging Face format)."""
+
+    data: Many = (("stdlib",),)
+    """Text to learn from: as for `openmythos train --data`."""
+    vocab_size: int = 4096
+    """Number of tokens."""
+    out: str = "tokenizer"
+    """Folder for tokenizer.json; use it with --set tokenizer.kind=file tokenizer.path=FOLDER."""
+
+    def run(self) -> None:
+        folder = Path(self.out)
+        if (folder / "tokenizer.json").exists():
+            raise ConfigError(f"{folder}/tokenizer.json: exists already; choose another --out")
+        corpus = open_data(DataConfig(paths=flat(self.data)))
+        with OUT.status("training the tokenizer"):
+            texts = (document.text for document in corpus.train())
+            tokenizer = BPE(vocab_size=self.vocab_size).build(texts)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder)
+        held_out = [document.text for document in corpus.held_out()]
+        tokens = sum(map(len, tokenizer.encode_batch(held_out)))
+        size = len(corpus.held_out_bytes())
+        OUT.print(
+            f"{folder}/tokenizer.json: {tokenizer.vocab_size} tokens, "
+            f"{size / tokens:.2f} bytes per token on held-out text"
+        )
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Tokenise a corpus once, by many processes, for `openmythos train --data FOLDER`.
+
+    Interrupted, the same command goes on.
+    """
+
+    data: Many
+    """What to read: as for `openmythos train --data`."""
+    tokenizer: str
+    """A tokenizer.json or its folder (see `openmythos tokenizer`), or bytes."""
+    out: str
+    """Folder to make, or to go on with."""
+    field: str = "text"
+    """Field of .jsonl and column of .parquet that holds the text."""
+    held_out: float = 0.04
+    """Share of the documents that is never trained on."""
+    limit_mb: float = 0.0
+    """Stop reading after so many megabytes of text (0: never)."""
+    processes: int = 0
+    """Processes that tokenise (0: one per core)."""
+    part_mb: float = 16.0
+    """Megabytes of text that a process takes at a time."""
+
+    def run(self) -> None:
+        require_number("limit_mb", self.limit_mb, at_least=0)
+        require_number("part_mb", self.part_mb, at_least=1e-6)
+        require_int("processes", self.processes, minimum=0)
+        wanted = Preparation(
+            paths=flat(self.data),
+            field=self.field,
+            held_out=self.held_out,
+            limit_bytes=round(self.limit_mb * 1e6),
+            part_bytes=round(self.part_mb * 1e6),
+        )
+        named = self.tokenizer != "bytes"
+        tokenizer = load_tokenizer(self.tokenizer) if named else ByteTokenizer()
+        processes = self.processes or os.cpu_count() or 1
+        out = Path(self.out)
+        columns = (
+            TextColumn("preparing"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+        )
+        try:
+            with Bar(*columns, console=OUT) as bar:
+                task = bar.add_task("preparing", total=None, text="looking through the corpus")
+                started = time.perf_counter()
+
+                def told(now: Progress) -> None:
+                    seconds = time.perf_counter() - started
+                    total = now.total or None
+                    bar.update(task, completed=now.done, total=total, text=_rate(now, seconds))
+
+                prepared = prepare(wanted, tokenizer, out, processes=processes, told=told)
+        except KeyboardInterrupt:
+            OUT.print(f"{out}: finished parts are kept; the same command goes on")
+            raise
+        _print(out, prepared)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read a prepared folder through and compare it with its checksums."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder that `openmythos data prepare` made."""
+
+    def run(self) -> None:
+        folder = Path(self.folder)
+        if not is_prepared(folder):
+            raise ConfigError(f"{folder}: is not a prepared folder: it has no {PREPARED_FILE}")
+        with OUT.status("reading"):
+            for side in SIDES:
+                open_prepared(folder, side, verify=True)
+        _print(folder, load_json(Prepared, folder / PREPARED_FILE))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Turn text into tokens that any number of runs can train on."""
+
+    command: (
+        Annotated[Prepare, tyro.conf.subcommand("prepare")]
+        | Annotated[Check, tyro.conf.subcommand("check")]
+    )
+
+    def run(self) -> None:
+        self.command.run()
+
+
+def _rate(now: Progress, seconds: float) -> str:
+    """How far, how fast, how long still."""
+    megabytes = f"{now.done / 1e6:,.0f}" + (f" of {now.total / 1e6:,.0f}" if now.total else "")
+    rate = now.text / seconds
+    left = (now.total - now.done) / ((now.done - now.kept) / seconds) if now.done > now.kept else 0
+    minutes, rest = divmod(round(max(left, 0)), 60)
+    eta = f"  ETA {minutes // 60}:{minutes % 60:02d}:{rest:02d}" if now.total and rate else ""
+    return f"{megabytes} MB  {rate / 1e6:.2f} MB/s{eta}"
+
+
+def _print(folder: Path, prepared: Prepared) -> None:
+    tokens, held_out = (sum(getattr(part, side) for part in prepared.parts) for side in SIDES)
+    size = sum(part.num_bytes for part in prepared.parts)
+    OUT.print(
+        f"{folder}: {tokens:,} training and {held_out:,} held-out tokens of {size / 1e6:,.1f} MB, "
+        f"{size / (tokens + held_out):.2f} bytes per token"
+    )
+    skipped = sum(part.skipped for part in prepared.parts)
+    if skipped:
+        OUT.print(f"skipped {skipped} files that are not UTF-8 text")

@@ -1,0 +1,54 @@
+"""Which source a sample comes from: a function of its index, at the shares that were asked for."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from openmythos.config import require, require_number
+
+# Shares in units of 2^-48, so that sample indices are dealt out in exact whole numbers.
+_BITS = 48
+
+
+class Mixture:
+    """Deals out samples 0, 1, 2, ... to sources of the given weights.
+
+    The first source has share w and takes sample s where floor((s + 1) w + u) > floor(s w + u),
+    with u in [0, 1) drawn from the seed; it has then taken floor(s w + u) before. The samples it
+    leaves are numbered anew and dealt out to the other sources in the same way. So any stretch of
+    n samples holds n w of a source to within the number of sources, where independent draws would
+    be off by about sqrt(n), and what each has taken before a sample follows without counting.
+    """
+
+    def __init__(self, weights: Sequence[int | float], seed: int) -> None:
+        require(len(weights) > 0, "weights", list(weights), "must be at least one")
+        for weight in weights:
+            require_number("weights", weight, above=0, below=float("inf"))
+        shares = [
+            round(weight / sum(weights[number:]) * (1 << _BITS))
+            for number, weight in enumerate(weights[:-1])
+        ]
+        # A seed of its own, apart from those of the epochs.
+        random = np.random.default_rng((seed, len(weights), _BITS))
+        phases = random.integers(1 << _BITS, size=len(shares)).tolist()
+        self._splits = list(zip(shares, phases, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._splits) + 1
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """The source of a sample, and how many samples it had before."""
+        for number, (share, phase) in enumerate(self._splits):
+            taken = (sample * share + phase) >> _BITS
+            if ((sample + 1) * share + phase) >> _BITS > taken:
+                return number, taken
+            sample -= taken
+        return len(self._splits), sample
+
+    def counts(self, samples: int) -> tuple[int, ...]:
+        """How many of the first samples each source has."""
+        found = []
+        for share, phase in self._splits:
+            found.append((samples * share + phase) >> _BITS)
+            samples -= found[-1]
+        return (*found, samples)
