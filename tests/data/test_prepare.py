@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from openmythos.config import ConfigError
+from openmythos.data import assembly
 from openmythos.data import prepare as prepare_module
 from openmythos.data.corpus import open_corpus
 from openmythos.data.prepare import Progress, prepare
@@ -156,7 +157,7 @@ def test_finished_parts_are_not_made_again(tmp_path: Path, corpus: Path) -> None
 def test_interrupted_while_files_move(
     tmp_path: Path, corpus: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
 ) -> None:
-    original, calls = prepare_module._move, []
+    original, calls = assembly._move, []
 
     def move(source: Path, target: Path) -> None:
         calls.append(source)
@@ -165,7 +166,7 @@ def test_interrupted_while_files_move(
         original(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare_module, "_move", move)
+        patch.setattr(assembly, "_move", move)
         prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made")
     prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made")
     assert content(tmp_path / "made") == content(straight)
