@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from openmythos import cli
+from openmythos import OpenMythos, cli
 from openmythos.cli import data, screen
 from openmythos.config import load_toml
 from openmythos.model import presets
@@ -256,6 +257,33 @@ def test_prepared_folders_are_trained_on_by_their_weights(here: Path, call: Call
     (here / "b").rename(here / "c")
     assert_refused(call(*more), "b: the prepared folder that this run reads is not there")
     assert call("generate", "moved", "--max-new-tokens", "1").code == 0
+
+
+def test_a_run_is_exported_for_from_pretrained(here: Path, call: Call) -> None:
+    assert call(*TINY, "train.save_every=1", "train.keep_checkpoints=3", "--out", "kept").code == 0
+    assert call("export", "kept", "--out", "model").code == 0
+    assert sorted(p.name for p in Path("model").iterdir()) == [
+        *("config.json", "model.safetensors", "tokenizer.json")
+    ]
+    newest, tokens = Run.open(Path("kept")).load_model(), torch.arange(8)[None]
+    exported = OpenMythos.from_pretrained("model").eval()
+    assert torch.equal(exported(tokens).logits, newest(tokens).logits)
+    assert call("export", "kept", "--out", "earlier", "--step", "1").code == 0
+    earlier = OpenMythos.from_pretrained("earlier").eval()
+    assert not torch.equal(earlier(tokens).logits, newest(tokens).logits)
+    assert_refused(call("export", "kept", "--out", "model"), "out = 'model': exists already")
+    assert_refused(
+        call("export", "kept", "--out", "x", "--step", "9"), "step = 9: must be one of 1"
+    )
+
+
+def test_plan_says_what_fits_and_how(call: Call) -> None:
+    fits = call("plan", "1b", "--gpus", "8", "--memory", "80", "--batch", "8")
+    assert fits.code == 0 and "1b fits 8 devices with:" in fits.out
+    assert "train.batch_size=64" in fits.out
+    tight = call("plan", "1t", "--gpus", "2", "--memory", "1")
+    assert tight.code == 0 and "1t does not fit 2 devices" in tight.out
+    assert_refused(call("plan", "1b", "--gpus", "-1"), "gpus = -1")
 
 
 DEMO = [

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from openmythos.cli.commands import Demo, Eval, Generate, Plan, Presets, Study, Train
+from openmythos.cli.commands import Demo, Eval, Export, Generate, Plan, Presets, Study, Train
 from openmythos.cli.data import Data, Tokenizer
 from openmythos.cli.tracking import Plot, Runs, Watch
 from openmythos.machine import keep_freed_memory
@@ -23,6 +23,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Presets, tyro.conf.subcommand("presets")]
     | Annotated[Study, tyro.conf.subcommand("study")]

@@ -13,6 +13,7 @@ from openmythos.cli.screen import (
     create,
     evaluate,
     learn_hops,
+    print_fit,
     print_heat_map,
     print_plan,
     run_study_with_bar,
@@ -29,11 +30,11 @@ from openmythos.config import (
     to_dict,
 )
 from openmythos.inference.engine import Engine
-from openmythos.model import cost, presets
+from openmythos.model import cost, fit, presets
 from openmythos.model.generation import Request
 from openmythos.recipes import catalogue, report
 from openmythos.studies import runner
-from openmythos.train.checkpoint import list_checkpoints
+from openmythos.train.checkpoint import list_checkpoints, load_model, step_of
 from openmythos.train.parallel import launched
 from openmythos.train.run import CONFIG_FILE, Run
 
@@ -173,9 +174,30 @@ class Plan:
     """Loops (default: the preset's)."""
     set: Many = ()
     """Changes to the preset, such as recurrent_feed_forward.top_k=4."""
+    gpus: int = 0
+    """Does training fit this many devices, and with which settings? --batch is that of each."""
+    memory: float = 80.0
+    """GiB of each device, with --gpus."""
+    backprop_loops: int = 0
+    """Loops that carry gradient (0: all), with --gpus."""
 
     def run(self) -> None:
         config = apply_overrides(presets.get(self.preset), flat(self.set))
+        require_int("gpus", self.gpus, minimum=0)
+        if self.gpus:
+            print_fit(
+                self.preset,
+                fit.find(
+                    config,
+                    gpus=self.gpus,
+                    memory=round(self.memory * 2**30),
+                    context=self.context,
+                    batch=self.batch,
+                    num_loops=self.num_loops,
+                    backprop_loops=self.backprop_loops,
+                ),
+            )
+            return
         print_plan(
             self.preset,
             cost.plan(
@@ -184,6 +206,32 @@ class Plan:
                 batch=self.batch,
                 num_loops=config.num_loops if self.num_loops is None else self.num_loops,
             ),
+        )
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the model of a run's checkpoint as a folder for `OpenMythos.from_pretrained`."""
+
+    folder: tyro.conf.Positional[str]
+    """Run folder."""
+    out: str
+    """Folder to make: config.json, model.safetensors, tokenizer.json."""
+    step: int | None = None
+    """Checkpoint (default: the newest)."""
+
+    def run(self) -> None:
+        run, out = Run.open(Path(self.folder)), Path(self.out)
+        found = {step_of(path): path for path in list_checkpoints(run.folder)}
+        require(not out.exists(), "out", self.out, "exists already")
+        chosen = max(found, default=0) if self.step is None else self.step
+        allowed = f"must be one of {', '.join(map(str, found)) or 'none: there is no checkpoint'}"
+        require(chosen in found, "step", chosen, allowed)
+        model = load_model(found[chosen])
+        model.save_pretrained(out)
+        run.tokenizer.save(out)
+        OUT.print(
+            f"{out}: the model after {chosen} steps, {short(cost.parameters(model.config).total)}"
         )
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openmythos.inference.engine import Engine
-from openmythos.model import cost
+from openmythos.model import cost, fit
 from openmythos.model.generation import Request
 from openmythos.model.mythos import OpenMythos
 from openmythos.recipes import report
@@ -245,6 +245,22 @@ def print_plan(name: str, plan: cost.Plan) -> None:
     table.add_row("  logits", _bytes(training.logits))
     table.add_row("  with checkpointed loops", _bytes(plan.checkpointed.total))
     OUT.print(table)
+
+
+def print_fit(name: str, found: fit.Fit) -> None:
+    memory, settings = found.memory, found.settings
+    table = Table("memory of each device", name, show_header=True)
+    for part in vars(memory):
+        table.add_row(part, _bytes(getattr(memory, part)))
+    table.add_section()
+    table.add_row("in all", _bytes(memory.total))
+    table.add_row(f"usable ({fit.USABLE:.0%})", _bytes(found.usable))
+    OUT.print(table)
+    where = f"{settings.gpus} device{'s' if settings.gpus > 1 else ''}"
+    said = f"fits {where} with"
+    if not found.fits:
+        said = f"does not fit {where}, not even with these settings, which need least"
+    OUT.print(f"{name} {said}:\n    --set {' '.join(settings.overrides())}", soft_wrap=True)
 
 
 def _bytes(number: int | float) -> str:

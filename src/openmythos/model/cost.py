@@ -6,7 +6,7 @@ memory of training is an estimate, the rest is exact.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal, assert_never
 
 import torch
@@ -140,7 +140,7 @@ def plan(
 
 def parameters(config: MythosConfig) -> ParameterCount:
     """Count the weights of the model that the config describes."""
-    model = _on_meta(config)
+    model = on_meta(config)
     mixtures = [module for module in model.modules() if isinstance(module, MoELayer)]
     routed = sum(_numel(mixture.experts) for mixture in mixtures)
     total = _numel(model)
@@ -240,7 +240,7 @@ def training_memory(
                  without gradient keep nothing, of checkpointed ones one at a time is computed anew
     logits       of one chunk of the loss: in `dtype`, and in fp32 two more such matrices
     """
-    model, c, size = _on_meta(config), config, dtype.itemsize
+    model, c, size = on_meta(config), config, dtype.itemsize
     total = _numel(model)
     loops = _grad_loops(c.num_loops if num_loops is None else num_loops, backprop_loops)
     outer = c.prelude_layers + c.coda_layers
@@ -261,7 +261,9 @@ def _grad_loops(num_loops: int, backprop_loops: int) -> int:
     return min(num_loops, backprop_loops) if backprop_loops else num_loops
 
 
-def _on_meta(config: MythosConfig) -> OpenMythos:
+@lru_cache(maxsize=4)
+def on_meta(config: MythosConfig) -> OpenMythos:
+    """The model without its numbers."""
     with torch.device("meta"):
         return OpenMythos(config)
 
@@ -282,7 +284,7 @@ def _matrix_numel(model: OpenMythos) -> int:
 
 def _flops(config: MythosConfig, context: int) -> tuple[float, float]:
     """(once, per loop), per token."""
-    model = _on_meta(config)
+    model = on_meta(config)
     recurrent = model.recurrent
     once = _maps(model.prelude) + _maps(model.coda) + config.vocab_size * config.dim
     per_loop = _maps(recurrent.layers)

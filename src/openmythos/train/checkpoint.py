@@ -141,7 +141,7 @@ class CheckpointWriter:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         for old in list_checkpoints(self._folder.parent)[: -self._keep]:
-            if self._keep_every == 0 or _step_of(old) % self._keep_every:
+            if self._keep_every == 0 or step_of(old) % self._keep_every:
                 shutil.rmtree(old)
 
 
@@ -227,7 +227,8 @@ def _plain_errors() -> Iterator[None]:
         raise next(iter(error.failures.values()))[0] from error
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Steps before a checkpoint, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

@@ -1,0 +1,183 @@
+"""Whether a model trains on so many devices of so much memory, and with which settings.
+
+Weights lie in shards (FSDP2) over all devices and travel in bf16, computation is in bf16, the
+optimizer is AdamW; see `train.parallel`. Estimates, as `cost.training_memory`, of the config alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from openmythos.config import require_int, require_number
+from openmythos.model import cost
+from openmythos.model.config import MythosConfig
+from openmythos.nn.moe import MoELayer
+
+# What is left to the communication library, to fragments and to everything not counted here.
+USABLE = 0.9
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a step is run on `gpus` devices: `batch` sequences of each, `micro_batch` per pass."""
+
+    gpus: int
+    batch: int
+    micro_batch: int
+    checkpoint_loops: bool
+    experts: int = 1  # devices that hold the routed experts between them
+
+    def overrides(self) -> list[str]:
+        """The settings of `openmythos train`."""
+        chosen = [
+            "train.precision=bf16",
+            f"train.batch_size={self.batch * self.gpus}",
+            f"train.micro_batch_size={self.micro_batch}",
+            f"train.checkpoint_loops={str(self.checkpoint_loops).lower()}",
+        ]
+        if self.gpus > 1:
+            chosen.append("train.parallel.gather=bf16")
+        if self.experts > 1:
+            chosen.append(f"train.parallel.experts={self.experts}")
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """Bytes of a training step on one device of several.
+
+    `gathered` are weights as they are used, whole, in bf16: those that stay (embedding, head), the
+    largest unit and one that travels meanwhile. `reduced` are that unit's gradients before they go
+    into shards, in bf16 and, to be summed, in fp32; of several micro-batches all units' in fp32.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    reduced: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The settings that were found, or with `fits` False those that need least."""
+
+    fits: bool
+    settings: Settings
+    memory: DeviceMemory
+    usable: int
+
+
+def find(
+    config: MythosConfig,
+    *,
+    gpus: int,
+    memory: int,
+    context: int | None = None,
+    batch: int = 1,
+    num_loops: int | None = None,
+    backprop_loops: int = 0,
+) -> Fit:
+    """The fastest settings that fit `batch` sequences per device into `memory` bytes of each.
+
+    What costs least time comes first: smaller micro-batches, then recomputed loops, then experts
+    that several devices hold between them.
+    """
+    require_int("gpus", gpus, minimum=1)
+    require_int("batch", batch, minimum=1)
+    require_number("memory", float(memory), above=0)
+    usable = round(USABLE * memory)
+    tried = [
+        (settings, device_memory(config, settings, context, num_loops, backprop_loops))
+        for settings in _candidates(config, gpus, batch)
+    ]
+    for settings, needed in tried:
+        if needed.total <= usable:
+            return Fit(fits=True, settings=settings, memory=needed, usable=usable)
+    settings, needed = min(tried, key=lambda pair: pair[1].total)
+    return Fit(fits=False, settings=settings, memory=needed, usable=usable)
+
+
+def _candidates(config: MythosConfig, gpus: int, batch: int) -> Iterator[Settings]:
+    layers = [m for m in cost.on_meta(config).modules() if isinstance(m, MoELayer)]
+    holders = [
+        n
+        for n in range(1, gpus + 1)
+        if gpus % n == 0
+        and (n == 1 or layers)
+        and all(m.config.num_experts % n == 0 for m in layers)
+    ]
+    micro_batches = [n for n in range(batch, 0, -1) if batch % n == 0]
+    for experts in holders:
+        for checkpoint_loops in (False, True):
+            for micro_batch in micro_batches:
+                yield Settings(
+                    gpus=gpus,
+                    batch=batch,
+                    micro_batch=micro_batch,
+                    checkpoint_loops=checkpoint_loops,
+                    experts=experts,
+                )
+
+
+def device_memory(
+    config: MythosConfig,
+    settings: Settings,
+    context: int | None = None,
+    num_loops: int | None = None,
+    backprop_loops: int = 0,
+) -> DeviceMemory:
+    """Estimate the peak of a step on each device."""
+    s = settings
+    whole = cost.training_memory(
+        config,
+        batch=s.micro_batch,
+        context=config.context if context is None else context,
+        num_loops=num_loops,
+        backprop_loops=backprop_loops,
+        checkpointing=s.checkpoint_loops,
+        dtype=BF16,
+    )
+    total = _numel(cost.on_meta(config))
+    stays, units = _units(config, s.experts)
+    largest, next_largest, *_ = (*sorted(units, reverse=True), 0)
+    several = s.gpus > 1
+    # Alone, autocast keeps a bf16 copy of every weight that it has used.
+    copies = stays + largest + next_largest if several else total
+    # Gradients travel after the last micro-batch; until then every device sums its own.
+    summed = stays + sum(units) if s.micro_batch < s.batch else largest
+    return DeviceMemory(
+        weights=total * cost.FP32 // s.gpus,
+        gradients=whole.gradients // s.gpus,
+        optimizer=whole.optimizer // s.gpus,
+        gathered=copies * BF16.itemsize,
+        reduced=summed * cost.FP32 + largest * BF16.itemsize if several else 0,
+        activations=whole.activations,
+        logits=whole.logits,
+    )
+
+
+def _units(config: MythosConfig, experts: int) -> tuple[int, list[int]]:
+    """Weights that a device sees whole: those that stay, and those of every unit."""
+    model = cost.on_meta(config)
+    units = (*model.prelude, model.recurrent, *model.coda)
+    stays = _numel(model) - sum(map(_numel, units))
+    return stays, [_seen(unit, experts) for unit in units]
+
+
+def _seen(unit: nn.Module, experts: int) -> int:
+    routed = sum(_numel(m.experts) for m in unit.modules() if isinstance(m, MoELayer))
+    return _numel(unit) - routed + routed // experts
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
