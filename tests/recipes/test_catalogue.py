@@ -9,6 +9,7 @@ from openmythos.config import ConfigError, load_toml, save_toml
 from openmythos.model import cost
 from openmythos.recipes import catalogue
 from openmythos.train.config import RunConfig
+from openmythos.train.optim import WSD, Muon
 
 
 @pytest.mark.parametrize("name", catalogue.RECIPES)
@@ -19,7 +20,7 @@ def test_recipe_survives_its_file(name: str, tmp_path: Path) -> None:
     assert catalogue.get(name) == config
 
 
-@pytest.mark.parametrize("name", catalogue.RECIPES)
+@pytest.mark.parametrize("name", ["tiny", "demo", "small"])
 def test_recipe_fits_a_laptop_and_uses_everything(name: str) -> None:
     config = catalogue.get(name)
     assert cost.parameters(config.model).total < 1e7
@@ -27,6 +28,26 @@ def test_recipe_fits_a_laptop_and_uses_everything(name: str) -> None:
     assert config.model.injection.kind == "lti"
     assert config.train.seq_len <= config.model.context
     assert config.data.paths == ("stdlib",)
+
+
+def test_parcaes_recipe_is_the_papers() -> None:
+    config = catalogue.get("parcae-140m")
+    train = config.train
+    tokens = train.num_steps * train.batch_size * train.seq_len
+    assert tokens == pytest.approx(11.2e9, rel=1e-4)
+    assert (train.loops.mean_loops, train.loops.per, train.backprop_loops) == (8.0, "sequence", 4)
+    assert train.schedule == WSD(warmup=0.0, decay=0.5, final=0.0)
+    optimizer = train.optimizer
+    assert isinstance(optimizer, Muon)
+    # A matrix with 768 columns: their step has singular values of sqrt(rows / columns) times the
+    # rate, ours of 0.2 sqrt(rows) times it; decay per step is rate times weight decay in both.
+    assert optimizer.lr * 0.2 * 3072**0.5 == pytest.approx(8e-3 * (3072 / 768) ** 0.5)
+    assert optimizer.lr * optimizer.adamw_lr_scale == pytest.approx(8e-3)
+    assert optimizer.lr * optimizer.weight_decay == pytest.approx(8e-3 * 0.2)
+    assert optimizer.final_decay == 0.0
+    mini = catalogue.get("parcae-mini")
+    assert cost.parameters(mini.model).total < 2e6
+    assert mini.train.loops == train.loops and mini.train.schedule == train.schedule
 
 
 @pytest.mark.parametrize("name", ["dem", "nonsense", ""])

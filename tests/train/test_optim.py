@@ -177,6 +177,20 @@ def test_scale_multiplies_every_rate_once(choice: Any) -> None:
         assert now == pytest.approx([scale * lr for lr in base])
 
 
+def test_weight_decay_falls_to_its_end_beside_the_rate() -> None:
+    model = rich_model()
+    optimizers = Muon(weight_decay=0.4, final_decay=0.25).build(model)
+    base = [g["weight_decay"] for o in torch_optimizers(optimizers) for g in o.param_groups]
+    assert max(base) == 0.4
+    for progress, share in ((0.0, 1.0), (0.5, 0.625), (1.0, 0.25)):
+        give_gradients(model, 0)
+        optimizers.step(0.1, progress)
+        now = [g["weight_decay"] for o in torch_optimizers(optimizers) for g in o.param_groups]
+        assert now == pytest.approx([share * decay for decay in base])
+    with pytest.raises(ConfigError, match="final_decay = -1"):
+        Muon(final_decay=-1.0)
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
 @pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_schedule_rises_then_falls_to_its_end(schedule: Any, warmup: float) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -43,13 +43,22 @@ def two_ranks(*argv: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def signalled(run: Path, number: signal.Signals, *argv: str, restarts: int = 0) -> int:
-    """Exit code of torchrun, one of whose ranks gets a signal once there is a checkpoint."""
+class Ended(NamedTuple):
+    """How torchrun ended: exit code, what it said, seconds from the signal on."""
+
+    code: int
+    said: str
+    seconds: float
+
+
+def signalled(run: Path, number: signal.Signals, *argv: str, restarts: int = 0) -> Ended:
+    """What becomes of torchrun, one of whose ranks gets a signal once there is a checkpoint."""
     torchrun = subprocess.Popen(
         command(*argv, restarts=restarts),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 60
@@ -64,7 +73,9 @@ def signalled(run: Path, number: signal.Signals, *argv: str, restarts: int = 0) 
             for pid in children
         }
         os.kill(int(next(pid for pid, rank in ranks.items() if rank == "1")), number)
-        return torchrun.wait(timeout=120)
+        sent = time.monotonic()
+        said = torchrun.communicate(timeout=150)[1]
+        return Ended(torchrun.returncode, said, time.monotonic() - sent)
     finally:
         torchrun.kill()
 
@@ -108,15 +119,33 @@ def test_ranks_without_a_common_folder_are_refused(
 def test_a_signal_to_one_rank_stops_all_and_a_kill_is_restarted_both_exactly(here: Path) -> None:
     straight = two_ranks(*NEW, "--out", "straight", "--set", *LONG)
     assert straight.returncode == 0, straight.stderr
-    assert (
-        signalled(here / "stopped", signal.SIGTERM, *NEW, "--out", "stopped", "--set", *LONG) == 0
-    )
+    stopped = [*NEW, "--out", "stopped", "--set", *LONG]
+    assert signalled(here / "stopped", signal.SIGTERM, *stopped).code == 0
     done = len(losses(here / "stopped"))
     assert 10 <= done < 60
     assert list_checkpoints(here / "stopped")[-1].name == f"step-{done:08d}"
     more = two_ranks("train", "--resume", "stopped")
     assert more.returncode == 0, more.stderr
     killed = [*NEW, "--out", "killed", "--set", *LONG]
-    assert signalled(here / "killed", signal.SIGKILL, *killed, restarts=1) == 0
+    assert signalled(here / "killed", signal.SIGKILL, *killed, restarts=1).code == 0
     for run in ("stopped", "killed"):
         assert losses(here / run) == losses(here / "straight")
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_at_once_and_is_named(here: Path) -> None:
+    argv = [*NEW, "--out", "dead", "--set", *LONG, "train.num_steps=100000"]
+    ended = signalled(here / "dead", signal.SIGKILL, *argv)
+    assert ended.code != 0 and ended.seconds < 60
+    assert re.search(r"rank\s*:\s*1\b", ended.said)
+    assert "Signal 9 (SIGKILL)" in ended.said
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_job_too(here: Path) -> None:
+    argv = [*NEW, "--out", "stuck", "--set", *LONG, "train.num_steps=100000"]
+    ended = signalled(here / "stuck", signal.SIGSTOP, *argv)
+    # The other waits for PATIENCE; then torchrun gives the one that does not answer 30 s to end.
+    assert ended.code != 0 and ended.seconds < 120
+    assert "rank 0: waited 50 s in vain for the others" in ended.said
+    assert list_checkpoints(here / "stuck")

@@ -7,9 +7,11 @@ from types import MappingProxyType
 from openmythos.config import ConfigError, unknown_name
 from openmythos.data.tokenizer import BPE, Bytes
 from openmythos.model import presets
+from openmythos.nn.attention import GroupedQueryAttention
+from openmythos.nn.feed_forward import ReLU2
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.loop_sampling import PoissonLoops
-from openmythos.train.config import RunConfig, TrainConfig
+from openmythos.train.config import DataConfig, RunConfig, TrainConfig
 from openmythos.train.optim import WSD, Muon
 
 
@@ -60,8 +62,97 @@ def small() -> RunConfig:
     )
 
 
+def parcae_140m() -> RunConfig:
+    """Parcae-140M (arXiv 2604.12946) as its authors train it: 11.2 B tokens of FineWeb-Edu.
+
+    256 sequences of 2048 tokens a step; Poisson(8) loops per sequence, the last 4 with gradient;
+    Muon at 8e-3, in its own units, for matrices, AdamW at 8e-3 for the rest; no warmup, the second
+    half of the steps cools down to 0; weight decay 0.2 falls to 0. Not as there: value embeddings
+    (the preset has more layers instead), "cautious" decay and the normalised step of their Muon.
+    """
+    dim = 768
+    rate = 8e-3
+    # Our unit is AdamW's step: one of theirs, for a matrix with dim columns, is this many of ours.
+    unit = 0.2 * dim**0.5
+    return RunConfig(
+        model=presets.parcae_140m(),
+        tokenizer=BPE(vocab_size=32_768),
+        data=DataConfig(paths=("hf:HuggingFaceFW/fineweb-edu:sample-100BT",), held_out=0.001),
+        train=TrainConfig(
+            num_steps=21_362,
+            batch_size=256,
+            micro_batch_size=32,
+            seq_len=2048,
+            loops=PoissonLoops(mean_loops=8.0, max_loops=32, per="sequence"),
+            backprop_loops=4,
+            optimizer=Muon(
+                lr=rate / unit,
+                adamw_lr_scale=unit,
+                weight_decay=0.2 * unit,
+                final_decay=0.0,
+                momentum=0.95,
+                beta1=0.8,
+                beta2=0.95,
+            ),
+            schedule=WSD(warmup=0.0, decay=0.5, final=0.0),
+            clip_norm=1.0,
+            precision="bf16",
+            compile=True,
+            save_every=1024,
+            keep_every=1024 * 5,
+        ),
+    )
+
+
+def parcae_mini() -> RunConfig:
+    """Parcae's recipe at 1.7 M parameters, on a laptop in minutes."""
+    base = parcae_140m()
+    attention = GroupedQueryAttention(num_heads=4, num_kv_heads=4, qk_norm=True)
+    feed_forward = ReLU2(hidden_dim=512)
+    model = replace(
+        base.model,
+        dim=128,
+        context=256,
+        prelude_layers=1,
+        recurrent_layers=1,
+        coda_layers=1,
+        attention=attention,
+        feed_forward=feed_forward,
+        recurrent_feed_forward=feed_forward,
+        vocab_size=4096,
+    )
+    optimizer = base.train.optimizer
+    assert isinstance(optimizer, Muon)
+    unit = 0.2 * 128**0.5
+    return replace(
+        base,
+        model=model,
+        tokenizer=BPE(vocab_size=4096),
+        data=DataConfig(),
+        train=replace(
+            base.train,
+            num_steps=400,
+            batch_size=8,
+            micro_batch_size=0,
+            seq_len=256,
+            optimizer=replace(
+                optimizer, lr=8e-3 / unit, adamw_lr_scale=unit, weight_decay=0.2 * unit
+            ),
+            compile=False,
+            save_every=100,
+            keep_every=0,
+        ),
+    )
+
+
 RECIPES: Mapping[str, Callable[[], RunConfig]] = MappingProxyType(
-    {"tiny": tiny, "demo": demo, "small": small}
+    {
+        "tiny": tiny,
+        "demo": demo,
+        "small": small,
+        "parcae-140m": parcae_140m,
+        "parcae-mini": parcae_mini,
+    }
 )
 
 

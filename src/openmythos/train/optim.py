@@ -61,12 +61,14 @@ class AdamW:
 class Muon:
     """Muon for matrices (Jordan et al. 2024; scaled to AdamW's step, arXiv 2502.16982), AdamW else.
 
-    `lr` is for both, in AdamW's units; `adamw_lr_scale` multiplies it for AdamW's parameters.
+    `lr` is for both, in AdamW's units; `adamw_lr_scale` multiplies it for AdamW's parameters. The
+    weight decay falls linearly to `final_decay` times what it is.
     """
 
     kind: Literal["muon"] = "muon"
     lr: float = 3e-3
     weight_decay: float = 0.1
+    final_decay: float = 1.0
     momentum: float = 0.95
     adamw_lr_scale: float = 1.0
     beta1: float = 0.9
@@ -74,6 +76,7 @@ class Muon:
 
     def __post_init__(self) -> None:
         _check_adam(self.lr, self.weight_decay, self.beta1, self.beta2)
+        require_number("final_decay", self.final_decay, at_least=0)
         require_number("momentum", self.momentum, at_least=0, below=1)
         require_number("adamw_lr_scale", self.adamw_lr_scale, above=0)
 
@@ -98,7 +101,7 @@ class Muon:
             weight_decay=0.0,
             fused=True,
         )
-        return Optimizers([muon, adamw], names, views)
+        return Optimizers([muon, adamw], names, views, final_decay=self.final_decay)
 
 
 Optimizer = AdamW | Muon
@@ -157,19 +160,25 @@ class Optimizers:
         optimizers: list[torch.optim.Optimizer],
         names: dict[int, str],
         views: MatrixViews | None = None,
+        *,
+        final_decay: float = 1.0,
     ) -> None:
         self._optimizers = optimizers
         self._names = names
         self._views = views
-        self._base = [[group["lr"] for group in o.param_groups] for o in optimizers]
+        self._final_decay = final_decay
+        self._base = [
+            [(group["lr"], group["weight_decay"]) for group in o.param_groups] for o in optimizers
+        ]
 
-    def step(self, scale: float) -> None:
-        """Update with every learning rate times `scale`."""
+    def step(self, scale: float, progress: float = 0.0) -> None:
+        """Update with every learning rate times `scale`; `progress` is the share of steps done."""
+        decay_scale = 1 - (1 - self._final_decay) * progress
         if self._views is not None:
             self._views.take_gradients()
         for optimizer, base in zip(self._optimizers, self._base, strict=True):
-            for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * scale
+            for group, (lr, decay) in zip(optimizer.param_groups, base, strict=True):
+                group["lr"], group["weight_decay"] = lr * scale, decay * decay_scale
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:

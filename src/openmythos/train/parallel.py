@@ -93,7 +93,10 @@ def launched() -> tuple[int, int]:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The ranks that torchrun has started; nothing where it has not."""
+    """The ranks that torchrun has started; nothing where it has not.
+
+    Raises ConnectionError where a rank no longer answers the others.
+    """
     if launched()[1] == 1 or dist.is_initialized():
         yield
         return
@@ -103,6 +106,15 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
+    except RuntimeError as error:
+        said = str(error)
+        if "Timed out waiting" in said:
+            told = f"waited {PATIENCE.seconds} s in vain for the others"
+        elif "Connection closed by peer" in said or "Connection reset by peer" in said:
+            told = "lost the connection to another"
+        else:
+            raise
+        raise ConnectionError(f"rank {launched()[0]}: {told}") from error
     finally:
         dist.destroy_process_group()
 

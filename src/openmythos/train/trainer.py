@@ -144,7 +144,7 @@ class Trainer:
         # Of numbers that all ranks share, so that all skip or none.
         finite = bool(parts.total.isfinite() & norm.isfinite())
         if finite:
-            self.optimizers.step(scale)
+            self.optimizers.step(scale, self.step / c.num_steps)
             self.model.update_router_bias(counts)
         self.model.zero_grad(set_to_none=True)
         state_rms, residual = self._by_loop(sizes, int(all_loops.max()))
