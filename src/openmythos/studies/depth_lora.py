@@ -172,8 +172,8 @@ STUDY = Study(
     method=(
         "Text: 0.5 M parameters on Python's standard library, 300 steps of 8 x 128 tokens, 4 "
         "loops; LoRA on every linear map of the loop; untied: 4 layers of their own between the "
-        "same first and last; best of three learning rates by held-out loss, of five for the untied "
-        "layers, whose best is higher. k-hop: trained to 10 hops as in what-makes-it-extrapolate, "
+        "same first and last; best of three learning rates by held-out loss, of five for the "
+        "untied, whose best is higher. k-hop: trained to 10 hops as in what-makes-it-extrapolate, "
         "LoRA for 16 loops, the last pair for all later ones."
     ),
     not_shown=("Equal parameters: ranks and untied layers have more.", "Long training."),
