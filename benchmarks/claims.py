@@ -155,6 +155,57 @@ def cache_rows(results: Path) -> Iterator[str]:
     )
 
 
+def scale_rows(results: Path) -> Iterator[str]:
+    kills, memory = load(results, "scale/kills.json"), load(results, "scale/memory.json")
+    points, same = kills["kills"], kills["compared"]
+    inside = sum(point["during_a_checkpoint"] for point in points)
+    yield row(
+        "a training run killed at random moments and resumed ends as one left alone",
+        f"{len(points)} stops by SIGKILL, SIGTERM or a full disk, {inside} inside a checkpoint: of "
+        f"{same['steps']} steps {same['steps_that_differ']}, of {same['tensors']} weights "
+        f"{same['tensors_that_differ']} differ by a bit",
+        "`python benchmarks/kills.py` ([results](results/scale/kills.json))",
+    )
+    ranks = load(results, "scale/two-ranks.json")["rows"]
+    loss, norm = (
+        max(each[f"largest_difference_of_{key}"] for each in ranks)
+        for key in ("loss", "gradient_norm")
+    )
+    steps = load(results, "scale/collectives.json")["messages_per_step"]["shards"]
+    gathers = [f"{step['all_gathers']} all-gathers a step at {step['loops']}" for step in steps]
+    yield row(
+        "several processes train as one does, with weights in shards, replicas, and experts that "
+        "ranks hold between them",
+        f"20 steps on 2 and 4 processes: losses within {loss:.0e}, gradient norms within "
+        f"{norm:.0e}; {gathers[0]} loop, {gathers[-1]} loops",
+        "`python benchmarks/ranks_together.py` ([results](results/scale/two-ranks.json))",
+    )
+    every, last, anew = (
+        memory["by_loops"][mode] for mode in ("all loops", "last 4 loops", "recomputed")
+    )
+    yield row(
+        "the memory of training does not grow with loops where the last few carry gradient",
+        f"preset small, 2048 tokens: {last['4']['mib']:.0f}, {last['16']['mib']:.0f}, "
+        f"{last['64']['mib']:.0f} MiB at 4, 16, 64 loops; {every['64']['mib']:.0f} at 64 with all, "
+        f"{anew['64']['mib']:.0f} with recomputed loops",
+        "`python benchmarks/memory.py` ([results](results/scale/memory.json))",
+    )
+    ratios = {name: plan["ratio"] for name, plan in memory["plan"].items()}
+    wide = [ratio for name, ratio in ratios.items() if name.startswith("fp32")]
+    yield row(
+        "`openmythos plan` foretells the memory of training",
+        f"{min(wide):.0%} to {max(wide):.0%} of what is measured in fp32, alone and on two ranks; "
+        f"{ratios['bf16']:.0%} in bf16 on a CPU (kernels made at run time are not foretold)",
+        "same",
+    )
+    loader = load(results, "scale/loader.json")
+    yield row(
+        "training does not wait for data",
+        f"a batch takes {loader['share']:.2%} of a step of the recipe small",
+        "`python benchmarks/loader.py` ([results](results/scale/loader.json))",
+    )
+
+
 PROVEN = (
     row(
         "cached decoding equals the full forward pass, for every variant, any num_loops, padding "
@@ -188,7 +239,7 @@ PROVEN = (
 
 def claims_table(results: Path) -> str:
     """The README's table."""
-    parts = (study_rows, demo_rows, bench_rows, scaling_rows, cache_rows)
+    parts = (study_rows, demo_rows, bench_rows, scaling_rows, cache_rows, scale_rows)
     rows = [line for part in parts for line in part(results)]
     return "\n".join(["| claim | measured | command |", "|---|---|---|", *rows, *PROVEN])
 
