@@ -61,6 +61,7 @@ def step_of(case: Mapping[str, Any]) -> dict[str, float]:
     spread(
         model,
         Parallel(),
+        device=torch.device("cpu"),
         checkpoint_loops=case.get("mode") == "recomputed",
         compiled=False,
     )

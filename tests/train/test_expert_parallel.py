@@ -73,6 +73,9 @@ CASES: dict[str, tuple[int, Any, TrainConfig]] = {
 SAVED = {2: (MODEL, SHORT), 4: (EVERYWHERE, replace(SHORT, optimizer=Muon()))}
 
 
+UNSPREAD: Any = {"device": torch.device("cpu"), "checkpoint_loops": False, "compiled": False}
+
+
 def shared(config: TrainConfig) -> TrainConfig:
     return replace(config, parallel=replace(config.parallel, experts=2))
 
@@ -81,6 +84,17 @@ def contents(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights and the optimizers' state, whole."""
     found = {**trainer.model.state_dict(), **trainer.optimizers.tensors()}
     return {name: whole(x).clone() for name, x in found.items()}
+
+
+def starts_as_alone(folder: Path, model: Any, config: TrainConfig) -> bool:
+    """Whether a model that gets its weights in shards has those of a process that is alone."""
+    with torch.device("meta"):
+        unmade = OpenMythos(model)
+    trainer = Trainer(unmade, trainer_of(folder / "shards", model, TRAIN).loader, config)
+    made = OpenMythos(model, seed=config.seed).state_dict()
+    return all(torch.equal(whole(x), made[name]) for name, x in unmade.state_dict().items()) and (
+        trainer.device == torch.device("cpu")
+    )
 
 
 def save(folder: Path, trainer: Trainer) -> None:
@@ -134,6 +148,10 @@ def work(folder: Path) -> dict[str, Any]:
     found["rest"] = [metrics.as_dict() for metrics in trainer.steps()]
     save(folder / f"together-{ranks}", trainer)
     found["saved"] = contents(trainer)
+    found["starts"] = [
+        starts_as_alone(folder, model, config)
+        for model, config in ((MODEL, SHORT), (EVERYWHERE, shared(replace(SHORT, seed=5))))
+    ]
     if ranks == 2:
         found["exits"] = early_exits(trainer.model)
         found["refused"] = refusals()
@@ -215,6 +233,14 @@ def test_a_checkpoint_of_ranks_is_read_by_one_process(outcome: Outcome, ranks: i
             assert torch.equal(x, read[name]), name
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_weights_that_are_made_in_shards_are_those_of_one_process(
+    outcome: Outcome, ranks: int
+) -> None:
+    for found in outcome.ranks[ranks]:
+        assert found["starts"] == [True, True]
+
+
 def test_positions_leave_early_on_each_rank_as_alone(outcome: Outcome) -> None:
     model = load_model(latest_checkpoint(outcome.folder / "together-2"))
     last = set()
@@ -236,7 +262,7 @@ def test_what_does_not_divide_is_refused(outcome: Outcome) -> None:
             "experts = 2: must be 1 for a model without routed experts",
         ]
     with pytest.raises(ConfigError, match="experts = 2: must divide the number of ranks that shar"):
-        spread(OpenMythos(MODEL), Parallel(experts=2), checkpoint_loops=False, compiled=False)
+        spread(OpenMythos(MODEL), Parallel(experts=2), **UNSPREAD)
     with pytest.raises(ConfigError, match="experts = 0: must be an integer, at least 1"):
         Parallel(experts=0)
 

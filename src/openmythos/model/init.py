@@ -26,6 +26,8 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openmythos.model.config import MythosConfig
 from openmythos.recurrence.halting import ACT
@@ -92,9 +94,30 @@ def init_table(config: MythosConfig) -> list[tuple[str, Fill]]:
 def init_weights(
     model: nn.Module, config: MythosConfig, generator: torch.Generator | None = None
 ) -> None:
-    """Fill every parameter and buffer of the model by the table above."""
+    """Fill every parameter and buffer of the model by the table above.
+
+    One in shards, or not where the generator is, gets its part of the numbers that it would get
+    whole and there, which are made and dropped for one parameter at a time.
+    """
     table = init_table(config)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         fill = next((fill for pattern, fill in table if fnmatchcase(name, pattern)), None)
         assert fill is not None, f"no row of the initialisation table matches {name}"
-        fill(tensor, generator)
+        if generator is None or (tensor.device == generator.device and type(tensor) is not DTensor):
+            fill(tensor, generator)
+        else:
+            _fill_part(tensor, fill, generator)
+
+
+def _fill_part(x: Tensor, fill: Fill, generator: torch.Generator) -> None:
+    """Make all numbers of a parameter and keep those of this shard, which is of some rows."""
+    everything = torch.empty(x.shape, dtype=x.dtype, device=generator.device)
+    fill(everything, generator)
+    if not isinstance(x, DTensor):
+        x.copy_(everything)
+        return
+    local = x.to_local()
+    _, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    assert local.shape[1:] == x.shape[1:]
+    if len(local):
+        local.copy_(everything[offset[0] : offset[0] + len(local)])

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from openmythos.config import require, require_int
+from openmythos.model.init import init_weights
 from openmythos.model.mythos import OpenMythos
 from openmythos.train.expert_parallel import average_over_all, check_experts, split_experts
 from openmythos.train.optim import by_mesh
@@ -132,18 +133,28 @@ def leave(code: int) -> NoReturn:
 
 
 def spread(
-    model: OpenMythos, parallel: Parallel, *, checkpoint_loops: bool, compiled: bool
+    model: OpenMythos,
+    parallel: Parallel,
+    *,
+    device: torch.device,
+    checkpoint_loops: bool,
+    compiled: bool,
+    seed: int = 0,
 ) -> OpenMythos:
-    """The model as a step runs it, in place; every rank comes with the same weights."""
+    """The model as a step runs it, in place; every rank comes with the same weights.
+
+    One on the meta device gets its weights of `seed` when it is in shards, so that no rank ever
+    holds more of it whole than one parameter.
+    """
     model.recurrent.checkpoint_loops = checkpoint_loops
     if compiled:
         model.compile_layers()
     place = None
     if parallel.experts > 1:
         check_experts(model, parallel.experts)
-        place = split_experts(model, parallel.expert_mesh(next(model.parameters()).device.type))
+        place = split_experts(model, parallel.expert_mesh(device.type))
     if rank_and_world_size()[1] > 1:
-        mesh = parallel.mesh(next(model.parameters()).device.type)
+        mesh = parallel.mesh(device.type)
         narrow = torch.bfloat16 if parallel.gather == "bf16" else None
         policy = MixedPrecisionPolicy(
             param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -154,6 +165,9 @@ def spread(
         if place is not None:
             average_over_all(units)
         register_fsdp_forward_method(model, "losses")
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
+        init_weights(model, model.config, torch.Generator().manual_seed(seed))
     return model
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from openmythos.config import ConfigError, load_toml, save_toml, to_dict
 from openmythos.data.corpus import Corpus, open_corpus
 from openmythos.data.loader import Loader
@@ -34,7 +36,7 @@ from openmythos.train.checkpoint import (
 )
 from openmythos.train.config import DataConfig, RunConfig
 from openmythos.train.metrics import MetricsLog
-from openmythos.train.parallel import choose_device, rank_and_world_size
+from openmythos.train.parallel import rank_and_world_size
 from openmythos.train.state import StateFile
 from openmythos.train.trackers import Trackers, require_packages
 from openmythos.train.trainer import StepMetrics, Trainer
@@ -162,7 +164,8 @@ def train(
         require_packages(config.trackers)
     loader = run.loader(run.sources("train"), rank, world_size)
     checkpoint = latest_checkpoint(run.folder) if resume else None
-    model = OpenMythos(run.config.model, seed=config.seed).to(choose_device(config.device))
+    with torch.device("meta"):
+        model = OpenMythos(run.config.model)
     trainer = Trainer(model, loader, config, stopping)
     if checkpoint is not None:
         trainer.counters = load_training(checkpoint, trainer.model, trainer.optimizers)

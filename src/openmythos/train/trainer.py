@@ -28,6 +28,7 @@ from openmythos.train.checkpoint import Counters
 from openmythos.train.config import TrainConfig
 from openmythos.train.loss import LossParts, training_loss
 from openmythos.train.parallel import (
+    choose_device,
     clip_gradients,
     mean_over_ranks,
     rank_and_world_size,
@@ -68,7 +69,10 @@ class StepMetrics:
 
 
 class Trainer:
-    """Trains a model on a loader's batches from step `step` on."""
+    """Trains a model on a loader's batches from step `step` on.
+
+    A model on the meta device is given its weights here, in shards, on `config.device`.
+    """
 
     def __init__(
         self,
@@ -83,9 +87,13 @@ class Trainer:
         fits = self.world_size == 1 or not config.loss.collect_loops or config.loops.per == "batch"
         require(fits, "loss.kind", config.loss.kind, 'wants loops.per = "batch" on several ranks')
         self.device = next(model.parameters()).device
+        if self.device.type == "meta":
+            self.device = choose_device(config.device)
         self.model = spread(
             model,
             config.parallel,
+            device=self.device,
+            seed=config.seed,
             checkpoint_loops=config.checkpoint_loops,
             compiled=config.compile,
         )
