@@ -1,10 +1,11 @@
 """Kill a training run at random moments, resume it each time, compare with one left alone.
 
-    python benchmarks/kills.py --kills 24
+    python benchmarks/kills.py --kills 25
 
-Writes results/scale/kills.json. Most kills are SIGKILL; some are SIGTERM, and some take the process
-the room for its files (RLIMIT_FSIZE), as a full disk does. Every child is the command that a user
-types. At the end metrics and weights must be those of the run left alone, bit for bit.
+Writes results/scale/kills.json. Most kills are SIGKILL, a third of these while a checkpoint is being
+written; some are SIGTERM, and some take the process the room for its files (RLIMIT_FSIZE), as a full
+disk does. Every child is the command that a user types. At the end metrics and weights must be those
+of the run left alone, bit for bit.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from openmythos.train.checkpoint import FOLDER, latest_checkpoint, list_checkpoi
 from openmythos.train.metrics import read_metrics
 from openmythos.train.run import Run
 
-WAYS = ("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "full disk")
+WAYS = ("SIGKILL", "SIGKILL", "SIGKILL inside a checkpoint", "SIGTERM", "full disk")
 NOT_COMPARED = {"tokens_per_second", "mfu"}
 SETTINGS = ("train.save_every=7", "train.seq_len=32", "model.context=32", "model.dim=32")
 
@@ -55,10 +56,13 @@ def kill_once(run: Path, argv: list[str], way: str, delay: float) -> dict[str, A
     while child.poll() is None and not trains(run, before, kept):
         time.sleep(0.005)
     time.sleep(delay)
+    if way == "SIGKILL inside a checkpoint":
+        while child.poll() is None and not being_written(run):
+            time.sleep(0.0005)
     if way == "full disk":
         resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (4096, 4096))
     else:
-        child.send_signal(signal.Signals[way])
+        child.send_signal(signal.Signals[way.split()[0]])
     error = child.communicate()[1].strip().splitlines()
     return {
         "way": way,
@@ -67,8 +71,13 @@ def kill_once(run: Path, argv: list[str], way: str, delay: float) -> dict[str, A
         "error": error[-1] if error and way == "full disk" else "",
         "logged_steps": steps_done(run),
         "newest_checkpoint": latest_checkpoint(run).name if list_checkpoints(run) else "",
-        "during_a_checkpoint": any((run / FOLDER).glob(".step-*.tmp")),
+        "during_a_checkpoint": being_written(run),
     }
+
+
+def being_written(run: Path) -> bool:
+    """Whether there is a checkpoint that is not whole."""
+    return any((run / FOLDER).glob(".step-*.tmp"))
 
 
 def trains(run: Path, before: int, kept: set[str]) -> bool:

@@ -102,8 +102,12 @@ def curve_of(result: RunResult) -> dict[int, float]:
 
 def fit(result: RunResult) -> float:
     """Less loss at the mean number of loops is better."""
-    curve = curve_of(result)
-    return -curve.get(4, curve[max(curve)])
+    return -_at_mean(curve_of(result))
+
+
+def _at_mean(curve: Mapping[int, float]) -> float:
+    """Loss at the mean number of loops in training; of a quick run at the most that it tried."""
+    return curve.get(4, curve[max(curve)])
 
 
 def _added(result: RunResult, policy: str) -> float:
@@ -175,7 +179,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     rows: list[dict[str, object]] = []
     for run in results:
         for loops, loss in curve_of(run).items():
-            above = loss - curve_of(run)[4]
+            above = loss - _at_mean(curve_of(run))
             by_loops.setdefault(run.arm, {}).setdefault(loops, []).append(above)
             rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "nats": loss})
         for policy, loss in run.curve["nats_by_policy"].items():
