@@ -2,10 +2,10 @@
 
     python benchmarks/kills.py --kills 25
 
-Writes results/scale/kills.json. Most kills are SIGKILL, a third of these while a checkpoint is being
-written; some are SIGTERM, and some take the process the room for its files (RLIMIT_FSIZE), as a full
-disk does. Every child is the command that a user types. At the end metrics and weights must be those
-of the run left alone, bit for bit.
+Writes results/scale/kills.json. Most kills are SIGKILL, a third of these while a checkpoint is
+being written; some are SIGTERM, and some take the process the room for its files (RLIMIT_FSIZE), as
+a full disk does. Every child is the command that a user types. At the end metrics and weights must
+be those of the run left alone, bit for bit.
 """
 
 import argparse
