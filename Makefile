@@ -22,18 +22,20 @@ setup: $(VENV)/.installed-dev  ## install the package and everything needed to w
 demo: $(VENV)/.installed-demo  ## train a small model on this machine, then sample and plot
 	GOMP_SPINCOUNT=3000 $(BIN)/openmythos demo
 
-# Run-time shape checks fail under torch.compile and are not set up in worker processes, so those
-# tests run in a second call. One thread per process: the processes share the machine.
+# Run-time shape checks fail under torch.compile, are not set up in worker processes, and slow whole
+# programs down, so those tests run in a second call. One thread per process: they share the machine.
 test: $(VENV)/.installed-dev  ## run the tests, but for the slow ones
 	$(call run-tests,not slow)
 
 test-all: $(VENV)/.installed-dev  ## run all tests
 	$(call run-tests,slow or not slow)
 
+UNCHECKED := compile or distributed or whole
+
 define run-tests
-$(TEST_ENV) $(BIN)/pytest -n 2 -m "($(1)) and not compile and not distributed" \
+$(TEST_ENV) $(BIN)/pytest -n 2 -m "($(1)) and not ($(UNCHECKED))" \
 	--jaxtyping-packages=openmythos,beartype.beartype $(ARGS)
-$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m "($(1)) and (compile or distributed)" $(ARGS) \
+$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadgroup -m "($(1)) and ($(UNCHECKED))" $(ARGS) \
 	|| [ $$? -eq 5 ]  # 5: none selected
 endef
 

@@ -37,6 +37,8 @@ from openmythos.studies.study import (
 from openmythos.tasks import KHop
 from openmythos.train.optim import AdamW
 
+pytestmark = pytest.mark.whole
+
 ARMS = {arm.name: arm for arm in depth.arms()}
 
 

@@ -36,7 +36,7 @@ from openmythos.train.optim import Muon
 from openmythos.train.parallel import Parallel, spread, whole
 from openmythos.train.trainer import StepMetrics, Trainer
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("experts")]
 
 SHORT = replace(TRAIN, num_steps=3)
 # One rank is done with its rows long before the other.
