@@ -35,7 +35,7 @@ UNCHECKED := compile or distributed or whole
 define run-tests
 $(TEST_ENV) $(BIN)/pytest -n 2 -m "($(1)) and not ($(UNCHECKED))" \
 	--jaxtyping-packages=openmythos,beartype.beartype $(ARGS)
-$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadgroup -m "($(1)) and ($(UNCHECKED))" $(ARGS) \
+$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m "($(1)) and ($(UNCHECKED))" $(ARGS) \
 	|| [ $$? -eq 5 ]  # 5: none selected
 endef
 

@@ -1,5 +1,6 @@
 """Gloo processes that train, for tests of what ranks do together."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -92,7 +93,9 @@ def launch(ranks: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:
     """What work(folder) returns on each of so many processes, by rank."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         (folder / "port").write_text(str(free.getsockname()[1]))
-    mp.spawn(_work, args=(ranks, folder, work), nprocs=ranks)
+    # The server imports once, and its forks need not.
+    multiprocessing.set_forkserver_preload(["openmythos.train.run", "torch.distributed.fsdp"])
+    mp.start_processes(_work, args=(ranks, folder, work), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{ranks}-{rank}.pt") for rank in range(ranks)]
 
 

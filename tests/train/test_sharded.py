@@ -28,7 +28,7 @@ from openmythos.train.loss import DeepSupervision
 from openmythos.train.optim import Muon
 from openmythos.train.parallel import Parallel, sum_over_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("sharded")]
+pytestmark = pytest.mark.distributed
 
 GRANULARITIES = get_args(Granularity)
 
