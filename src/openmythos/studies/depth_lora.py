@@ -178,8 +178,8 @@ STUDY = Study(
     ),
     not_shown=(
         "Equal parameters: ranks and untied layers have more.",
-        "Long training: in 300 steps untied layers learn more slowly than the loop at any rate tried, "
-        "so that nothing is seen of what sharing costs in the end.",
+        "Long training: in 300 steps untied layers learn more slowly than the loop at any rate "
+        "tried, so that nothing is seen of what sharing costs in the end.",
     ),
     arms=arms,
     measure=measure,
