@@ -127,7 +127,8 @@ def test_a_signal_to_one_rank_stops_all_and_a_kill_is_restarted_both_exactly(her
     more = two_ranks("train", "--resume", "stopped")
     assert more.returncode == 0, more.stderr
     killed = [*NEW, "--out", "killed", "--set", *LONG]
-    assert signalled(here / "killed", signal.SIGKILL, *killed, restarts=1).code == 0
+    ended = signalled(here / "killed", signal.SIGKILL, *killed, restarts=1)
+    assert ended.code == 0, ended.said
     for run in ("stopped", "killed"):
         assert losses(here / run) == losses(here / "straight")
 
