@@ -179,7 +179,7 @@ class Plan:
     memory: float = 80.0
     """GiB of each device, with --gpus."""
     backprop_loops: int = 0
-    """Loops that carry gradient (0: all), with --gpus."""
+    """Loops of each sequence, its last ones, that carry gradient in training (0: all)."""
 
     def run(self) -> None:
         config = apply_overrides(presets.get(self.preset), flat(self.set))
@@ -205,6 +205,7 @@ class Plan:
                 context=config.context if self.context is None else self.context,
                 batch=self.batch,
                 num_loops=config.num_loops if self.num_loops is None else self.num_loops,
+                backprop_loops=self.backprop_loops,
             ),
         )
 

@@ -62,6 +62,23 @@ def small() -> RunConfig:
     )
 
 
+def _parcae_muon(dim: int) -> Muon:
+    """8e-3 for all weights, weight decay 0.2 that falls to 0.
+
+    Our unit is AdamW's step: one of theirs, for a matrix with dim columns, is `unit` of ours.
+    """
+    unit = 0.2 * dim**0.5
+    return Muon(
+        lr=8e-3 / unit,
+        adamw_lr_scale=unit,
+        weight_decay=0.2 * unit,
+        final_decay=0.0,
+        momentum=0.95,
+        beta1=0.8,
+        beta2=0.95,
+    )
+
+
 def parcae_140m() -> RunConfig:
     """Parcae-140M (arXiv 2604.12946) as its authors train it: 11.2 B tokens of FineWeb-Edu.
 
@@ -70,10 +87,6 @@ def parcae_140m() -> RunConfig:
     half of the steps cools down to 0; weight decay 0.2 falls to 0. Not as there: value embeddings
     (the preset has more layers instead), "cautious" decay and the normalised step of their Muon.
     """
-    dim = 768
-    rate = 8e-3
-    # Our unit is AdamW's step: one of theirs, for a matrix with dim columns, is this many of ours.
-    unit = 0.2 * dim**0.5
     return RunConfig(
         model=presets.parcae_140m(),
         tokenizer=BPE(vocab_size=32_768),
@@ -85,15 +98,7 @@ def parcae_140m() -> RunConfig:
             seq_len=2048,
             loops=PoissonLoops(mean_loops=8.0, max_loops=32, per="sequence"),
             backprop_loops=4,
-            optimizer=Muon(
-                lr=rate / unit,
-                adamw_lr_scale=unit,
-                weight_decay=0.2 * unit,
-                final_decay=0.0,
-                momentum=0.95,
-                beta1=0.8,
-                beta2=0.95,
-            ),
+            optimizer=_parcae_muon(dim=768),
             schedule=WSD(warmup=0.0, decay=0.5, final=0.0),
             clip_norm=1.0,
             precision="bf16",
@@ -121,9 +126,6 @@ def parcae_mini() -> RunConfig:
         recurrent_feed_forward=feed_forward,
         vocab_size=4096,
     )
-    optimizer = base.train.optimizer
-    assert isinstance(optimizer, Muon)
-    unit = 0.2 * 128**0.5
     return replace(
         base,
         model=model,
@@ -135,9 +137,7 @@ def parcae_mini() -> RunConfig:
             batch_size=8,
             micro_batch_size=0,
             seq_len=256,
-            optimizer=replace(
-                optimizer, lr=8e-3 / unit, adamw_lr_scale=unit, weight_decay=0.2 * unit
-            ),
+            optimizer=_parcae_muon(dim=128),
             compile=False,
             save_every=100,
             keep_every=0,
