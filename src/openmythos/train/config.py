@@ -111,10 +111,8 @@ class TrainConfig:
         require(fits, "parallel.gather", self.parallel.gather, allowed)
         kinds = [tracker.kind for tracker in self.trackers]
         require(len(kinds) == len(set(kinds)), "trackers", kinds, "must be of different kinds")
-        fits, allowed = (
-            self.parallel.experts == 1 or not self.compile,
-            "must be 1 with compile = true",
-        )
+        fits = self.parallel.experts == 1 or not self.compile
+        allowed = "must be 1 with compile = true"
         require(fits, "parallel.experts", self.parallel.experts, allowed)
 
     @property
