@@ -90,6 +90,15 @@ def test_only_matrices_of_layers_decay(choice: Any) -> None:
     assert any("experts.down" in name for name in names)
 
 
+def test_adamw_decays_the_embedding_too_where_asked() -> None:
+    model = rich_model()
+    before = model.embed.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    AdamW(lr=0.1, weight_decay=0.5, decay_embeddings=True).build(model).step(1.0)
+    torch.testing.assert_close(model.embed.weight.detach(), 0.95 * before)
+
+
 def test_weight_decay_shrinks_what_has_no_gradient_signal() -> None:
     model = rich_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -3,7 +3,7 @@
 | parameters                                              | Muon run | weight decay |
 |---------------------------------------------------------|----------|--------------|
 | matrices of layers, each expert's matrices              | Muon     | yes          |
-| embedding, head                                         | AdamW    | no           |
+| embedding, head                                         | AdamW    | if asked for |
 | router weight, LoopLoRA, halting                        | AdamW    | no           |
 | norms, decay, step size, input map, loop embedding      | AdamW    | no           |
 """
@@ -21,9 +21,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from openmythos.config import ConfigError, require_number
 
+_EMBEDDINGS = ("embed.", "head.")
 _WITHOUT_DECAY = (
-    "embed.",
-    "head.",
     ".router.",
     ".conditioning.",
     ".halting.",
@@ -39,6 +38,7 @@ class AdamW:
     kind: Literal["adamw"] = "adamw"
     lr: float = 3e-3
     weight_decay: float = 0.1
+    decay_embeddings: bool = False
     beta1: float = 0.9
     beta2: float = 0.95
 
@@ -46,7 +46,7 @@ class AdamW:
         _check_adam(self.lr, self.weight_decay, self.beta1, self.beta2)
 
     def build(self, model: nn.Module) -> "Optimizers":
-        decayed, plain = _split(model)
+        decayed, plain = _split(model, embeddings=self.decay_embeddings)
         groups = [
             {"params": part, "weight_decay": weight_decay}
             for params, weight_decay in ((decayed, self.weight_decay), (plain, 0.0))
@@ -233,12 +233,15 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
-def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def _split(
+    model: nn.Module, *, embeddings: bool = False
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(parameters with weight decay, the others)."""
+    without = _WITHOUT_DECAY if embeddings else (*_EMBEDDINGS, *_WITHOUT_DECAY)
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and not any(part in name for part in _WITHOUT_DECAY)
+        is_matrix = parameter.ndim >= 2 and not any(part in name for part in without)
         (decayed if is_matrix else plain).append(parameter)
     return decayed, plain
 
