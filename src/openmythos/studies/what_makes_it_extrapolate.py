@@ -70,9 +70,7 @@ def arms() -> list[Arm]:
     return [
         Arm(name=name, model=model, task=KHop(), learning=how, rates=(1.5e-3, 3e-3, 6e-3))
         for name, model, how in pairs
-    ] + [
-        Arm(name=name + LONGER, model=models[name], task=KHop(), learning=longer) for name in SLOW
-    ]
+    ] + [Arm(name=name + LONGER, model=models[name], task=KHop(), learning=longer) for name in SLOW]
 
 
 def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
