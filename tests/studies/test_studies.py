@@ -280,12 +280,13 @@ def test_what_a_change_does_is_paired_by_seed() -> None:
 
     names = [arm.name for arm in what.arms()]
     same = dict.fromkeys(names, (0.9, 0.8))
-    claimed = same | {name: (0.2, 0.1) for name in what.CARRIES}
+    carry = {name for name in names if name.removesuffix(what.LONGER) in what.CARRIES}
+    claimed = same | dict.fromkeys(carry, (0.2, 0.1))
     assert what.effects(runs(claimed))["injection: add"] == pytest.approx([-0.7, -0.7])
     assert what.judge(runs(claimed)).verdict == "holds"
     assert what.judge(runs(same)).verdict == "holds in part"  # harmless, but nothing carries
     assert what.judge(runs(claimed | {"LoopLoRA": (0.5, 0.4)})).verdict == "holds in part"
-    harmful = {name: (0.2, 0.1) for name in names if name not in (what.BASE, *what.CARRIES)}
+    harmful = {name: (0.2, 0.1) for name in names if name not in {what.BASE, *carry}}
     assert what.judge(runs(same | harmful)).verdict == "does not hold here"
     # An interval that reaches the tolerance is no evidence that a part is needed.
     unsure = claimed | {"injection: add": (0.9, 0.1)}

@@ -9,7 +9,6 @@ import torch
 from openmythos.analysis import study_plots
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import looped, stacked
 from openmythos.studies.learning import Learning, TiedLoops
@@ -18,10 +17,13 @@ from openmythos.tasks import SystematicHops
 from openmythos.tasks.split import Part
 from openmythos.train.optim import WSD, AdamW
 
-TASK = SystematicHops(num_relations=16, alone=0.125)
+# 213 pairs of facts that are always alone; see `not_shown` for how this was found.
+TASK = SystematicHops(num_entities=25, num_relations=28, alone=0.105)
 PARTS: tuple[Part, ...] = ("train", "held_out", "ood")
 LOOPS = (2, 3, 4, 5, 6, 8)
 LOOPED, UNSHARED = "looped", "6 layers"
+# Embeddings that do not decay, as everywhere else in this library.
+PLAIN = ", embeddings without decay"
 EMERGED = 0.5
 
 
@@ -30,7 +32,7 @@ def _sized(model: MythosConfig, **changes: Any) -> MythosConfig:
 
 
 def arms() -> list[Arm]:
-    def learning(lr: float, loops: TiedLoops | FixedLoops) -> Learning:
+    def learning(lr: float, loops: TiedLoops | FixedLoops, plain: bool) -> Learning:
         return Learning(
             num_steps=5000,
             batch_size=128,
@@ -38,31 +40,36 @@ def arms() -> list[Arm]:
             first_hops=6,
             max_hops=6,
             loops=loops,
-            optimizer=AdamW(lr=lr, weight_decay=0.6, beta1=0.9, beta2=0.98),
+            optimizer=AdamW(
+                lr=lr,
+                weight_decay=0.9,
+                decay_embeddings=not plain,
+                beta1=0.9,
+                beta2=0.98,
+            ),
             schedule=WSD(warmup=0.02, decay=0.6, final=0.03),
         )
 
-    tied = learning(3e-3, TiedLoops(extra=3))
-    full = GroupedQueryAttention(num_heads=4, num_kv_heads=4)
-    bare = _sized(looped(), prelude_layers=0, coda_layers=0)
-    return [
-        Arm(name=LOOPED, model=bare, task=TASK, learning=tied),
-        Arm(
-            name="looped, full attention",
-            model=replace(bare, attention=full),
-            task=TASK,
-            learning=tied,
-            why="locality of attention",
-        ),
-        Arm(
-            name=UNSHARED,
-            model=_sized(stacked(6, 64)),
-            task=TASK,
-            learning=learning(1.5e-3, FixedLoops(mean_loops=1)),
-            why="depth",
-            rates=(7.5e-4, 1.5e-3, 3e-3),
-        ),
-    ]
+    found = []
+    for suffix, plain in (("", False), (PLAIN, True)):
+        found += [
+            Arm(
+                name=LOOPED + suffix,
+                model=_sized(looped(), prelude_layers=0, coda_layers=0),
+                task=TASK,
+                learning=learning(3e-3, TiedLoops(extra=3), plain),
+                why="decay of embeddings" if plain else "",
+            ),
+            Arm(
+                name=UNSHARED + suffix,
+                model=_sized(stacked(6, 64)),
+                task=TASK,
+                learning=learning(1.5e-3, FixedLoops(mean_loops=1), plain),
+                why="depth",
+                rates=(7.5e-4, 1.5e-3, 3e-3),
+            ),
+        ]
+    return found
 
 
 @torch.no_grad()
@@ -165,9 +172,15 @@ STUDY = Study(
         "chains of 2 to 6 other facts, 30% of whose pairs are held out. Asked: pairs of facts from "
         "training (train), held-out pairs (held_out), and pairs of two facts that were always "
         "alone (ood), at the best number of loops up to 8. The unshared model takes the best of "
-        "three learning rates by its accuracy on held-out pairs."
+        "three learning rates by its accuracy on held-out pairs. Weight decay is 0.9, of the "
+        "embeddings too; in the two further arms it spares them, as elsewhere in this library."
     ),
-    not_shown=("Scale: the papers have 40,000 facts and millions of steps.", "Longer ood chains."),
+    not_shown=(
+        "Scale: the papers have 40,000 facts and millions of steps.",
+        "Longer ood chains.",
+        "Robustness: number of entities, relations and weight decay were chosen on seed 0 of the "
+        "looped model; with more entities or less decay it learns the ood pairs in part only.",
+    ),
     arms=arms,
     measure=measure,
     fit=fit,
