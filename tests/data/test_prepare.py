@@ -237,6 +237,20 @@ def test_a_stream_that_changed_is_refused(
         prepare(wanted(corpus, limit_bytes=900), ByteTokenizer(), tmp_path)
 
 
+def test_two_at_a_time_are_refused(tmp_path: Path, corpus: Path) -> None:
+    wanted, out = Preparation(paths=(str(corpus),)), tmp_path / "made"
+    refusals: list[str] = []
+
+    def meanwhile(_progress: Progress) -> None:
+        with pytest.raises(ConfigError) as error:
+            prepare(wanted, BPE, out)
+        refusals.append(str(error.value))
+
+    prepare(wanted, BPE, out, told=meanwhile)
+    assert set(refusals) == {f"{out}: another process is preparing it at this moment"}
+    assert not (out / "unfinished").exists() and is_prepared(out)
+
+
 def test_foreign_folders_are_left_alone(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "mine").write_text("")
     with pytest.raises(ConfigError, match="exists already and was not begun by this"):

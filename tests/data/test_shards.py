@@ -166,6 +166,14 @@ def test_only_verify_reads_the_tokens(folder: Path) -> None:
     TokenShards.open(folder, verify=False)
 
 
+def test_ranks_divide_the_files_between_them(folder: Path) -> None:
+    flip(folder / "tokens-00001.bin")
+    shards = TokenShards.open(folder, verify=False)
+    shards.verify(rank=0, world_size=2)
+    with pytest.raises(ConfigError, match=r"tokens-00001\.bin: is damaged"):
+        shards.verify(rank=1, world_size=2)
+
+
 def rewrite_index(folder: Path, **changes: Any) -> None:
     path = folder / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

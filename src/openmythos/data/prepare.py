@@ -17,10 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
+
+from filelock import FileLock, Timeout
 
 from openmythos.config import ConfigError, load_json, require_int, save_json
 from openmythos.data.assembly import index_parts, part_folder, put_together
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _PART_FILE = "part.json"
+_LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,31 +102,57 @@ def prepare(
     require_int("processes", processes, minimum=1)
     files, total = _survey(wanted)
     origin = Origin(preparation=wanted, tokenizer=fingerprint(tokenizer), files=files)
-    if (out / PREPARED_FILE).is_file():
-        prepared = load_json(Prepared, out / PREPARED_FILE)
-        _require_same(out, prepared.origin, origin)
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        return prepared
-    begun = (out / UNFINISHED / ORIGIN_FILE).is_file()
-    if begun:
-        _require_same(out, load_json(Origin, out / UNFINISHED / ORIGIN_FILE), origin)
-    elif out.exists() and (not out.is_dir() or any(p.name != UNFINISHED for p in out.iterdir())):
-        raise ConfigError(f"{out}: exists already and was not begun by this; choose another --out")
+    if not (out / PREPARED_FILE).is_file():
+        _require_own(out, origin)
+        (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            # Another process may have finished it since.
+            if not (out / PREPARED_FILE).is_file():
+                _make(out, origin, tokenizer, processes, total, told)
+    prepared = load_json(Prepared, out / PREPARED_FILE)
+    _require_same(out, prepared.origin, origin)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    return prepared
+
+
+def _make(
+    out: Path, origin: Origin, tokenizer: Tokenizer, processes: int, total: int, told: Told
+) -> None:
     if not (out / UNFINISHED / PREPARED_FILE).is_file():
+        wanted = origin.preparation
         corpus = open_corpus(
             wanted.paths,
             field=wanted.field,
             held_out=wanted.held_out,
             limit_bytes=wanted.limit_bytes or None,
         )
-        (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
         save_json(origin, out / UNFINISHED / ORIGIN_FILE)
         tokenizer.save(out)
         maker = _Maker(corpus=corpus, origin=origin, out=out)
         entries = _make_parts(maker, processes, total, told)
         index_parts(out, origin, entries)
     put_together(out)
-    return load_json(Prepared, out / PREPARED_FILE)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Refuse to write where another process does."""
+    lock = FileLock(out / UNFINISHED / _LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"{out}: another process is preparing it at this moment") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _require_own(out: Path, origin: Origin) -> None:
+    if (out / UNFINISHED / ORIGIN_FILE).is_file():
+        _require_same(out, load_json(Origin, out / UNFINISHED / ORIGIN_FILE), origin)
+    elif out.exists() and (not out.is_dir() or any(p.name != UNFINISHED for p in out.iterdir())):
+        raise ConfigError(f"{out}: exists already and was not begun by this; choose another --out")
 
 
 def _require_same(out: Path, found: Origin, wanted: Origin) -> None:

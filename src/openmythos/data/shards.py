@@ -91,8 +91,7 @@ class TokenShards:
         starts = _map(folder / DOCUMENTS_FILE, _STARTS, index.num_documents)
         shards = cls(index, files, starts)
         if verify:
-            _check_hash(folder / DOCUMENTS_FILE, starts, index.documents_sha256)
-            shards._verify()
+            shards.verify()
         return shards
 
     @classmethod
@@ -157,8 +156,16 @@ class TokenShards:
     def _map(self, number: int) -> NDArray[Any]:
         return _map(self.files[number], self._dtype, self.index.shards[number].tokens)
 
-    def _verify(self) -> None:
-        for path, entry in zip(self.files, self.index.shards, strict=True):
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Raise a ConfigError that names a file unless all are as they were written.
+
+        Each rank reads its share of the files.
+        """
+        if rank == 0:
+            table = self.files[0].with_name(DOCUMENTS_FILE)
+            _check_hash(table, self.document_starts, self.index.documents_sha256)
+        files = list(zip(self.files, self.index.shards, strict=True))
+        for path, entry in files[rank::world_size]:
             tokens = _map(path, self._dtype, entry.tokens)
             _check_hash(path, tokens, entry.sha256)
             highest = int(tokens.max())

@@ -94,6 +94,12 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_here() -> tuple[int, int]:
+    """(rank, ranks) among those that torchrun has started on this machine."""
+    rank, ranks = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(rank), int(ranks)
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """The ranks that torchrun has started; nothing where it has not.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from openmythos.config import ConfigError, load_toml, save_toml, to_dict
 from openmythos.data.corpus import Corpus, open_corpus
@@ -36,7 +37,7 @@ from openmythos.train.checkpoint import (
 )
 from openmythos.train.config import DataConfig, RunConfig
 from openmythos.train.metrics import MetricsLog
-from openmythos.train.parallel import rank_and_world_size
+from openmythos.train.parallel import launched_here, rank_and_world_size
 from openmythos.train.state import StateFile
 from openmythos.train.trackers import Trackers, require_packages
 from openmythos.train.trainer import StepMetrics, Trainer
@@ -162,7 +163,13 @@ def train(
     rank, world_size = rank_and_world_size()
     if rank == 0:
         require_packages(config.trackers)
-    loader = run.loader(run.sources("train"), rank, world_size)
+    sources = run.sources("train", verify=False)
+    # Machines may have copies of their own.
+    for shards in sources:
+        shards.verify(*launched_here())
+    if world_size > 1:
+        dist.barrier()
+    loader = run.loader(sources, rank, world_size)
     checkpoint = latest_checkpoint(run.folder) if resume else None
     with torch.device("meta"):
         model = OpenMythos(run.config.model)
