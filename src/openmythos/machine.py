@@ -20,9 +20,10 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of returning it to the system.
 
     A training step frees and takes the same large buffers over and over; having the system map
-    and clear them anew costs a tenth of a step and more. Does nothing where there is no glibc.
+    and clear them anew costs a tenth of a step and more. Does nothing where there is no glibc, or
+    where the environment sets MALLOC_MMAP_THRESHOLD_ to something else.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

