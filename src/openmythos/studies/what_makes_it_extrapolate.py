@@ -101,18 +101,24 @@ def judge(results: Sequence[RunResult]) -> Finding:
     """An injection other than LTI, and full attention, must each cost more than 5 points (with the
     interval); no other change may cost more (in the mean)."""
     groups, changes = by_arm(results), effects(results)
-    right: list[str] = []
+    needed: list[str] = []
+    harmless: list[float] = []
     wrong: list[str] = []
     for name, values in changes.items():
         mean, half = mean_and_half_width(values)
         costs = mean + half < -TOLERANCE if half == half else mean < -TOLERANCE
         carries = name.removesuffix(LONGER) in CARRIES
-        as_claimed = costs if carries else mean >= -TOLERANCE
-        (right if as_claimed else wrong).append(f"{name} ({100 * mean:+.0f} points)")
+        told = f"{name} ({100 * mean:+.0f} points)"
+        if not (costs if carries else mean >= -TOLERANCE):
+            wrong.append(told)
+        elif carries:
+            needed.append(told)
+        else:
+            harmless.append(100 * mean)
     verdict: Verdict = "does not hold here"
     if not wrong:
         verdict = "holds"
-    elif len(right) >= len(wrong):
+    elif len(needed) + len(harmless) >= len(wrong):
         verdict = "holds in part"
     table = [
         {
@@ -124,8 +130,13 @@ def judge(results: Sequence[RunResult]) -> Finding:
         }
         for name, runs in groups.items()
     ]
-    sentence = f"As claimed: {', '.join(right) or 'nothing'}. Otherwise: {', '.join(wrong) or '-'}."
-    return Finding(verdict, sentence, table)
+    parts = [f"Needed, as claimed: {', '.join(needed) or 'nothing'}"]
+    if harmless:
+        span = f"{min(harmless):+.0f} to {max(harmless):+.0f} points"
+        parts.append(f"harmless, as claimed: {len(harmless)} changes ({span})")
+    if wrong:
+        parts.append(f"not as claimed: {', '.join(wrong)}")
+    return Finding(verdict, "; ".join(parts) + ".", table)
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
