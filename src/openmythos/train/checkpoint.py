@@ -37,7 +37,7 @@ from openmythos.model import storage
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.train.optim import Optimizers
-from openmythos.train.parallel import rank_and_world_size
+from openmythos.train.parallel import rank_and_world_size, wait_for_files
 
 FOLDER = "checkpoints"
 TRAINING_FILE, CHECKSUMS_FILE = "training.json", "checksums.json"
@@ -185,8 +185,7 @@ def load_training(checkpoint: Path, model: OpenMythos, optimizers: Optimizers) -
     """Fill model and optimizers, spread over ranks or not, with what a checkpoint holds."""
     rank, world_size = rank_and_world_size()
     verify(checkpoint, rank, world_size)
-    if world_size > 1:
-        dist.barrier()
+    wait_for_files()
     saved = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     names = [name.removeprefix(_OPTIMIZER) for name in saved if name.startswith(_OPTIMIZER)]
     try:

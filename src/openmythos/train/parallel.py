@@ -37,6 +37,8 @@ from openmythos.train.optim import by_mesh
 
 # A collective that waits longer for a rank ends the job.
 PATIENCE = timedelta(seconds=50)
+# Ranks that read files may differ more: machines, and their disks, are not equally fast.
+PATIENCE_WITH_FILES = timedelta(hours=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +218,15 @@ def rank_and_world_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def wait_for_files() -> None:
+    """Return when all ranks have done what each does with files of its own."""
+    if rank_and_world_size()[1] == 1:
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE_WITH_FILES)
+    dist.barrier(group)
+    dist.destroy_process_group(group)
 
 
 @torch.no_grad()

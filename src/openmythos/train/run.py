@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from openmythos.config import ConfigError, load_toml, save_toml, to_dict
 from openmythos.data.corpus import Corpus, open_corpus
@@ -37,7 +36,7 @@ from openmythos.train.checkpoint import (
 )
 from openmythos.train.config import DataConfig, RunConfig
 from openmythos.train.metrics import MetricsLog
-from openmythos.train.parallel import launched_here, rank_and_world_size
+from openmythos.train.parallel import launched_here, rank_and_world_size, wait_for_files
 from openmythos.train.state import StateFile
 from openmythos.train.trackers import Trackers, require_packages
 from openmythos.train.trainer import StepMetrics, Trainer
@@ -167,8 +166,7 @@ def train(
     # Machines may have copies of their own.
     for shards in sources:
         shards.verify(*launched_here())
-    if world_size > 1:
-        dist.barrier()
+    wait_for_files()
     loader = run.loader(sources, rank, world_size)
     checkpoint = latest_checkpoint(run.folder) if resume else None
     with torch.device("meta"):
