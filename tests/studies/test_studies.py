@@ -280,7 +280,7 @@ def test_what_a_change_does_is_paired_by_seed() -> None:
 
     names = [arm.name for arm in what.arms()]
     same = dict.fromkeys(names, (0.9, 0.8))
-    carry = {name for name in names if name.removesuffix(what.LONGER) in what.CARRIES}
+    carry = {name for name in names if name.split(", ")[0] in what.CARRIES}
     claimed = same | dict.fromkeys(carry, (0.2, 0.1))
     assert what.effects(runs(claimed))["injection: add"] == pytest.approx([-0.7, -0.7])
     assert what.judge(runs(claimed)).verdict == "holds"
