@@ -193,7 +193,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         points = [100 * value for value in changes[name]]
         bars[name] = (*mean_and_half_width(points), points)
     base = percent([beyond(run) for run in by_arm(results)[BASE]])
-    label = f"change of accuracy at {BEYOND[0]} to {BEYOND[-1]} hops [points]; base: {base}%"
+    label = f"change at {BEYOND[0]} to {BEYOND[-1]} hops [points]; base: {base}%"
     return study_plots.effects(bars, x_label=label), rows
 
 
@@ -209,8 +209,8 @@ STUDY = Study(
         "the base (LTI injection, window of 8, loops = hops + uniform(0 to 6), gradient through "
         "all loops) and takes the best of three learning rates, tried on another seed with a third "
         "of the steps. Base, injections, full attention and ACT are also trained at the rate that "
-        "fits best with all steps, and compared with the base so trained; all of these but the base "
-        "also for 3 times the steps, at that rate, and compared with the base as it stands. Accuracy "
+        "fits best with all steps, and compared with the base so trained; all of these but the "
+        "base also for 3 times the steps at that rate, and compared with the base as it is. Accuracy "
         "at 10, and beyond training at 15, 20 and 30 hops, each at its best number of loops up to "
         "80."
     ),
