@@ -210,7 +210,7 @@ STUDY = Study(
         "all loops) and takes the best of three learning rates, tried on another seed with a third "
         "of the steps. Base, injections, full attention and ACT are also trained at the rate that "
         "fits best with all steps, and compared with the base so trained; all of these but the "
-        "base also for 3 times the steps at that rate, and compared with the base as it is. Accuracy "
+        "base also for 3 times the steps at that rate, compared with the base as it is. Accuracy "
         "at 10, and beyond training at 15, 20 and 30 hops, each at its best number of loops up to "
         "80."
     ),
