@@ -216,6 +216,8 @@ STUDY = Study(
     ),
     not_shown=(
         "Combinations of changes.",
+        "Follow-ups that were planned: rates tried in full and 3x steps were added when the first "
+        "15 arms had been seen. The base was not trained for 3x steps.",
         "Language, where no part of this may matter in the same way.",
         "Arms with more parameters than the base (LoopLoRA, experts, two layers) have no control.",
     ),
