@@ -1,4 +1,7 @@
-"""Time this project's models beside its peers' in one run and write results/bench.
+"""Time this project's models beside its peers' in one run; writes results/bench/KIND.
+
+KIND is the kind of processor, such as avx2 or avx512-bf16. Where bf16 is emulated the contenders
+that use it are left out, unless they are asked for by name.
 
     make bench                                     (own virtual environment, both workloads)
     python benchmarks/bench.py --workload S --threads 1 --rounds 7 --set seq=512 batch=4
@@ -28,12 +31,17 @@ from rich.table import Table
 
 from openmythos.analysis import plots
 from openmythos.config import read_json, write_json
-from openmythos.machine import describe, keep_freed_memory, peak_bytes
+from openmythos.machine import (
+    bf16_is_native,
+    describe,
+    keep_freed_memory,
+    peak_bytes,
+    processor_kind,
+)
 from openmythos.model import cost
 from openmythos.nn.cache import ExactCache
 
 PROMPT = 512
-DEFAULT = tuple(CONTENDERS)
 FP32 = ("openmythos-fp32", "openmythos-compiled")
 BF16 = ("openmythos-bf16", "openmythos-bf16-compiled")
 # What the project has set itself to reach: ratios to the reference, S and M, by the best of some.
@@ -58,17 +66,30 @@ def median_seconds(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(taken)
 
 
-def machine_limits(threads: int) -> dict[str, float]:
+def chosen(asked: list[str] | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The contenders to time, and why others are left out."""
+    if asked or bf16_is_native():
+        return tuple(asked or CONTENDERS), {}
+    why = f"bf16 is not native on this processor ({processor_kind()}): it would be emulated"
+    skipped = {name: why for name in CONTENDERS if name in BF16}
+    return tuple(name for name in CONTENDERS if name not in skipped), skipped
+
+
+def machine_limits(threads: int, names: tuple[str, ...]) -> dict[str, float]:
     """Matmul peaks in FLOP/s and memory bandwidth in byte/s, at this number of threads."""
     torch.set_num_threads(threads)
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    dtypes = {"fp32": torch.float32}
+    if bf16_is_native() or set(names) & set(BF16):
+        dtypes["bf16"] = torch.bfloat16
+    for kind, dtype in dtypes.items():
         rates = []
         for m, k, n in ((1024, 1024, 1024), (2048, 256, 1024), (2048, 512, 512)):
             a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-            seconds = median_seconds(lambda a=a, b=b: a @ b, 30)
+            rounds = 30 if kind == "fp32" or bf16_is_native() else 1
+            seconds = median_seconds(lambda a=a, b=b: a @ b, rounds)
             rates.append(2 * m * k * n / seconds)
-        found["fp32" if dtype == torch.float32 else "bf16"] = max(rates)
+        found[kind] = max(rates)
     large = torch.zeros(64 << 20)
     found["bandwidth"] = large.nbytes / median_seconds(large.sum, 9)
     return found
@@ -314,24 +335,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--set", nargs="+", default=[], metavar="SHAPE=N", action="extend")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    parser.add_argument("--out", type=Path, default=Path("results/bench") / processor_kind())
     options = parser.parse_args()
     changes = {key: int(value) for key, value in (text.split("=") for text in options.set)}
     workloads = [with_shape(WORKLOADS[name], **changes) for name in options.workload]
     if options.memory_of:
         print(peak_megabytes(workloads[0], options.memory_of))
         return
-    names, machine = tuple(options.contenders), describe()
+    (names, skipped), machine = chosen(options.contenders), describe()
+    for name, why in skipped.items():
+        OUT.print(f"skipped: {name}: {why}")
     for workload in workloads:
         results = []
         memory = {} if options.no_memory else measure_memory(workload, names)
         for threads in options.threads:
-            limits = machine_limits(threads)
+            limits = machine_limits(threads, names)
             result = time_workload(workload, names, threads, options.rounds)
             if memory:
                 result["peak_megabytes"] = memory
@@ -339,13 +362,14 @@ def main() -> None:
             shape = vars(workload)
             measured = {"commit": machine["commit"], "limits": limits, **result}
             results.append({"workload": shape, "threads": threads, **measured})
-        write_results(options, machine, results)
+        write_results(options, machine, results, skipped)
 
 
 def write_results(
     options: argparse.Namespace,
     machine: dict[str, Any],
     results: list[dict[str, Any]],
+    skipped: dict[str, str],
 ) -> None:
     """bench-NAME.json, .png and .csv of one workload; other numbers of threads there are kept."""
     options.out.mkdir(parents=True, exist_ok=True)
@@ -366,6 +390,7 @@ def write_results(
             "command": "python benchmarks/bench.py " + " ".join(sys.argv[1:]),
             "hardware": machine,
             "rounds": options.rounds,
+            "skipped": skipped,
             "results": json.loads(json.dumps(results)),
             "below_floor": missed,
         },

@@ -17,6 +17,7 @@ from openmythos.studies.runner import STUDIES
 from openmythos.studies.study import mean_and_half_width
 
 ROOT = Path(__file__).parents[1]
+KINDS = ("avx512-bf16", "avx2")  # of processors; the first has every figure
 
 
 def load(results: Path, name: str) -> Any:
@@ -70,38 +71,71 @@ def demo_rows(results: Path) -> Iterator[str]:
     )
 
 
-def bench_rows(results: Path) -> Iterator[str]:
-    """Ratios to the reference on one thread, S; M, and bytes of cache."""
-    runs = {name: load(results, f"bench/bench-{name}.json")["results"][0] for name in "SM"}
+def kinds(results: Path, file: str) -> list[str]:
+    """The kinds of processor on which this file of results/bench was measured."""
+    return [kind for kind in KINDS if (results / "bench" / kind / file).exists()]
 
-    def ratio(figure: str, *names: str) -> str:
-        best = [max(run["ratio"][figure][name] for name in names) for run in runs.values()]
-        return "; ".join(f"{value:.2f}x" for value in best)
+
+def bench_runs(results: Path) -> dict[tuple[str, str], list[Any]]:
+    """What `make bench` measured, by workload and kind of processor; one per number of threads."""
+    return {
+        (name, kind): load(results, f"bench/{kind}/bench-{name}.json")["results"]
+        for name in "SM"
+        for kind in kinds(results, f"bench-{name}.json")
+    }
+
+
+def kinds_table(results: Path) -> str:
+    """Ratios to the reference on one thread, a column per workload and kind of processor."""
+    runs = {key: found[0] for key, found in bench_runs(results).items()}
+    heads = [f"{name}, {kind}" for name, kind in runs]
+    lines = [f"| | | {' | '.join(heads)} |", "|---" * (len(runs) + 2) + "|"]
+    for figure in next(iter(runs.values()))["ratio"]:
+        for name in (*bench.FP32, *bench.BF16):
+            ratios = [run["ratio"][figure].get(name) for run in runs.values()]
+            cells = ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
+            lines.append(f"| {figure} | {name.removeprefix('openmythos-')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bench_rows(results: Path) -> Iterator[str]:
+    """Ratios to the reference on one thread by kind of processor, S; M, and bytes of cache."""
+    runs = {key: found[0] for key, found in bench_runs(results).items()}
+
+    def ratio(figure: str, name: str) -> str:
+        """As `avx512-bf16 1.30x; 1.22x, avx2 1.31x`, for the kinds that have it."""
+        by_kind: dict[str, list[str]] = {}
+        for (_, kind), run in runs.items():
+            if name in run["ratio"][figure]:
+                by_kind.setdefault(kind, []).append(f"{run['ratio'][figure][name]:.2f}x")
+        return ", ".join(f"{kind} {'; '.join(found)}" for kind, found in by_kind.items())
 
     fp32, compiled = "openmythos-fp32", "openmythos-compiled"
     bf16, both = "openmythos-bf16", "openmythos-bf16-compiled"
-    where = "`make bench` ([S](results/bench/bench-S.json), [M](results/bench/bench-M.json))"
+    where = "`make bench` ([tables, processors](docs/performance.md))"
     yield row(
         "trains faster than open-mythos 0.5.0, equal shapes and loops, one CPU thread (S; M)",
-        f"{ratio('training step', fp32)} in fp32; bf16 against its fp32: "
+        f"fp32: {ratio('training step', fp32)}. bf16 against its fp32: "
         f"{ratio('training step', bf16)}",
         where,
     )
     yield row(
         "reads prompts faster (8 of 512 tokens)",
-        f"{ratio('prefill, batch 8', fp32)}; with bf16 weights {ratio('prefill, batch 8', bf16)}",
+        f"fp32: {ratio('prefill, batch 8', fp32)}. With bf16 weights: "
+        f"{ratio('prefill, batch 8', bf16)}",
         "same",
     )
     for size, claim in ((1, "decodes one sequence faster"), (8, "decodes 8 sequences faster")):
         figure = f"decode, batch {size}"
         yield row(
             claim,
-            f"{ratio(figure, fp32)}; compiled {ratio(figure, compiled)}; with bf16 weights, "
-            f"compiled {ratio(figure, both)} "
+            f"{ratio(figure, fp32)}. Compiled: {ratio(figure, compiled)}. With bf16 weights, "
+            f"compiled: {ratio(figure, both)} "
             "([not all that we asked of ourselves](docs/performance.md))",
             "same",
         )
-    held = [run["cache_bytes_per_token"] for run in runs.values()]
+    # The same on every processor.
+    held = [run["cache_bytes_per_token"] for (_, kind), run in runs.items() if kind == KINDS[0]]
     less = [one["open-mythos"] / one[fp32] for one in held]
     yield row(
         "a token of cache takes what the MLA formula says",
@@ -112,9 +146,10 @@ def bench_rows(results: Path) -> Iterator[str]:
 
 
 def scaling_rows(results: Path) -> Iterator[str]:
-    found = load(results, "bench/scaling.json")
+    path = f"bench/{kinds(results, 'scaling.json')[0]}/scaling.json"
+    found = load(results, path)
     fit, memory = found["line_fits"]["forward"], found["training_mib_by_loops"]["last 4 loops"]
-    where = f"`{found['command'].strip()}` ([results](results/bench/scaling.json))"
+    where = f"`{found['command'].strip()}` ([results](results/{path}))"
     yield row(
         "a loop costs the same however many there are; the rest is prelude, coda and head",
         f"forward {1e3 * fit['fixed_seconds']:.1f} ms + {1e3 * fit['seconds_per_loop']:.1f} ms per "
@@ -254,17 +289,19 @@ def shown_share(run: Any, share: float) -> str:
 
 
 def speed_tables(results: Path) -> str:
-    """Per workload and number of threads all figures of all contenders."""
+    """Per workload, processor and number of threads all figures of all contenders."""
     lines: list[str] = []
     shapes = {
         "S": "width 256, 16 experts top-2, 4 loops, 8 x 256 tokens",
         "M": "width 512, 64 experts top-4, 8 loops, 2 x 512 tokens",
     }
     for name, shape in shapes.items():
-        for run in load(results, f"bench/bench-{name}.json")["results"]:
+        found = bench_runs(results)
+        every = [(kind, run) for kind in KINDS for run in found.get((name, kind), [])]
+        for kind, run in every:
             names = list(run["cache_bytes_per_token"])
             threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
-            lines += [f"**{name}** ({shape}), {threads}", ""]
+            lines += [f"**{name}** ({shape}), {threads}, {kind}", ""]
             lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
             for figure, seconds in run["seconds"].items():
                 ratio, share = run["ratio"][figure], run["share_of_bound"][figure]
@@ -288,8 +325,9 @@ def speed_tables(results: Path) -> str:
 
 def floors_table(results: Path) -> str:
     """What bench.py asks against what it found; bold: below."""
-    runs = [run for n in "SM" for run in load(results, f"bench/bench-{n}.json")["results"]]
-    heads = [f"{run['workload']['name']}, {run['threads']}" for run in runs]
+    found = bench_runs(results).items()
+    runs = [run for _, by_threads in found for run in by_threads]
+    heads = [f"{n}, {run['threads']}, {kind}" for (n, kind), by in found for run in by]
     lines = [
         f"| floor (S, M) | best of | {' | '.join(heads)} |",
         "|---" * (len(runs) + 2) + "|",
@@ -302,10 +340,12 @@ def floors_table(results: Path) -> str:
     for names, figure, floors in bench.FLOORS:
         cells = []
         for run in runs:
-            value = max(run["ratio"][figure][name] for name in names)
-            cells.append(cell(run, value, floors, f"{value:.2f}x"))
-        kinds = ", ".join(name.removeprefix("openmythos-") for name in names)
-        lines.append(f"| {figure} {floors[0]}x, {floors[1]}x | {kinds} | {' | '.join(cells)} |")
+            value = max(run["ratio"][figure].get(name, 0) for name in names)
+            cells.append(cell(run, value, floors, f"{value:.2f}x") if value else "")
+        contenders = ", ".join(name.removeprefix("openmythos-") for name in names)
+        lines.append(
+            f"| {figure} {floors[0]}x, {floors[1]}x | {contenders} | {' | '.join(cells)} |"
+        )
     low, high = bench.PEAK_FLOORS["S"], bench.PEAK_FLOORS["M"]
     cells = []
     for run in runs:
@@ -317,8 +357,8 @@ def floors_table(results: Path) -> str:
         cells = []
         for run in runs:
             peak = run["peak_megabytes"]
-            ratio = peak[f"openmythos-{kind}"] / peak[bench.REFERENCE]
-            text = f"{ratio:.2f}x"
+            ratio = peak.get(f"openmythos-{kind}", 0) / peak[bench.REFERENCE]
+            text = f"{ratio:.2f}x" if ratio else ""
             cells.append(text if ratio <= bench.MEMORY_CEILING else f"**{text}**")
         lines.append(
             f"| peak memory of the training step, at most {bench.MEMORY_CEILING}x | {kind} | "
@@ -371,7 +411,9 @@ def pages(root: Path) -> dict[Path, str]:
     speed = replaced(_read(performance), "speed", speed_tables(results))
     return {
         readme: replaced(_read(readme), "claims", claims_table(results)),
-        performance: replaced(speed, "floors", floors_table(results)),
+        performance: replaced(
+            replaced(speed, "kinds", kinds_table(results)), "floors", floors_table(results)
+        ),
         root / "docs/results.md": results_page(results),
     }
 

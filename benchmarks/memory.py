@@ -166,6 +166,7 @@ def main() -> None:
             found = step_of(json.loads(options.case))
         print(json.dumps(found), flush=True)
         leave(0)
+    torch.set_num_threads(1)
     machine = describe()
     by_loops = {
         mode: {n: in_a_process({"precision": "fp32", "num_loops": n, "mode": mode}) for n in LOOPS}

@@ -1,4 +1,5 @@
-"""The parts by themselves, each beside what torch offers for it; writes results/bench/probes.json.
+"""The parts by themselves, each beside what torch offers for it; writes
+results/bench/KIND/probes.json, for the kind of processor. No bf16 where that is emulated.
 
     python benchmarks/probes.py
 
@@ -20,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from openmythos.config import write_json
-from openmythos.machine import describe
+from openmythos.machine import bf16_is_native, describe, processor_kind
 from openmythos.nn.blockwise import blockwise_attention
 from openmythos.nn.cross_entropy import linear_cross_entropy
 
@@ -104,16 +105,16 @@ def gather() -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    parser.add_argument("--out", type=Path, default=Path("results/bench") / processor_kind())
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe()
-    found: dict[str, dict[str, float]] = {
-        "bf16 product of ~350 x 256 x 256": new_shapes(),
-        "4096 rows of 256 numbers": gather(),
-    }
-    for dtype in (torch.float32, torch.bfloat16):
-        name = "fp32" if dtype == torch.float32 else "bf16"
+    found: dict[str, dict[str, float]] = {"4096 rows of 256 numbers": gather()}
+    dtypes = {"fp32": torch.float32}
+    if bf16_is_native():
+        found["bf16 product of ~350 x 256 x 256"] = new_shapes()
+        dtypes["bf16"] = torch.bfloat16
+    for name, dtype in dtypes.items():
         for batch, seq, key_dim, value_dim in (
             (8, 256, 48, 32),
             (2, 512, 96, 64),

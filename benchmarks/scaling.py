@@ -1,4 +1,4 @@
-"""How cost grows with loops, context and halted positions; writes results/bench/scaling.*.
+"""How cost grows with loops, context and halted positions; writes results/bench/KIND/scaling.*.
 
     python benchmarks/scaling.py
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from openmythos import MythosConfig, OpenMythos
 from openmythos.analysis import plots
 from openmythos.config import write_json
-from openmythos.machine import describe, keep_freed_memory, peak_bytes
+from openmythos.machine import describe, keep_freed_memory, peak_bytes, processor_kind
 from openmythos.nn.attention import TokenLayout, attention_context
 from openmythos.recurrence.halting import StateChangeExit
 
@@ -191,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    parser.add_argument("--out", type=Path, default=Path("results/bench") / processor_kind())
     options = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -227,6 +227,7 @@ def main() -> None:
         {
             "command": "python benchmarks/scaling.py " + " ".join(sys.argv[1:]),
             "hardware": machine,
+            "dtype": "fp32",
             "rounds": rounds,
             "milliseconds_by_loops": _text_keys(milliseconds["loops"]),
             "line_fits": fits,

@@ -17,7 +17,8 @@ import kills
 import loader as loader_benchmark
 import scaling
 
-from openmythos.config import apply_overrides
+from openmythos import machine
+from openmythos.config import apply_overrides, write_json
 from openmythos.recipes import catalogue
 
 TINY = replace(
@@ -69,6 +70,50 @@ def test_what_is_below_its_floor_is_named() -> None:
         "S, 1 thread(s): fp32 training at 50% of peak < 60%",
         "S, 1 thread(s): peak memory 0.90x > 0.7x",
     ]
+
+
+def test_bf16_is_left_out_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "bf16_is_native", lambda: False)
+    names, skipped = bench.chosen(None)
+    assert names == ("openmythos-fp32", "openmythos-compiled", "open-mythos", "deepseek-v3")
+    assert set(skipped) == set(bench.BF16)
+    assert all("not native" in why for why in skipped.values())
+    assert bench.chosen(["openmythos-bf16"]) == (("openmythos-bf16",), {})
+    monkeypatch.setattr(bench, "bf16_is_native", lambda: True)
+    assert bench.chosen(None) == (tuple(contenders.CONTENDERS), {})
+
+
+def test_hardware_says_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = machine.describe()
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert found["capability"] == capability
+    assert found["threads"] == torch.get_num_threads()
+    for native, suffix in ((True, "-bf16"), (False, "")):
+        monkeypatch.setattr(machine, "bf16_is_native", lambda native=native: native)
+        assert machine.describe()["bf16_is_native"] is native
+        assert machine.processor_kind() == capability.lower() + suffix
+
+
+def test_a_second_kind_of_processor_is_a_column(tmp_path: Path) -> None:
+    for kind in claims.KINDS:
+        found = claims.load(claims.ROOT / "results", "bench/avx512-bf16/bench-S.json")
+        if kind == "avx2":
+            for run in found["results"]:
+                for figures in (run["ratio"], run["share_of_bound"], run["seconds"]):
+                    for times in figures.values():
+                        del times["openmythos-bf16"], times["openmythos-bf16-compiled"]
+                for of_all in (run["cache_bytes_per_token"], run["peak_megabytes"]):
+                    del of_all["openmythos-bf16"], of_all["openmythos-bf16-compiled"]
+        (tmp_path / "bench" / kind).mkdir(parents=True)
+        write_json(found, tmp_path / "bench" / kind / "bench-S.json")
+    head, _, *rows = claims.kinds_table(tmp_path).splitlines()
+    assert head == "| | | S, avx512-bf16 | S, avx2 |"
+    assert "| training step | fp32 | 1.30x | 1.30x |" in rows
+    assert "| training step | bf16 | 2.22x |  |" in rows
+    floors = claims.floors_table(tmp_path).splitlines()
+    bf16 = next(line for line in floors if line.startswith("| training step 2.0x"))
+    assert bf16.split("|")[2:-1] == [" bf16, bf16-compiled ", " 2.22x ", " 2.60x ", "  ", "  "]
+    assert claims.speed_tables(tmp_path).count("threads, avx2") == 1
 
 
 def test_a_line_is_found_again() -> None:
