@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+import openmythos
 from openmythos import OpenMythos, cli
-from openmythos.cli import data, screen
+from openmythos.cli import screen
 from openmythos.config import load_toml
 from openmythos.model import presets
 from openmythos.train.config import RunConfig
@@ -455,7 +456,7 @@ def test_keyboard_interrupt_is_not_a_crash(
     def interrupted(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "open_data", interrupted)
+    monkeypatch.setattr("openmythos.train.run.open_data", interrupted)
     result = call("tokenizer", "--data", "text")
     assert (result.code, result.err) == (130, "interrupted\n")
 
@@ -482,6 +483,10 @@ def test_help_of_every_command(call: Call, command: str) -> None:
     assert result.code == 0
     for flag in FLAGS[command]:
         assert flag in result.out
+
+
+def test_version(call: Call) -> None:
+    assert call("--version").out == f"openmythos {openmythos.__version__}\n"
 
 
 def test_help_names_every_command(call: Call) -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
@@ -18,3 +20,19 @@ def test_module_can_be_imported(name: str) -> None:
 def test_public_names_exist() -> None:
     missing = [name for name in openmythos.__all__ if not hasattr(openmythos, name)]
     assert not missing
+
+
+def test_the_command_line_parses_without_torch() -> None:
+    """Help, a typo and a version are answered before the seconds that torch takes to import."""
+    program = """
+import contextlib, io, sys
+from openmythos import cli
+for argv in (["--help"], ["train", "--help"], ["--version"], ["trian"], ["plan"]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            cli.main(argv)
+heavy = {"torch", "numpy", "matplotlib", "transformers"} & set(sys.modules)
+sys.exit(f"imported: {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -9,11 +9,10 @@ from typing import Annotated, NoReturn
 
 import tyro
 
+from openmythos import __version__
 from openmythos.cli.commands import Demo, Eval, Export, Generate, Plan, Presets, Study, Train
 from openmythos.cli.data import Data, Tokenizer
 from openmythos.cli.tracking import Plot, Runs, Watch
-from openmythos.machine import keep_freed_memory
-from openmythos.train.parallel import leave
 
 # What tyro draws around its messages.
 BOX = " │─╭╮╰╯"
@@ -37,15 +36,29 @@ Command = (
 
 def run() -> NoReturn:
     """The program `openmythos`."""
-    leave(main())
+    code = main()
+    # Who has not come as far as torch can leave like any program.
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    from openmythos.train.parallel import leave
+
+    leave(code)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 on success, 2 when the user's input is at fault, 1 on other failures."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["--version"]:
+        print(f"openmythos {__version__}")
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    keep_freed_memory()
     try:
-        _parse(argv).run()
+        command = _parse(given)
+        # Torch takes seconds to import: the rest begins once the command is known to be one.
+        from openmythos.machine import keep_freed_memory
+
+        keep_freed_memory()
+        command.run()
     except (ValueError, FileExistsError, FileNotFoundError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: list[str] | None) -> Command:
+def _parse(argv: list[str]) -> Command:
     """The command of argv; bad flags raise a ValueError of one line instead of tyro's box."""
     box = io.StringIO()
     try:

@@ -1,26 +1,13 @@
 """The commands, each a dataclass whose fields are its flags."""
 
+# Each `run` imports what it needs: torch takes seconds, and flags are parsed without it.
+
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import tyro
-from rich import box
-from rich.table import Table
 
-from openmythos.cli.screen import (
-    OUT,
-    create,
-    evaluate,
-    learn_hops,
-    print_fit,
-    print_heat_map,
-    print_plan,
-    run_study_with_bar,
-    short,
-    stream,
-    train_with_bar,
-)
 from openmythos.config import (
     ConfigError,
     apply_overrides,
@@ -29,14 +16,6 @@ from openmythos.config import (
     save_toml,
     to_dict,
 )
-from openmythos.inference.engine import Engine
-from openmythos.model import cost, fit, presets
-from openmythos.model.generation import Request
-from openmythos.recipes import catalogue, report
-from openmythos.studies import runner
-from openmythos.train.checkpoint import list_checkpoints, load_model, step_of
-from openmythos.train.parallel import launched
-from openmythos.train.run import CONFIG_FILE, Run
 
 DEMO_LOOPS = (1, 2, 4, 8, 16)
 DEMO_PROMPT = "def main("
@@ -64,6 +43,12 @@ class Train:
     """Run folder to go on with; only train.* can be changed."""
 
     def run(self) -> None:
+        from openmythos.cli.screen import OUT, create, train_with_bar
+        from openmythos.recipes import catalogue
+        from openmythos.train.checkpoint import list_checkpoints
+        from openmythos.train.parallel import launched
+        from openmythos.train.run import CONFIG_FILE, Run
+
         rank, ranks = launched()
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if restarted and self.out and (Path(self.out) / CONFIG_FILE).is_file():
@@ -124,6 +109,11 @@ class Generate:
     """More settings, such as exit_rule.threshold=1e-3, decode=last or prefill_chunk=64."""
 
     def run(self) -> None:
+        from openmythos.cli.screen import OUT, stream
+        from openmythos.inference.engine import Engine
+        from openmythos.model.generation import Request
+        from openmythos.train.run import Run
+
         run = Run.open(Path(self.folder))
         model = run.load_model()
         request = Request(max_new_tokens=self.max_new_tokens, stop_ids=(run.tokenizer.bos_id,))
@@ -152,6 +142,10 @@ class Eval:
     """Folder for eval.json, loops.png and loops.csv (default: the run folder)."""
 
     def run(self) -> None:
+        from openmythos.cli.screen import OUT, evaluate
+        from openmythos.recipes import report
+        from openmythos.train.run import Run
+
         run = Run.open(Path(self.folder))
         loops = _loop_counts(self.num_loops)
         found = evaluate(run, loops, flat(self.data))
@@ -182,6 +176,9 @@ class Plan:
     """Loops of each sequence, its last ones, that carry gradient in training (0: all)."""
 
     def run(self) -> None:
+        from openmythos.cli.screen import print_fit, print_plan
+        from openmythos.model import cost, fit, presets
+
         config = apply_overrides(presets.get(self.preset), flat(self.set))
         require_int("gpus", self.gpus, minimum=0)
         if self.gpus:
@@ -222,6 +219,11 @@ class Export:
     """Checkpoint (default: the newest)."""
 
     def run(self) -> None:
+        from openmythos.cli.screen import OUT, short
+        from openmythos.model import cost
+        from openmythos.train.checkpoint import list_checkpoints, load_model, step_of
+        from openmythos.train.run import Run
+
         run, out = Run.open(Path(self.folder)), Path(self.out)
         found = {step_of(path): path for path in list_checkpoints(run.folder)}
         require(not out.exists(), "out", self.out, "exists already")
@@ -241,6 +243,11 @@ class Presets:
     """List the named model configs."""
 
     def run(self) -> None:
+        from rich.table import Table
+
+        from openmythos.cli.screen import OUT, short
+        from openmythos.model import cost, presets
+
         table = Table("preset", "parameters", "active", "width", "loops", "context", "experts")
         for name in presets.names():
             config = presets.get(name)
@@ -271,6 +278,12 @@ class Study:
     """Changes to every arm, such as learning.num_steps=3200."""
 
     def run(self) -> None:
+        from rich import box
+        from rich.table import Table
+
+        from openmythos.cli.screen import OUT, run_study_with_bar
+        from openmythos.studies import runner
+
         if self.list:
             for name, study in runner.STUDIES.items():
                 OUT.print(f"{name}: {study.claim}")
@@ -309,6 +322,19 @@ class Demo:
     """Training steps of the model that follows chains of lookups; 0 leaves it out."""
 
     def run(self) -> None:
+        from openmythos.cli.screen import (
+            OUT,
+            create,
+            evaluate,
+            learn_hops,
+            print_heat_map,
+            stream,
+            train_with_bar,
+        )
+        from openmythos.inference.engine import Engine
+        from openmythos.model.generation import Request
+        from openmythos.recipes import catalogue, report
+
         require_int("hops_steps", self.hops_steps, minimum=0)
         if self.hops_steps:
             print_heat_map(learn_hops(self.hops_steps), trained_hops=20)

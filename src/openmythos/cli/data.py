@@ -1,30 +1,21 @@
 """The commands about text before training: its tokenizer, its tokens."""
 
+# Each `run` imports what it needs: torch takes seconds, and flags are parsed without it.
+
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 
 from openmythos.cli.commands import Many, flat
-from openmythos.cli.screen import OUT
 from openmythos.config import ConfigError, load_json, require_int, require_number
-from openmythos.data.prepare import Progress, prepare
-from openmythos.data.prepared import (
-    PREPARED_FILE,
-    SIDES,
-    Preparation,
-    Prepared,
-    is_prepared,
-    open_prepared,
-)
-from openmythos.data.tokenizer import BPE, ByteTokenizer, load_tokenizer
-from openmythos.train.config import DataConfig
-from openmythos.train.run import open_data
+
+if TYPE_CHECKING:
+    from openmythos.data.prepare import Progress
+    from openmythos.data.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -39,6 +30,11 @@ class Tokenizer:
     """Folder for tokenizer.json; use it with --set tokenizer.kind=file tokenizer.path=FOLDER."""
 
     def run(self) -> None:
+        from openmythos.cli.screen import OUT
+        from openmythos.data.tokenizer import BPE
+        from openmythos.train.config import DataConfig
+        from openmythos.train.run import open_data
+
         folder = Path(self.out)
         if (folder / "tokenizer.json").exists():
             raise ConfigError(f"{folder}/tokenizer.json: exists already; choose another --out")
@@ -82,6 +78,14 @@ class Prepare:
     """Megabytes of text that a process takes at a time."""
 
     def run(self) -> None:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        from openmythos.cli.screen import OUT
+        from openmythos.data.prepare import prepare
+        from openmythos.data.prepared import Preparation
+        from openmythos.data.tokenizer import ByteTokenizer, load_tokenizer
+
         require_number("limit_mb", self.limit_mb, at_least=0)
         require_number("part_mb", self.part_mb, at_least=1e-6)
         require_int("processes", self.processes, minimum=0)
@@ -106,7 +110,7 @@ class Prepare:
                 task = bar.add_task("preparing", total=None, text="looking through the corpus")
                 started = time.perf_counter()
 
-                def told(now: Progress) -> None:
+                def told(now: "Progress") -> None:
                     seconds = time.perf_counter() - started
                     total = now.total or None
                     bar.update(task, completed=now.done, total=total, text=_rate(now, seconds))
@@ -126,6 +130,15 @@ class Check:
     """Folder that `openmythos data prepare` made."""
 
     def run(self) -> None:
+        from openmythos.cli.screen import OUT
+        from openmythos.data.prepared import (
+            PREPARED_FILE,
+            SIDES,
+            Prepared,
+            is_prepared,
+            open_prepared,
+        )
+
         folder = Path(self.folder)
         if not is_prepared(folder):
             raise ConfigError(f"{folder}: is not a prepared folder: it has no {PREPARED_FILE}")
@@ -148,7 +161,7 @@ class Data:
         self.command.run()
 
 
-def _rate(now: Progress, seconds: float) -> str:
+def _rate(now: "Progress", seconds: float) -> str:
     """How far, how fast, how long still."""
     megabytes = f"{now.done / 1e6:,.0f}" + (f" of {now.total / 1e6:,.0f}" if now.total else "")
     rate = now.text / seconds
@@ -158,7 +171,10 @@ def _rate(now: Progress, seconds: float) -> str:
     return f"{megabytes} MB  {rate / 1e6:.2f} MB/s{eta}"
 
 
-def _print(folder: Path, prepared: Prepared) -> None:
+def _print(folder: Path, prepared: "Prepared") -> None:
+    from openmythos.cli.screen import OUT
+    from openmythos.data.prepared import SIDES
+
     tokens, held_out = (sum(getattr(part, side) for part in prepared.parts) for side in SIDES)
     size = sum(part.num_bytes for part in prepared.parts)
     OUT.print(

@@ -1,38 +1,27 @@
 """The commands that look at training runs: a table, curves, a live view."""
 
+# Each `run` imports what it needs: torch takes seconds, and flags are parsed without it.
+
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
-from rich import box
-from rich.live import Live
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from openmythos.analysis import run_plots
-from openmythos.analysis.plots import save_figure
-from openmythos.cli.live import STYLES, duration, frame
-from openmythos.cli.screen import OUT, short
 from openmythos.config import ConfigError, load_toml, require, require_number
-from openmythos.train.config import RunConfig
-from openmythos.train.metrics import (
-    Metrics,
-    MetricsTail,
-    chosen_metrics,
-    metric_names,
-    read_metrics,
-    scalars,
-    seconds_trained,
-    tokens_seen,
-)
-from openmythos.train.overview import RunSummary, differences, find_runs, names_of, summarize
-from openmythos.train.run import CONFIG_FILE
-from openmythos.train.state import ENDED, read_state
+
+if TYPE_CHECKING:
+    from rich.panel import Panel
+
+    from openmythos.train.config import RunConfig
+    from openmythos.train.metrics import Metrics, MetricsTail
+    from openmythos.train.overview import RunSummary
 
 # Differing values that a line of the legend has room for.
 LEGEND_KEYS = 5
@@ -53,6 +42,9 @@ class Runs:
     """Print a JSON list instead of a table."""
 
     def run(self) -> None:
+        from openmythos.cli.screen import OUT
+        from openmythos.train.overview import find_runs, summarize
+
         folders = [Path(folder) for folder in self.folders or ("runs",)]
         found = dict.fromkeys(run for folder in folders for run in find_runs(folder))
         summaries = [summarize(run) for run in found]
@@ -84,6 +76,11 @@ class Plot:
     """PNG file (default: curves.png in the run folder; of several runs, here)."""
 
     def run(self) -> None:
+        from openmythos.analysis import run_plots
+        from openmythos.analysis.plots import save_figure
+        from openmythos.cli.screen import OUT
+        from openmythos.train.metrics import chosen_metrics, metric_names, scalars
+
         require(bool(self.runs), "runs", [], "must name at least one run folder")
         runs = list(dict.fromkeys(Path(run) for run in self.runs))
         configs = [_config(run) for run in runs]
@@ -124,6 +121,11 @@ class Watch:
     """Print how the run stands now, and return."""
 
     def run(self) -> None:
+        from rich.live import Live
+
+        from openmythos.cli.screen import OUT
+        from openmythos.train.metrics import MetricsTail
+
         require_number("every", self.every, above=0)
         run = Path(self.folder)
         _config(run)
@@ -143,8 +145,12 @@ class Watch:
                 return
 
 
-def _look(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
+def _look(run: Path, tail: "MetricsTail") -> tuple["Panel", bool]:
     """The frame to show, and whether it is the last."""
+    from openmythos.cli.live import frame
+    from openmythos.cli.screen import OUT
+    from openmythos.train.state import ENDED, read_state
+
     # The state before the metrics, so that the last frame of a run has its last step.
     record = read_state(run)
     metrics = tail.read()
@@ -161,20 +167,27 @@ def _look(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
     return shown, state in ENDED
 
 
-def _config(run: Path) -> RunConfig:
+def _config(run: Path) -> "RunConfig":
+    from openmythos.train.config import RunConfig
+    from openmythos.train.run import CONFIG_FILE
+
     if not (run / CONFIG_FILE).is_file():
         raise ConfigError(f"{run}: is not the folder of a run: it has no {CONFIG_FILE}")
     return load_toml(RunConfig, run / CONFIG_FILE)
 
 
-def _some_metrics(run: Path) -> list[Metrics]:
+def _some_metrics(run: Path) -> "list[Metrics]":
+    from openmythos.train.metrics import read_metrics
+
     metrics = read_metrics(run)
     if not metrics:
         raise ConfigError(f"{run}: no step has been logged yet")
     return metrics
 
 
-def _positions(x: str, run: Path, metrics: list[Metrics]) -> list[float]:
+def _positions(x: str, run: Path, metrics: "list[Metrics]") -> list[float]:
+    from openmythos.train.metrics import seconds_trained, tokens_seen
+
     if x == "steps":
         return [float(entry["step"]) for entry in metrics]
     needed = {"tokens": ("tokens",), "seconds": ("tokens", "tokens_per_second")}[x]
@@ -184,8 +197,10 @@ def _positions(x: str, run: Path, metrics: list[Metrics]) -> list[float]:
     return tokens_seen(metrics) if x == "tokens" else seconds_trained(metrics)
 
 
-def _labels(runs: list[Path], configs: list[RunConfig]) -> list[str]:
+def _labels(runs: list[Path], configs: "list[RunConfig]") -> list[str]:
     """Names, and in what the runs differ."""
+    from openmythos.train.overview import differences, names_of
+
     labels = []
     for name, values in zip(names_of(runs), differences(configs), strict=True):
         parts = [f"{key}={value}" for key, value in values.items()]
@@ -194,7 +209,12 @@ def _labels(runs: list[Path], configs: list[RunConfig]) -> list[str]:
     return labels
 
 
-def _table(summaries: list[RunSummary]) -> Table:
+def _table(summaries: "Sequence[RunSummary]") -> Table:
+    from rich import box
+
+    from openmythos.cli.live import STYLES, duration
+    from openmythos.cli.screen import short
+
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     # Of a narrow terminal the names give way, not the numbers.
     table.add_column("run", overflow="fold")
