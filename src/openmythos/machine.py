@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from openmythos.config import ConfigError
+
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
@@ -56,6 +58,39 @@ def bf16_is_native() -> bool:
 def processor_kind() -> str:
     """The instructions that torch's kernels use here, such as avx2, avx512 or avx512-bf16."""
     return torch.backends.cpu.get_cpu_capability().lower() + "-bf16" * bf16_is_native()
+
+
+def devices() -> tuple[str, ...]:
+    """The devices that are there: the CPU and every accelerator, such as "cuda:0"."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ("cpu",)
+    numbers = range(torch.accelerator.device_count())
+    return ("cpu", *(f"{accelerator.type}:{number}" for number in numbers))
+
+
+def choose_device(name: str | torch.device = "auto", field: str = "device") -> torch.device:
+    """The device of that name; "auto" is the accelerator if there is one, else the CPU.
+
+    Of several accelerators, one without a number is that of this process' rank on the machine. A
+    device that is not there raises a ConfigError that names `field`.
+    """
+    there = devices()
+    kinds = dict.fromkeys(device.partition(":")[0] for device in there)
+    if str(name) == "auto":
+        name = list(kinds)[-1]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is not None and device.type == "cpu":
+        return torch.device("cpu")
+    if device is not None and device.index is None:
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+    if device is None or str(device) not in there:
+        allowed = ", ".join(dict.fromkeys(("auto", *kinds, *there)))
+        raise ConfigError(f"{field} = {str(name)!r}: must be one of {allowed} on this machine")
+    return device
 
 
 def describe() -> dict[str, str | int | bool | None]:

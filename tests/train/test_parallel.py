@@ -1,4 +1,4 @@
-"""What a process knows of others, when there are none, and which device it takes."""
+"""What a process knows of others, when there are none."""
 
 from pathlib import Path
 
@@ -10,19 +10,13 @@ from openmythos.data.loader import Loader
 from openmythos.data.shards import write_shards
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import ByteTokenizer
-from openmythos.train.parallel import choose_device, rank_and_world_size, sum_over_ranks
+from openmythos.train.parallel import rank_and_world_size, sum_over_ranks
 
 
 def test_one_process_is_rank_zero_of_one() -> None:
     assert rank_and_world_size() == (0, 1)
     x = torch.tensor([2.0])
     assert torch.equal(sum_over_ranks(x), torch.tensor([2.0]))
-
-
-def test_device_is_chosen_by_name_or_by_what_there_is() -> None:
-    assert choose_device("cpu").type == "cpu"
-    accelerator = torch.accelerator.current_accelerator()
-    assert choose_device("auto").type == (accelerator.type if accelerator else "cpu")
 
 
 def test_batch_must_divide_among_the_ranks(tmp_path: Path) -> None:

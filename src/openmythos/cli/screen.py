@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openmythos.inference.engine import Engine
+from openmythos.machine import choose_device
 from openmythos.model import cost, fit
 from openmythos.model.generation import Request
 from openmythos.model.mythos import OpenMythos
@@ -33,7 +34,7 @@ from openmythos.studies.learning import Learning, accuracy_map, learn
 from openmythos.studies.runner import run_study
 from openmythos.studies.study import Finding, Study
 from openmythos.train.config import RunConfig
-from openmythos.train.parallel import choose_device, launched, process_group
+from openmythos.train.parallel import launched, process_group
 from openmythos.train.run import CONFIG_FILE, Run, train
 
 # Numbers and code are what gets printed: nothing for rich to colour or to read as markup.
@@ -104,7 +105,7 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
     columns = _columns("training")
     last = None
     with (
-        process_group(choose_device(run.config.train.device)),
+        process_group(choose_device(run.config.train.device, "train.device")),
         _stop_on_signal() as received,
         Progress(*columns, console=OUT) as bar,
     ):

@@ -5,7 +5,8 @@ which document each token belongs to, so that attention can stop at their bounda
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -27,6 +28,11 @@ class Batch:
     tokens: TokenIds
     targets: TokenIds
     documents: TokenIds
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on a device."""
+        moved = {name: x.to(device) for name, x in vars(self).items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

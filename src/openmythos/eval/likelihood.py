@@ -44,7 +44,7 @@ def depth_sweep(
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = model.device
     totals, tokens = dict.fromkeys(sorted(loops), 0.0), 0
     try:
         for batch in evaluation_windows(shards, seq_len, batch_size=batch_size):
@@ -83,7 +83,7 @@ def decoded_loss(
     """
     half = window // 2
     batch = next(iter(evaluation_windows(shards, window, batch_size=windows)))
-    tokens, targets = batch.tokens, batch.targets
+    tokens, targets = batch.tokens.to(model.device), batch.targets.to(model.device)
     cache = model.new_cache(len(tokens), window, num_loops=num_loops, prefill=policy, decode=policy)
     model(tokens[:, :half], num_loops=num_loops, cache=cache, last_only=True)
     cache.advance(half)

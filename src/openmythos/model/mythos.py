@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.config import require_int
+from openmythos.machine import choose_device
 from openmythos.model import generation, storage
 from openmythos.model.config import MythosConfig
 from openmythos.model.init import init_weights
@@ -91,6 +92,11 @@ class OpenMythos(nn.Module):
         if device.type != "meta":
             generator = None if seed is None else torch.Generator(device).manual_seed(seed)
             init_weights(self, config, generator)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where `forward` wants its tokens."""
+        return self.embed.weight.device
 
     def forward(  # noqa: PLR0913
         self,
@@ -387,11 +393,17 @@ class OpenMythos(nn.Module):
         storage.save(Path(folder), self.config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "OpenMythos":
-        """Load what `save_pretrained` wrote; a file that does not fit raises a ConfigError."""
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu"
+    ) -> "OpenMythos":
+        """Load what `save_pretrained` wrote onto a device; "auto" is the accelerator, if any.
+
+        A file that does not fit, or a device that is not there, raises a ConfigError.
+        """
+        chosen = choose_device(device)
         config = storage.load_config(Path(folder))
         with torch.device("meta"):
             model = cls(config)
         weights = storage.load_weights(Path(folder), model.state_dict())
         model.load_state_dict(weights, assign=True)
-        return model.eval()
+        return model.to(chosen).eval()

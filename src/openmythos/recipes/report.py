@@ -58,6 +58,7 @@ def evaluate(
     loops: Sequence[int],
     *,
     data: Sequence[str] = (),
+    device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> LoopReport:
     """Score the run's held-out text, or all text of `data`, with its newest checkpoint."""
@@ -66,8 +67,8 @@ def evaluate(
             corpus = open_data(DataConfig(paths=tuple(data), field=run.config.data.field))
             shards = write_shards(corpus.documents(), run.tokenizer, folder)
             text = "".join(document.text for document in corpus.documents()).encode()
-            return _evaluate(run, shards, text, loops, progress)
-    return _evaluate(run, run.shards("held_out"), None, loops, progress)
+            return _evaluate(run, shards, text, loops, device, progress)
+    return _evaluate(run, run.shards("held_out"), None, loops, device, progress)
 
 
 def _evaluate(
@@ -75,11 +76,12 @@ def _evaluate(
     shards: TokenShards,
     text: bytes | None,
     loops: Sequence[int],
+    device: str,
     progress: Callable[[int, int], None] | None,
 ) -> LoopReport:
     config = run.config.train
     found = depth_sweep(
-        run.load_model(),
+        run.load_model(device),
         shards,
         loops,
         seq_len=config.seq_len,

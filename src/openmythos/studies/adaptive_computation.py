@@ -110,7 +110,8 @@ def measure_text(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
         each = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
         return float((each * batch.weights.flatten()).sum())
 
-    for batch in itertools.islice(windows, batches):
+    for window in itertools.islice(windows, batches):
+        batch = window.to(trained.model.device)
         count += float(batch.weights.sum())
         for name, rule in asked.items():
             out = trained.model(batch.tokens, num_loops=cap, exit_rule=rule)
@@ -139,7 +140,7 @@ def measure_hops(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     pairs: dict[str, list[torch.Tensor]] = {name: [] for name in asked}
     for hop in hops:
         generator = torch.Generator().manual_seed(10_000 + hop)
-        batch = arm.problems.sample(20 if quick else 400, hop, generator)
+        batch = arm.problems.sample(20 if quick else 400, hop, generator).to(model.device)
         answers = batch.answers()
 
         def accuracy(logits: torch.Tensor, answers: torch.Tensor = answers) -> float:

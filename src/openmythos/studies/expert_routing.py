@@ -81,7 +81,8 @@ def chosen_experts(model: OpenMythos, tokens: torch.Tensor) -> torch.Tensor:
 def overlap(chosen: torch.Tensor) -> dict[str, float]:
     """Mean Jaccard index of the sets of two loops of one token, and distinct experts / top_k."""
     loops, _, top_k = chosen.shape
-    member = torch.zeros(*chosen.shape[:2], int(chosen.max()) + 1, dtype=torch.bool)
+    shape = (*chosen.shape[:2], int(chosen.max()) + 1)
+    member = torch.zeros(shape, dtype=torch.bool, device=chosen.device)
     member = member.scatter(2, chosen, True)
     jaccard = []
     for one in range(loops):
@@ -100,7 +101,7 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
     curve: dict[str, Any] = {"nats": found[LOOPS].nats_per_token}
     if arm.name != DENSE:
         batch = next(iter(evaluation_windows(trained.held_out, 128, batch_size=2 if quick else 64)))
-        chosen = chosen_experts(trained.model, batch.tokens)
+        chosen = chosen_experts(trained.model, batch.tokens.to(trained.model.device))
         load = torch.bincount(chosen.flatten(), minlength=EXPERTS.num_experts).float()
         curve["load"] = (load / load.mean()).tolist()
         curve["max_violation"] = float(load.max() / load.mean() - 1)

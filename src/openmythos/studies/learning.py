@@ -83,7 +83,7 @@ def learn(model: OpenMythos, task: Task, learning: Learning, seed: int) -> Itera
     model.train()
     for step in range(learning.num_steps):
         hops = int(torch.randint(learning.min_hops, reach + 1, (), generator=generator))
-        batch = task.sample(learning.batch_size, hops, generator)
+        batch = task.sample(learning.batch_size, hops, generator).to(model.device)
         loops = _loops(learning, hops, step, seed, generator)
         losses = model.losses(
             batch.tokens,
@@ -148,7 +148,8 @@ def accuracy_map(
     model.eval()
     found: dict[int, dict[int, float]] = {}
     for hop in hops:
-        batch = task.sample(examples, hop, torch.Generator().manual_seed(seed + hop))
+        generator = torch.Generator().manual_seed(seed + hop)
+        batch = task.sample(examples, hop, generator).to(model.device)
         output = model(batch.tokens, num_loops=max(loops), collect_loops=loops, last_only=True)
         by_loops = dict(zip(output.recurrence.collected, output.loop_logits, strict=True))
         found[hop] = {}

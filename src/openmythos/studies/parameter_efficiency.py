@@ -92,7 +92,7 @@ def measure(trained: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     trained.eval()
     hops = max(most for task, _, most, _ in TASKS.values() if task.kind == arm.problems.kind)
     generator = torch.Generator().manual_seed(10_000)
-    batch = arm.problems.sample(50 if quick else 2000, hops, generator)
+    batch = arm.problems.sample(50 if quick else 2000, hops, generator).to(trained.device)
     right = trained(batch.tokens).logits.argmax(dim=-1) == batch.targets
     if isinstance(arm.problems, Addition):
         share = right[:, -arm.problems.answer_digits :].all(dim=1)

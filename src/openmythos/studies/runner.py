@@ -20,7 +20,7 @@ from openmythos.config import (
     write_atomically,
     write_json,
 )
-from openmythos.machine import describe, keep_freed_memory
+from openmythos.machine import choose_device, describe, keep_freed_memory
 from openmythos.model import cost
 from openmythos.model.mythos import OpenMythos
 from openmythos.studies import (
@@ -72,13 +72,16 @@ def run_study(
     quick: bool,
     overrides: Sequence[str] = (),
     processes: int = 2,
+    device: str = "auto",
     told: Callable[[int, int, str], None] | None = None,
 ) -> Finding:
     """All runs that results.json lacks, then results.json, report.md, figure.png in `out`.
 
     Runs found there are kept, those of further seeds too; where they are not of these arms and
-    settings, nothing is touched. `told` hears (runs done, runs in all, what was done last).
+    settings, nothing is touched. All processes share the `device`. `told` hears
+    (runs done, runs in all, what was done last).
     """
+    name = str(choose_device(device))
     arms = [apply_overrides(arm.quick() if quick else arm, overrides) for arm in study.arms()]
     out.mkdir(parents=True, exist_ok=True)
     runs, tried = _load(out / "results.json")
@@ -89,7 +92,7 @@ def run_study(
     _refuse_others(out, tried, trials)
     wanted = [(arm.name, seed) for seed in range(seeds) for arm in arms]
     total = len(trials) + len({*done, *wanted})
-    machine = describe()
+    machine = describe() | {"device": name}
 
     def keep(what: str, finding: Finding | None = None) -> None:
         if what != "kept":
@@ -108,7 +111,7 @@ def run_study(
             for number in range(trial.trial_seeds)
         ]
         found: dict[tuple[str, float], list[RunResult]] = {}
-        for result in _finished(pool, study, rates, quick):
+        for result in _finished(pool, study, rates, quick, name):
             same = found.setdefault((result.arm, result.rate), [])
             same.append(result)
             if len(same) == seeds_of[result.arm]:
@@ -124,7 +127,7 @@ def run_study(
         _refuse_others(out, runs, arms)
         chosen = {arm.name: arm for arm in arms}
         todo = [(chosen[name], seed) for name, seed in wanted if (name, seed) not in done]
-        for result in _finished(pool, study, todo, quick):
+        for result in _finished(pool, study, todo, quick, name):
             done[result.arm, result.seed] = replace(result, commit=str(machine["commit"]))
             keep(f"{result.arm}, seed {result.seed}")
     finally:
@@ -138,17 +141,18 @@ def run_study(
     return finding
 
 
-def run_arm(study: str, arm: Arm, seed: int, quick: bool) -> RunResult:
+def run_arm(study: str, arm: Arm, seed: int, quick: bool, device: str = "auto") -> RunResult:
     """One arm with one seed, on one thread."""
     torch.set_num_threads(1)
     keep_freed_memory()
     started = time.perf_counter()
     if isinstance(arm.learning, TextLearning):
         assert isinstance(arm.task, Text)
-        with trained_on_text(arm.model, arm.task, arm.learning.train, seed) as trained:
+        training = arm.learning.train
+        with trained_on_text(arm.model, arm.task, training, seed, device) as trained:
             curve, flops = get(study).measure(trained, arm, quick), float(trained.flops)
     else:
-        curve, flops = _learned(get(study), arm, seed, quick)
+        curve, flops = _learned(get(study), arm, seed, quick, device)
     return RunResult(
         arm=arm.name,
         seed=seed,
@@ -161,10 +165,12 @@ def run_arm(study: str, arm: Arm, seed: int, quick: bool) -> RunResult:
     )
 
 
-def _learned(study: Study, arm: Arm, seed: int, quick: bool) -> tuple[dict[str, Any], float]:
+def _learned(
+    study: Study, arm: Arm, seed: int, quick: bool, device: str
+) -> tuple[dict[str, Any], float]:
     """(curve, training FLOPs) of an arm that learns a task."""
     assert isinstance(arm.learning, Learning) and not isinstance(arm.task, Text)
-    model = OpenMythos(arm.model, seed=seed)
+    model = OpenMythos(arm.model, seed=seed).to(choose_device(device))
     measure, snapshots = study.measure, study.snapshots
     steps, flops, by_step = arm.learning.num_steps, 0.0, {}
     for progress in learn(model, arm.task, arm.learning, seed):
@@ -180,10 +186,10 @@ def _learned(study: Study, arm: Arm, seed: int, quick: bool) -> tuple[dict[str, 
 
 
 def _finished(
-    pool: Executor, study: Study, work: Sequence[tuple[Arm, int]], quick: bool
+    pool: Executor, study: Study, work: Sequence[tuple[Arm, int]], quick: bool, device: str
 ) -> Iterator[RunResult]:
     """Runs of (arm, seed), each the moment it is done."""
-    futures = [pool.submit(run_arm, study.name, arm, seed, quick) for arm, seed in work]
+    futures = [pool.submit(run_arm, study.name, arm, seed, quick, device) for arm, seed in work]
     for future in as_completed(futures):
         yield future.result()
 

@@ -73,7 +73,8 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
     """Losses of training, spectral radius of the linear part, size of the state by loops."""
     loops = LOOPS[:3] if quick else LOOPS
     batch = next(iter(evaluation_windows(trained.held_out, 128, batch_size=4)))
-    out = trained.model(batch.tokens, num_loops=max(loops), collect_loops=loops)
+    tokens = batch.tokens.to(trained.model.device)
+    out = trained.model(tokens, num_loops=max(loops), collect_loops=loops)
     sizes = [float(state.square().mean().sqrt()) for state in out.recurrence.states]
     losses = [step.loss for step in trained.history]
     return {
@@ -97,7 +98,7 @@ def radius(trained: TextRun) -> float | None:
         weight = injection.state_map.weight
         if not bool(weight.isfinite().all()):
             return None
-        return float(torch.linalg.eigvals(weight).abs().max())
+        return float(torch.linalg.eigvals(weight.cpu()).abs().max())
     return 1.0
 
 

@@ -86,7 +86,7 @@ def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
         # Of few pairs a thousand draws repeat most: each counts once.
         first = torch.unique(batch.tokens, dim=0, return_inverse=True)[1]
         order = torch.stack([(first == i).nonzero()[0, 0] for i in range(int(first.max()) + 1)])
-        tokens, answers = batch.tokens[order], batch.answers()[order]
+        tokens, answers = (x[order].to(model.device) for x in (batch.tokens, batch.answers()))
         out = model(tokens, num_loops=max(loops), collect_loops=loops, last_only=True)
         by_loops = dict(zip(out.recurrence.collected, out.loop_logits, strict=True))
         found[part] = {"pairs": len(tokens)}

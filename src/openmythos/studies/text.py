@@ -90,10 +90,12 @@ def text_training(loops: LoopSampling) -> TrainConfig:
 
 @contextmanager
 def trained_on_text(
-    model: MythosConfig, text: Text, training: TrainConfig, seed: int
+    model: MythosConfig, text: Text, training: TrainConfig, seed: int, device: str = "auto"
 ) -> Iterator[TextRun]:
     """Train in a run folder that is gone afterwards."""
-    training = replace(training, seed=seed, save_every=training.num_steps, keep_checkpoints=1)
+    training = replace(
+        training, seed=seed, save_every=training.num_steps, keep_checkpoints=1, device=device
+    )
     with tempfile.TemporaryDirectory() as folder:
         config = RunConfig(model=model, tokenizer=text.tokenizer, data=text.data, train=training)
         run = Run.create(Path(folder) / "run", config)
@@ -111,4 +113,4 @@ def trained_on_text(
             step.tokens * (per_token[0] + (step.mean_loops - 1) * (per_token[1] - per_token[0]))
             for step in history
         )
-        yield TextRun(run.load_model(), flops, history, run.shards("held_out"))
+        yield TextRun(run.load_model(device), flops, history, run.shards("held_out"))

@@ -19,6 +19,10 @@ class TaskBatch(NamedTuple):
     targets: TokenIds
     answer_at: Tensor  # [batch]
 
+    def to(self, device: torch.device) -> "TaskBatch":
+        """The same problems on a device."""
+        return TaskBatch(*(x.to(device) for x in self))
+
     def answers(self) -> Tensor:
         """The right answers, [batch]."""
         return self.targets.gather(1, self.answer_at[:, None])[:, 0]

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from openmythos.config import ConfigError, read_json, write_json
+from openmythos.machine import choose_device
 from openmythos.model import storage
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
@@ -173,12 +174,13 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
             raise ConfigError(f"{path}: is damaged, its sha256 is not that of {CHECKSUMS_FILE}")
 
 
-def load_model(checkpoint: Path) -> OpenMythos:
-    """The model of a checkpoint, whole, in eval mode, on the CPU."""
+def load_model(checkpoint: Path, device: str | torch.device = "cpu") -> OpenMythos:
+    """The model of a checkpoint, whole, in eval mode, on a device (see `machine.choose_device`)."""
+    chosen = choose_device(device)
     verify(checkpoint)
     model = OpenMythos(storage.load_config(checkpoint))
     _read(checkpoint, {_MODEL + name: x for name, x in model.state_dict().items()})
-    return model.eval()
+    return model.to(chosen).eval()
 
 
 def load_training(checkpoint: Path, model: OpenMythos, optimizers: Optimizers) -> Counters:

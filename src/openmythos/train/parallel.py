@@ -104,10 +104,12 @@ def launched_here() -> tuple[int, int]:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The ranks that torchrun has started; nothing where it has not.
+    """The ranks that torchrun has started, none where it has not; `device` is the current one.
 
     Raises ConnectionError where a rank no longer answers the others.
     """
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index or 0)
     if launched()[1] == 1 or dist.is_initialized():
         yield
         return
@@ -244,14 +246,3 @@ def mean_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
         return [value.detach() for value in values]
     stacked = torch.stack([value.detach().float() for value in values])
     return list(sum_over_ranks(stacked) / rank_and_world_size()[1])
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" is the accelerator if there is one, else the CPU; of several, this rank's."""
-    device = torch.device(name) if name != "auto" else torch.accelerator.current_accelerator()
-    if device is None:
-        return torch.device("cpu")
-    if device.type != "cpu" and device.index is None:
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
-        torch.accelerator.set_device_index(device.index)
-    return device

@@ -26,6 +26,7 @@ from openmythos.data.loader import Loader
 from openmythos.data.prepared import References
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
+from openmythos.machine import choose_device
 from openmythos.model.mythos import OpenMythos
 from openmythos.train.checkpoint import (
     CheckpointWriter,
@@ -72,6 +73,7 @@ class Run:
                 f"{folder}: exists already; choose another --out, or --resume {folder}"
             )
         require_packages(config.train.trackers)
+        choose_device(config.train.device, "train.device")
         report = progress or (lambda _stage, _done: None)
         prepared = References.of(config.data.paths)
         config.data.require_honoured(prepared is not None)
@@ -139,9 +141,9 @@ class Run:
             weights=self.config.data.weights,
         )
 
-    def load_model(self) -> OpenMythos:
-        """The model of the newest checkpoint, in eval mode, on the CPU."""
-        return load_model(latest_checkpoint(self.folder))
+    def load_model(self, device: str | torch.device = "cpu") -> OpenMythos:
+        """The model of the newest checkpoint, in eval mode; `device` may be "auto"."""
+        return load_model(latest_checkpoint(self.folder), device)
 
 
 def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress) -> None:

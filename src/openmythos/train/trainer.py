@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openmythos.config import require
 from openmythos.data.loader import Batch, Loader
-from openmythos.machine import matmul_peak
+from openmythos.machine import choose_device, matmul_peak
 from openmythos.model.cost import TrainingFlops
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
@@ -28,7 +28,6 @@ from openmythos.train.checkpoint import Counters
 from openmythos.train.config import TrainConfig
 from openmythos.train.loss import LossParts, training_loss
 from openmythos.train.parallel import (
-    choose_device,
     clip_gradients,
     mean_over_ranks,
     rank_and_world_size,
@@ -88,7 +87,7 @@ class Trainer:
         require(fits, "loss.kind", config.loss.kind, 'wants loops.per = "batch" on several ranks')
         self.device = next(model.parameters()).device
         if self.device.type == "meta":
-            self.device = choose_device(config.device)
+            self.device = choose_device(config.device, "train.device")
         self.model = spread(
             model,
             config.parallel,

@@ -1,0 +1,54 @@
+"""Which devices there are, and which one a name means."""
+
+import pytest
+import torch
+
+from openmythos.config import ConfigError
+from openmythos.machine import choose_device, devices
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 0) -> None:
+    found = None if kind is None else torch.device(kind)
+
+    def accelerator(check_available: bool = False) -> torch.device | None:
+        # As a build of torch for CUDA answers on a machine without a GPU.
+        return found if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerator)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+
+
+def test_without_an_accelerator_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, None)
+    assert devices() == ("cpu",)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+
+
+def test_of_several_accelerators_a_rank_takes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "cuda", 2)
+    assert devices() == ("cpu", "cuda:0", "cuda:1")
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:0")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert choose_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:2", "cuda:-1", "mps", "meta", "xla:0"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, "cuda", 2)
+    with pytest.raises(ConfigError) as caught:
+        choose_device(name)
+    assert str(caught.value) == (
+        f"device = {name!r}: must be one of auto, cpu, cuda, cuda:0, cuda:1 on this machine"
+    )
+
+
+def test_the_field_is_named_and_only_what_is_there_is_offered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, None)
+    with pytest.raises(ConfigError, match=r"^train.device = 'cuda': must be one of auto, cpu on"):
+        choose_device("cuda", "train.device")
