@@ -226,7 +226,7 @@ def test_rates_are_chosen_by_the_mean_over_their_seeds(
     arm = replace(ARMS["3 layers, equal parameters"], rates=(1.0, 2.0, 3.0), trial_seeds=3)
     fits = {1.0: (0.4, 0.4, 0.4), 2.0: (0.6, 0.6, 0.6), 3.0: (0.9, 0.1, 0.2)}
 
-    def made_up(_study: str, arm: Arm, seed: int, _quick: bool) -> RunResult:
+    def made_up(_study: str, arm: Arm, seed: int, _quick: bool, _device: str) -> RunResult:
         fit = fits[arm.rate][seed - runner.TRIAL_SEED] if seed >= runner.TRIAL_SEED else 0.0
         return RunResult(arm.name, seed, arm.settings(), {"fit": fit}, 1, 1.0, 2.0, "")
 
