@@ -485,6 +485,48 @@ def test_help_of_every_command(call: Call, command: str) -> None:
         assert flag in result.out
 
 
+def test_help_names_a_value_and_its_default_once(call: Call) -> None:
+    for command in FLAGS:
+        out = call(command, "--help").out
+        assert "STR" not in out and "{None}" not in out and "''" not in out, command
+        assert out.count("(default: runs/") <= 1, command
+    assert "--set KEY=VALUE" in call("train", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("tensor\nframes"), 1, "RuntimeError: tensor; this is a bug, OPENMYTHOS_DEB"),
+        (OverflowError("too large"), 1, "OverflowError: too large; this is a bug"),
+        (AssertionError(), 1, "AssertionError: ; this is a bug"),
+        (RecursionError("depth"), 1, "RecursionError: depth; this is a bug"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "out of memory:"),
+    ],
+)
+def test_an_error_nobody_foresaw_is_one_line(
+    call: Call, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, said: str
+) -> None:
+    def failing(_self: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.Presets, "run", failing)
+    result = call("presets")
+    assert (result.code, result.err.count("\n")) == (code, 1)
+    assert result.err.startswith(f"error: {said}")
+    monkeypatch.setenv("OPENMYTHOS_DEBUG", "1")
+    assert "in failing" in call("presets").err
+
+
+def test_a_reader_that_leaves_is_no_error(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_self: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr(cli.Presets, "run", broken)
+    result = call("presets")
+    assert (result.code, result.out, result.err) == (141, "", "")
+
+
 def test_version(call: Call) -> None:
     assert call("--version").out == f"openmythos {openmythos.__version__}\n"
 
@@ -503,10 +545,28 @@ def test_help_names_every_command(call: Call) -> None:
         (["nonsense"], "nonsense"),
         (["train", "--nonsense", "3"], "--nonsense"),
         (["generate", "run", "--num-loops", "2.5"], "--num-loops"),
-        (["generate"], "folder"),
+        (["generate", "run", "--num-loops", "2.5"], "'2.5' is not a number"),
+        (["generate"], "generate: wants RUN (run folder), such as runs/demo-1"),
+        (["export"], "export: wants RUN (run folder), --out FOLDER"),
+        (["plan"], "plan: wants PRESET"),
+        (["trian"], "unknown command 'trian', did you mean 'train'? known: data, demo"),
+        (["train", "--reume", "x"], "Unrecognized options: --reume, x, did you mean --resume?"),
+        (["data", "nope"], "nope; Available subcommands: prepare, check"),
+        (["generate", "run", "--prompt", "-x"], "--prompt=-x"),
+        (["generate", "run", "--prompt"], "--prompt: needs a value"),
+        (["train", "--resume", ""], "--resume: must not be empty"),
+        (["train", "--resume="], "--resume: must not be empty"),
+        (["train", "--data", ""], "--data: must not be empty"),
+        (["generate", ""], "argument 2: must not be empty"),
+        (["train", "--recipe", "tiny", "--set"], "--set: must be followed by"),
+        (["train", "--data", "--out", "o"], "--data: must be followed by"),
     ],
 )
-def test_wrong_arguments_are_explained(call: Call, argv: list[str], part: str) -> None:
+@pytest.mark.parametrize("utf8", [True, False])
+def test_wrong_arguments_are_explained(
+    call: Call, monkeypatch: pytest.MonkeyPatch, argv: list[str], part: str, utf8: bool
+) -> None:
+    monkeypatch.setattr("tyro._fmtlib._FORCE_UTF8_BOXES", utf8)
     result = call(*argv)
     assert result.code == 2
     assert part.lower() in result.err.lower()

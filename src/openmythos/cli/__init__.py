@@ -1,21 +1,19 @@
 """The command line: the only room that knows argv and prints."""
 
-import io
-import itertools
+import contextlib
 import logging
+import os
 import sys
-from contextlib import redirect_stderr
-from typing import Annotated, NoReturn
+import traceback
+from typing import Annotated, NoReturn, get_args
 
 import tyro
 
 from openmythos import __version__
 from openmythos.cli.commands import Demo, Eval, Export, Generate, Plan, Presets, Study, Train
 from openmythos.cli.data import Data, Tokenizer
+from openmythos.cli.flags import parse
 from openmythos.cli.tracking import Plot, Runs, Watch
-
-# What tyro draws around its messages.
-BOX = " │─╭╮╰╯"
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -32,6 +30,9 @@ Command = (
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Watch, tyro.conf.subcommand("watch")]
 )
+_NAMES = [get_args(member)[0].__name__.lower() for member in get_args(Command)]
+# Set to 1, the traceback of an error is shown above its line.
+_DEBUG = "OPENMYTHOS_DEBUG"
 
 
 def run() -> NoReturn:
@@ -53,39 +54,40 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        command = _parse(given)
+        command = parse(Command, given, _NAMES)
         # Torch takes seconds to import: the rest begins once the command is known to be one.
         from openmythos.machine import keep_freed_memory
 
         keep_freed_memory()
         command.run()
-    except (ValueError, FileExistsError, FileNotFoundError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has left. What is still buffered would fail again at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get(_DEBUG) == "1":
+            traceback.print_exc()
+        code, message = _told(error)
+        print(f"error: {message}", file=sys.stderr)
+        return code
     return 0
 
 
-def _parse(argv: list[str]) -> Command:
-    """The command of argv; bad flags raise a ValueError of one line instead of tyro's box."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box):
-            return tyro.cli(
-                Command,
-                prog="openmythos",
-                description="Recurrent-depth transformers: train, sample, evaluate, plan.",
-                args=argv,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-            )
-    except SystemExit as stop:
-        if stop.code == 0:
-            raise
-        lines = [line.strip(BOX) for line in box.getvalue().splitlines()[1:]]
-        first = itertools.takewhile(bool, lines)
-        raise ValueError(f"{' '.join(first)} (see --help)") from None
+def _told(error: Exception) -> tuple[int, str]:
+    """Exit code and one line for an error."""
+    text = str(error)
+    if isinstance(error, ValueError | FileExistsError | FileNotFoundError | PermissionError):
+        return 2, text
+    if isinstance(error, OSError):
+        return 1, text
+    # torch has an error of its own for a GPU, and none for the host's memory.
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        line = next(iter(text.splitlines()), "")
+        return 1, f"out of memory: {line}".removesuffix(": ")
+    line = next(iter(text.splitlines()), "")
+    return 1, f"{type(error).__name__}: {line}; this is a bug, {_DEBUG}=1 shows where"

@@ -5,9 +5,11 @@
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from openmythos.cli.flags import Changes, RunFolder, Texts, flat, shown
 from openmythos.config import (
     ConfigError,
     apply_overrides,
@@ -20,26 +22,20 @@ from openmythos.config import (
 DEMO_LOOPS = (1, 2, 4, 8, 16)
 DEMO_PROMPT = "def main("
 
-Many = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
-
-
-def flat(values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    return tuple(value for group in values for value in group)
-
 
 @dataclass(frozen=True)
 class Train:
     """Train a model on text; makes a run folder, or goes on with one (--resume)."""
 
-    recipe: str = "demo"
+    recipe: Annotated[str, shown("NAME")] = "demo"
     """Config to start from: tiny (seconds), demo (minutes) or small (an hour or two)."""
-    data: Many = ()
+    data: Texts = ()
     """Text files, folders, globs, .jsonl, .parquet, hf:NAME, stdlib (the default); or prepared."""
-    set: Many = ()
+    set: Changes = ()
     """Changes to the config, such as model.halting=act or train.num_steps=500."""
-    out: str = ""
-    """Run folder to make (default: runs/RECIPE-N)."""
-    resume: str = ""
+    out: Annotated[str, shown("FOLDER", "runs/RECIPE-N")] = ""
+    """Run folder to make."""
+    resume: Annotated[str, shown("RUN", "")] = ""
     """Run folder to go on with; only train.* can be changed."""
 
     def run(self) -> None:
@@ -85,12 +81,12 @@ class Train:
 class Generate:
     """Continue a prompt with a trained model, printing the text as it is decoded."""
 
-    folder: tyro.conf.Positional[str]
+    folder: RunFolder
     """Run folder."""
-    prompt: str = ""
+    prompt: Annotated[str, shown("TEXT", "")] = ""
     """Text to continue; empty: from the start token."""
-    num_loops: int | None = None
-    """Loops per token (default: the model's). More than in training is allowed."""
+    num_loops: Annotated[int | None, shown("N", "the model's")] = None
+    """Loops per token. More than in training is allowed."""
     max_new_tokens: int = 128
     """Tokens to generate."""
     temperature: float = 0.8
@@ -103,9 +99,9 @@ class Generate:
     """Keep tokens at least this many times as likely as the likeliest."""
     seed: int = 0
     """Seed of the draws."""
-    exit_rule: str = "fixed"
+    exit_rule: Annotated[str, shown("KIND")] = "fixed"
     """When to stop looping early: fixed, state_change, kl, kl_entropy or argmax."""
-    set: Many = ()
+    set: Changes = ()
     """More settings, such as exit_rule.threshold=1e-3, decode=last or prefill_chunk=64."""
 
     def run(self) -> None:
@@ -132,14 +128,14 @@ class Generate:
 class Eval:
     """Bits per byte and perplexity of held-out text against the number of loops."""
 
-    folder: tyro.conf.Positional[str]
+    folder: RunFolder
     """Run folder."""
-    data: Many = ()
+    data: Texts = ()
     """Text to score instead of the run's own held-out part."""
-    num_loops: str = "1,2,4,8,16"
+    num_loops: Annotated[str, shown("N,N,...")] = "1,2,4,8,16"
     """Loop counts, separated by commas."""
-    out: str = ""
-    """Folder for eval.json, loops.png and loops.csv (default: the run folder)."""
+    out: Annotated[str, shown("FOLDER", "the run folder")] = ""
+    """Folder for eval.json, loops.png and loops.csv."""
 
     def run(self) -> None:
         from openmythos.cli.screen import OUT, evaluate
@@ -158,15 +154,15 @@ class Eval:
 class Plan:
     """What a preset costs: parameters, KV cache, FLOPs, training memory; nothing is allocated."""
 
-    preset: tyro.conf.Positional[str]
+    preset: tyro.conf.Positional[Annotated[str, shown("PRESET")]]
     """Preset name; see `openmythos presets`."""
-    context: int | None = None
-    """Tokens per sequence (default: the preset's context)."""
+    context: Annotated[int | None, shown("N", "the preset's")] = None
+    """Tokens per sequence."""
     batch: int = 1
     """Sequences."""
-    num_loops: int | None = None
-    """Loops (default: the preset's)."""
-    set: Many = ()
+    num_loops: Annotated[int | None, shown("N", "the preset's")] = None
+    """Loops."""
+    set: Changes = ()
     """Changes to the preset, such as recurrent_feed_forward.top_k=4."""
     gpus: int = 0
     """Does training fit this many devices, and with which settings? --batch is that of each."""
@@ -211,12 +207,12 @@ class Plan:
 class Export:
     """Write the model of a run's checkpoint as a folder for `OpenMythos.from_pretrained`."""
 
-    folder: tyro.conf.Positional[str]
+    folder: RunFolder
     """Run folder."""
-    out: str
+    out: Annotated[str, shown("FOLDER")]
     """Folder to make: config.json, model.safetensors, tokenizer.json."""
-    step: int | None = None
-    """Checkpoint (default: the newest)."""
+    step: Annotated[int | None, shown("N", "the newest")] = None
+    """Checkpoint."""
 
     def run(self) -> None:
         from openmythos.cli.screen import OUT, short
@@ -262,7 +258,7 @@ class Presets:
 class Study:
     """Test a claim of the field: train its arms with several seeds, write results and verdict."""
 
-    name: tyro.conf.Positional[str] = ""
+    name: tyro.conf.Positional[Annotated[str, shown("STUDY", "")]] = ""
     """Study; see --list."""
     list: bool = False
     """List the studies and their claims."""
@@ -270,11 +266,11 @@ class Study:
     """Seeds per arm."""
     quick: bool = False
     """Seconds instead of minutes: shows that it runs, not what it finds."""
-    out: str = "results"
+    out: Annotated[str, shown("FOLDER")] = "results"
     """Folder that gets a folder per study. Runs found there are kept, not repeated."""
     processes: int = 2
     """Runs at the same time, each on one thread."""
-    set: Many = ()
+    set: Changes = ()
     """Changes to every arm, such as learning.num_steps=3200."""
 
     def run(self) -> None:
@@ -314,9 +310,9 @@ class Study:
 class Demo:
     """Watch depth come from loops, then train a small language model on Python's own source."""
 
-    out: str = ""
-    """Run folder to make (default: runs/demo-N)."""
-    set: Many = ()
+    out: Annotated[str, shown("FOLDER", "runs/demo-N")] = ""
+    """Run folder to make."""
+    set: Changes = ()
     """Changes to the language model's config, as in `openmythos train`."""
     hops_steps: int = 1600
     """Training steps of the model that follows chains of lookups; 0 leaves it out."""

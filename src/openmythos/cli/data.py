@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from openmythos.cli.commands import Many, flat
+from openmythos.cli.flags import Texts, flat, shown
 from openmythos.config import ConfigError, load_json, require_int, require_number
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class Tokenizer:
     """Train a byte-level BPE tokenizer and write its tokenizer.json (Hugging Face format)."""
 
-    data: Many = (("stdlib",),)
-    """Text to learn from: as for `openmythos train --data`."""
+    data: Texts = ()
+    """Text to learn from: as for `openmythos train --data`; stdlib is the default."""
     vocab_size: int = 4096
     """Number of tokens."""
-    out: str = "tokenizer"
+    out: Annotated[str, shown("FOLDER")] = "tokenizer"
     """Folder for tokenizer.json; use it with --set tokenizer.kind=file tokenizer.path=FOLDER."""
 
     def run(self) -> None:
@@ -38,7 +38,7 @@ class Tokenizer:
         folder = Path(self.out)
         if (folder / "tokenizer.json").exists():
             raise ConfigError(f"{folder}/tokenizer.json: exists already; choose another --out")
-        corpus = open_data(DataConfig(paths=flat(self.data)))
+        corpus = open_data(DataConfig(paths=flat(self.data) or ("stdlib",)))
         with OUT.status("training the tokenizer"):
             texts = (document.text for document in corpus.train())
             tokenizer = BPE(vocab_size=self.vocab_size).build(texts)
@@ -60,13 +60,13 @@ class Prepare:
     Interrupted, the same command goes on.
     """
 
-    data: Many
+    data: Texts
     """What to read: as for `openmythos train --data`."""
-    tokenizer: str
+    tokenizer: Annotated[str, shown("PATH")]
     """A tokenizer.json or its folder (see `openmythos tokenizer`), or bytes."""
-    out: str
+    out: Annotated[str, shown("FOLDER")]
     """Folder to make, or to go on with."""
-    field: str = "text"
+    field: Annotated[str, shown("NAME")] = "text"
     """Field of .jsonl and column of .parquet that holds the text."""
     held_out: float = 0.04
     """Share of the documents that is never trained on."""
@@ -126,7 +126,7 @@ class Prepare:
 class Check:
     """Read a prepared folder through and compare it with its checksums."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[Annotated[str, shown("FOLDER")]]
     """Folder that `openmythos data prepare` made."""
 
     def run(self) -> None:

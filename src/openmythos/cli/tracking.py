@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.table import Table
 from rich.text import Text
 
+from openmythos.cli.flags import RunFolder, shown
 from openmythos.config import ConfigError, load_toml, require, require_number
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ X_LABELS = {
 class Runs:
     """List training runs: state, step, loss, held-out bits per byte, speed, age, parameters."""
 
-    folders: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Folders to look in, at any depth (default: runs)."""
+    folders: tyro.conf.Positional[Annotated[tuple[str, ...], shown("FOLDER ...", "runs")]] = ()
+    """Folders to look in, at any depth."""
     json: bool = False
     """Print a JSON list instead of a table."""
 
@@ -66,14 +67,14 @@ class Runs:
 class Plot:
     """Draw the curves of training runs, one or several against each other: PNG and CSV."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], shown("RUN ...", "")]]
     """Run folders."""
-    metric: tuple[str, ...] = ("loss",)
+    metric: Annotated[tuple[str, ...], shown("NAME ...")] = ("loss",)
     """Metrics of metrics.jsonl, a panel each; a list such as state_norm is all of its parts."""
     x: Literal["steps", "tokens", "seconds"] = "steps"
     """What the curves are drawn against."""
-    out: str = ""
-    """PNG file (default: curves.png in the run folder; of several runs, here)."""
+    out: Annotated[str, shown("FILE", "curves.png in the run folder; of several runs, here")] = ""
+    """PNG file."""
 
     def run(self) -> None:
         from openmythos.analysis import run_plots
@@ -113,7 +114,7 @@ class Plot:
 class Watch:
     """Show a training run while it goes on, from here or on another machine; Ctrl-C leaves."""
 
-    folder: tyro.conf.Positional[str]
+    folder: RunFolder
     """Run folder."""
     every: float = 1.0
     """Seconds between two looks."""

@@ -1,0 +1,115 @@
+"""What flags of several commands look like, and the parsing of a command line: all without torch.
+
+tyro's box of several lines becomes one line of error.
+"""
+
+import io
+import re
+from contextlib import redirect_stderr
+from typing import Annotated, Any
+
+import tyro
+
+from openmythos.config import ConfigError, unknown_name
+
+# What tyro draws around its messages.
+_BOX = " │─╭╮╰╯"
+# Flags whose value may be empty, or that say themselves what they want.
+_MAY_BE_EMPTY = ("--prompt", "--num-loops")
+
+
+def shown(metavar: str, default: str | None = None) -> Any:
+    """How the help shows a flag; `default` where the value's own would say nothing."""
+    hint = None if default is None else f"(default: {default})" if default else ""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+Many = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
+Texts = Annotated[Many, shown("PATH ...", "")]
+Changes = Annotated[Many, shown("KEY=VALUE ...", "")]
+RunFolder = tyro.conf.Positional[Annotated[str, shown("RUN")]]
+
+
+def flat(values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    return tuple(value for group in values for value in group)
+
+
+def parse(command: Any, argv: list[str], names: list[str]) -> Any:
+    """The command of argv; bad flags raise a ConfigError of one line."""
+    if argv and not argv[0].startswith("-") and argv[0] not in names:
+        raise ConfigError(unknown_name(f"command {argv[0]!r}", argv[0], names))
+    _refuse_empty(argv)
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(
+                command,
+                prog="openmythos",
+                description="Recurrent-depth transformers: train, sample, evaluate, plan.",
+                args=argv,
+                config=(
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.OmitSubcommandPrefixes,
+                    tyro.conf.FlagCreatePairsOff,
+                ),
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise ConfigError(_message(box.getvalue(), argv)) from None
+
+
+def _refuse_empty(argv: list[str]) -> None:
+    """An empty word is most often a variable of the shell that was not set."""
+    flag = ""
+    for place, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            flag = name
+        empty = word == "" or (name.startswith("--") and equals == "=" and value == "")
+        if empty and flag not in _MAY_BE_EMPTY:
+            raise ConfigError(f"{flag or f'argument {place + 1}'}: must not be empty")
+        following = argv[place + 1] if place + 1 < len(argv) else "--"
+        if word in ("--set", "--data") and following.startswith("--"):
+            raise ConfigError(f"{word}: must be followed by at least one value")
+
+
+def _message(box: str, argv: list[str]) -> str:
+    """One line of what tyro has to say."""
+    text, *further = _sections(box)
+    missing = re.match(r"Missing from openmythos ([a-z ]+): (.*)", text)
+    if missing:
+        wanted = [
+            f"{name} ({what[0].lower()}{what[1:].rstrip('.')})"
+            for name, what in re.findall(r"(--\S+ \S+|\S+) (.+?) \(required\)", missing[2])
+        ]
+        example = ", such as runs/demo-1" if any(w.startswith("RUN ") for w in wanted) else ""
+        return f"{missing[1]}: wants {', '.join(wanted)}{example} (see --help)"
+    valueless = re.match(r"Missing value for argument '(--[\w-]+)'", text)
+    if valueless:
+        flag = valueless[1]
+        following = argv[argv.index(flag) + 1 :][:1] if flag in argv else []
+        hint = (
+            f"; one that begins with a dash is written {flag}={following[0]}" if following else ""
+        )
+        return f"{flag}: needs a value{hint}"
+    unread = re.match(r"Error parsing (--[\w-]+): .*: '(.*)'$", text)
+    if unread:
+        return f"{unread[1]}: {unread[2]!r} is not a number of the kind it wants (see --help)"
+    hints = re.findall(
+        r"Perhaps you meant: (--[\w-]+)|(Available subcommands: .*)", "; ".join(further)
+    )
+    hint = "".join(f", did you mean {flag}?" if flag else f"; {names}" for flag, names in hints[:1])
+    return f"{text}{hint} (see --help)"
+
+
+def _sections(box: str) -> list[str]:
+    """What stands between a box's rules, without its title; some terminals get no UTF-8."""
+    sections: list[str] = [""]
+    for line in box.splitlines()[1:]:
+        words = line.strip(_BOX)
+        if set(words) <= {"-"}:
+            sections.append("")
+        else:
+            sections[-1] = f"{sections[-1]} {words}".strip()
+    return [section for section in sections if section] or [" ".join(box.split())]
