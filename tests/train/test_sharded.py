@@ -130,7 +130,7 @@ def found(folder: Path) -> Found:
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_together_take_the_steps_of_one(folder: Path, found: Found, name: str) -> None:
     ranks, model, config = CASES[name]
-    # Where bf16 is used (Muon does), a last bit makes much, even other choices of experts.
+    # In bf16 a last bit makes much, even other choices of experts; Muon uses it where it is native.
     rough = isinstance(config.optimizer, Muon) or config.precision == "bf16"
     alone = all_steps(folder / "shards", model, replace(config, parallel=Parallel()))
     assert len(alone) == config.num_steps

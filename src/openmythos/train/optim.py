@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openmythos.config import ConfigError, require_number
+from openmythos.train.muon import MuonStep
 
 _EMBEDDINGS = ("embed.", "head.")
 _WITHOUT_DECAY = (
@@ -45,7 +46,8 @@ class AdamW:
     def __post_init__(self) -> None:
         _check_adam(self.lr, self.weight_decay, self.beta1, self.beta2)
 
-    def build(self, model: nn.Module) -> "Optimizers":
+    def build(self, model: nn.Module, dtype: torch.dtype | None = None) -> "Optimizers":
+        """`dtype` is Muon's; AdamW computes in that of the weights."""
         decayed, plain = _split(model, embeddings=self.decay_embeddings)
         groups = [
             {"params": part, "weight_decay": weight_decay}
@@ -80,19 +82,15 @@ class Muon:
         require_number("momentum", self.momentum, at_least=0, below=1)
         require_number("adamw_lr_scale", self.adamw_lr_scale, above=0)
 
-    def build(self, model: nn.Module) -> "Optimizers":
+    def build(self, model: nn.Module, dtype: torch.dtype | None = None) -> "Optimizers":
+        """`dtype` is that of the orthogonalisation (None: the fast one of the device)."""
         decayed, plain = _split(model)
-        views, names = MatrixViews(decayed), _names(model)
-        for weight, matrices in views.items():
-            numbers = range(_first_matrix(weight), weight.shape[0])
-            named = zip(matrices, numbers, strict=False)
-            names |= {id(matrix): f"{names[id(weight)]}.{number}" for matrix, number in named}
-        muon = torch.optim.Muon(
-            views.matrices,
+        muon = MuonStep(
+            decayed,
             lr=self.lr,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
-            adjust_lr_fn="match_rms_adamw",
+            dtype=dtype,
         )
         adamw = torch.optim.AdamW(
             [{"params": part} for part in by_mesh(plain)],
@@ -101,52 +99,22 @@ class Muon:
             weight_decay=0.0,
             fused=True,
         )
-        return Optimizers([muon, adamw], names, views, final_decay=self.final_decay)
+        return Optimizers([muon, adamw], _names(model), final_decay=self.final_decay)
 
 
 Optimizer = AdamW | Muon
 
 
-class MatrixViews:
-    """Each matrix of stacked weights as a parameter: torch's Muon takes only matrices."""
-
-    def __init__(self, stacked: Iterable[nn.Parameter]) -> None:
-        self._stacked = list(stacked)
-        self._parts = [
-            [nn.Parameter(part) for part in _matrices(weight.data)] for weight in self._stacked
-        ]
-        self.matrices = [part for parts in self._parts for part in parts]
-
-    def items(self) -> Iterable[tuple[nn.Parameter, list[nn.Parameter]]]:
-        """Each stack with its matrices."""
-        return zip(self._stacked, self._parts, strict=True)
-
-    def take_gradients(self) -> None:
-        """Point the views' gradients at their share of the stacked gradients."""
-        matrices = iter(self.matrices)
-        for weight, parts in zip(self._stacked, self._parts, strict=True):
-            gradients = [None] * len(parts) if weight.grad is None else _matrices(weight.grad)
-            for gradient in gradients:
-                next(matrices).grad = gradient
-
-
-def _matrices(weight: Tensor) -> list[Tensor]:
-    """Of a stack in shards the matrices of this rank, which are whole; a matrix stays in shards."""
-    if weight.ndim == 2:
-        return [weight]
+def _matrices(weight: Tensor, stacked: Tensor) -> dict[int, Tensor]:
+    """The matrices of a stack that this rank has, by number; they share its memory."""
+    first = 0
     if isinstance(weight, DTensor):
-        weight = weight.to_local()
-    return list(weight.flatten(0, -3).unbind())
-
-
-def _first_matrix(weight: Tensor) -> int:
-    """Which of a stack's matrices is this rank's first."""
-    if weight.ndim == 2 or not isinstance(weight, DTensor):
-        return 0
-    _, offset = compute_local_shape_and_global_offset(
-        weight.shape, weight.device_mesh, weight.placements
-    )
-    return offset[0]
+        _, offset = compute_local_shape_and_global_offset(
+            weight.shape, weight.device_mesh, weight.placements
+        )
+        first = offset[0]
+    local = stacked.to_local() if isinstance(stacked, DTensor) else stacked
+    return dict(enumerate(local.unbind(), first))
 
 
 class Optimizers:
@@ -159,13 +127,11 @@ class Optimizers:
         self,
         optimizers: list[torch.optim.Optimizer],
         names: dict[int, str],
-        views: MatrixViews | None = None,
         *,
         final_decay: float = 1.0,
     ) -> None:
         self._optimizers = optimizers
         self._names = names
-        self._views = views
         self._final_decay = final_decay
         self._base = [
             [(group["lr"], group["weight_decay"]) for group in o.param_groups] for o in optimizers
@@ -174,50 +140,64 @@ class Optimizers:
     def step(self, scale: float, progress: float = 0.0) -> None:
         """Update with every learning rate times `scale`; `progress` is the share of steps done."""
         decay_scale = 1 - (1 - self._final_decay) * progress
-        if self._views is not None:
-            self._views.take_gradients()
         for optimizer, base in zip(self._optimizers, self._base, strict=True):
             for group, (lr, decay) in zip(optimizer.param_groups, base, strict=True):
                 group["lr"], group["weight_decay"] = lr * scale, decay * decay_scale
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state, by parameter and field: "embed.weight.exp_avg"."""
-        return {
-            f"{self._names[id(parameter)]}.{field}": value
-            for optimizer in self._optimizers
-            for parameter, state in optimizer.state.items()
-            for field, value in state.items()
-        }
+        """The whole state, by parameter and field: "embed.weight.exp_avg".
+
+        Muon's of a stack comes by matrix, "experts.down.0.momentum_buffer".
+        """
+        found: dict[str, Tensor] = {}
+        for optimizer, parameter in self._parameters():
+            name = self._names[id(parameter)]
+            for field, value in optimizer.state.get(parameter, {}).items():
+                if _saved_by_matrix(optimizer, parameter):
+                    parts = _matrices(parameter, value)
+                    found |= {f"{name}.{number}.{field}": x for number, x in parts.items()}
+                else:
+                    found[f"{name}.{field}"] = value
+        return found
 
     def expect(self, names: Iterable[str]) -> None:
         """Make room for state of these names, as `tensors` has them, to be loaded into."""
-        fields: dict[str, list[str]] = {}
-        own = {self._names[id(parameter)] for _, parameter in self._parameters()}
-        views = () if self._views is None else self._views.items()
-        stacks = {self._names[id(weight)] for weight, _ in views}
+        homes = {self._names[id(parameter)]: (o, parameter) for o, parameter in self._parameters()}
         for name in names:
-            parameter_name, _, field = name.rpartition(".")
-            stack, _, number = parameter_name.rpartition(".")
-            # A matrix of a stack may be another rank's, and so may all of them.
-            elsewhere = number.isdigit() and stack in stacks
-            if parameter_name not in own and not elsewhere:
+            home, _, field = name.rpartition(".")
+            by_matrix = home not in homes
+            if by_matrix:
+                home = home.rpartition(".")[0]
+            found = homes.get(home)
+            if found is None or not _keeps(*found, field, by_matrix=by_matrix):
                 raise ConfigError(f"optimizer: has no place for the saved {name}; was it another?")
-            fields.setdefault(parameter_name, []).append(field)
-        for optimizer, parameter in self._parameters():
-            for field in fields.get(self._names[id(parameter)], ()):
-                # All is of the parameter's shape but the number of steps.
-                room = (
+            optimizer, parameter = found
+            # All is of the parameter's shape but the number of steps.
+            if field not in optimizer.state[parameter]:
+                optimizer.state[parameter][field] = (
                     torch.zeros((), device=parameter.device)
                     if field == "step"
                     else torch.zeros_like(parameter)
                 )
-                optimizer.state[parameter][field] = room
 
     def _parameters(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 yield from ((optimizer, parameter) for parameter in group["params"])
+
+
+def _keeps(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, field: str, *, by_matrix: bool
+) -> bool:
+    """Whether an optimizer saves such state of a parameter."""
+    is_muon = isinstance(optimizer, MuonStep)
+    fields = ("momentum_buffer",) if is_muon else ("step", "exp_avg", "exp_avg_sq")
+    return field in fields and by_matrix == _saved_by_matrix(optimizer, parameter)
+
+
+def _saved_by_matrix(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    return isinstance(optimizer, MuonStep) and parameter.ndim > 2
 
 
 def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

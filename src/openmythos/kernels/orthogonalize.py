@@ -1,0 +1,57 @@
+"""Newton-Schulz iteration: Muon's orthogonal matrix near a given one (Jordan et al. 2024).
+
+Of X = U S V^T it makes about U V^T: every singular value comes to lie in about 0.7 ... 1.2. The
+coefficients give up exact convergence to 1 for a steep slope at 0, so that 5 steps suffice.
+"""
+
+import torch
+from torch import Tensor
+
+from openmythos import machine
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+EPS = 1e-7
+
+
+def reference(x: Tensor) -> Tensor:
+    """The formula, on matrices (..., m, n), in their dtype."""
+    a, b, c = COEFFICIENTS
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def orthogonalize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A matrix, or each matrix of a stack (k, m, n), in `dtype` (default: the device's fast one).
+
+    The result keeps that dtype. fp64 stays fp64.
+    """
+    if dtype is None:
+        dtype = x.dtype if x.dtype == torch.float64 else machine.fast_dtype(x.device)
+    x = x.to(dtype)
+    if x.numel() == 0:
+        return x
+    if x.ndim == 3 and not gains_from_stacks(x.device):
+        return torch.stack([_iterate(matrix) for matrix in x])
+    return _iterate(x)
+
+
+def gains_from_stacks(device: torch.device) -> bool:
+    """Whether many products at once are faster than one after the other."""
+    return device.type != "cpu"
+
+
+def _iterate(x: Tensor) -> Tensor:
+    """Through the smaller of the two Gram matrices, with sums fused into the products."""
+    a, b, c = COEFFICIENTS
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
