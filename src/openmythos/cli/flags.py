@@ -93,7 +93,7 @@ def _message(box: str, argv: list[str]) -> str:
             f"; one that begins with a dash is written {flag}={following[0]}" if following else ""
         )
         return f"{flag}: needs a value{hint}"
-    unread = re.match(r"Error parsing (--[\w-]+): .*: '(.*)'$", text)
+    unread = re.match(r"Error parsing (--[\w-]+): .*'([^']*)'", text)
     if unread:
         return f"{unread[1]}: {unread[2]!r} is not a number of the kind it wants (see --help)"
     hints = re.findall(
