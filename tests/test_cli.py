@@ -394,6 +394,40 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["data", "prepare", "--data", "text", "--tokenizer", "bytes", "--out", "text"],
         ["text: exists already"],
     ),
+    "huge vocabulary": (
+        ["tokenizer", "--data", "text", "--vocab-size", f"{10**20}", "--out", "bpe"],
+        ["vocab_size = 1000", "at most 2147483647"],
+    ),
+    "endless limit": ([*NEW, "--set", "data.limit_mb=inf"], ["data.limit_mb = inf", "at most"]),
+    "endless part": (
+        [
+            "data",
+            "prepare",
+            "--data",
+            "text",
+            "--tokenizer",
+            "bytes",
+            "--out",
+            "new",
+            "--part-mb",
+            "inf",
+        ],
+        ["part_mb = inf", "at most"],
+    ),
+    "seed": ([*NEW, "--set", f"train.seed={10**20}"], ["train.seed = 1000", "2**63 - 1"]),
+    "nested": ([*NEW, "--set", "train.seed=" + 3000 * "["], ["[[[...: is nested too deeply"]),
+    "endless context": (
+        ["plan", "tiny", "--context", f"1{400 * '0'}"],
+        ["context = 1000", "0...: must be an integer, at least 1 and at most 2147483647"],
+    ),
+    "plan vocabulary": (["plan", "tiny", "--set", f"vocab_size={10**20}"], ["vocab_size = 1000"]),
+    "plan layers": (
+        ["plan", "tiny", "--set", "prelude_layers=100000"],
+        ["prelude_layers = 100000", "at most 1024"],
+    ),
+    "no memory": (["plan", "tiny", "--gpus", "1", "--memory", "-5"], ["memory = -5.0", "above 0"]),
+    "endless memory": (["plan", "tiny", "--gpus", "1", "--memory", "inf"], ["memory = inf"]),
+    "plan gpus": (["plan", "tiny", "--gpus", f"{10**9}"], ["gpus = 1000000000", "at most"]),
     "plan context": (["plan", "tiny", "--context", "-1"], ["context", "-1"]),
 }
 

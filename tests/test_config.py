@@ -119,6 +119,7 @@ def run_with(**model: Any) -> dict[str, Any]:
     return {"name": "n", "model": model}
 
 
+int64s = st.integers(-(2**63), 2**63 - 1)
 numbers = st.floats(allow_nan=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 adds = st.builds(Add, scale=numbers)
@@ -129,7 +130,7 @@ injections = st.one_of(
         method=st.sampled_from(["zoh", "euler"]),
     ),
     adds,
-    st.builds(Concat, dim=st.integers(), inner=adds),
+    st.builds(Concat, dim=int64s, inner=adds),
 )
 feed_forwards = st.one_of(
     st.builds(SwiGLU, expansion=numbers),
@@ -145,11 +146,11 @@ models = st.builds(
 runs = st.builds(
     Run,
     name=texts,
-    seed=st.integers(),
+    seed=int64s,
     learning_rate=st.one_of(numbers, st.integers(-(2**53), 2**53)),
     compile=st.booleans(),
     bits=st.sampled_from([8, 16]),
-    sizes=st.lists(st.integers(), max_size=3).map(tuple),
+    sizes=st.lists(int64s, max_size=3).map(tuple),
     grid=st.lists(st.lists(numbers, max_size=2).map(tuple), max_size=2).map(tuple),
     weights=st.dictionaries(texts, numbers, max_size=3),
     model=models,

@@ -26,6 +26,8 @@ T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
 _MISSING = dataclasses.MISSING
 _WANTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_INT64 = 2**63  # what a tensor, a TOML file and most other programs can hold
+_SHOWN = 200  # characters of a value in a message
 _IS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
 
 
@@ -36,7 +38,9 @@ class ConfigError(ValueError):
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raise a ConfigError naming field, value and what is allowed unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{field} = {value!r}: {allowed}")
+        shown = repr(value)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        raise ConfigError(f"{field} = {shown}: {allowed}")
 
 
 def require_int(
@@ -306,6 +310,7 @@ def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
         require(known, path, value, unknown_name("choice", value, map(str, choices)))
     elif wanted is int:
         require_int(path, value)
+        require(-_INT64 <= value < _INT64, path, value, "must be within -2**63 and 2**63 - 1")
     elif wanted is float:
         require_number(path, value)
         try:
@@ -379,7 +384,9 @@ def _child(wanted: Any, table: Mapping[str, Any], key: str, path: str) -> tuple[
 def _parse(text: str) -> Any:
     try:
         table = tomllib.loads(f"v = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or more digits than Python reads
         return text
+    except RecursionError:
+        raise ConfigError(f"override ...={text[:20]}...: is nested too deeply") from None
     # A line break in the text can end the value and start another key.
     return table["v"] if len(table) == 1 else text

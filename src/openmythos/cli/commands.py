@@ -15,10 +15,12 @@ from openmythos.config import (
     apply_overrides,
     require,
     require_int,
+    require_number,
     save_toml,
     to_dict,
 )
 
+MAX_GIB = 2.0**20
 DEMO_LOOPS = (1, 2, 4, 8, 16)
 DEMO_PROMPT = "def main("
 
@@ -177,6 +179,7 @@ class Plan:
 
         config = apply_overrides(presets.get(self.preset), flat(self.set))
         require_int("gpus", self.gpus, minimum=0)
+        require_number("memory", self.memory, above=0, at_most=MAX_GIB)
         if self.gpus:
             print_fit(
                 self.preset,

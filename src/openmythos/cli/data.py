@@ -86,8 +86,8 @@ class Prepare:
         from openmythos.data.prepared import Preparation
         from openmythos.data.tokenizer import ByteTokenizer, load_tokenizer
 
-        require_number("limit_mb", self.limit_mb, at_least=0)
-        require_number("part_mb", self.part_mb, at_least=1e-6)
+        require_number("limit_mb", self.limit_mb, at_least=0, at_most=1e12)
+        require_number("part_mb", self.part_mb, at_least=1e-6, at_most=1e6)
         require_int("processes", self.processes, minimum=0)
         wanted = Preparation(
             paths=flat(self.data),

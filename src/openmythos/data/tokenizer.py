@@ -228,7 +228,7 @@ class BPE:
     vocab_size: int = 4096
 
     def __post_init__(self) -> None:
-        require_int("vocab_size", self.vocab_size, minimum=257)
+        require_int("vocab_size", self.vocab_size, minimum=257, maximum=2**31 - 1)
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
         return BPETokenizer.train(texts, self.vocab_size)

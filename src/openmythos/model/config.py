@@ -12,6 +12,10 @@ from openmythos.recurrence.halting import Halting, NoHalting
 from openmythos.recurrence.injection import LTI, Injection
 from openmythos.recurrence.recurrent_block import StateInit
 
+# Beyond any model; larger numbers would overflow what is computed of them, or take minutes.
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class MythosConfig:
@@ -43,10 +47,11 @@ class MythosConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "context", "recurrent_layers", "num_loops"):
-            require_int(name, getattr(self, name), minimum=1)
+        for name in ("vocab_size", "dim", "context", "num_loops"):
+            require_int(name, getattr(self, name), minimum=1, maximum=MAX_SIZE)
+        require_int("recurrent_layers", self.recurrent_layers, minimum=1, maximum=MAX_LAYERS)
         for name in ("prelude_layers", "coda_layers"):
-            require_int(name, getattr(self, name), minimum=0)
+            require_int(name, getattr(self, name), minimum=0, maximum=MAX_LAYERS)
         require_number("norm_eps", self.norm_eps, above=0)
         require(
             self.state_init in ("zeros", "encoded", "normal"),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from openmythos.config import require_int
-from openmythos.model.config import MythosConfig
+from openmythos.model.config import MAX_SIZE, MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.block import Attention, FeedForward
@@ -104,7 +104,7 @@ def plan(
     context = config.context if context is None else context
     loops = config.num_loops if num_loops is None else num_loops
     for name, value in (("context", context), ("batch", batch), ("num_loops", loops)):
-        require_int(name, value, minimum=1)
+        require_int(name, value, minimum=1, maximum=MAX_SIZE)
     require_int("backprop_loops", backprop_loops, minimum=0)
     count = parameters(config)
     cache = partial(cache_bytes, config, context=context, batch=batch, num_loops=loops, dtype=dtype)

@@ -17,6 +17,8 @@ from openmythos.nn.moe import MoELayer
 
 # What is left to the communication library, to fragments and to everything not counted here.
 USABLE = 0.9
+# Every divisor is a candidate.
+MAX_TRIED = 2**20
 BF16 = torch.bfloat16
 
 
@@ -92,8 +94,8 @@ def find(
     What costs least time comes first: smaller micro-batches, then recomputed loops, then experts
     that several devices hold between them.
     """
-    require_int("gpus", gpus, minimum=1)
-    require_int("batch", batch, minimum=1)
+    require_int("gpus", gpus, minimum=1, maximum=MAX_TRIED)
+    require_int("batch", batch, minimum=1, maximum=MAX_TRIED)
     require_number("memory", float(memory), above=0)
     usable = round(USABLE * memory)
     tried = [

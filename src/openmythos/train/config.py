@@ -37,7 +37,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.paths) > 0, "paths", list(self.paths), "must name at least one source")
-        require_number("limit_mb", self.limit_mb, at_least=0)
+        require_number("limit_mb", self.limit_mb, at_least=0, at_most=1e12)
         fits = len(self.weights) in (0, len(self.paths))
         allowed = f"must be one for each of the {len(self.paths)} paths, or none"
         require(fits, "weights", list(self.weights), allowed)
