@@ -2,12 +2,18 @@
 
 A member is built from its defaults, shrunk by field name; its Literal and bool fields give further
 variants. `VARIANTS` covers every pair of choices (not every combination) with few models.
+
+The combinations are pinned in variants.json: a new member adds some and leaves the others, their
+ids included, as they are. `python tests/variants.py` pins what was added.
 """
 
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -125,30 +131,71 @@ def tiny_config(**parts: Any) -> MythosConfig:
     raise refused or AssertionError
 
 
-def pairwise(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Few combinations in which every two values of two axes meet at least once (greedy)."""
-    rng = random.Random(0)
-    indices = {name: range(len(values)) for name, values in axes.items()}
-    missing = {
-        ((a, i), (b, j))
-        for a, b in itertools.combinations(axes, 2)
-        for i, j in itertools.product(indices[a], indices[b])
+Row = dict[str, str]  # the name of a value, by axis
+PINS = Path(__file__).parent / "variants.json"
+PINNED: dict[str, Any] = json.loads(PINS.read_text()) if PINS.exists() else {}
+
+
+def cover(
+    pinned: str, axes: Mapping[str, Sequence[Any]], singles: Sequence[tuple[str, str]] = ()
+) -> list[dict[str, Any]]:
+    """Few combinations in which every two values of two axes meet, and every single occurs.
+
+    Those that are pinned, and more where these miss something. `axes` has what is to be paired;
+    singles are (axis, name of a value) beside that.
+    """
+    values = {
+        axis: {name_of(value): value for value in (*axes[axis], *AXES.get(axis, ()))}
+        for axis in axes
     }
-    rows: list[dict[str, int]] = []
+    paired = {axis: [name_of(value) for value in axes[axis]] for axis in axes}
+    rows = [_pinned_row(row, pinned, values) for row in PINNED.get(pinned, {}).get("rows", ())]
+    rows += _missing_rows(rows, paired)
+    pairs = len(rows)
+    for number, (axis, name) in enumerate(singles):
+        if not any(row[axis] == name for row in rows):
+            rows.append(rows[number % pairs] | {axis: name})
+    assert all(len(values[axis]) >= len(axes[axis]) for axis in axes), "two values of one name"
+    return [{axis: values[axis][name] for axis, name in row.items()} for row in rows]
+
+
+def _pinned_row(row: Sequence[str], pinned: str, values: Mapping[str, Mapping[str, Any]]) -> Row:
+    """A row of the file; on an axis that is newer than the file it has the first value."""
+    found = {axis: next(iter(names)) for axis, names in values.items()}
+    found |= zip(PINNED[pinned]["axes"], row, strict=True)
+    for axis, name in found.items():
+        assert name in values.get(axis, ()), (
+            f"variants.json: {pinned} has {axis} = {name}, which is no more: drop the rows with it"
+        )
+    return found
+
+
+def _missing_rows(rows: list[Row], axes: Mapping[str, Sequence[str]]) -> list[Row]:
+    """Rows with the pairs of values that `rows` miss (greedy)."""
+    rng = random.Random(0)
+    missing = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(axes, 2)
+        for x, y in itertools.product(axes[a], axes[b])
+    }
+    for row in rows:
+        missing -= _pairs(row, axes)
+    added = []
     while missing:
         # Start from a pair not met yet, then give each other axis its most useful value.
         row = dict(min(missing, key=repr))
-        for name in rng.sample(sorted(set(axes) - set(row)), len(axes) - len(row)):
-            gain = [len(_pairs({**row, name: i}, axes) & missing) for i in indices[name]]
-            best = [i for i in indices[name] if gain[i] == max(gain)]
-            row[name] = rng.choice(best)
+        for axis in rng.sample(sorted(set(axes) - set(row)), len(axes) - len(row)):
+            gain = [len(_pairs({**row, axis: name}, axes) & missing) for name in axes[axis]]
+            best = [name for name, won in zip(axes[axis], gain, strict=True) if won == max(gain)]
+            row[axis] = rng.choice(best)
+        row = {axis: row[axis] for axis in axes}
         missing -= _pairs(row, axes)
-        rows.append(row)
-    return [{name: axes[name][i] for name, i in row.items()} for row in rows]
+        added.append(row)
+    return added
 
 
-def _pairs(row: Mapping[str, int], axes: Mapping[str, Any]) -> set[tuple[Any, Any]]:
-    return set(itertools.combinations([(name, row[name]) for name in axes if name in row], 2))
+def _pairs(row: Row, axes: Mapping[str, Any]) -> set[tuple[Any, Any]]:
+    return set(itertools.combinations([(axis, row[axis]) for axis in axes if axis in row], 2))
 
 
 AXES: dict[str, list[Any]] = {
@@ -169,7 +216,14 @@ AXES: dict[str, list[Any]] = {
 
 
 def _variant_id(parts: Mapping[str, Any]) -> str:
-    return ", ".join(name_of(parts[name]) for name in list(AXES)[:4])
+    """What differs most, and a hash of all that is not the first choice of its axis."""
+    others = [
+        f"{axis}={name_of(part)}"
+        for axis, part in sorted(parts.items())
+        if axis not in AXES or part != AXES[axis][0]
+    ]
+    digest = hashlib.sha256("; ".join(others).encode()).hexdigest()[:4]
+    return f"{', '.join(name_of(parts[name]) for name in list(AXES)[:4])} #{digest}"
 
 
 def _usual(part: Any) -> Any:
@@ -177,21 +231,16 @@ def _usual(part: Any) -> Any:
 
 
 _MEMBERS = {name: [v for v in values if v == _usual(v)] for name, values in AXES.items()}
+_OTHERS = [(name, name_of(v)) for name, vs in AXES.items() for v in vs if v != _usual(v)]
 
-
-def _pairs_of_members() -> list[dict[str, Any]]:
-    """Every pair of members, and every other variation of a member once."""
-    rows = pairwise(_MEMBERS)
-    others = [(n, v) for n, values in AXES.items() for v in values if v != _usual(v)]
-    return rows + [rows[i % len(rows)] | {n: v} for i, (n, v) in enumerate(others)]
-
-
-_ALL, _FEW = pairwise(AXES), _pairs_of_members()
+_ALL = cover("variants", AXES)
 VARIANTS = [tiny_config(**parts) for parts in _ALL]
-VARIANT_IDS = [f"{i}: {_variant_id(parts)}" for i, parts in enumerate(_ALL)]
-# For what costs more and depends less on details.
+VARIANT_IDS = [_variant_id(parts) for parts in _ALL]
+# For what costs more and depends less on details: every pair of members, and every other variation
+# of a member once.
+_FEW = cover("few", _MEMBERS, _OTHERS)
 FEW_VARIANTS = [tiny_config(**parts) for parts in _FEW]
-FEW_VARIANT_IDS = [f"{i}: {_variant_id(parts)}" for i, parts in enumerate(_FEW)]
+FEW_VARIANT_IDS = [_variant_id(parts) for parts in _FEW]
 
 # Every combination of members of the unions that decide what a position can see or when it stops.
 COMBINATIONS = [
@@ -214,13 +263,11 @@ EXIT_RULES = [
     )
 ]
 
-_RULE_PARTS = pairwise(_MEMBERS | {"rule": EXIT_RULES})
+_RULE_PARTS = cover("rules", _MEMBERS | {"rule": EXIT_RULES})
 RULE_VARIANTS = [
     (tiny_config(**{name: parts[name] for name in AXES}), parts["rule"]) for parts in _RULE_PARTS
 ]
-RULE_VARIANT_IDS = [
-    f"{i}: {name_of(parts['rule'])}, {_variant_id(parts)}" for i, parts in enumerate(_RULE_PARTS)
-]
+RULE_VARIANT_IDS = [f"{name_of(parts['rule'])}, {_variant_id(parts)}" for parts in _RULE_PARTS]
 
 
 def tiny_model(config: MythosConfig, seed: int = 0, scale: float = 0.1) -> OpenMythos:
@@ -256,3 +303,18 @@ def assert_gradients_close(found: Mapping[str, Tensor], wanted: Mapping[str, Ten
         torch.testing.assert_close(
             found[name], gradient, rtol=1e-3, atol=atol, msg=lambda m, head=message: f"{head}: {m}"
         )
+
+
+def pin() -> None:
+    """Write the combinations to variants.json, one a line."""
+    parts = []
+    for name, rows in (("variants", _ALL), ("few", _FEW), ("rules", _RULE_PARTS)):
+        axes = list(rows[0])
+        lines = [json.dumps([name_of(row[axis]) for axis in axes]) for row in rows]
+        text = ",\n    ".join(lines)
+        parts.append(f'  "{name}": {{"axes": {json.dumps(axes)},\n  "rows": [\n    {text}]}}')
+    PINS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+if __name__ == "__main__":
+    pin()

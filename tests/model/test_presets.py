@@ -58,10 +58,10 @@ def test_presets_stand_in_order_of_size() -> None:
 
 def test_all_presets_build_on_the_meta_device_in_an_instant() -> None:
     build(presets.tiny())  # torch loads what the meta device needs
-    start = time.perf_counter()
+    start = time.process_time()
     for name in presets.names():
         build(presets.get(name))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("name", presets.names())

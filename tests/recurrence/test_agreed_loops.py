@@ -5,15 +5,17 @@ import torch
 from variants import (
     FEW_VARIANT_IDS,
     FEW_VARIANTS,
-    VARIANTS,
     assert_gradients_close,
     gradients,
     random_tokens,
+    tiny,
+    tiny_config,
     tiny_model,
 )
 
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
+from openmythos.recurrence.halting import ACT
 
 
 def trained(model: OpenMythos, backprop_loops: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -41,7 +43,7 @@ def test_loops_without_rows_change_nothing(config: MythosConfig) -> None:
 
 
 def test_positions_stop_when_the_others_have() -> None:
-    model = tiny_model(next(c for c in VARIANTS if c.halting.kind == "act"))
+    model = tiny_model(tiny_config(halting=tiny(ACT)))
     tokens, said = random_tokens(2), []
     wanted = model(tokens, num_loops=12)
 
