@@ -11,10 +11,10 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo bench test test-all lint types format check claims golden clean
+.PHONY: help setup demo bench test test-all test-shapes lint types format check claims golden clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed-dev  ## install the package and everything needed to work on it
 
@@ -22,22 +22,25 @@ setup: $(VENV)/.installed-dev  ## install the package and everything needed to w
 demo: $(VENV)/.installed-demo  ## train a small model on this machine, then sample and plot
 	GOMP_SPINCOUNT=3000 $(BIN)/openmythos demo
 
-# Run-time shape checks fail under torch.compile, are not set up in worker processes, and slow whole
-# programs down, so those tests run in a second call. One thread per process: they share the machine.
+# One thread per process: they share the machine. Each worker starts with a half of the tests in
+# their order, so that the fixtures of a file are mostly made once.
+PYTEST := $(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal
+
 test: $(VENV)/.installed-dev  ## run the tests, but for the slow ones
-	$(call run-tests,not slow)
+	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.installed-dev  ## run all tests
-	$(call run-tests,slow or not slow)
+test-all: $(VENV)/.installed-dev test-shapes  ## run all tests
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
-UNCHECKED := compile or distributed or whole
+# Checked calls take several times as long and fail under torch.compile. Of whole models a few tests
+# over all variants.
+SHAPES := tests/kernels tests/nn tests/recurrence $(addprefix tests/model/test_invariants.py::, \
+	test_bf16_weights test_exit_rules_do_not_look_ahead \
+	test_left_padding_and_the_other_rows_change_nothing)
 
-define run-tests
-$(TEST_ENV) $(BIN)/pytest -n 2 -m "($(1)) and not ($(UNCHECKED))" \
-	--jaxtyping-packages=openmythos,beartype.beartype $(ARGS)
-$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m "($(1)) and ($(UNCHECKED))" $(ARGS) \
-	|| [ $$? -eq 5 ]  # 5: none selected
-endef
+test-shapes: $(VENV)/.installed-dev  ## run tests of the layers with run-time checks of all shapes
+	$(PYTEST) -m "not slow and not compile" --jaxtyping-packages=openmythos,beartype.beartype \
+		$(SHAPES) $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, formatting and which room imports which
 	$(BIN)/ruff check .

@@ -5,16 +5,14 @@ import pkgutil
 import subprocess
 import sys
 
-import pytest
-
 import openmythos
 
-MODULES = [module.name for module in pkgutil.walk_packages(openmythos.__path__, "openmythos.")]
 
-
-@pytest.mark.parametrize("name", MODULES)
-def test_module_can_be_imported(name: str) -> None:
-    importlib.import_module(name)
+def test_every_module_can_be_imported() -> None:
+    names = [module.name for module in pkgutil.walk_packages(openmythos.__path__, "openmythos.")]
+    assert len(names) > 50
+    for name in names:
+        importlib.import_module(name)
 
 
 def test_public_names_exist() -> None:

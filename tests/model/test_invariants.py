@@ -1,12 +1,10 @@
 """What holds for every variant: causality, cached decoding, finite depth, dtypes, saving."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,23 +42,6 @@ from openmythos.recurrence.halting import ExitRule, Halting, StateChangeExit
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 few_variants = pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
 PADDING = torch.tensor([0, 3, 6])  # left padding of each row
-
-
-SHAPE_CHECKED = {
-    "test_bf16_weights",
-    "test_exit_rules_do_not_look_ahead",
-    "test_left_padding_and_the_other_rows_change_nothing",
-}
-
-
-@pytest.fixture(autouse=True)
-def some_shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run-time shape checks take four times as long as the tests: a few of them on all variants."""
-    disabled = jaxtyping.config.jaxtyping_disable
-    checked = request.node.originalname in SHAPE_CHECKED
-    jaxtyping.config.update("jaxtyping_disable", disabled or not checked)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", disabled)
 
 
 def left_padded() -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,8 +31,6 @@ from openmythos.recurrence.halting import ACT, StateChangeExit
 from openmythos.recurrence.injection import NoInjection
 
 CONTEXT = 2 * SEQ
-# The run-time shape checks, where they are on, come before our own for a wrong type.
-REFUSED = (ValueError, TypeCheckError)
 
 
 @pytest.fixture
@@ -123,7 +120,7 @@ def test_effective_depth_counts_executed_layers() -> None:
     ids=str,
 )
 def test_impossible_loops_are_refused(model: OpenMythos, num_loops: Any) -> None:
-    with pytest.raises(REFUSED, match=r"num_loops = .*must be|[Tt]ype"):
+    with pytest.raises(ValueError, match=r"num_loops = .*must be"):
         model(random_tokens(2), num_loops=num_loops)
 
 
@@ -137,20 +134,20 @@ def test_loops_per_sequence_go_with_neither_cache_nor_exit_rule(model: OpenMytho
 
 @pytest.mark.parametrize("backprop_loops", [-1, 1.5, True])
 def test_impossible_backprop_loops_are_refused(model: OpenMythos, backprop_loops: Any) -> None:
-    with pytest.raises(REFUSED, match=r"backprop_loops = .*must be an integer|[Tt]ype"):
+    with pytest.raises(ValueError, match=r"backprop_loops = .*must be an integer"):
         model(random_tokens(2), backprop_loops=backprop_loops)
 
 
 def test_arguments_of_the_wrong_shape_are_refused(model: OpenMythos) -> None:
     tokens = random_tokens(2)
     mask = torch.ones(2, SEQ - 1, dtype=torch.bool)
-    with pytest.raises(REFUSED, match=r"attention_mask: has shape \[2, 11\]|[Tt]ype"):
+    with pytest.raises(ValueError, match=r"attention_mask: has shape \[2, 11\]"):
         model(tokens, attention_mask=mask)
-    with pytest.raises(REFUSED, match=r"attention_mask: has shape \[2, 11\]|[Tt]ype"):
+    with pytest.raises(ValueError, match=r"attention_mask: has shape \[2, 11\]"):
         model.generate(tokens, max_new_tokens=1, attention_mask=mask)
-    with pytest.raises(REFUSED, match=r"tokens: has shape \[12\], must be|[Tt]ype"):
+    with pytest.raises(ValueError, match=r"tokens: has shape \[12\], must be"):
         model(tokens[0])
-    with pytest.raises(REFUSED, match=r"prompt: has shape \[12\], must be|[Tt]ype"):
+    with pytest.raises(ValueError, match=r"prompt: has shape \[12\], must be"):
         model.generate(tokens[0], max_new_tokens=1)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from jaxtyping import TypeCheckError
 from torch import Tensor
 from variants import VOCAB, random_tokens, tiny, tiny_config, tiny_model
 
@@ -94,7 +93,7 @@ def test_losses_are_those_of_the_logits() -> None:
     for loss, logits in zip(losses.by_loop, output.loop_logits, strict=True):
         wanted = by_hand(logits, TARGETS[order][: len(logits)])
         torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
-    with pytest.raises((ValueError, TypeCheckError), match=r"targets: has shape|[Tt]ype"):
+    with pytest.raises(ValueError, match="targets: has shape"):
         model.losses(TOKENS, TARGETS[:, 1:])
 
 
