@@ -35,6 +35,11 @@ class ConfigError(ValueError):
     """Something a user wrote is wrong; the message is one line that says what is allowed."""
 
 
+def needs(extra: str) -> str:
+    """Text of an error about packages that only an extra installs."""
+    return f"needs: pip install -e '.[{extra}]'"
+
+
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raise a ConfigError naming field, value and what is allowed unless the condition holds."""
     if not condition:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,10 +56,10 @@ def test_a_folder_is_read_sorted_without_what_is_hidden_or_no_text(
     ]
 
 
-def test_text_is_read_unchanged(tmp_path: Path) -> None:
+def test_text_is_read_unchanged_but_for_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "dos.txt"
     path.write_bytes("\ufeffa\r\nb\rc\n ä".encode())
-    assert texts(open_corpus([str(path)])) == {"dos.txt": "\ufeffa\r\nb\rc\n ä"}
+    assert texts(open_corpus([str(path)])) == {"dos.txt": "a\r\nb\rc\n ä"}
 
 
 def test_globs(tmp_path: Path) -> None:
@@ -93,11 +94,13 @@ def test_jsonl(tmp_path: Path, packed: bool) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "is not valid JSON"),
-        (b'{"text": "\xff"}', "is not valid JSON"),
-        (b'{"body": "a", "id": 1}', "has no text in field 'text'; its fields: body, id"),
-        (b'{"text": 3}', "has no text in field 'text'; its fields: text"),
-        (b"[]", "has no text in field 'text'; its fields: none"),
+        (b"{", "is not valid JSON: .* at character 2$"),
+        (b'{"text": ', "is not valid JSON: Expecting value at character"),
+        (b'{"text": "\xff"}', "is not UTF-8 text: .* at byte 11$"),
+        (b'{"body": "a", "id": 1}', "has no field 'text'; its fields: body, id"),
+        (b'{"text": null}', "field 'text' is null, must be a string"),
+        (b'{"text": 3}', "field 'text' is of type int, must be a string"),
+        (b"[]", "is not an object with fields"),
         (b'{"text": "\\ud800"}', "is not UTF-8 text"),
     ],
 )
@@ -105,6 +108,60 @@ def test_jsonl_errors_name_file_and_line(tmp_path: Path, line: bytes, message: s
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(ConfigError, match=rf"rows\.jsonl, line 2: {message}"):
         open_corpus([str(tmp_path)])
+
+
+def test_bad_rows_can_be_left_out_and_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [b'{"text": "fine %d"}' % number for number in range(9)]
+    path.write_bytes(b"\n".join([*rows[:5], b'{"text": null}', b"{", *rows[5:]]))
+    with pytest.raises(ConfigError, match="line 6"):
+        open_corpus([str(path)])
+    with caplog.at_level(logging.WARNING):
+        corpus = open_corpus([str(path)], skip_bad_rows=True)
+        assert sorted(texts(corpus).values()) == [f"fine {number}" for number in range(9)]
+    (record,) = caplog.records
+    assert "skipped 2 rows; the first: " in record.getMessage() and "line 6" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["UP.JSONL", "rows.ndjson", "ROWS.NDJSON.GZ", "bom.jsonl"])
+def test_rows_are_known_by_any_spelling(tmp_path: Path, name: str) -> None:
+    rows = b"".join(b'{"text": "row %d"}\n' % number for number in range(40))
+    rows = b"\xef\xbb\xbf" + rows if name == "bom.jsonl" else rows
+    (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith("GZ") else rows)
+    for source in (tmp_path, tmp_path / name):
+        read = texts(open_corpus([str(source)]))
+        assert read == {f"{name}:{number + 1}": f"row {number}" for number in range(40)}
+
+
+def test_runs_and_prepared_folders_are_no_text(tmp_path: Path) -> None:
+    """`--data .` works again where a run was made of it."""
+    write_files(tmp_path, 4)
+    before = texts(open_corpus([str(tmp_path)]))
+    for name in (
+        *("runs/tiny-1/config.toml", "runs/tiny-1/tokenizer.json", "runs/tiny-1/metrics.jsonl"),
+        *("runs/tiny-1/checkpoints/step-00000001/config.json", "p/prepared.json"),
+        *("p/tokenizer.json", "q/unfinished/origin.json", "q/tokenizer.json"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    assert texts(open_corpus([str(tmp_path)])) == before
+    with pytest.raises(ConfigError, match=r"p: no text found; read are plain UTF-8 text, \.jsonl"):
+        open_corpus([str(tmp_path / "p")])
+
+
+def test_what_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe: is no regular file"):
+        open_corpus([str(tmp_path / "pipe")])
+
+
+@pytest.mark.parametrize("name", ["text.txt.gz", "text.zst", "TEXT.ZIP"])
+def test_compressed_text_is_called_that(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"text", mtime=0))
+    with pytest.raises(ConfigError, match=rf"{name}: is compressed; read are plain.*\.gz"):
+        open_corpus([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: b"not gzip"])
@@ -131,7 +188,7 @@ def test_parquet_errors_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rows\.parquet: is not a readable Parquet file"):
         open_corpus([str(path)])
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
-    with pytest.raises(ConfigError, match=r"rows\.parquet, row 2: has no text"):
+    with pytest.raises(ConfigError, match=r"rows\.parquet, row 2: field 'text' is null"):
         open_corpus([str(path)])
 
 
@@ -180,13 +237,13 @@ def test_hugging_face_errors_are_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=r"^hf:missing: cannot be loaded: .* doesn't exist$"):
         open_corpus(["hf:missing"])
-    with pytest.raises(ConfigError, match="hf:name, row 1: has no text in field 'content'"):
+    with pytest.raises(ConfigError, match="hf:name, row 1: has no field 'content'"):
         open_corpus(["hf:name"], field="content")
     for source in ("hf:", "hf:a:b:c:d"):
         with pytest.raises(ConfigError, match=r"must be written hf:NAME\[:CONFIG\]\[:SPLIT\]"):
             open_corpus([source])
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'openmythos\[data\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[data\]'"):
         open_corpus(["hf:name"])
 
 
@@ -222,7 +279,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
         open_corpus([])
     (tmp_path / "empty.txt").touch()
     for source in (tmp_path, tmp_path / "empty.txt"):
-        with pytest.raises(ConfigError, match=r"no text found"):
+        with pytest.raises(ConfigError, match=r"no text found; read are plain"):
             open_corpus([str(source)])
     (tmp_path / "image.png").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"no text found \(skipped 1 files that are not"):

@@ -117,6 +117,21 @@ def test_a_single_document_is_held_out_by_its_end(tmp_path: Path) -> None:
     assert train.num_bytes + held_out.num_bytes == 1600
 
 
+@pytest.mark.parametrize("part_bytes", [150, 1 << 20])
+def test_bad_rows_are_left_out_of_cut_and_whole_files(tmp_path: Path, part_bytes: int) -> None:
+    rows = [json.dumps({"text": text_of(number)}) + "\n" for number in range(20)]
+    for name, number in (("good", 0), ("bad", 3)):
+        (tmp_path / name).mkdir()
+        text = "".join(rows[:9]) + number * '{"text": null}\n' + "".join(rows[9:])
+        (tmp_path / name / "a.jsonl").write_text(text)
+    made = {"part_bytes": part_bytes, "held_out": 0.2}
+    with pytest.raises(ConfigError, match="line 10: field 'text' is null"):
+        prepare(wanted(tmp_path / "bad", **made), ByteTokenizer(), tmp_path / "none")
+    prepare(wanted(tmp_path / "bad", **made, skip_bad_rows=True), ByteTokenizer(), tmp_path / "x")
+    found = [open_prepared(tmp_path / "x", side, verify=True) for side in SIDES]
+    assert sum(shards.num_bytes for shards in found) == sum(len(text_of(n)) for n in range(20))
+
+
 def test_processes_make_the_same_folder(tmp_path: Path, corpus: Path) -> None:
     told: list[Progress] = []
     prepare(wanted(corpus, part_bytes=500), BPE, tmp_path / "one")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from openmythos.config import ConfigError, replacing, require
+from openmythos.config import ConfigError, needs, replacing, require
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -229,7 +229,7 @@ def style() -> Iterator[None]:
     try:
         import matplotlib.style
     except ImportError as error:
-        raise ConfigError("a figure needs: pip install 'openmythos[plots]'") from error
+        raise ConfigError(f"a figure {needs('plots')}") from error
     # From matplotlib's defaults, not from the settings file of whoever draws.
     with matplotlib.style.context(_STYLE, after_reset=True):
         yield

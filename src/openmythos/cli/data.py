@@ -76,6 +76,8 @@ class Prepare:
     """Processes that tokenise (0: one per core)."""
     part_mb: float = 16.0
     """Megabytes of text that a process takes at a time."""
+    skip_bad_rows: bool = False
+    """Leave out and count rows that have no text; without this they are errors."""
 
     def run(self) -> None:
         from rich.progress import BarColumn, TextColumn
@@ -95,6 +97,7 @@ class Prepare:
             held_out=self.held_out,
             limit_bytes=round(self.limit_mb * 1e6),
             part_bytes=round(self.part_mb * 1e6),
+            skip_bad_rows=self.skip_bad_rows,
         )
         named = self.tokenizer != "bytes"
         tokenizer = load_tokenizer(self.tokenizer) if named else ByteTokenizer()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from openmythos.config import ConfigError, require, require_int, require_number
-from openmythos.data.sources import Document, Reader
+from openmythos.data.sources import READ, Document, Reader
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +38,25 @@ class Corpus:
     """
 
     def __init__(
-        self, sources: Sequence[str], *, field: str, held_out: float, limit_bytes: int | None
+        self,
+        sources: Sequence[str],
+        *,
+        field: str,
+        held_out: float,
+        limit_bytes: int | None,
+        skip_bad_rows: bool = False,
     ) -> None:
         self._sources = tuple(sources)
         self._field = field
         self._held_out = held_out
         self._limit = math.inf if limit_bytes is None else limit_bytes
+        self._skip_bad_rows = skip_bad_rows
+        self.bad_rows_told = False
         self._split = self._survey()
 
     def documents(self) -> Iterator[Document]:
         """Every document, before the split."""
-        return self._read(Reader(self._field))
+        return self._read(self._reader())
 
     def train(self) -> Iterator[Document]:
         return self.split(self.documents(), held_out=False)
@@ -60,6 +68,9 @@ class Corpus:
         """The held-out text as UTF-8, documents joined, to compare with other compressors."""
         return b"".join(document.text.encode() for document in self.held_out())
 
+    def _reader(self) -> Reader:
+        return Reader(self._field, skip_bad_rows=self._skip_bad_rows)
+
     def _read(self, reader: Reader) -> Iterator[Document]:
         size = 0
         for source in self._sources:
@@ -68,7 +79,15 @@ class Corpus:
                     yield document
                     size += len(document.text.encode())
                 if size >= self._limit:
-                    return
+                    break
+            if size >= self._limit:
+                break
+        bad = reader.bad_rows
+        if bad.count and not self.bad_rows_told:
+            # Once, although a corpus is read several times.
+            self.bad_rows_told = True
+            where = ", ".join(self._sources)
+            logger.warning("%s: skipped %d rows; the first: %s", where, bad.count, bad.first)
 
     def split(self, documents: Iterable[Document], *, held_out: bool) -> Iterator[Document]:
         """What of some of its documents is held out, or is not."""
@@ -86,7 +105,7 @@ class Corpus:
         return name == self._split.name or _draw(name) < self._held_out
 
     def _survey(self) -> _Split:
-        reader = Reader(self._field)
+        reader = self._reader()
         total = chosen = longest = lowest_size = 0
         lowest = (1.0, "")
         for document in self._read(reader):
@@ -102,7 +121,8 @@ class Corpus:
         where = ", ".join(self._sources)
         skipped = f"{reader.skipped} files that are not UTF-8 text"
         if not total:
-            raise ConfigError(f"{where}: no text found (skipped {skipped})")
+            left_out = f" (skipped {skipped})" if reader.skipped else ""
+            raise ConfigError(f"{where}: no text found{left_out}; read are {READ}")
         if reader.skipped:
             logger.warning("%s: skipped %s", where, skipped)
         by_position = (chosen or lowest_size) > _MAX_SHARE * total
@@ -117,19 +137,24 @@ def open_corpus(
     field: str = "text",
     held_out: float = 0.04,
     limit_bytes: int | None = None,
+    skip_bad_rows: bool = False,
 ) -> Corpus:
     """A corpus of ``paths``, looked through once to decide its split; errors are raised here.
 
-    Each path is a file (plain text; .jsonl, .jsonl.gz and .parquet hold a document per row, in
-    ``field``), a folder (all of its files, hidden ones and those that are not text left out), a
-    glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set, streamed) or ``stdlib`` (the source
-    of Python's standard library). No more is read once ``limit_bytes`` are reached.
+    Each path is a file (plain text; .jsonl, .ndjson, these as .gz, and .parquet hold a document per
+    row, in ``field``), a folder (all of its files but hidden ones, those that are not text, run
+    folders and prepared folders), a glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set,
+    streamed) or ``stdlib`` (the source of Python's standard library). No more is read once
+    ``limit_bytes`` are reached. A row without text is an error, or with ``skip_bad_rows`` left out
+    and counted.
     """
     require(len(paths) > 0, "paths", list(paths), "must name at least one source")
     require_number("held_out", held_out, above=0, at_most=0.2)
     if limit_bytes is not None:
         require_int("limit_bytes", limit_bytes, minimum=1)
-    return Corpus(paths, field=field, held_out=held_out, limit_bytes=limit_bytes)
+    return Corpus(
+        paths, field=field, held_out=held_out, limit_bytes=limit_bytes, skip_bad_rows=skip_bad_rows
+    )
 
 
 def compression_baselines(data: bytes) -> dict[str, float]:

@@ -41,7 +41,7 @@ from openmythos.data.shards import (
     TokenShards,
     write_shards,
 )
-from openmythos.data.sources import Document, NotTextError, Reader, SourceFile, is_remote
+from openmythos.data.sources import BadRows, Document, NotTextError, Reader, SourceFile, is_remote
 from openmythos.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -73,17 +73,18 @@ class _Part:
     files: tuple[SourceFile, ...] = ()
     documents: tuple[Document, ...] = ()
 
-    def read(self, field: str) -> tuple[list[Document], int]:
-        """Its documents, and how many files are not text."""
+    def read(self, wanted: Preparation) -> tuple[list[Document], int, int]:
+        """Its documents, how many files are not text, and how many rows have none."""
+        bad = BadRows()
         found, skipped = list(self.documents), 0
         for file in self.files:
             try:
-                found.extend(file.read(field))
+                found.extend(file.read(wanted.field, bad if wanted.skip_bad_rows else None))
             except NotTextError:
                 if file.named:
                     raise
                 skipped += 1
-        return found, skipped
+        return found, skipped, bad.count
 
 
 def prepare(
@@ -125,6 +126,7 @@ def _make(
             field=wanted.field,
             held_out=wanted.held_out,
             limit_bytes=wanted.limit_bytes or None,
+            skip_bad_rows=wanted.skip_bad_rows,
         )
         save_json(origin, out / UNFINISHED / ORIGIN_FILE)
         tokenizer.save(out)
@@ -188,16 +190,20 @@ def _survey(wanted: Preparation) -> tuple[str, int]:
     return digest.hexdigest(), wanted.limit_bytes or (total if known else 0)
 
 
-def _parts(corpus: Corpus, wanted: Preparation) -> Iterator[_Part]:
+def _parts(corpus: Corpus, wanted: Preparation, bad: BadRows) -> Iterator[_Part]:
+    """The parts; `bad` counts what is left out of those whose documents are read here."""
     numbers = itertools.count()
     if wanted.limit_bytes:
         # Where the limit falls, only reading can tell.
         yield from _of_documents(corpus.documents(), wanted, numbers)
         return
-    reader = Reader(wanted.field)
+    reader = Reader(wanted.field, skip_bad_rows=wanted.skip_bad_rows)
+    counted = bad if wanted.skip_bad_rows else None
     for source in wanted.paths:
         if is_remote(source):
             yield from _of_documents(reader.read(source), wanted, numbers)
+            bad.count += reader.bad_rows.count
+            reader.bad_rows.count = 0
             continue
         # A large file of rows is cut here, the others are read by those who make the parts.
         for cut, files in itertools.groupby(
@@ -205,7 +211,7 @@ def _parts(corpus: Corpus, wanted: Preparation) -> Iterator[_Part]:
         ):
             if cut:
                 for file in files:
-                    yield from _of_documents(file.read(wanted.field), wanted, numbers)
+                    yield from _of_documents(file.read(wanted.field, counted), wanted, numbers)
             else:
                 for group, size in _gather(files, _size, wanted.part_bytes):
                     yield _Part(number=next(numbers), size=size, files=group)
@@ -242,10 +248,11 @@ def _make_parts(maker: "_Maker", processes: int, total: int, told: Told) -> list
     """The entries of all parts in their order, those that are missing made."""
     entries: dict[int, PartEntry] = {}
     done = kept = text = 0
+    bad = BadRows()
 
     def missing() -> Iterator[_Part]:
         nonlocal done, kept
-        for part in _parts(maker.corpus, maker.origin.preparation):
+        for part in _parts(maker.corpus, maker.origin.preparation, bad):
             entry = _kept(maker.out, part)
             if entry is None:
                 yield part
@@ -259,6 +266,9 @@ def _make_parts(maker: "_Maker", processes: int, total: int, told: Told) -> list
             entries[part.number] = entry
             done, text = done + part.size, text + entry.num_bytes
             told(Progress(done=done, total=total, kept=kept, text=text))
+    bad_rows = bad.count + sum(entry.bad_rows for entry in entries.values())
+    if bad_rows and not maker.corpus.bad_rows_told:
+        logger.warning("%s: skipped %d rows without text", maker.out, bad_rows)
     return [entries[number] for number in range(len(entries))]
 
 
@@ -314,7 +324,7 @@ class _Maker:
 
     def make(self, part: _Part) -> PartEntry:
         """Write the part's folder and return its entry."""
-        documents, skipped = part.read(self.origin.preparation.field)
+        documents, skipped, bad_rows = part.read(self.origin.preparation)
         tokenizer = _tokenizer(self.out, self.origin.tokenizer)
         folder = part_folder(self.out, part.number)
         temporary = folder.with_name(f".{folder.name}.tmp")
@@ -329,6 +339,7 @@ class _Maker:
             sha256=_digest(documents),
             num_bytes=sum(len(document.text.encode()) for document in documents),
             skipped=skipped,
+            bad_rows=bad_rows,
             **tokens,
         )
         save_json(entry, temporary / _PART_FILE)

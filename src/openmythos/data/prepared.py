@@ -46,6 +46,7 @@ class Preparation:
     held_out: float = 0.04
     limit_bytes: int = 0
     part_bytes: int = 1 << 24
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.paths) > 0, "paths", list(self.paths), "must name at least one source")
@@ -68,13 +69,17 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class PartEntry:
-    """A finished part: its text, the files left out since they are not text, tokens per side."""
+    """A finished part: its text, what was left out for being no text, tokens per side.
+
+    `skipped` counts files, `bad_rows` rows of the files that the part names.
+    """
 
     sha256: str
     num_bytes: int
     skipped: int
     train: int
     held_out: int
+    bad_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from openmythos.config import ConfigError, require, require_int, write_atomically
+from openmythos.config import ConfigError, needs, require, require_int, write_atomically
 
 if TYPE_CHECKING:
     import tokenizers
@@ -269,7 +269,7 @@ def _import_tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ConfigError("a BPE tokenizer needs: pip install 'openmythos[bpe]'") from error
+        raise ConfigError(f"a BPE tokenizer {needs('bpe')}") from error
     return tokenizers
 
 

@@ -24,7 +24,8 @@ class DataConfig:
     """Where text comes from; see `data.corpus.open_corpus` for what a path may be.
 
     `held_out` is the share of documents never trained on, `field` the text column of JSONL and
-    parquet, `limit_mb` > 0 stops reading a corpus (a streamed one, say) after that many megabytes.
+    parquet, `limit_mb` > 0 stops reading a corpus (a streamed one, say) after that many megabytes;
+    with `skip_bad_rows` a row without text is left out and counted, else it is an error.
     Paths may instead all be prepared folders (`data.prepared`), which decided these things; they
     are read at the shares of `weights`, one for each (none: each as often as it has tokens).
     """
@@ -34,6 +35,7 @@ class DataConfig:
     held_out: float = 0.04
     limit_mb: float = 0.0
     weights: tuple[float, ...] = ()
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.paths) > 0, "paths", list(self.paths), "must name at least one source")
@@ -51,7 +53,7 @@ class DataConfig:
             require(not self.weights, "data.weights", list(self.weights), allowed)
             return
         usual = DataConfig()
-        for name in ("field", "held_out", "limit_mb"):
+        for name in ("field", "held_out", "limit_mb", "skip_bad_rows"):
             value = getattr(self, name)
             allowed = "was decided when the folder was prepared; leave it as it is"
             require(value == getattr(usual, name), f"data.{name}", value, allowed)

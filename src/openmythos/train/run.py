@@ -50,7 +50,11 @@ def open_data(config: DataConfig) -> Corpus:
     """The corpus that a config names."""
     limit = round(config.limit_mb * 1e6) or None
     return open_corpus(
-        config.paths, field=config.field, held_out=config.held_out, limit_bytes=limit
+        config.paths,
+        field=config.field,
+        held_out=config.held_out,
+        limit_bytes=limit,
+        skip_bad_rows=config.skip_bad_rows,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from openmythos.config import ConfigError, read_json, require, write_json
+from openmythos.config import ConfigError, needs, read_json, require, write_json
 from openmythos.train.metrics import scalars
 
 LOGGER = logging.getLogger(__name__)
@@ -204,10 +204,10 @@ def _imported(module: str, needed: str, kind: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"tracker {kind} needs: pip install 'openmythos[{kind}]'") from error
+        raise ConfigError(f"tracker {kind} {needs(kind)}") from error
     # A folder called wandb, which wandb itself makes, imports as an empty package.
     if not hasattr(found, needed):
-        raise ConfigError(f"tracker {kind} needs: pip install 'openmythos[{kind}]'")
+        raise ConfigError(f"tracker {kind} {needs(kind)}")
     return found
 
 
