@@ -146,6 +146,21 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
         read_metrics(tmp_path)
 
 
+def test_metrics_are_json_whatever_they_are(tmp_path: Path) -> None:
+    def no_constants(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    nan, path = math.nan, tmp_path / "metrics.jsonl"
+    MetricsLog(tmp_path, 0).write({"step": 0, "loss": nan, "norm": math.inf, "rms": [1.5, nan]})
+    for _ in range(2):
+        (line,) = path.read_text().splitlines()
+        found = json.loads(line, parse_constant=no_constants)
+        assert found == {"step": 0, "loss": None, "norm": None, "rms": [1.5, None]}
+        (entry,) = read_metrics(tmp_path)
+        assert math.isnan(entry["loss"]) and math.isnan(scalars(entry)["rms/2"])
+        MetricsLog(tmp_path, 1)  # writes anew what it has read
+
+
 def test_scalars_and_their_choice() -> None:
     entry: dict[str, Any] = {"step": 3, "loss": 2, "norm": [1.5, 2.5], "norms": 1.0}
     assert scalars(entry) == {"loss": 2.0, "norm/1": 1.5, "norm/2": 2.5, "norms": 1.0}

@@ -24,12 +24,27 @@ class MetricsLog:
 
     def rewind(self, next_step: int) -> None:
         """Drop the lines at or after a step."""
-        kept = [m for m in read_metrics(self._run) if m["step"] < next_step] if next_step else []
-        self._path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        known = next_step > 0 and self._path.is_file()
+        kept = [m for m in read_metrics(self._run) if m["step"] < next_step] if known else []
+        self._path.write_text("".join(map(_line, kept)))
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
-            file.write(json.dumps(dict(metrics)) + "\n")
+            file.write(_line(metrics))
+
+
+def _line(metrics: Mapping[str, Any]) -> str:
+    """JSON has no nan and no infinity: they become null, which is read as nan."""
+    return json.dumps(finite_or_none(metrics), allow_nan=False) + "\n"
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value with None in place of every number in it that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsTail:
@@ -70,7 +85,7 @@ def read_metrics(run: Path) -> list[Metrics]:
     """All metrics of a run, in order; a last line cut short by a crash is left out."""
     path = run / FILE
     if not path.is_file():
-        raise ConfigError(f"{path}: is missing; {run} is not the folder of a run")
+        raise ConfigError(f"{path}: is missing; no step of this run has been logged")
     lines = path.read_bytes().splitlines()
     metrics = []
     for number, line in enumerate(lines, start=1):
@@ -87,7 +102,16 @@ def _parsed(line: bytes) -> Metrics | None:
         entry = json.loads(line)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return None
+    return {
+        key: [_number(item) for item in value] if isinstance(value, list) else _number(value)
+        for key, value in entry.items()
+    }
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
