@@ -18,6 +18,11 @@ from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
 from openmythos.train.parallel import Parallel
 from openmythos.train.trackers import Tracker
 
+# Of a signed integer of 64 bits, in which torch takes its seeds.
+_LARGEST = 2**63 - 1
+# Several times the largest batches known; a step of more would need hours and all memory.
+MAX_STEP_TOKENS = 2**28
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -97,10 +102,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "seq_len", "log_every", "save_every"):
-            require_int(name, getattr(self, name), minimum=1)
-        require_int("keep_checkpoints", self.keep_checkpoints, minimum=1)
+            require_int(name, getattr(self, name), minimum=1, maximum=_LARGEST)
+        require_int("keep_checkpoints", self.keep_checkpoints, minimum=1, maximum=_LARGEST)
         for name in ("micro_batch_size", "seed", "backprop_loops", "keep_every"):
-            require_int(name, getattr(self, name), minimum=0)
+            require_int(name, getattr(self, name), minimum=0, maximum=_LARGEST)
+        fits = self.batch_size * self.seq_len <= MAX_STEP_TOKENS
+        allowed = f"times seq_len = {self.seq_len} must be at most {MAX_STEP_TOKENS} tokens a step"
+        require(fits, "batch_size", self.batch_size, allowed)
         require(
             self.batch_size % self.micro_size == 0,
             "micro_batch_size",

@@ -30,6 +30,8 @@ _WITHOUT_DECAY = (
     ".injection.",
     "norm.",
 )
+# Far beyond any use, and far below where the product with a weight is no number.
+_MAX_DECAY = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class Muon:
 
     def __post_init__(self) -> None:
         _check_adam(self.lr, self.weight_decay, self.beta1, self.beta2)
-        require_number("final_decay", self.final_decay, at_least=0)
+        require_number("final_decay", self.final_decay, at_least=0, at_most=_MAX_DECAY)
         require_number("momentum", self.momentum, at_least=0, below=1)
         require_number("adamw_lr_scale", self.adamw_lr_scale, above=0)
 
@@ -227,8 +229,8 @@ def _split(
 
 
 def _check_adam(lr: float, weight_decay: float, beta1: float, beta2: float) -> None:
-    require_number("lr", lr, above=0)
-    require_number("weight_decay", weight_decay, at_least=0)
+    require_number("lr", lr, above=0, below=math.inf)
+    require_number("weight_decay", weight_decay, at_least=0, at_most=_MAX_DECAY)
     require_number("beta1", beta1, at_least=0, below=1)
     require_number("beta2", beta2, at_least=0, below=1)
 

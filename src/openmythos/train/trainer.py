@@ -127,7 +127,7 @@ class Trainer:
         started = time.perf_counter()
         c = self.config
         # Noise of the initial state; nothing else in a step draws from the global generator.
-        torch.manual_seed((c.seed * 1_000_003 + self.step) * 1_009 + self.rank)
+        torch.manual_seed(((c.seed * 1_000_003 + self.step) * 1_009 + self.rank) % 2**63)
         batch = self.loader.batch(self.step + self.counters.passed)
         loops = sample_loops(
             c.loops,
