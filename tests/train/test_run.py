@@ -1,6 +1,7 @@
 """Run folders: resumed equals uninterrupted, and what happens when a disk or a file fails."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from variants import tiny_config
 
-from openmythos.config import ConfigError, apply_overrides, load_toml
+from openmythos.config import ConfigError, apply_overrides, load_toml, save_toml
 from openmythos.data.prepare import prepare
 from openmythos.data.prepared import Preparation
 from openmythos.data.tokenizer import BPE, ByteTokenizer
@@ -51,9 +52,7 @@ def config_of(corpus: Path, **changes: Any) -> RunConfig:
     )
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
+def write_corpus(folder: Path) -> Path:
     folder.mkdir()
     rng = random.Random(0)
     words = ("loop", "state", "encoded", "halt", "router", "expert", "decay", "coda", "token")
@@ -61,6 +60,32 @@ def corpus(tmp_path: Path) -> Path:
         text = " ".join(rng.choice(words) for _ in range(150))
         (folder / f"{number}.txt").write_text(text)
     return folder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "text")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 4 steps with checkpoints after 2 and 4, copied by the tests."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = Run.create(folder / "run", config_of(write_corpus(folder / "text"), num_steps=4))
+    list(train(run))
+    return run
+
+
+@pytest.fixture
+def done(finished: Run, tmp_path: Path) -> Run:
+    """A copy of the finished run, to damage."""
+    return copy_of(finished, tmp_path / "done")
+
+
+def longer(run: Run, **changes: Any) -> Run:
+    """The run with two more steps, and other changes to its training."""
+    train_config = replace(run.config.train, num_steps=run.config.train.num_steps + 2, **changes)
+    return replace(run, config=replace(run.config, train=train_config))
 
 
 @pytest.fixture
@@ -175,8 +200,135 @@ def test_closing_before_the_first_step_saves_nothing(run: Run) -> None:
     steps = train(run)
     steps.close()
     assert list_checkpoints(run.folder) == []
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
-        train(run, resume=True)
+    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
+        run.load_model()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_resumed_from_its_start(
+    run: Run, tmp_path: Path
+) -> None:
+    steps = train(run)
+    wanted = [next(steps).loss, next(steps).loss]
+    killed = copy_of(run, tmp_path / "killed")
+    steps.close()
+    shutil.rmtree(killed.folder / "checkpoints", ignore_errors=True)
+    assert steps_of(killed) == [0, 1]
+    found = [metrics.loss for metrics in train(killed, resume=True)]
+    assert (len(found), found[:2]) == (STEPS, wanted)
+    assert steps_of(killed) == list(range(STEPS))
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(done: Run) -> None:
+    more = longer(done)
+    steps = train(more, resume=True)
+    next(steps)
+    told = rf"done: process {os.getpid()} is training it \(since 2.*\)"
+    for resume in (True, False):
+        with pytest.raises(ConfigError, match=told):
+            train(more, resume=resume)
+    done.load_model()  # readers need not wait
+    list(steps)
+    assert steps_of(done) == list(range(6))
+    assert list(train(more, resume=True)) == []
+
+
+def test_a_dropped_iterator_lets_another_train(done: Run) -> None:
+    more = longer(done)
+    train(more, resume=True).close()
+    steps = train(more, resume=True)
+    next(steps)
+    del steps
+    assert [metrics.step for metrics in train(more, resume=True)] == [5]
+
+
+def test_a_reader_follows_a_checkpoint_that_is_replaced_meanwhile(
+    done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = checkpoint.verify
+
+    def pruned(path: Path, *ranks: int) -> None:
+        if path.name == "step-00000004":
+            path.rename(path.with_name("step-00000006"))
+        original(path, *ranks)
+
+    monkeypatch.setattr(checkpoint, "verify", pruned)
+    assert done.load_model().config == done.config.model
+
+
+def test_only_folders_named_like_checkpoints_are_checkpoints(done: Run) -> None:
+    folder = done.folder / "checkpoints"
+    copies = ["step-00000002.best", "step-00000004.bak", "step-5", "astep-00000002"]
+    for name in copies:
+        shutil.copytree(folder / "step-00000002", folder / name)
+    (folder / "step-00000006").write_text("a file")
+    (folder / "step-00000009").mkdir()
+    assert [path.name for path in list_checkpoints(done.folder)] == [
+        *("step-00000002", "step-00000004")
+    ]
+    list(train(longer(done), resume=True))
+    left = ["step-00000004", "step-00000006"]
+    assert [path.name for path in list_checkpoints(done.folder)] == left
+    assert set(copies) < set(names(folder))
+
+
+def test_a_refused_resume_leaves_the_config_and_a_whole_one_writes_it(done: Run) -> None:
+    before = (done.folder / "config.toml").read_bytes()
+    with pytest.raises(ConfigError, match=r"train.optimizer.kind = 'muon': .* trained with adamw"):
+        train(longer(done, optimizer=Muon()), resume=True)
+    path = done.folder / "checkpoints" / "step-00000004" / "training.json"
+    kept = path.read_bytes()
+    path.write_bytes(b"{}")
+    with pytest.raises(ConfigError, match="is damaged"):
+        train(longer(done), resume=True)
+    path.write_bytes(kept)
+    assert (done.folder / "config.toml").read_bytes() == before
+    train(longer(done), resume=True).close()
+    assert Run.open(done.folder).config.train.num_steps == 6
+
+
+def test_a_log_is_not_needed_to_go_on(done: Run) -> None:
+    (done.folder / "metrics.jsonl").unlink()
+    assert [metrics.step for metrics in train(longer(done), resume=True)] == [4, 5]
+    assert steps_of(done) == [4, 5]
+
+
+def test_the_whole_checkpoint_before_a_damaged_one_is_named(done: Run) -> None:
+    newest = latest_checkpoint(done.folder)
+    shard = next(newest.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    told = rf"{shard}: is damaged.*; delete {newest} to go on from step-00000002$"
+    for use in (lambda: train(longer(done), resume=True), done.load_model):
+        with pytest.raises(ConfigError, match=told):
+            use()
+    done.load_model(step=2)
+    with pytest.raises(ConfigError, match="step = 3: must be one of 2, 4"):
+        done.load_model(step=3)
+    (newest.with_name("step-00000002") / "config.json").unlink()
+    with pytest.raises(ConfigError, match=rf"is that of|{shard}: is damaged[^;]*$"):
+        done.load_model()
+
+
+def test_checksums_that_leave_a_file_out_are_damaged(done: Run) -> None:
+    path = latest_checkpoint(done.folder) / "checksums.json"
+    for kept in ((), ("config.json", "training.json"), ("config.json",)):
+        sums = json.loads(path.read_text())
+        path.write_text(json.dumps({name: sums[name] for name in kept}))
+        with pytest.raises(ConfigError, match=r"checksums\.json: is damaged, it has no "):
+            done.load_model()
+        path.write_text(json.dumps(sums))
+
+
+@pytest.mark.parametrize("recent", [None, 3, ["x"]])
+def test_training_json_that_cannot_be_read_is_named(done: Run, recent: Any) -> None:
+    folder = latest_checkpoint(done.folder)
+    path, sums = folder / "training.json", json.loads((folder / "checksums.json").read_text())
+    saved = json.loads(path.read_text())
+    saved.pop("recent")
+    path.write_text(json.dumps(saved if recent is None else saved | {"recent": recent}))
+    sums["training.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(ConfigError, match=r"training\.json: recent"):
+        train(longer(done), resume=True)
 
 
 def test_resuming_a_finished_run_does_nothing_and_more_steps_go_on(run: Run) -> None:
@@ -249,11 +401,10 @@ FILES = [
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])
-def test_damaged_file_of_a_checkpoint_is_named(run: Run, name: str, damage: bytes | None) -> None:
-    list(train(run))
-    path = latest_checkpoint(run.folder) / name
+def test_damaged_file_of_a_checkpoint_is_named(done: Run, name: str, damage: bytes | None) -> None:
+    path = latest_checkpoint(done.folder) / name
     path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
-    for use in (lambda: train(run, resume=True), run.load_model):
+    for use in (lambda: train(done, resume=True), done.load_model):
         with pytest.raises(ConfigError) as caught:
             use()
         assert str(path) in str(caught.value)
@@ -261,21 +412,19 @@ def test_damaged_file_of_a_checkpoint_is_named(run: Run, name: str, damage: byte
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing_file_of_a_checkpoint_is_named(run: Run, name: str) -> None:
-    list(train(run))
-    path = latest_checkpoint(run.folder) / name
+def test_missing_file_of_a_checkpoint_is_named(done: Run, name: str) -> None:
+    path = latest_checkpoint(done.folder) / name
     path.unlink()
-    for use in (lambda: train(run, resume=True), run.load_model):
+    for use in (lambda: train(done, resume=True), done.load_model):
         with pytest.raises(ConfigError) as caught:
             use()
         assert str(path) in str(caught.value)
 
 
-def test_checkpoint_of_another_model_is_refused(run: Run) -> None:
-    list(train(run))
-    other = replace(run.config, model=replace(run.config.model, dim=48))
-    with pytest.raises(ConfigError, match=r"step-00000006: does not fit this model: Size"):
-        train(replace(run, config=other), resume=True)
+def test_checkpoint_of_another_model_is_refused(done: Run) -> None:
+    other = replace(done.config, model=replace(done.config.model, dim=48))
+    with pytest.raises(ConfigError, match=r"step-00000004: does not fit this model: Size"):
+        train(replace(done, config=other), resume=True)
 
 
 @pytest.mark.parametrize("kinds", [(AdamW(), Muon()), (Muon(), AdamW())])
@@ -285,6 +434,11 @@ def test_checkpoint_of_another_optimizer_is_refused(
     run = Run.create(tmp_path / "run", config_of(corpus, optimizer=kinds[0], num_steps=2))
     list(train(run))
     other = replace(run.config, train=replace(run.config.train, optimizer=kinds[1]))
+    told = rf"optimizer.kind = '{kinds[1].kind}': the run was trained with {kinds[0].kind}"
+    with pytest.raises(ConfigError, match=told):
+        train(replace(run, config=other), resume=True)
+    # A config.toml that was changed by hand.
+    save_toml(other, run.folder / "config.toml")
     with pytest.raises(ConfigError, match=r"step-00000002: optimizer: has no place for the saved"):
         train(replace(run, config=other), resume=True)
 
@@ -322,8 +476,57 @@ def test_folder_that_exists_is_refused(tmp_path: Path, corpus: Path, run: Run) -
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="exists already"):
         Run.create(tmp_path / "file", config_of(corpus))
-    (tmp_path / "empty").mkdir()
-    Run.create(tmp_path / "empty", config_of(corpus))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"exists already; choose another --out$"):
+        Run.create(tmp_path / "other", config_of(corpus))
+    assert names(tmp_path / "other") == ["notes.txt"]
+
+
+def test_folders_that_are_empty_are_filled(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also links, mount points and ".", none of which can be replaced."""
+    for name in ("here", "target"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("target")
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (tmp_path / "link", Path(".")):
+        made = Run.create(folder, config_of(corpus))
+        assert names(folder) == [".lock", "config.toml", "tokenizer.json", "tokens"]
+        assert made.config == Run.open(folder).config
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_what_a_killed_process_left_half_made_is_made_again(tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / ".unfinished" / "tokens").mkdir(parents=True)
+    (folder / "tokens").mkdir()
+    (folder / ".lock").write_text("")
+    Run.create(folder, config_of(corpus))
+    assert names(folder) == [".lock", "config.toml", "tokenizer.json", "tokens"]
+
+
+def test_two_that_make_one_folder_are_told_apart(tmp_path: Path, corpus: Path) -> None:
+    def second(stage: str, _done: int) -> None:
+        with pytest.raises(ConfigError, match="another process is making"):
+            Run.create(tmp_path / "run", config_of(corpus))
+
+    made = Run.create(tmp_path / "run", config_of(corpus), second)
+    assert Run.open(tmp_path / "run").config == made.config
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_cannot_be_trained_leaves_no_folder(
+    tmp_path: Path, corpus: Path, exists: bool
+) -> None:
+    config = config_of(corpus, model={"dim": 30})
+    folder = tmp_path / "run"
+    if exists:
+        folder.mkdir()
+    with pytest.raises(ConfigError, match="dim = 30"):
+        Run.create(folder, config)
+    assert not list(folder.iterdir()) if exists else not folder.exists()
 
 
 def test_foreign_folders_are_refused(tmp_path: Path, corpus: Path) -> None:
@@ -431,6 +634,11 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("seed", 2**63),
+        ("num_steps", 10**30),
+        ("batch_size", 10**8),
+        ("optimizer.lr", "inf"),
+        ("optimizer.weight_decay", 1e308),
         ("num_steps", 0),
         ("batch_size", 2.5),
         ("seq_len", "true"),
@@ -441,8 +649,13 @@ def test_damaged_metrics_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_bad_training_settings_are_named(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{field} = "):
+    with pytest.raises(ConfigError, match=rf"{field} = .*: (must|times)"):
         apply_overrides(TrainConfig(batch_size=4), [f"{field}={value}"])
+
+
+def test_the_largest_seed_trains(tmp_path: Path, corpus: Path) -> None:
+    run = Run.create(tmp_path / "run", config_of(corpus, seed=2**63 - 1, num_steps=1))
+    assert len(list(train(run))) == 1
 
 
 def test_windows_longer_than_the_context_are_refused(corpus: Path) -> None:

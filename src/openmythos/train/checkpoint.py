@@ -13,6 +13,7 @@ it is complete, so a crash or a full disk leaves the former one as it was.
 
 import hashlib
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,14 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from openmythos.config import ConfigError, read_json, write_json
+from openmythos.config import (
+    ConfigError,
+    read_json,
+    require,
+    require_int,
+    require_number,
+    write_json,
+)
 from openmythos.machine import choose_device
 from openmythos.model import storage
 from openmythos.model.config import MythosConfig
@@ -43,6 +51,8 @@ from openmythos.train.parallel import rank_and_world_size, wait_for_files
 FOLDER = "checkpoints"
 TRAINING_FILE, CHECKSUMS_FILE = "training.json", "checksums.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+# Only these are ours: whatever else lies beside them is the user's.
+_NAME = re.compile(r"step-\d{8,}")
 # One process is what was meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
@@ -134,8 +144,7 @@ class CheckpointWriter:
             files = sorted(temporary.iterdir())
             write_json({file.name: _sha256(file) for file in files}, temporary / CHECKSUMS_FILE)
             _sync(temporary)
-            if final.exists():
-                shutil.rmtree(final)
+            _remove(final)
             temporary.rename(final)
         except BaseException:
             if rank == 0:
@@ -143,28 +152,62 @@ class CheckpointWriter:
             raise
         for old in list_checkpoints(self._folder.parent)[: -self._keep]:
             if self._keep_every == 0 or step_of(old) % self._keep_every:
-                shutil.rmtree(old)
+                _remove(old)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """All whole checkpoints, oldest first."""
-    return sorted((run / FOLDER).glob("step-*"))
+    """All whole checkpoints, oldest first; copies under other names and empty folders are none."""
+    return _checkpoints(run / FOLDER)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    try:
+        found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
+        return sorted((p for p in found if any(p.iterdir())), key=step_of)
+    except PermissionError as error:
+        raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def latest_checkpoint(run: Path) -> Path:
     """The newest whole checkpoint of a run folder."""
-    found = list_checkpoints(run)
+    return checkpoint_at(run, None)
+
+
+def checkpoint_at(run: Path, step: int | None) -> Path:
+    """The checkpoint after so many steps; None: the newest."""
+    found = {step_of(path): path for path in list_checkpoints(run)}
     if not found:
-        raise ConfigError(f"{run}: holds no checkpoint of a run")
-    return found[-1]
+        raise ConfigError(f"{run}: holds no checkpoint yet; `openmythos train --resume` trains it")
+    chosen = max(found) if step is None else step
+    require(chosen in found, "step", chosen, f"must be one of {', '.join(map(str, found))}")
+    return found[chosen]
 
 
 def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
     """Raise a ConfigError that names the file unless all are there as they were written.
 
-    Each rank reads its share of the files: the largest are as many as the ranks that wrote.
+    Each rank reads its share of the files: the largest are as many as the ranks that wrote. The
+    error also names the newest older checkpoint that is whole, if there is one.
     """
+    try:
+        _verify(checkpoint, rank, world_size)
+    except ConfigError as error:
+        older = [path for path in _checkpoints(checkpoint.parent) if path.name < checkpoint.name]
+        whole = next((path for path in reversed(older) if _is_whole(path)), None)
+        if whole is None:
+            raise
+        way_out = f"delete {checkpoint} to go on from {whole.name}"
+        raise ConfigError(f"{error}; {way_out}") from error
+
+
+def _verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
     checksums = read_json(checkpoint / CHECKSUMS_FILE)
+    shards = [path.name for path in checkpoint.glob("*.safetensors")]
+    for name in (storage.CONFIG_FILE, TRAINING_FILE, *shards):
+        if name not in checksums:
+            raise ConfigError(f"{checkpoint / CHECKSUMS_FILE}: is damaged, it has no {name}")
     for name in sorted(checksums)[rank::world_size]:
         sha256 = checksums[name]
         path = checkpoint / name
@@ -172,6 +215,14 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
             raise ConfigError(f"{path}: is missing")
         if _sha256(path) != sha256:
             raise ConfigError(f"{path}: is damaged, its sha256 is not that of {CHECKSUMS_FILE}")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        _verify(checkpoint)
+    except (ConfigError, OSError):
+        return False
+    return True
 
 
 def load_model(checkpoint: Path, device: str | torch.device = "cpu") -> OpenMythos:
@@ -195,8 +246,22 @@ def load_training(checkpoint: Path, model: OpenMythos, optimizers: Optimizers) -
     except ConfigError as error:
         raise ConfigError(f"{checkpoint}: {error}") from error
     _read(checkpoint, _tensors(model, optimizers))
-    counters = read_json(checkpoint / TRAINING_FILE)
-    return Counters(**counters | {"recent": tuple(counters["recent"])})
+    return _load_counters(checkpoint / TRAINING_FILE)
+
+
+def _load_counters(path: Path) -> Counters:
+    saved = read_json(path)
+    for name in Counters._fields:
+        if name not in saved:
+            raise ConfigError(f"{path}: {name}: missing, must be given")
+    for name in Counters._fields[:-1]:
+        require_int(f"{path}: {name}", saved[name], minimum=0)
+    recent = saved["recent"]
+    require(isinstance(recent, list), f"{path}: recent", recent, "must be a list")
+    for loss in recent:
+        require_number(f"{path}: recent", loss)
+    known = {name: saved[name] for name in Counters._fields}
+    return Counters(**known | {"recent": tuple(recent)})
 
 
 def _tensors(model: OpenMythos, optimizers: Optimizers) -> dict[str, Tensor]:
@@ -231,6 +296,14 @@ def _plain_errors() -> Iterator[None]:
 def step_of(checkpoint: Path) -> int:
     """Steps before a checkpoint, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def _remove(path: Path) -> None:
+    """A folder, or a file of its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -7,29 +7,32 @@ RUN/
     tokens/prepared.json        the prepared folders that it reads instead, and their sha256
     metrics.jsonl               one object per logged step
     state.json                  what the run is doing, see `train.state`
+    .lock                       held by the process that trains
     checkpoints/step-*/         see `train.checkpoint`
 """
 
 import functools
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
-from openmythos.config import ConfigError, load_toml, save_toml, to_dict
+from openmythos.config import ConfigError, load_toml, require, save_toml, to_dict
 from openmythos.data.corpus import Corpus, open_corpus
 from openmythos.data.loader import Loader
 from openmythos.data.prepared import References
 from openmythos.data.shards import TokenShards, write_shards
-from openmythos.data.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
+from openmythos.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerFile, load_tokenizer
 from openmythos.machine import choose_device
 from openmythos.model.mythos import OpenMythos
 from openmythos.train.checkpoint import (
     CheckpointWriter,
+    checkpoint_at,
     latest_checkpoint,
     list_checkpoints,
     load_model,
@@ -38,11 +41,14 @@ from openmythos.train.checkpoint import (
 from openmythos.train.config import DataConfig, RunConfig
 from openmythos.train.metrics import MetricsLog
 from openmythos.train.parallel import launched_here, rank_and_world_size, wait_for_files
-from openmythos.train.state import StateFile
+from openmythos.train.state import LOCK_FILE, StateFile, lock
 from openmythos.train.trackers import Trackers, require_packages
 from openmythos.train.trainer import StepMetrics, Trainer
 
 CONFIG_FILE = "config.toml"
+# Where a new run lies until it is whole, and what may be there of one that is not.
+_UNFINISHED = ".unfinished"
+_PARTS = ("tokens", TOKENIZER_FILE, _UNFINISHED)
 Progress = Callable[[str, int], None]
 
 
@@ -70,15 +76,20 @@ class Run:
     def create(cls, folder: Path, config: RunConfig, progress: Progress | None = None) -> "Run":
         """Make the folder, train or load the tokenizer, write the token shards.
 
-        `progress` is told what is being done and the bytes of text done so far.
+        `progress` is told what is being done and the bytes of text done so far. A failure leaves
+        nothing behind; of two processes that make the same folder the second is refused.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(
-                f"{folder}: exists already; choose another --out, or --resume {folder}"
-            )
+        _require_free(folder)
         require_packages(config.train.trackers)
         choose_device(config.train.device, "train.device")
-        report = progress or (lambda _stage, _done: None)
+        with torch.device("meta"):
+            OpenMythos(config.model)  # a model that cannot be built is refused before the work
+        with _new_folder(folder) as unfinished:
+            made = cls._make(unfinished, config, progress or (lambda _stage, _done: None))
+        return replace(made, folder=folder)
+
+    @classmethod
+    def _make(cls, folder: Path, config: RunConfig, report: Progress) -> "Run":
         prepared = References.of(config.data.paths)
         config.data.require_honoured(prepared is not None)
         if prepared is None:
@@ -90,24 +101,16 @@ class Run:
             config = replace(config, tokenizer=TokenizerFile(path=prepared.sources[0].path))
         vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-        # Under another name until it is whole, so that a failure leaves nothing in the way.
-        unfinished = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            if prepared is None:
-                _write_tokens(corpus, tokenizer, unfinished / "tokens", report)
-            else:
-                prepared.save(unfinished / "tokens")
-            made = cls(unfinished, config, tokenizer)
-            # A Loader refuses a corpus shorter than one window.
-            made.loader(made.sources("train", verify=False))
-            tokenizer.save(unfinished)
-            save_toml(config, unfinished / CONFIG_FILE)
-            unfinished.replace(folder)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        return cls(folder, config, tokenizer)
+        if prepared is None:
+            _write_tokens(corpus, tokenizer, folder / "tokens", report)
+        else:
+            prepared.save(folder / "tokens")
+        made = cls(folder, config, tokenizer)
+        # A Loader refuses a corpus shorter than one window, and ranks that cannot share a batch.
+        made.loader(made.sources("train", verify=False), *rank_and_world_size())
+        tokenizer.save(folder)
+        save_toml(config, folder / CONFIG_FILE)
+        return made
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
@@ -145,9 +148,72 @@ class Run:
             weights=self.config.data.weights,
         )
 
-    def load_model(self, device: str | torch.device = "cpu") -> OpenMythos:
-        """The model of the newest checkpoint, in eval mode; `device` may be "auto"."""
-        return load_model(latest_checkpoint(self.folder), device)
+    def load_model(
+        self, device: str | torch.device = "cpu", *, step: int | None = None
+    ) -> OpenMythos:
+        """The model of the checkpoint after `step` steps (None: the newest), in eval mode.
+
+        `device` may be "auto".
+        """
+        checkpoint = checkpoint_at(self.folder, step)
+        try:
+            return load_model(checkpoint, device)
+        except (ConfigError, OSError):
+            # A process that trains the run may have replaced its newest checkpoint meanwhile.
+            if step is not None or latest_checkpoint(self.folder) == checkpoint:
+                raise
+        return self.load_model(device)
+
+
+def _require_free(folder: Path) -> None:
+    """Raise unless nothing is there, or an empty folder, or what an interrupted `create` left."""
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    interrupted = _UNFINISHED in names and names <= {LOCK_FILE, *_PARTS}
+    if not folder.is_dir() or (names - {LOCK_FILE} and not interrupted):
+        other = f", or --resume {folder}" if CONFIG_FILE in names else ""
+        raise ConfigError(f"{folder}: exists already; choose another --out{other}")
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a place inside the folder to write to; at the end all of it moves into the folder.
+
+    The folder itself is never replaced: it may be a mount point, a link or ".".
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / _UNFINISHED
+    with ExitStack() as stack:
+        stack.callback(lock(folder).release)
+        _require_free(folder)
+        try:
+            _remove_parts(folder)
+            unfinished.mkdir()
+            yield unfinished
+            # config.toml comes last: it makes the folder a run.
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+                path.rename(folder / path.name)
+            unfinished.rmdir()
+        except BaseException:
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+            _remove_parts(folder)
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+
+def _remove_parts(folder: Path) -> None:
+    """Of a run that is not whole; its mark goes last, by which it is known for one."""
+    for name in _PARTS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress) -> None:
@@ -163,7 +229,36 @@ def train(
 
     On several ranks all of them call it. Training ends after a step at which `stopping` was true on
     any of them; that, or closing the iterator, saves a checkpoint of the last finished step.
+    `resume` goes on from the newest checkpoint, from the start where there is none yet, and once it
+    is loaded writes the run's config to its folder. A run that another process trains is refused.
     """
+    if rank_and_world_size()[0] > 0:
+        return _steps(run, _trainer(run, resume, stopping), lambda _metrics: None)
+    held = lock(run.folder)
+    try:
+        steps = _watched(run, _trainer(run, resume, stopping))
+        if resume and run.config != load_toml(RunConfig, run.folder / CONFIG_FILE):
+            save_toml(run.config, run.folder / CONFIG_FILE)
+    except BaseException:
+        held.release()
+        raise
+    holding = _holding(held, steps)
+    next(holding)  # up to where closing it releases the lock
+    return holding
+
+
+def _holding(
+    held: FileLock, steps: Generator[StepMetrics, None, None]
+) -> Generator[Any, None, None]:
+    """Nothing at first, then the steps, at whose end the lock is released."""
+    with ExitStack() as stack:
+        stack.callback(held.release)
+        yield None
+        yield from steps
+
+
+def _trainer(run: Run, resume: bool, stopping: Callable[[], bool]) -> Trainer:
+    """Ready for the next step."""
     config = run.config.train
     rank, world_size = rank_and_world_size()
     if rank == 0:
@@ -174,13 +269,17 @@ def train(
         shards.verify(*launched_here())
     wait_for_files()
     loader = run.loader(sources, rank, world_size)
-    checkpoint = latest_checkpoint(run.folder) if resume else None
+    found = list_checkpoints(run.folder) if resume else []
+    if found:
+        kind, trained = config.optimizer.kind, load_toml(RunConfig, run.folder / CONFIG_FILE).train
+        allowed = f"the run was trained with {trained.optimizer.kind}"
+        require(kind == trained.optimizer.kind, "train.optimizer.kind", kind, allowed)
     with torch.device("meta"):
         model = OpenMythos(run.config.model)
     trainer = Trainer(model, loader, config, stopping)
-    if checkpoint is not None:
-        trainer.counters = load_training(checkpoint, trainer.model, trainer.optimizers)
-    return _watched(run, trainer) if rank == 0 else _steps(run, trainer, lambda _metrics: None)
+    if found:
+        trainer.counters = load_training(found[-1], trainer.model, trainer.optimizers)
+    return trainer
 
 
 def _watched(run: Run, trainer: Trainer) -> Generator[StepMetrics, None, None]:

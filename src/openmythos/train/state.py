@@ -14,9 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from openmythos.config import from_dict, read_json, write_json
+from filelock import FileLock, Timeout
+
+from openmythos.config import ConfigError, from_dict, read_json, write_json
 
 FILE = "state.json"
+LOCK_FILE = ".lock"
 # Seconds between signs of life, and how long a process may go without one.
 BEAT, SILENCE = 5.0, 60.0
 State = Literal["running", "finished", "stopped", "failed", "dead", "new", "unknown"]
@@ -57,6 +60,33 @@ def read_state(run: Path) -> RunState | None:
     """None where no process has trained the run yet, or one of a version without state.json."""
     path = run / FILE
     return from_dict(RunState, read_json(path), str(path)) if path.is_file() else None
+
+
+def lock(run: Path) -> FileLock:
+    """Hold a run folder for writing, until `release` or the end of the process.
+
+    Raises a ConfigError that names the process that holds it; readers need no lock. Where the file
+    system has no locks, there is none.
+    """
+    held = FileLock(run / LOCK_FILE, thread_local=False)
+    try:
+        with contextlib.suppress(NotImplementedError):
+            held.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"{run}: {_holder(run)}") from error
+    return held
+
+
+def _holder(run: Path) -> str:
+    try:
+        found = read_state(run)
+    except ConfigError:
+        found = None
+    if found is None or found.seen(time.time()) != "running":
+        return "another process is making or training it"
+    where = "" if found.host == platform.node() else f" on {found.host}"
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.started))
+    return f"process {found.pid}{where} is training it (since {since})"
 
 
 class StateFile:
