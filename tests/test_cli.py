@@ -92,7 +92,7 @@ def test_train_makes_a_run_folder(here: Path, call: Call) -> None:
     assert result.code == 0, result.err
     folder = here / "runs" / "tiny-1"
     wanted = {"config.toml", "tokenizer.json", "tokens", "metrics.jsonl", "checkpoints"}
-    wanted.add("state.json")
+    wanted |= {"state.json", ".lock"}
     assert wanted | {"loss.png", "loss.csv"} == {path.name for path in folder.iterdir()}
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
     assert load_toml(RunConfig, folder / "config.toml").model.dim == 32
@@ -356,6 +356,9 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["model: cannot change when a run is resumed"],
     ),
     "resumed data": (["train", "--resume", "run", "--data", "text"], ["data = ", "--resume"]),
+    "resumed recipe": (["train", "--resume", "run", "--recipe", "tiny"], ["recipe = 'tiny'"]),
+    "resumed out": (["train", "--resume", "run", "--out", "new"], ["out = 'new'", "--resume"]),
+    "unbuildable model": ([*TINY, "model.dim=30", "--out", "new"], ["dim = 30"]),
     "negative loops": (["generate", "run", "--num-loops", "-1"], ["num_loops = -1", "at least 1"]),
     "zero loops": (["generate", "run", "--num-loops", "0"], ["num_loops = 0", "at least 1"]),
     "plan without loops": (["plan", "1b", "--num-loops", "0"], ["num_loops = 0", "at least 1"]),
@@ -464,9 +467,25 @@ def test_damaged_run_is_named(here: Path, call: Call, name: str) -> None:
 
 def test_failed_resume_leaves_the_config_alone(here: Path, call: Call) -> None:
     before = (here / "run" / "config.toml").read_bytes()
-    argv = ["train", "--resume", "run", "--set", "train.num_steps=9", "model.dim=64"]
-    assert_refused(call(*argv), "model")
+    argv = ["train", "--resume", "run", "--set", "train.num_steps=9"]
+    changes = {"model.dim=64": "model", "train.optimizer=adamw": "optimizer"}
+    for change, part in (changes | {"train.device=nope": "device"}).items():
+        assert_refused(call(*argv, change), part)
     assert (here / "run" / "config.toml").read_bytes() == before
+
+
+def test_two_trainings_take_the_next_free_names(here: Path, call: Call) -> None:
+    for taken in ("tiny-1", "tiny-3"):
+        (here / "runs" / taken).mkdir(parents=True)
+    result = call(*TINY, "train.num_steps=1", "train.optimizer=adamw")
+    assert result.code == 0, result.err
+    assert_refused(call(*TINY, "model.dim=30"), "dim = 30")
+    assert sorted(p.name for p in (here / "runs").iterdir()) == ["tiny-1", "tiny-2", "tiny-3"]
+
+
+def test_what_is_next_can_be_pasted(here: Path, call: Call) -> None:
+    argv = [*TINY, "train.num_steps=1", "train.optimizer=adamw", "--out", "sp ace/r 1"]
+    assert "openmythos generate 'sp ace/r 1' --prompt 'def main('\n" in call(*argv).out
 
 
 def test_full_disk_is_no_fault_of_the_user(

@@ -2,10 +2,13 @@
 
 # Each `run` imports what it needs: torch takes seconds, and flags are parsed without it.
 
+import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,11 +19,15 @@ from openmythos.config import (
     require,
     require_int,
     require_number,
-    save_toml,
     to_dict,
 )
 
+if TYPE_CHECKING:
+    from openmythos.train.config import RunConfig
+    from openmythos.train.run import Run
+
 MAX_GIB = 2.0**20
+DEFAULT_RECIPE = "demo"
 DEMO_LOOPS = (1, 2, 4, 8, 16)
 DEMO_PROMPT = "def main("
 
@@ -29,7 +36,7 @@ DEMO_PROMPT = "def main("
 class Train:
     """Train a model on text; makes a run folder, or goes on with one (--resume)."""
 
-    recipe: Annotated[str, shown("NAME")] = "demo"
+    recipe: Annotated[str, shown("NAME", DEFAULT_RECIPE)] = ""
     """Config to start from: tiny (seconds), demo (minutes) or small (an hour or two)."""
     data: Texts = ()
     """Text files, folders, globs, .jsonl, .parquet, hf:NAME, stdlib (the default); or prepared."""
@@ -41,42 +48,51 @@ class Train:
     """Run folder to go on with; only train.* can be changed."""
 
     def run(self) -> None:
-        from openmythos.cli.screen import OUT, create, train_with_bar
+        from openmythos.cli.screen import create, print_next, train_with_bar
+        from openmythos.machine import choose_device
+        from openmythos.train.parallel import process_group
+
+        run = self._existing()
+        config = self._config() if run is None else run.config
+        resume = run is not None
+        # One group for making a run and for training it: ranks learn of a failure at once.
+        with process_group(choose_device(config.train.device, "train.device")):
+            if run is None:
+                with _new_run_folder(self.out, self.recipe or DEFAULT_RECIPE) as folder:
+                    run = create(folder, config)
+            if train_with_bar(run, resume=resume):
+                print_next(run.folder, DEMO_PROMPT)
+
+    def _config(self) -> "RunConfig":
         from openmythos.recipes import catalogue
-        from openmythos.train.checkpoint import list_checkpoints
         from openmythos.train.parallel import launched
+
+        told = "must be given to several ranks, so that all mean the same folder"
+        require(launched()[1] == 1 or bool(self.out), "out", self.out, told)
+        config = catalogue.get(self.recipe or DEFAULT_RECIPE)
+        if self.data:
+            config = replace(config, data=replace(config.data, paths=flat(self.data)))
+        return apply_overrides(config, flat(self.set))
+
+    def _existing(self) -> "Run | None":
+        """The run to go on with; also one that torchrun trains again after a failure."""
         from openmythos.train.run import CONFIG_FILE, Run
 
-        rank, ranks = launched()
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if restarted and self.out and (Path(self.out) / CONFIG_FILE).is_file():
-            run = Run.open(Path(self.out))
-            train_with_bar(run, resume=bool(list_checkpoints(run.folder)))
-            return
-        if self.resume:
-            require(not self.data, "data", list(flat(self.data)), "goes not with --resume")
-            run = Run.open(Path(self.resume))
-            changed = apply_overrides(run.config, flat(self.set))
-            for field in fields(changed):
-                if field.name != "train" and changed != replace(
-                    changed, **{field.name: getattr(run.config, field.name)}
-                ):
-                    raise ConfigError(f"{field.name}: cannot change when a run is resumed")
-            run = replace(run, config=changed)
-            if rank == 0:
-                save_toml(changed, run.folder / CONFIG_FILE)
-        else:
-            told = "must be given to several ranks, so that all mean the same folder"
-            require(ranks == 1 or bool(self.out), "out", self.out, told)
-            config = catalogue.get(self.recipe)
-            if self.data:
-                config = replace(config, data=replace(config.data, paths=flat(self.data)))
-            config = apply_overrides(config, flat(self.set))
-            folder = Path(self.out) if self.out else _free_folder(self.recipe)
-            run = create(folder, config)
-        if train_with_bar(run, resume=bool(self.resume)):
-            OUT.print(f"\nNext:  openmythos generate {run.folder} --prompt {DEMO_PROMPT!r}")
-            OUT.print(f"       openmythos eval {run.folder}")
+        if not self.resume:
+            restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            made = restarted and self.out and (Path(self.out) / CONFIG_FILE).is_file()
+            return Run.open(Path(self.out)) if made else None
+        given = {"data": flat(self.data), "recipe": self.recipe, "out": self.out}
+        for name, value in given.items():
+            require(not value, name, value, "does not go with --resume")
+        run = Run.open(Path(self.resume))
+        changed = apply_overrides(run.config, flat(self.set))
+        for field in fields(changed):
+            if field.name != "train" and changed != replace(
+                changed, **{field.name: getattr(run.config, field.name)}
+            ):
+                raise ConfigError(f"{field.name}: cannot change when a run is resumed")
+        return replace(run, config=changed)
 
 
 @dataclass(frozen=True)
@@ -333,16 +349,20 @@ class Demo:
         from openmythos.inference.engine import Engine
         from openmythos.model.generation import Request
         from openmythos.recipes import catalogue, report
+        from openmythos.train.run import require_free
 
         require_int("hops_steps", self.hops_steps, minimum=0)
+        config = apply_overrides(catalogue.get("demo"), flat(self.set))
+        if self.out:
+            require_free(Path(self.out))
         if self.hops_steps:
             print_heat_map(learn_hops(self.hops_steps), trained_hops=20)
             OUT.print(
                 "\nNo hops beyond 20 and no more than 26 loops were trained: `openmythos study "
                 "depth-extrapolation` has seeds, controls and where it breaks.\n"
             )
-        folder = Path(self.out) if self.out else _free_folder("demo")
-        run = create(folder, apply_overrides(catalogue.get("demo"), flat(self.set)))
+        with _new_run_folder(self.out, "demo") as folder:
+            run = create(folder, config)
         if not train_with_bar(run, resume=False):
             return
         found = evaluate(run, DEMO_LOOPS, ())
@@ -358,11 +378,24 @@ class Demo:
         OUT.print(f"Next:  openmythos generate {folder} --prompt 'class Stack' --num-loops 8")
 
 
-def _free_folder(recipe: str) -> Path:
-    number = 1
-    while (folder := Path("runs") / f"{recipe}-{number}").exists():
-        number += 1
-    return folder
+@contextmanager
+def _new_run_folder(out: str, recipe: str) -> Iterator[Path]:
+    """The folder of --out, else the first free runs/RECIPE-N, gone again if the run is not made."""
+    if out:
+        yield Path(out)
+        return
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{recipe}-{number}"
+        # Making it takes the name: another process goes on to the next.
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _loop_counts(text: str) -> tuple[int, ...]:

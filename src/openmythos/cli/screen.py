@@ -1,11 +1,11 @@
 """What the commands show: progress bars, tables, streamed text."""
 
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any
 
@@ -34,7 +34,12 @@ from openmythos.studies.learning import Learning, accuracy_map, learn
 from openmythos.studies.runner import run_study
 from openmythos.studies.study import Finding, Study
 from openmythos.train.config import RunConfig
-from openmythos.train.parallel import launched, process_group
+from openmythos.train.parallel import (
+    first_rank_does,
+    launched,
+    process_group,
+    wait_for_file,
+)
 from openmythos.train.run import CONFIG_FILE, Run, train
 
 # Numbers and code are what gets printed: nothing for rich to colour or to read as markup.
@@ -45,17 +50,20 @@ LOOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 
 
 def create(folder: Path, config: RunConfig) -> Run:
-    """Make a run folder; of several ranks the first makes it, the others wait until it is there."""
-    if launched()[0] > 0:
-        while not (folder / CONFIG_FILE).is_file():
-            time.sleep(0.1)
+    """Make a run folder; of several ranks the first makes it, and the others fail if it does."""
+
+    def make() -> Run:
+        with OUT.status("reading the corpus") as status:
+            return Run.create(
+                folder,
+                config,
+                lambda stage, done: status.update(f"{stage}: {done / 1e6:.1f} MB"),
+            )
+
+    run = first_rank_does(make)
+    if run is None:
+        wait_for_file(folder / CONFIG_FILE)
         return Run.open(folder)
-    with OUT.status("reading the corpus") as status:
-        run = Run.create(
-            folder,
-            config,
-            lambda stage, done: status.update(f"{stage}: {done / 1e6:.1f} MB"),
-        )
     tokens, held_out = (len(run.shards(part, verify=False)) for part in ("train", "held_out"))
     OUT.print(
         f"{folder}: {tokens:,} training and {held_out:,} held-out tokens, "
@@ -124,9 +132,16 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
         report.write_loss_curve(run)
     if last.step + 1 < num_steps:
         OUT.print(f"stopped after step {last.step + 1}, checkpoint saved; go on with")
-        OUT.print(f"    openmythos train --resume {run.folder}")
+        OUT.print(f"    openmythos train --resume {quote(str(run.folder))}", soft_wrap=True)
         return False
     return True
+
+
+def print_next(folder: Path, prompt: str) -> None:
+    """What to do with a trained run, to be pasted into a shell."""
+    name = quote(str(folder))
+    OUT.print(f"\nNext:  openmythos generate {name} --prompt {quote(prompt)}", soft_wrap=True)
+    OUT.print(f"       openmythos eval {name}", soft_wrap=True)
 
 
 def evaluate(run: Run, loops: tuple[int, ...], data: tuple[str, ...]) -> LoopReport:

@@ -7,12 +7,15 @@ however many loops it runs.
 """
 
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, NoReturn
+from pathlib import Path
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,11 +32,13 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from openmythos.config import require, require_int
+from openmythos.config import ConfigError, require, require_int
 from openmythos.model.init import init_weights
 from openmythos.model.mythos import OpenMythos
 from openmythos.train.expert_parallel import average_over_all, check_experts, split_experts
 from openmythos.train.optim import by_mesh
+
+T = TypeVar("T")
 
 # A collective that waits longer for a rank ends the job.
 PATIENCE = timedelta(seconds=50)
@@ -126,7 +131,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         said = str(error)
         if "Timed out waiting" in said:
-            told = f"waited {PATIENCE.seconds} s in vain for the others"
+            waited = re.search(r"waiting (\d+) ?ms", said)
+            seconds = int(waited[1]) // 1000 if waited else PATIENCE.seconds
+            told = f"waited {seconds} s in vain for the others"
         elif "Connection closed by peer" in said or "Connection reset by peer" in said:
             told = "lost the connection to another"
         else:
@@ -229,6 +236,38 @@ def wait_for_files() -> None:
     group = dist.new_group(backend="gloo", timeout=PATIENCE_WITH_FILES)
     dist.barrier(group)
     dist.destroy_process_group(group)
+
+
+def first_rank_does(work: Callable[[], T]) -> T | None:
+    """What `work` returns on rank 0; None on the others, which wait, and fail if it fails."""
+    rank, size = rank_and_world_size()
+    if size == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=PATIENCE_WITH_FILES)
+    done, failure = None, [""]
+    try:
+        if rank == 0:
+            done = work()
+    except BaseException as error:
+        line = next(iter(str(error).splitlines()), "")
+        failure = [line or type(error).__name__]
+        raise
+    finally:
+        dist.broadcast_object_list(failure, src=0, group=group)
+    dist.destroy_process_group(group)
+    if rank > 0 and failure[0]:
+        raise ConfigError(f"rank 0 failed: {failure[0]}")
+    return done
+
+
+def wait_for_file(path: Path) -> None:
+    """Return when a file that another rank has written is seen here: file systems may lag."""
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            told = f"not seen by rank {launched()[0]} {PATIENCE.seconds} s after rank 0 wrote it"
+            raise ConfigError(f"{path}: {told}; all ranks must share the folder")
+        time.sleep(0.1)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ class Run:
         `progress` is told what is being done and the bytes of text done so far. A failure leaves
         nothing behind; of two processes that make the same folder the second is refused.
         """
-        _require_free(folder)
+        require_free(folder)
         require_packages(config.train.trackers)
         choose_device(config.train.device, "train.device")
         with torch.device("meta"):
@@ -165,7 +165,7 @@ class Run:
         return self.load_model(device)
 
 
-def _require_free(folder: Path) -> None:
+def require_free(folder: Path) -> None:
     """Raise unless nothing is there, or an empty folder, or what an interrupted `create` left."""
     if not folder.exists():
         return
@@ -187,7 +187,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     unfinished = folder / _UNFINISHED
     with ExitStack() as stack:
         stack.callback(lock(folder).release)
-        _require_free(folder)
+        require_free(folder)
         try:
             _remove_parts(folder)
             unfinished.mkdir()
