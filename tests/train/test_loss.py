@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from variants import VOCAB, random_tokens, tiny, tiny_config, tiny_model
 
+from openmythos.kernels import CPU
 from openmythos.model.mythos import MythosLosses, OpenMythos
-from openmythos.nn.cross_entropy import CHUNK_TOKENS, IGNORE, linear_cross_entropy
+from openmythos.nn.cross_entropy import IGNORE, linear_cross_entropy
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
@@ -47,14 +48,15 @@ def readout_case(dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 12, CHUNK_TOKENS, CHUNK_TOKENS + 37])
+@pytest.mark.parametrize("tokens", [1, 12, CPU.chunk_tokens, CPU.chunk_tokens + 37])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunked_cross_entropy_equals_full_logits(dtype: torch.dtype, tokens: int) -> None:
     hidden, weight, targets = readout_case(dtype, tokens)
     targets[0, 0] = 3
     found = linear_cross_entropy(hidden, weight, targets)
     logits = F.linear(hidden, weight)
-    wanted = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    wide = logits.to(torch.promote_types(dtype, torch.float32)).flatten(0, 1)
+    wanted = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.double(), by_hand(logits, targets), rtol=1e-5, atol=1e-5)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5

@@ -12,13 +12,13 @@ from typing import Literal, assert_never
 import torch
 from torch import nn
 
+from openmythos import kernels
 from openmythos.config import require_int
 from openmythos.model.config import MAX_SIZE, MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
-from openmythos.nn.cross_entropy import CHUNK_TOKENS
 from openmythos.nn.feed_forward import ReLU2, SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE, MoELayer
@@ -238,7 +238,8 @@ def training_memory(
     optimizer    fp32; adamw: two moments, muon: one for the matrices of the layers, else two
     activations  what autograd keeps per token (`_layer_bytes`) and the state of every loop; loops
                  without gradient keep nothing, of checkpointed ones one at a time is computed anew
-    logits       of one chunk of the loss: in `dtype`, and in fp32 two more such matrices
+    logits       of one chunk of the loss, as on an accelerator: in `dtype`, and in fp32 two more
+                 such matrices
     """
     model, c, size = on_meta(config), config, dtype.itemsize
     total = _numel(model)
@@ -253,7 +254,9 @@ def training_memory(
         gradients=total * FP32,
         optimizer=FP32 * (2 * total - (_matrix_numel(model) if optimizer == "muon" else 0)),
         activations=batch * context * per_token,
-        logits=min(batch * context, CHUNK_TOKENS) * c.vocab_size * (size + 2 * FP32),
+        logits=min(batch * context, kernels.ACCELERATOR.chunk_tokens)
+        * c.vocab_size
+        * (size + 2 * FP32),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openmythos import kernels
 from openmythos.config import ConfigError, require, require_int, require_number
 from openmythos.nn.blockwise import blockwise_attention
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
@@ -142,14 +143,31 @@ def in_blocks(query: Tensor, context: AttentionContext) -> bool:
     causal = causal and not context.packed
     # Compiled, every length is a program of its own: right for training, where all are equal.
     steady = torch.is_grad_enabled() or not torch.compiler.is_compiling()
-    on_cpu = query.device.type == "cpu" and steady
-    return on_cpu and causal and query.shape[2] > 1
+    return kernels.own_form(query) and steady and causal and query.shape[2] > 1
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float
+) -> Tensor:
+    """softmax(scale q k^T) v, the formula; arguments as of `attend`."""
+    if key.shape[1] != query.shape[1]:
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = scale * (query @ key.transpose(-2, -1))
+    mask = context.mask
+    if context.is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1) @ value
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float
 ) -> Tensor:
     """softmax(scale q k^T) v on [batch, heads, seq, head_dim]; keys may have fewer heads."""
+    if kernels.reference():
+        return attention(query, key, value, context, scale)
     value_dim = value.shape[-1]
     if in_blocks(query, context):
         return blockwise_attention(query, key, value, context.mask, context.window, scale)

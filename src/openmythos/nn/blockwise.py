@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from openmythos import kernels
 
 # Up to so many keys a block has 64 queries, beyond 128.
 FEW_KEYS = 512
@@ -97,7 +98,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         query, key, value, mask, out, *kept = ctx.saved_tensors
         mean = (grad * out).sum(dim=-1, keepdim=True).transpose(1, 2).reshape(*query.shape[:2], 1)

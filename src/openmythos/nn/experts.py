@@ -4,17 +4,27 @@ Only [gate | up] is kept for the backward pass, and the gradients of the weights
 all loops in place.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from openmythos import kernels
 from openmythos.nn.feed_forward import gated_product
 from openmythos.nn.linear import as_autocast
 from openmythos.types import Tokens
+
+# torch's grouped_mm knows no other.
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, end) of each group of rows."""
+    return pairwise([0, *ends.tolist()])
 
 
 @torch.library.custom_op("openmythos::grouped_linear", mutates_args=())
@@ -24,6 +34,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     A custom operator because torch's grouped_mm refuses fp32 on meta tensors, hence under
     torch.compile; in eager mode it costs nothing more.
     """
+    if x.dtype not in _GROUPED_DTYPES:
+        return torch.cat([x[i:j] @ w.t() for (i, j), w in zip(_groups(ends), weight, strict=True)])
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
 
 
@@ -35,6 +47,8 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("openmythos::grouped_outer", mutates_args=())
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Per group g of rows: left_g^T right_g, [groups, left_dim, right_dim]."""
+    if left.dtype not in _GROUPED_DTYPES:
+        return torch.stack([left[i:j].t() @ right[i:j] for i, j in _groups(ends)])
     return F.grouped_mm(left.transpose(0, 1), right, offs=ends)
 
 
@@ -77,12 +91,9 @@ class GradientSums:
         if total is None:
             self._sums[which] = grouped_outer(left, right, ends)
         elif left.device.type == "cpu":
-            start = 0
-            for group, end in enumerate(ends.tolist()):
+            for (start, end), part in zip(_groups(ends), total, strict=True):
                 if end > start:
-                    part = total[group]
                     torch.addmm(part, left[start:end].t(), right[start:end], out=part)
-                start = end
         else:
             total += grouped_outer(left, right, ends)
 
@@ -100,7 +111,7 @@ class _Collect(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
+    @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         total = ctx.sums.take(ctx.which)
         if total is not None and grad is not None:
@@ -129,7 +140,7 @@ class _RoutedExperts(torch.autograd.Function):
         return _sum_choices(routed, place)
 
     @staticmethod
-    @once_differentiable
+    @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         tokens, gate_up, down, row_weights, source, place, ends, gated = ctx.saved_tensors
         gate, up = gated.chunk(2, dim=-1)
@@ -221,7 +232,7 @@ class Experts(nn.Module):
         sum_gradients is for many uses of the result, none of them compiled.
         """
         gate_up, down = as_autocast(_held(self.gate_up)), as_autocast(_held(self.down))
-        trained = self.gate_up.requires_grad and self.down.requires_grad
+        trained = self.gate_up.requires_grad and self.down.requires_grad and not kernels.reference()
         if not (sum_gradients and trained and torch.is_grad_enabled()):
             return ExpertWeights(gate_up, down)
         sums = GradientSums()
@@ -243,6 +254,19 @@ class Experts(nn.Module):
             rows.ends,
             weights.sums,
         )
+        return out
+
+    def one_by_one(
+        self, tokens: Tokens, row_weights: Tensor, chosen: Tensor, weights: ExpertWeights
+    ) -> Tokens:
+        """The formula: every expert on every token, weighted by 0 where it was not chosen."""
+        shares = tokens.new_zeros(len(tokens), len(weights.down)).scatter(1, chosen, row_weights)
+        out = torch.zeros_like(tokens)
+        for share, gate_up, down in zip(
+            shares.unbind(1), weights.gate_up, weights.down, strict=True
+        ):
+            gate, up = F.linear(tokens, gate_up).chunk(2, dim=-1)
+            out = out + share[:, None] * F.linear(F.silu(gate) * up, down)
         return out
 
     def few(

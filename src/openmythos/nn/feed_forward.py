@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from openmythos import kernels
 from openmythos.config import require_int
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, as_autocast
 from openmythos.types import Tokens
@@ -49,7 +49,7 @@ class _GatedLinear(torch.autograd.Function):
         return F.linear(gated_product(gated), weight)
 
     @staticmethod
-    @once_differentiable
+    @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         gated, weight = ctx.saved_tensors
         gate, up = gated.chunk(2, dim=-1)
@@ -72,7 +72,9 @@ class SwiGLULayer(nn.Module):
         self, tokens: Tokens, rows: TokenRows | None, deltas: Deltas = NO_DELTAS
     ) -> tuple[Tokens, None]:
         gated = self.gate_up(tokens, deltas)
-        if self.down.delta_key in deltas or not torch.is_grad_enabled():
+        adapted = self.down.delta_key in deltas
+        # On every device, for its memory: the plain product keeps twice as much for its gradient.
+        if adapted or not torch.is_grad_enabled() or kernels.reference():
             gate, up = gated.chunk(2, dim=-1)
             return self.down(F.silu(gate) * up, deltas), None
         weight = as_autocast(self.down.weight)

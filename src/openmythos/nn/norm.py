@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from openmythos import kernels
 
 
 def _normed(x: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
         shape, dim, dtype = x.shape, x.shape[-1], x.dtype
@@ -45,6 +46,13 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(shape).to(dtype), grad_weight.to(weight.dtype), None
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The formula."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return (y * weight).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019)."""
 
@@ -55,9 +63,11 @@ class RMSNorm(nn.Module):
         self._eps = torch.tensor(eps, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.reference():
+            return rms_norm(x, self.weight, self.eps)
         # Torch's kernel, one piece on a GPU, refuses a weight of another dtype.
         weight = self.weight.to(x.dtype)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not kernels.own_form(x) or torch.compiler.is_compiling():
             return F.rms_norm(x, weight.shape, weight, self.eps)
         if not torch.is_grad_enabled():
             return _normed(x, weight, self._eps)[0]

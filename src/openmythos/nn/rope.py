@@ -7,7 +7,8 @@ pass, so that no checkpoint depends on a maximum length.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from openmythos import kernels
 
 
 def rope_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,6 @@ class _Rotation(torch.autograd.Function):
         return _turned(x, cos, sin)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
         return _turned(grad, cos, -sin), None, None
@@ -45,7 +45,7 @@ class _Rotation(torch.autograd.Function):
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i + d/2}) by its angle; tables as of `rope_tables`, broadcast."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not kernels.own_form(x):
         return _turned(x, cos, sin)
     turned: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return turned

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.config import require, require_number
-from openmythos.nn.linear import Linear
+from openmythos.nn.linear import Linear, at_least_fp32
 from openmythos.types import Hidden
 
 # The nearest bf16 number below 1 is 0.99609; anything up to here rounds to it or lower.
@@ -88,8 +88,8 @@ class LTIInjection(InjectionLayer):
         self.input_map = nn.Parameter(torch.empty(shape))
 
     def discretize(self) -> tuple[Tensor, Tensor]:
-        """(decay, gain), both [dim] in fp32."""
-        raw, log_rate = self.raw_step_size.float(), self.log_rate.float()
+        """(decay, gain), both [dim] in fp32 at least."""
+        raw, log_rate = at_least_fp32(self.raw_step_size), at_least_fp32(self.log_rate)
         # softplus underflows far below zero, where log softplus(x) = x.
         log_step = torch.where(raw < -15, raw, F.softplus(raw.clamp_min(-15)).log())
         # exp(-e^5) is 0 in fp32 already; beyond, e^x would overflow and its gradient be nan.

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import (
@@ -21,6 +20,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
 )
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from openmythos import kernels
 from openmythos.config import ConfigError, require
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import MoELayer
@@ -38,7 +38,7 @@ class _Travel(torch.autograd.Function):
         return _all_to_all(rows, sent, received, group)
 
     @staticmethod
-    @once_differentiable
+    @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         sent, received = ctx.sizes
         return _all_to_all(grad, received, sent, ctx.group), None, None, None
