@@ -3,6 +3,8 @@
 Code generation takes half a minute here, so the quick tests stop after tracing ("aot_eager").
 """
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +100,26 @@ def test_one_graph_of_each_layer_without_breaks_serves_all_loops() -> None:
         model(random_tokens(2), num_loops=num_loops)
         # What comes before the loops, the shared layers; a layer of prelude or coda.
         assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@torch.no_grad()
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(copied: Any) -> None:
+    """As an average of weights needs it: the copy's are changed, the original's are not."""
+    eager, compiled = pair(TRACED, recurrent_feed_forward=MoE(num_experts=4, expert_dim=16))
+    tokens = random_tokens(2)
+    kept = compiled(tokens, num_loops=3).logits
+    copy_of = copied(compiled)
+    torch.testing.assert_close(copy_of(tokens, num_loops=3).logits, kept, **CLOSE)
+    for model in (copy_of, eager):
+        for parameter in model.recurrent.parameters():
+            parameter.zero_()
+    wanted = eager(tokens, num_loops=3).logits
+    assert (wanted - kept).abs().max() > 0.01
+    torch.testing.assert_close(copy_of(tokens, num_loops=3).logits, wanted, **CLOSE)
+    assert torch.equal(compiled(tokens, num_loops=3).logits, kept)
+    copy_of.compile_layers(**TRACED)
+    torch.testing.assert_close(copy_of(tokens, num_loops=3).logits, wanted, **CLOSE)
 
 
 @pytest.mark.slow

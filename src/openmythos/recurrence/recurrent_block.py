@@ -26,13 +26,13 @@ from openmythos.nn.moe import RouterStats
 from openmythos.nn.norm import RMSNorm
 from openmythos.recurrence.conditioning import Conditioning, LoopEmbeddings, LoopLoRAs
 from openmythos.recurrence.halting import ExitTracker, Halting, LoopStates
-from openmythos.recurrence.injection import Drive, Injection
+from openmythos.recurrence.initial_state import position_noise
+from openmythos.recurrence.injection import Drive, Injection, InjectionLayer
 from openmythos.recurrence.trace import Carry, Trace
 from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Mask, Scalar
 
 StateInit = Literal["zeros", "encoded", "normal"]
 LoopWeights = list[ExpertWeights | None]  # of each layer, made once for all loops
-NOISE_BLOCK = 1024
 
 
 @runtime_checkable
@@ -85,6 +85,46 @@ class RecurrentOutput:
     sizes: Tensor | None
 
 
+class SharedLayers(nn.ModuleList):
+    """x + R(x): the layers that every loop runs, one after the other."""
+
+    def forward(
+        self,
+        x: Tensor,
+        context: AttentionContext,
+        slots: list[CacheSlot | None],
+        frozen: list[Frozen | None],
+        deltas: Deltas,
+        experts: LoopWeights,
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[RouterStats | None]]:
+        kv, router = [], []
+        for layer, slot, stopped, weights in zip(self, slots, frozen, experts, strict=True):
+            out = layer(
+                x, context, slot=slot, frozen=stopped, deltas=deltas, expert_weights=weights
+            )
+            x = out.x
+            kv.append(out.kv)
+            router.append(out.router)
+        return x, tuple(kv), router
+
+
+class Entry(nn.Module):
+    """What the loops read of the prelude's output, and what of it no loop changes.
+
+    A module to be compiled as one piece. It has no parameters of its own: the norm and the
+    injection stay the block's, under the names that they have there.
+    """
+
+    def __init__(self, norm: nn.Module, injection: InjectionLayer) -> None:
+        super().__init__()
+        self._parts = (norm, injection)  # in a tuple, so that they are not registered twice
+
+    def forward(self, encoded: Hidden) -> tuple[Hidden, Drive]:
+        norm, injection = self._parts
+        encoded = norm(encoded)
+        return encoded, injection.prepare(encoded)
+
+
 class RecurrentBlock(nn.Module):
     """h_{t+1} = u_t + R(u_t), u_t = Injection(h_t, e), for t < num_loops.
 
@@ -100,7 +140,8 @@ class RecurrentBlock(nn.Module):
         self.state_init = c.state_init
         self.prelude_norm = RMSNorm(c.dim, c.norm_eps) if c.prelude_norm else nn.Identity()
         self.injection = c.injection.build(c.dim)
-        self.layers = nn.ModuleList(
+        self.entry = Entry(self.prelude_norm, self.injection)
+        self.layers = SharedLayers(
             Block(c.dim, c.attention, c.recurrent_feed_forward, c.norm_eps)
             for _ in range(c.recurrent_layers)
         )
@@ -109,8 +150,6 @@ class RecurrentBlock(nn.Module):
         self.checkpoint_loops = False
         self.watched = False
         self.agree: Callable[[int], int] | None = None
-        self._compiled = False
-        self._noise: dict[int, Tensor] = {}
 
     def forward(
         self,
@@ -137,9 +176,12 @@ class RecurrentBlock(nn.Module):
             positions = positions if positions.shape[0] == 1 else positions[order]
         else:
             depths = [num_loops] * batch
-        encoded, drive = self._prepare(encoded)
-        experts = [cast("Block", layer).prepare(compiled=self._compiled) for layer in self.layers]
-        carry = self._start(encoded, positions, can_stop=tracker is not None)
+        encoded, drive = self.entry(encoded)
+        compiled = self.layers._compiled_call_impl is not None
+        experts = [cast("Block", layer).prepare(compiled=compiled) for layer in self.layers]
+        # With a cache it is inference, whatever mode the module is in: see `OpenMythos.forward`.
+        training = self.training and cache is None
+        carry = self._start(encoded, positions, tracker is not None, training)
         trace = Trace(len(self.layers), collect)
         done: list[Carry] = []
         loops_run = 0
@@ -162,7 +204,7 @@ class RecurrentBlock(nn.Module):
             if collect:
                 trace.record(loops_run, carry, self._output(carry)[0])
             # Only at inference: in training all ranks must run the same loops.
-            if not self.training and carry.active is not None and self._have_stopped(carry.active):
+            if not training and carry.active is not None and self._have_stopped(carry.active):
                 break
         if cache is not None:
             cache.fill_unrun_loops(loops_run, encoded.shape[1])
@@ -229,7 +271,7 @@ class RecurrentBlock(nn.Module):
         frozen: list[Frozen | None] = [None] * len(self.layers)
         if carry.active is not None and carry.kv:
             frozen = [Frozen(carry.active, kv) for kv in carry.kv]
-        state, kv, router = self._layers(u, context, slots, frozen, deltas, experts)
+        state, kv, router = self.layers(u, context, slots, frozen, deltas, experts)
         loops_used = carry.loops_used + 1
         if carry.active is not None:
             state = torch.where(carry.active[..., None], state, carry.state)
@@ -240,65 +282,32 @@ class RecurrentBlock(nn.Module):
             halt, active = self.halting.update(halt, active, state, loop)
         return Carry(state, loops_used, active, kept, halt), router
 
-    def _prepare(self, encoded: Hidden) -> tuple[Hidden, Drive]:
-        """What the loops read of the prelude's output, and what of it no loop changes."""
-        encoded = self.prelude_norm(encoded)
-        return encoded, self.injection.prepare(encoded)
-
-    def _layers(
-        self,
-        x: Tensor,
-        context: AttentionContext,
-        slots: list[CacheSlot | None],
-        frozen: list[Frozen | None],
-        deltas: Deltas,
-        experts: LoopWeights,
-    ) -> tuple[Tensor, tuple[Tensor, ...], list[RouterStats | None]]:
-        """x + R(x): the part that `compile_layers` compiles."""
-        kv, router = [], []
-        for layer, slot, stopped, weights in zip(self.layers, slots, frozen, experts, strict=True):
-            out = layer(
-                x, context, slot=slot, frozen=stopped, deltas=deltas, expert_weights=weights
-            )
-            x = out.x
-            kv.append(out.kv)
-            router.append(out.router)
-        return x, tuple(kv), router
-
     def compile_layers(self, **options: object) -> None:
         """torch.compile the shared layers, once for all loops, and what precedes the loops."""
-        self._compiled = True
-        self._prepare = torch.compile(self._prepare, **options)  # type: ignore[method-assign, call-overload]
-        self._layers = torch.compile(self._layers, **options)  # type: ignore[method-assign, call-overload]
+        # `Module.compile` leaves nothing behind in a copy: that one runs its own weights, eagerly.
+        self.entry.compile(**options)
+        self.layers.compile(**options)
 
-    def _start(self, encoded: Hidden, positions: Tensor, can_stop: bool) -> Carry:
-        state = self._initial_state(encoded, positions)
+    def _start(self, encoded: Hidden, positions: Tensor, can_stop: bool, training: bool) -> Carry:
+        state = self._initial_state(encoded, positions, training)
         halt = None if self.halting is None else self.halting.start(state)
         active = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
         can_stop = can_stop or halt is not None
         used = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
         return Carry(state, used, active if can_stop else None, (), halt)
 
-    def _initial_state(self, encoded: Hidden, positions: Tensor) -> Hidden:
+    def _initial_state(self, encoded: Hidden, positions: Tensor, training: bool) -> Hidden:
         """h_0; "normal" is N(0, 2 / (5 dim)) as in Parcae, at inference a function of position."""
         if self.state_init == "zeros":
             return torch.zeros_like(encoded)
         if self.state_init == "encoded":
             return encoded
         std = (2 / (5 * encoded.shape[-1])) ** 0.5
-        if self.training:
+        if training:
             return torch.randn_like(encoded) * std
         # Fixed noise per position: same logits every time, for any batch, prefill or cache.
-        blocks = range(int(positions.max()) // NOISE_BLOCK + 1)
-        noise = torch.cat([self._noise_block(block, encoded) for block in blocks])
-        return (noise[positions] * std).to(encoded.dtype).expand_as(encoded)
-
-    def _noise_block(self, block: int, like: Tensor) -> Tensor:
-        if block not in self._noise or self._noise[block].device != like.device:
-            generator = torch.Generator().manual_seed(block)
-            noise = torch.randn(NOISE_BLOCK, like.shape[-1], generator=generator)
-            self._noise[block] = noise.to(like.device)
-        return self._noise[block]
+        noise = position_noise(positions, encoded.shape[-1])
+        return (noise * std).to(encoded.dtype).expand_as(encoded)
 
     def _have_stopped(self, active: Mask) -> bool:
         return not (active.any() if self.agree is None else self.agree(int(active.any())))
