@@ -37,7 +37,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
 from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
-from openmythos.recurrence.halting import ExitRule, Halting, StateChangeExit
+from openmythos.recurrence.halting import ExitRule, Halting, KLExit, StateChangeExit
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 few_variants = pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
@@ -174,19 +174,37 @@ def test_left_padding_and_the_other_rows_change_nothing(config: MythosConfig) ->
 @pytest.mark.parametrize("halting", members(Halting), ids=name_of)
 @pytest.mark.parametrize("attention", members(Attention), ids=name_of)
 @pytest.mark.parametrize("rule", EXIT_RULES, ids=name_of)
+@pytest.mark.parametrize("coda_layers", [0, 2])
 @torch.no_grad()
 def test_exit_rules_leave_alike_with_a_cache(
-    rule: ExitRule, attention: Attention, halting: Halting
+    rule: ExitRule, attention: Attention, halting: Halting, coda_layers: int
 ) -> None:
-    # With a coda, a rule that reads logits inside the loop sees the coda's keys and values of that
-    # loop, where a cache holds those of the last one: the same is promised only without.
-    coda_layers = 0 if rule.needs_logits else 1
     config = tiny_config(attention=attention, halting=halting, coda_layers=coda_layers)
     model, (tokens, mask) = tiny_model(config, scale=0.15), left_padded()
     full = model(tokens, num_loops=6, attention_mask=mask, exit_rule=rule)
     cached, loops_used = decode_with_loops(model, tokens, [5, 4], num_loops=6, mask=mask, rule=rule)
     assert torch.equal(loops_used[mask], full.recurrence.loops_used[mask])
     torch.testing.assert_close(cached[mask], full.logits[mask], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_rule_that_reads_logits_wants_the_whole_cache() -> None:
+    """What the coda made of earlier tokens' loops is not there where no rule had it made."""
+    model, tokens, rule = tiny_model(tiny_config()), random_tokens(2), KLExit(threshold=0.002)
+    cache = model.new_cache(2, SEQ, num_loops=3)
+    plain = cache.nbytes
+    model(tokens[:, :5], num_loops=3, cache=cache)
+    assert cache.nbytes == plain
+    cache.advance(5)
+    with pytest.raises(ValueError, match="exit_rule: reads the logits of every loop"):
+        model(tokens[:, 5:6], num_loops=3, cache=cache, exit_rule=rule)
+    # A rule that looks at states alone, and any rule without a coda, may come at any time.
+    model(tokens[:, 5:6], num_loops=3, cache=cache, exit_rule=StateChangeExit())
+    model = tiny_model(tiny_config(coda_layers=0))
+    cache = model.new_cache(2, SEQ, num_loops=3)
+    model(tokens[:, :5], num_loops=3, cache=cache)
+    cache.advance(5)
+    model(tokens[:, 5:6], num_loops=3, cache=cache, exit_rule=rule)
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def leave_by_hand(rule: ExitRule, stays: Tensor, not_before: Tensor | None = Non
     tokens = torch.cat((torch.zeros(1, batch, seq), (~stays[1:]).long().cumsum(0)))
     logits = iter(torch.nn.functional.one_hot(tokens.long(), loops + 1).float())
     tracker = ExitTracker(
-        rule, lambda _: next(logits), torch.ones(batch, seq, dtype=torch.bool), not_before
+        rule, lambda *_: next(logits), torch.ones(batch, seq, dtype=torch.bool), not_before
     )
     state, left = torch.zeros(batch, seq, 1), torch.zeros(batch, seq, dtype=torch.long)
     active = torch.ones(batch, seq, dtype=torch.bool)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from openmythos.config import require_int
+from openmythos.model.inputs import check_are_ids
 from openmythos.model.sampling import Sampling, sample
 from openmythos.nn.cache import CachePolicy, ExactCache
 from openmythos.recurrence.halting import ExitRule, FixedExit
+from openmythos.recurrence.loop_sampling import MOST_LOOPS
 from openmythos.types import LoopCounts, NextTokenIds, TokenIds
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Request:
 
     def __post_init__(self) -> None:
         require_int("max_new_tokens", self.max_new_tokens, minimum=0)
-        require_int("num_loops", self.num_loops, minimum=1)
+        require_int("num_loops", self.num_loops, minimum=1, maximum=MOST_LOOPS)
         require_int("prefill_chunk", self.prefill_chunk, minimum=0)
 
 
@@ -51,6 +53,7 @@ def stream(
     model: "OpenMythos", prompt: TokenIds, request: Request, attention_mask: Tensor | None = None
 ) -> Iterator[DecodeStep]:
     """Check the request now, then yield a DecodeStep per new token."""
+    check_are_ids("prompt", prompt)
     if prompt.ndim != 2:
         raise ValueError(f"prompt: has shape {list(prompt.shape)}, must be [batch, seq]")
     seq = prompt.shape[1]
@@ -71,10 +74,21 @@ def stream(
             f"attention_mask: has shape {list(attention_mask.shape)}, "
             f"the prompt has {list(prompt.shape)}"
         )
+    if attention_mask is not None:
+        _check_padding(attention_mask.bool())
     request.sampling.check(model.config.vocab_size)
     for stop_id in request.stop_ids:
         require_int("stop_ids", stop_id, minimum=0, maximum=model.config.vocab_size - 1)
     return _stream(model, prompt, request, attention_mask)
+
+
+def _check_padding(mask: Tensor) -> None:
+    """New tokens follow the last column, so padding must come before the prompt."""
+    if not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
+        raise ValueError(
+            "attention_mask: pad on the left: every row must end in a token, with no padding after "
+            "its first one"
+        )
 
 
 @torch.no_grad()
@@ -83,45 +97,48 @@ def _stream(
 ) -> Iterator[DecodeStep]:
     if request.max_new_tokens == 0:
         return
-    was_training = model.training
-    model.eval()
-    try:
-        batch, seq = prompt.shape
-        cache = model.new_cache(
-            batch,
-            seq + request.max_new_tokens,
+    # The cache makes it inference. The mode of the module is not touched: other threads may train
+    # or generate with it.
+    device = model.embed.weight.device
+    prompt = prompt.to(device)
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device)
+    batch, seq = prompt.shape
+    cache = model.new_cache(
+        batch,
+        seq + request.max_new_tokens,
+        num_loops=request.num_loops,
+        prefill=request.prefill,
+        decode=request.decode,
+    )
+    # Tokens are drawn, and their ends noticed, on the CPU.
+    generator = torch.Generator("cpu").manual_seed(request.sampling.seed)
+    stop_ids = torch.tensor(request.stop_ids, dtype=torch.long, device="cpu")
+    ended = torch.zeros(batch, dtype=torch.bool, device="cpu")
+    drawn = torch.zeros(batch, dtype=torch.long, device="cpu")
+
+    def run(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, LoopCounts]:
+        out = model(
+            tokens,
             num_loops=request.num_loops,
-            prefill=request.prefill,
-            decode=request.decode,
+            exit_rule=request.exit_rule,
+            attention_mask=mask,
+            cache=cache,
+            last_only=True,
         )
-        generator = torch.Generator().manual_seed(request.sampling.seed)
-        stop_ids = torch.tensor(request.stop_ids, dtype=torch.long, device=prompt.device)
-        ended = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-        tokens = prompt[:, -1]
+        cache.advance(tokens.shape[1])
+        return out.logits[:, 0], out.recurrence.loops_used[:, -1]
 
-        def run(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, LoopCounts]:
-            out = model(
-                tokens,
-                num_loops=request.num_loops,
-                exit_rule=request.exit_rule,
-                attention_mask=mask,
-                cache=cache,
-                last_only=True,
-            )
-            cache.advance(tokens.shape[1])
-            return out.logits[:, 0], out.recurrence.loops_used[:, -1]
-
-        chunk = request.prefill_chunk or seq
-        for start in range(0, seq, chunk):
-            mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
-            logits, loops = run(prompt[:, start : start + chunk], mask)
-        cache.begin_decode()
-        for index in range(request.max_new_tokens):
-            tokens = torch.where(ended, tokens, sample(logits, request.sampling, generator))
-            ended = ended | torch.isin(tokens, stop_ids)
-            yield DecodeStep(tokens, loops)
-            if bool(ended.all()) or index + 1 == request.max_new_tokens:
-                return
-            logits, loops = run(tokens[:, None], None)
-    finally:
-        model.train(was_training)
+    chunk = request.prefill_chunk or seq
+    for start in range(0, seq, chunk):
+        mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
+        logits, loops = run(prompt[:, start : start + chunk], mask)
+    cache.begin_decode()
+    for index in range(request.max_new_tokens):
+        drawn = torch.where(ended, drawn, sample(logits, request.sampling, generator))
+        ended = ended | torch.isin(drawn, stop_ids)
+        tokens = drawn.to(device)
+        yield DecodeStep(tokens, loops)
+        if bool(ended.all()) or index + 1 == request.max_new_tokens:
+            return
+        logits, loops = run(tokens[:, None], None)

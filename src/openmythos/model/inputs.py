@@ -1,16 +1,34 @@
 """What a call of the model is given: refused where it cannot be run, placed where it stands."""
 
+import operator
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from openmythos.model.config import MythosConfig
 from openmythos.nn.attention import TokenLayout
 from openmythos.nn.cache import KVCache
+from openmythos.nn.cross_entropy import IGNORE
 from openmythos.recurrence.halting import ExitRule
+from openmythos.recurrence.loop_sampling import MOST_LOOPS
+
+
+def whole_number(value: Any) -> Any:
+    """value as an int where it is one of any library; anything else as it came, to be refused."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool):
+        return value
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):
+        return value
 
 
 def check_loops(
-    num_loops: int | Tensor,
+    num_loops: Any,
     tokens: Tensor,
     cache: KVCache | None,
     exit_rule: ExitRule | None,
@@ -18,7 +36,7 @@ def check_loops(
     training: bool,
 ) -> int | Tensor:
     """num_loops, if these tokens [batch, seq] can be run through so many."""
-    loops = num_loops
+    loops = whole_number(num_loops)
     if isinstance(loops, Tensor):
         whole = not loops.is_floating_point() and loops.dtype != torch.bool
         if loops.shape != tokens.shape[:1] or not whole or loops.min() < 1:
@@ -31,8 +49,8 @@ def check_loops(
                 "num_loops: one number per sequence goes with neither a cache nor an exit rule"
             )
         return loops
-    if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
-        raise ValueError(f"num_loops = {loops!r}: must be a whole number >= 1")
+    if isinstance(loops, bool) or not isinstance(loops, int) or not 1 <= loops <= MOST_LOOPS:
+        raise ValueError(f"num_loops = {loops!r}: must be a whole number, 1 to {MOST_LOOPS}")
     if cache is not None and loops > cache.num_loops:
         raise ValueError(
             f"num_loops = {loops}: the cache was made for at most {cache.num_loops} loops"
@@ -40,6 +58,21 @@ def check_loops(
     if exit_rule is not None and training:
         raise ValueError("exit_rule: is for inference; call model.eval() first")
     return loops
+
+
+def check_collected(collect: Any, num_loops: int | Tensor) -> Collection[int]:
+    """The loop counts of `collect_loops`, if a pass of num_loops loops comes by them."""
+    if collect == "all":
+        return range(1, MOST_LOOPS + 1)
+    most = int(num_loops.max()) if isinstance(num_loops, Tensor) and len(collect) else num_loops
+    counts = [whole_number(count) for count in collect]
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+            raise ValueError(
+                f"collect_loops: holds {count!r}, must hold whole numbers from 1 to num_loops = "
+                f"{most}"
+            )
+    return counts
 
 
 def token_layout(
@@ -50,6 +83,7 @@ def token_layout(
     cache: KVCache | None,
 ) -> TokenLayout:
     """Where the tokens [batch, seq] stand; a cache is told which of them are padding."""
+    check_are_ids("tokens", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens: has shape {list(tokens.shape)}, must be [batch, seq]")
     if tokens.numel() == 0:
@@ -68,6 +102,7 @@ def token_layout(
             f"tokens: {start + seq} tokens are longer than the context of {config.context}"
         )
     _check_ids(tokens, config.vocab_size)
+    _check_documents(documents, tokens)
     if cache is None:
         return TokenLayout(seq, 0, tokens.device, attention_mask, documents)
     if documents is not None:
@@ -79,12 +114,48 @@ def token_layout(
     return TokenLayout(seq, start, tokens.device, valid)
 
 
+def check_are_ids(name: str, ids: object) -> None:
+    """Refuse what is no tensor of token ids."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name}: must be a tensor [batch, seq], is a {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: must hold int64 or int32 ids, holds {ids.dtype}")
+
+
+def _check_documents(documents: Tensor | None, tokens: Tensor) -> None:
+    if documents is None:
+        return
+    if documents.shape != tokens.shape:
+        raise ValueError(
+            f"documents: has shape {list(documents.shape)}, the tokens have {list(tokens.shape)}"
+        )
+    if documents.is_floating_point() or documents.is_complex():
+        raise ValueError(f"documents: must hold whole numbers, holds {documents.dtype}")
+
+
+def _outside(ids: Tensor, vocab_size: int) -> int | None:
+    """An id that is no token's, or None. On an accelerator None: looking would wait for it."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    low, high = map(int, torch.aminmax(ids))
+    return low if low < 0 else high if high >= vocab_size else None
+
+
 def _check_ids(tokens: Tensor, vocab_size: int) -> None:
-    # On an accelerator the check would wait for the device; ids are checked where they enter.
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = map(int, torch.aminmax(tokens))
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"tokens: id {low if low < 0 else high} is outside the vocabulary of "
-                f"{vocab_size} tokens"
-            )
+    found = _outside(tokens, vocab_size)
+    if found is not None:
+        raise ValueError(f"tokens: id {found} is outside the vocabulary of {vocab_size} tokens")
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """Refuse targets that are neither a token's id nor IGNORE.
+
+    On an accelerator the gather of the loss refuses them, in the device's own words.
+    """
+    check_are_ids("targets", targets)
+    found = _outside(targets.where(targets != IGNORE, 0), vocab_size) if len(targets) else None
+    if found is not None:
+        raise ValueError(
+            f"targets: id {found} is neither {IGNORE} (not counted) nor in the vocabulary of "
+            f"{vocab_size} tokens"
+        )

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,13 @@ from openmythos.machine import choose_device
 from openmythos.model import generation, storage
 from openmythos.model.config import MythosConfig
 from openmythos.model.init import init_weights
-from openmythos.model.inputs import check_loops, token_layout
+from openmythos.model.inputs import (
+    check_collected,
+    check_loops,
+    check_targets,
+    token_layout,
+    whole_number,
+)
 from openmythos.model.sampling import Sampling
 from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.block import Block
@@ -64,6 +70,9 @@ class _Run(NamedTuple):
     router: dict[str, RouterStats]
 
 
+CollectLoops = Collection[int] | Literal["all"]
+
+
 class OpenMythos(nn.Module):
     """A recurrent-depth transformer: p(next token | tokens, num_loops).
 
@@ -72,6 +81,11 @@ class OpenMythos(nn.Module):
 
     def __init__(self, config: MythosConfig, *, seed: int | None = None) -> None:
         """Build and initialise; `seed` makes the weights independent of torch's global state."""
+        if not isinstance(config, MythosConfig):
+            raise TypeError(
+                f"config: must be a MythosConfig, is a {type(config).__name__}; of a dict, "
+                "openmythos.config.from_dict(MythosConfig, ...) makes one"
+            )
         super().__init__()
         self.config = config
         c = config
@@ -102,13 +116,13 @@ class OpenMythos(nn.Module):
         self,
         tokens: TokenIds,
         *,
-        num_loops: int | LoopCounts | None = None,
+        num_loops: SupportsIndex | LoopCounts | None = None,
         backprop_loops: int = 0,
         attention_mask: Mask | None = None,
         documents: Tensor | None = None,
         cache: KVCache | None = None,
         exit_rule: ExitRule | None = None,
-        collect_loops: Collection[int] = (),
+        collect_loops: CollectLoops = (),
         last_only: bool = False,
     ) -> MythosOutput:
         """Run tokens [batch, seq] through num_loops loops (one number, or one per sequence).
@@ -116,9 +130,10 @@ class OpenMythos(nn.Module):
         backprop_loops: loops of each sequence, counted from its last, that carry gradient (0: all).
         attention_mask: False at padding; left padding where a cache is used.
         documents: [batch, seq] document numbers of packed rows; attention stays inside each.
-        cache: appended to but not advanced; call `cache.advance(seq)` after the forward pass.
+        cache: appended to but not advanced; call `cache.advance(seq)` after the forward pass. With
+            one the pass is inference, whatever mode the module is in.
         exit_rule: inference only, lets positions stop before num_loops.
-        collect_loops: loop counts after which to keep states and logits too, e.g. (1, 2, 4).
+        collect_loops: loop counts after which to keep states and logits too: (1, 2, 4), or "all".
         last_only: logits of the last position alone, [batch, 1, vocab], which spares the head and
             the last coda layer all others.
         """
@@ -148,10 +163,10 @@ class OpenMythos(nn.Module):
         tokens: TokenIds,
         targets: TokenIds,
         *,
-        num_loops: int | LoopCounts | None = None,
+        num_loops: SupportsIndex | LoopCounts | None = None,
         backprop_loops: int = 0,
         documents: Tensor | None = None,
-        collect_loops: Collection[int] = (),
+        collect_loops: CollectLoops = (),
     ) -> MythosLosses:
         """Cross-entropy against targets [batch, seq]; a target of IGNORE = -100 does not count.
 
@@ -162,6 +177,7 @@ class OpenMythos(nn.Module):
             raise ValueError(
                 f"targets: has shape {list(targets.shape)}, the tokens have {list(tokens.shape)}"
             )
+        check_targets(targets, self.config.vocab_size)
         run = self._run(
             tokens,
             num_loops=num_loops,
@@ -183,10 +199,10 @@ class OpenMythos(nn.Module):
         self,
         tokens: Tensor,
         *,
-        num_loops: int | Tensor | None,
+        num_loops: SupportsIndex | Tensor | None,
         backprop_loops: int,
         documents: Tensor | None,
-        collect_loops: Collection[int],
+        collect_loops: CollectLoops,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         exit_rule: ExitRule | None = None,
@@ -198,7 +214,7 @@ class OpenMythos(nn.Module):
             tokens,
             cache,
             exit_rule,
-            training=self.training,
+            training=self.training and cache is None,
         )
         require_int("backprop_loops", backprop_loops, minimum=0)
         attention = self.config.attention
@@ -210,6 +226,7 @@ class OpenMythos(nn.Module):
         for index, layer in enumerate(self.prelude):
             slot = None if cache is None else cache.prelude_slot(index)
             x = self._layer(f"prelude.{index}", layer, x, context, slot, router)
+        tracker = self._tracker(exit_rule, layout, context, cache)
         recurrence = self.recurrent(
             x,
             context,
@@ -217,9 +234,11 @@ class OpenMythos(nn.Module):
             num_loops=loops,
             backprop_loops=backprop_loops,
             cache=cache,
-            tracker=self._tracker(exit_rule, layout, context, cache),
-            collect=collect_loops,
+            tracker=tracker,
+            collect=check_collected(collect_loops, loops),
         )
+        if cache is not None and tracker is not None and tracker.rule.needs_logits:
+            self._probe_unrun_loops(recurrence.state, context, cache, tracker.loops_run)
         for index, stats in enumerate(recurrence.router):
             if stats is not None:
                 router[f"recurrent.layers.{index}"] = stats
@@ -249,11 +268,19 @@ class OpenMythos(nn.Module):
         router: dict[str, RouterStats] | None = None,
         *,
         last_only: bool = False,
+        probed_loop: int | None = None,
     ) -> Tensor:
-        """Coda and norm on a state: what the head reads."""
+        """Coda and norm on a state: what the head reads.
+
+        `probed_loop`: only to see what the model would say after that loop, for an exit rule.
+        """
         x = state
         for index, layer in enumerate(self.coda):
-            slot = None if cache is None else cache.coda_slot(index)
+            slot = None
+            if cache is not None and probed_loop is not None:
+                slot = cache.probe_slot(index, probed_loop)
+            elif cache is not None:
+                slot = cache.coda_slot(index)
             last = last_only and index + 1 == len(self.coda)
             x = self._layer(f"coda.{index}", layer, x, context, slot, router, last_only=last)
         return self.norm(x[:, -1:] if last_only else x)
@@ -299,12 +326,29 @@ class OpenMythos(nn.Module):
         valid = torch.ones(shape, dtype=torch.bool, device=layout.device)
         if layout.valid is not None:
             valid = layout.valid[:, layout.start :]
-        return ExitTracker(
-            rule,
-            lambda state: self._logits(state, context, cache),
-            valid,
-            cache.exit_loop if cache is not None and cache.length else None,
-        )
+        if cache is not None and rule.needs_logits and len(self.coda):
+            cache.keep_probes()
+
+        def readout(state: Hidden, loop: int) -> Logits:
+            return self._head(self._hidden(state, context, cache, probed_loop=loop))
+
+        not_before = cache.exit_loop if cache is not None and cache.length else None
+        return ExitTracker(rule, readout, valid, not_before)
+
+    def _probe_unrun_loops(
+        self, state: Hidden, context: AttentionContext, cache: KVCache, loops_run: int
+    ) -> None:
+        """The coda's keys and values in the loops that none of these tokens ran.
+
+        Their state is final, but what a second coda layer makes of it also depends on earlier
+        tokens, which may have looped on.
+        """
+        probed = loops_run
+        if len(self.coda) > 1 and cache.length:
+            probed = max(loops_run, int(cache.exit_loop.max()))
+        for loop in range(loops_run, probed):
+            self._hidden(state, context, cache, probed_loop=loop)
+        cache.fill_probes(probed, state.shape[1])
 
     def compile_layers(self, **options: Any) -> None:
         """torch.compile all layers, the shared ones once for all loops; options are its own."""
@@ -348,7 +392,7 @@ class OpenMythos(nn.Module):
         prompt: TokenIds,
         *,
         max_new_tokens: int,
-        num_loops: int | None = None,
+        num_loops: SupportsIndex | None = None,
         sampling: Sampling | None = None,
         exit_rule: ExitRule | None = None,
         attention_mask: Mask | None = None,
@@ -372,7 +416,7 @@ class OpenMythos(nn.Module):
         prompt: TokenIds,
         *,
         max_new_tokens: int,
-        num_loops: int | None = None,
+        num_loops: SupportsIndex | None = None,
         sampling: Sampling | None = None,
         exit_rule: ExitRule | None = None,
         attention_mask: Mask | None = None,
@@ -381,7 +425,7 @@ class OpenMythos(nn.Module):
         """Like `generate`, yielding each new token [batch] with the loops that it used."""
         request = generation.Request(
             max_new_tokens=max_new_tokens,
-            num_loops=self.config.num_loops if num_loops is None else num_loops,
+            num_loops=self.config.num_loops if num_loops is None else whole_number(num_loops),
             sampling=Sampling() if sampling is None else sampling,
             exit_rule=FixedExit() if exit_rule is None else exit_rule,
             stop_ids=() if stop_id is None else (stop_id,),

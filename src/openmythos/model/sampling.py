@@ -37,9 +37,11 @@ class Sampling:
 
 def filtered_logits(logits: NextLogits, sampling: Sampling) -> NextLogits:
     """Logits / temperature with everything that the filters drop at -inf."""
-    # The maximum at 0, so that no temperature, however small, makes an infinity of it.
+    # The maximum at 0, so that no temperature makes an infinity of it; fp32 takes a smaller one
+    # than its smallest number for 0.
     logits = logits.float()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if sampling.top_k:
         smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -57,10 +59,21 @@ def filtered_logits(logits: NextLogits, sampling: Sampling) -> NextLogits:
 
 
 def sample(logits: NextLogits, sampling: Sampling, generator: torch.Generator) -> NextTokenIds:
-    """One token per row."""
+    """One token per row, on the CPU: a device is waited for once, and a seed means the same on all.
+
+    Raises a ValueError where the logits are not finite.
+    """
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    probability = filtered_logits(logits, sampling).softmax(dim=-1)
-    # Drawn on the CPU, so that a seed means the same on every device.
-    drawn: Tensor = torch.multinomial(probability.cpu(), 1, generator=generator)
-    return drawn.squeeze(1).to(logits.device)
+        # Largest and where, in one transfer: fp64 holds every id and every logit.
+        highest, place = logits.max(dim=-1)
+        score, token = torch.stack((highest.double(), place.double())).cpu()
+        _check_finite(score)
+        return token.long()
+    probability = filtered_logits(logits, sampling).softmax(dim=-1).cpu()
+    _check_finite(probability)
+    return torch.multinomial(probability, 1, generator=generator).squeeze(1)
+
+
+def _check_finite(x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise ValueError("logits: are not finite; the model's weights are damaged or diverged")

@@ -77,7 +77,7 @@ class Block(nn.Module):
         x = x + self.attention(normed, visible, context, deltas)
         batch, seq, _ = x.shape
         rows = None
-        if self.training:
+        if self.training and slot is None:  # with a cache it is inference
             row = torch.arange(batch, device=x.device).repeat_interleave(seq)
             rows = TokenRows(row, batch)
         tokens = self.feed_forward_norm(x).flatten(0, 1)
@@ -119,9 +119,8 @@ class Block(nn.Module):
         packed = packed + self.attention(normed, visible, context, deltas)
         where = active.nonzero(as_tuple=True)
         tokens = packed[where]
-        update, router = self._branch(
-            self.feed_forward_norm(tokens), TokenRows(where[0], len(x)), deltas, expert_weights
-        )
+        rows = TokenRows(where[0], len(x)) if self.training and slot is None else None
+        update, router = self._branch(self.feed_forward_norm(tokens), rows, deltas, expert_weights)
         changed = (tokens + update).to(x.dtype)
         return BlockOutput(x.index_put((where[0], columns[where]), changed), kv, router)
 

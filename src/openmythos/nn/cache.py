@@ -108,7 +108,8 @@ class KVCache:
     """Preallocated keys and values for a batch, with the validity and position of every column.
 
     Storage: per prelude and coda layer one slot, per recurrent layer as many as the policy needs
-    for `num_loops`; each slot is [batch, capacity, kv_width]. `length` columns are filled.
+    for `num_loops`; each slot is [batch, capacity, kv_width]. `length` columns are filled. Exit
+    rules that read logits add, per coda layer, one slot for every loop (`keep_probes`).
     """
 
     def __init__(
@@ -137,24 +138,58 @@ class KVCache:
         prelude, recurrent, coda = layers
         shape = (batch, capacity, kv_width)
 
-        def allocate(num_slots: int) -> Tensor:
-            return like.new_zeros(num_slots, *shape)
-
-        self._prelude = allocate(prelude)
-        self._coda = allocate(coda)
         slots = prefill.slot(num_loops - 1) + 1
-        self._recurrent = [allocate(slots) for _ in range(recurrent)]
+        try:
+            self._prelude = like.new_zeros(prelude, *shape)
+            self._coda = like.new_zeros(coda, *shape)
+            self._recurrent = [like.new_zeros(slots, *shape) for _ in range(recurrent)]
+        except (RuntimeError, MemoryError):
+            numbers = (prelude + coda + slots * recurrent) * batch * capacity * kv_width
+            raise ValueError(
+                f"cache: no room for {numbers * like.itemsize / 2**30:.1f} GiB (a batch of "
+                f"{batch}, {capacity} tokens, {num_loops} loops)"
+            ) from None
+        # What coda layers made of each loop's state, for exit rules that read logits.
+        self._probes: list[Tensor] = []
+        self._probed = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values held."""
-        return sum(t.nbytes for t in (self._prelude, self._coda, *self._recurrent))
+        return sum(t.nbytes for t in (self._prelude, self._coda, *self._recurrent, *self._probes))
 
     def prelude_slot(self, layer: int) -> CacheSlot:
         return CacheSlot(self._prelude[layer], self.length, True)
 
     def coda_slot(self, layer: int) -> CacheSlot:
         return CacheSlot(self._coda[layer], self.length, True)
+
+    def probe_slot(self, layer: int, loop: int) -> CacheSlot:
+        return CacheSlot(self._probes[layer][loop], self.length, True)
+
+    def keep_probes(self) -> None:
+        """Keep keys and values of the coda for every loop, not only for the last.
+
+        An exit rule reads a loop's logits through the coda. Without a cache the coda then sees all
+        earlier tokens in their state after that loop; for a cache to give the same, it must hold
+        what the coda made of that state.
+        """
+        if self._probed < self.length:
+            raise ValueError(
+                "exit_rule: reads the logits of every loop, so a cache must be filled under such a "
+                "rule from its first token on"
+            )
+        if not self._probes:
+            shape = (self.num_loops, *self._coda.shape[1:])
+            self._probes = [self._coda.new_zeros(shape) for _ in self._coda]
+
+    def fill_probes(self, loops_run: int, seq: int) -> None:
+        """Give the loops beyond the `loops_run` that were probed what the last of these has."""
+        end = self.length + seq
+        for storage in self._probes:
+            last = storage[loops_run - 1, :, self.length : end]
+            storage[loops_run:, :, self.length : end] = last
+        self._probed = end
 
     def recurrent_slot(self, layer: int, loop: int) -> CacheSlot:
         storage = self._recurrent[layer][self.policy.slot(loop)]

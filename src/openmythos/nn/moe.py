@@ -15,16 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openmythos import kernels
 from openmythos.config import require, require_int, require_number
 from openmythos.nn.experts import Experts, ExpertWeights, SortedRows
 from openmythos.nn.feed_forward import SwiGLULayer, TokenRows
-from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, as_autocast
+from openmythos.nn.linear import (
+    NO_DELTAS,
+    Deltas,
+    Linear,
+    as_autocast,
+    at_least_fp32,
+    no_autocast,
+)
 from openmythos.types import Tokens
 
 # The grouped kernels want rows of whole 16 bytes: 8 numbers in bf16.
 ALIGNMENT = 8
-# Measured on a CPU: below so many routed rows per expert, expert by expert is faster.
-FEW_ROWS_PER_EXPERT = 0.25
 
 
 @runtime_checkable
@@ -124,16 +130,18 @@ class Router(Linear):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(weights [tokens, top_k], experts [tokens, top_k], scores, logits [tokens, experts])."""
         c = self.config
-        # In fp32: a rounded score flips choices, and nothing here is large.
-        with torch.autocast(tokens.device.type, enabled=False):
-            wide = tokens.float()
-            logits = F.linear(wide, self.weight.float())
+        # In fp32 at least: a rounded score flips choices, and nothing here is large.
+        with no_autocast(tokens):
+            wide = at_least_fp32(tokens)
+            logits = F.linear(wide, self.weight.to(wide.dtype))
             delta = deltas.get(self.delta_key)
             if delta is not None:
-                down = F.linear(wide, delta.down.float())
-                logits = logits + F.linear(down, delta.up.float())
+                down = F.linear(wide, delta.down.to(wide.dtype))
+                logits = logits + F.linear(down, delta.up.to(wide.dtype))
         scores = logits.sigmoid() if c.score == "sigmoid" else logits.softmax(dim=-1)
-        experts = (scores.detach() + self.router_bias.float()).topk(c.top_k, dim=-1).indices
+        experts = (
+            (scores.detach() + self.router_bias.to(scores.dtype)).topk(c.top_k, dim=-1).indices
+        )
         weights = scores.gather(1, experts)
         if c.normalize_top_k:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -157,7 +165,7 @@ def _filled_up(rows: SortedRows, counts: Tensor, step: int) -> SortedRows:
     sizes = (counts + step - 1) // step * step
     ends = sizes.cumsum(0, dtype=torch.int32)
     shift = (ends - sizes) - (rows.ends - counts)
-    moved = torch.arange(len(rows.source)) + shift.repeat_interleave(counts)
+    moved = torch.arange(len(rows.source), device=ends.device) + shift.repeat_interleave(counts)
     total = int(ends[-1])
     return SortedRows(
         ends=ends,
@@ -192,14 +200,14 @@ class MoELayer(nn.Module):
         deltas: Deltas = NO_DELTAS,
         expert_weights: ExpertWeights | None = None,
     ) -> tuple[Tokens, RouterStats | None]:
-        """Statistics come in training only, of the sequences that `rows` tells."""
+        """`rows` asks for statistics, of the sequences that it names: in training."""
         if expert_weights is None:
             expert_weights = self.experts.weights()
         weights, experts, scores, logits = self.router(tokens, deltas)
         counts = None
         if self.exchange is not None:
             out, counts = self._exchanged(tokens, weights, experts, expert_weights, self.exchange)
-        elif self._are_few(tokens):
+        elif rows is None and self._are_few(tokens):
             tokens = as_autocast(tokens)
             weights = weights.to(tokens.dtype)
             out = self.experts.few(tokens, weights, experts, expert_weights)
@@ -207,7 +215,7 @@ class MoELayer(nn.Module):
             out, counts = self._sorted(tokens, weights, experts, expert_weights)
         if self.shared_expert is not None:
             out = out + self.shared_expert(tokens, rows, deltas)[0]
-        if counts is None or rows is None or not self.training:
+        if counts is None or rows is None:
             return out, None
         return out, self._stats(counts, experts, scores, logits, rows)
 
@@ -218,6 +226,9 @@ class MoELayer(nn.Module):
         chosen = experts.flatten()
         counts = _count(chosen, expert_weights.gate_up.shape[0])
         tokens = as_autocast(tokens)
+        if kernels.reference():
+            weights = weights.to(tokens.dtype)
+            return self.experts.one_by_one(tokens, weights, experts, expert_weights), counts
         order = chosen.argsort()
         rows = SortedRows(
             ends=counts.cumsum(0, dtype=torch.int32),
@@ -267,10 +278,9 @@ class MoELayer(nn.Module):
 
     def _are_few(self, tokens: Tensor) -> bool:
         """Whether a CPU decodes so few tokens that grouping costs more than it saves."""
-        here = tokens.device.type == "cpu"
-        few = FEW_ROWS_PER_EXPERT * self.config.num_experts
-        free = not self.training and not torch.is_grad_enabled()
-        return here and free and len(tokens) * self.config.top_k <= few
+        few = kernels.tuned(tokens.device).few_rows_per_expert * self.config.num_experts
+        free = not torch.is_grad_enabled() and not kernels.reference()
+        return free and len(tokens) * self.config.top_k <= few
 
     def _stats(
         self,

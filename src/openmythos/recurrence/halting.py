@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.config import require_int, require_number
+from openmythos.nn.linear import at_least_fp32, no_autocast
 from openmythos.types import Hidden, Logits, LoopsPerToken, Mask, PerToken
 
 Scope = Literal["token", "prefix"]
@@ -80,13 +81,15 @@ class ACTHalting(nn.Module):
         self.bias = nn.Parameter(torch.empty(1))
 
     def start(self, state: Hidden) -> HaltState:
-        zeros = state.new_zeros(state.shape[:2], dtype=torch.float32)
+        wide = torch.promote_types(state.dtype, torch.float32)
+        zeros = state.new_zeros(state.shape[:2], dtype=wide)
         return HaltState(zeros, torch.zeros_like(state), zeros)
 
     def halt_prob(self, state: Hidden) -> PerToken:
-        # fp32, so that weights sum to 1 and bf16 states stay in their dtype.
-        with torch.autocast(state.device.type, enabled=False):
-            return (state.float() @ self.weight.float() + self.bias.float()).sigmoid()
+        # fp32 at least, so that weights sum to 1 and bf16 states stay in their dtype.
+        with no_autocast(state):
+            wide = at_least_fp32(state)
+            return (wide @ self.weight.to(wide.dtype) + self.bias.to(wide.dtype)).sigmoid()
 
     def update(
         self, halt: HaltState, active: Mask, state: Hidden, loop: int
@@ -229,7 +232,7 @@ def _kl(view: LoopView) -> PerToken:
 class ExitTracker:
     """Applies an exit rule loop by loop to one forward pass.
 
-    `readout` maps states to logits and is called only for rules that need them. `valid`
+    `readout` maps (state, loop) to logits and is called only for rules that need them. `valid`
     [batch, seq] is False at padding, `not_before` [batch] is the loop in which the last of the
     cached tokens stopped (prefix scope).
     """
@@ -237,7 +240,7 @@ class ExitTracker:
     def __init__(
         self,
         rule: ExitRule,
-        readout: Callable[[Hidden], Logits],
+        readout: Callable[[Hidden, int], Logits],
         valid: Mask,
         not_before: Tensor | None,
     ) -> None:
@@ -247,13 +250,15 @@ class ExitTracker:
         self._not_before = not_before
         self._streak = torch.zeros(valid.shape, dtype=torch.long, device=valid.device)
         self._logits: Tensor | None = None
+        self.loops_run = 0
 
     def update(self, view: LoopStates, active: Mask, loop: int) -> Mask:
         """Who goes on after this loop, of the positions still `active`."""
         rule = self.rule
+        self.loops_run = loop + 1
         if isinstance(rule, FixedExit):
             return active
-        logits = self._readout(view.output) if rule.needs_logits else None
+        logits = self._readout(view.output, loop) if rule.needs_logits else None
         # The first loop has nothing to compare its logits with.
         if not rule.needs_logits or self._logits is not None:
             stays = rule.stays(LoopView(view.previous, view.state, self._logits, logits))

@@ -14,6 +14,8 @@ from openmythos.config import require, require_int, require_number
 from openmythos.types import LoopCounts
 
 Granularity = Literal["batch", "sequence"]
+# More loops than anybody runs, and fewer than would end in a failed allocation or in no end.
+MOST_LOOPS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class FixedLoops:
     per: Granularity = "batch"
 
     def __post_init__(self) -> None:
-        require_int("mean_loops", self.mean_loops, minimum=1)
+        require_int("mean_loops", self.mean_loops, minimum=1, maximum=MOST_LOOPS)
 
     @property
     def min_loops(self) -> int:
@@ -50,7 +52,7 @@ class UniformLoops:
 
     def __post_init__(self) -> None:
         require_int("min_loops", self.min_loops, minimum=1)
-        require_int("max_loops", self.max_loops, minimum=self.min_loops)
+        require_int("max_loops", self.max_loops, minimum=self.min_loops, maximum=MOST_LOOPS)
 
     @property
     def mean_loops(self) -> float:
@@ -92,7 +94,7 @@ class LogNormalPoissonLoops:
 
     def __post_init__(self) -> None:
         _check_clipped(self.mean_loops, self.min_loops, self.max_loops)
-        require_number("sigma", self.sigma, above=0)
+        require_number("sigma", self.sigma, above=0, at_most=10)
 
     def draw(self, size: int, mean: float, generator: torch.Generator) -> Tensor:
         normal = torch.randn(size, generator=generator)
@@ -105,7 +107,7 @@ LoopSampling = FixedLoops | UniformLoops | PoissonLoops | LogNormalPoissonLoops
 
 def _check_clipped(mean_loops: float, min_loops: int, max_loops: int) -> None:
     require_int("min_loops", min_loops, minimum=1)
-    require_int("max_loops", max_loops, minimum=min_loops)
+    require_int("max_loops", max_loops, minimum=min_loops, maximum=MOST_LOOPS)
     require_number("mean_loops", mean_loops, above=0)
     require(
         min_loops <= mean_loops <= max_loops,
@@ -137,7 +139,7 @@ class LinearCurriculum:
     fraction: float = 0.25
 
     def __post_init__(self) -> None:
-        require_number("start_loops", self.start_loops, at_least=1)
+        require_number("start_loops", self.start_loops, at_least=1, at_most=MOST_LOOPS)
         require_number("fraction", self.fraction, above=0, at_most=1)
 
     def mean(self, target: float, progress: float) -> float:

@@ -1,6 +1,5 @@
 """The training loss: cross-entropy at one or several loops, plus costs of routers and halting."""
 
-import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 
 from openmythos.config import require_number
 from openmythos.model.config import MythosConfig
-from openmythos.model.mythos import MythosLosses
+from openmythos.model.mythos import CollectLoops, MythosLosses
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
 from openmythos.train.parallel import mean_over_ranks
@@ -20,7 +19,7 @@ class FinalLoss:
     """Cross-entropy after each sequence's last loop."""
 
     kind: Literal["final"] = "final"
-    collect_loops: ClassVar[range] = range(0)
+    collect_loops: ClassVar[CollectLoops] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class DeepSupervision:
 
     kind: Literal["deep"] = "deep"
     weight: float = 0.5
-    collect_loops: ClassVar[range] = range(1, sys.maxsize)
+    collect_loops: ClassVar[CollectLoops] = "all"
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight, above=0)
