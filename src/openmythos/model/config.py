@@ -10,6 +10,7 @@ from openmythos.nn.moe import MoE
 from openmythos.recurrence.conditioning import LoopEmbeddings, LoopLoRA, LoopLoRAs, NoLoopEmbedding
 from openmythos.recurrence.halting import Halting, NoHalting
 from openmythos.recurrence.injection import LTI, Injection
+from openmythos.recurrence.loop_sampling import MOST_LOOPS
 from openmythos.recurrence.recurrent_block import StateInit
 
 # Beyond any model; larger numbers would overflow what is computed of them, or take minutes.
@@ -47,8 +48,9 @@ class MythosConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "context", "num_loops"):
+        for name in ("vocab_size", "dim", "context"):
             require_int(name, getattr(self, name), minimum=1, maximum=MAX_SIZE)
+        require_int("num_loops", self.num_loops, minimum=1, maximum=MOST_LOOPS)
         require_int("recurrent_layers", self.recurrent_layers, minimum=1, maximum=MAX_LAYERS)
         for name in ("prelude_layers", "coda_layers"):
             require_int(name, getattr(self, name), minimum=0, maximum=MAX_LAYERS)

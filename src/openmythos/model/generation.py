@@ -99,7 +99,7 @@ def _stream(
         return
     # The cache makes it inference. The mode of the module is not touched: other threads may train
     # or generate with it.
-    device = model.embed.weight.device
+    device = model.device
     prompt = prompt.to(device)
     if attention_mask is not None:
         attention_mask = attention_mask.to(device)

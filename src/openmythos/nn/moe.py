@@ -200,7 +200,7 @@ class MoELayer(nn.Module):
         deltas: Deltas = NO_DELTAS,
         expert_weights: ExpertWeights | None = None,
     ) -> tuple[Tokens, RouterStats | None]:
-        """`rows` asks for statistics, of the sequences that it names: in training."""
+        """Statistics come in training only, of the sequences that `rows` tells."""
         if expert_weights is None:
             expert_weights = self.experts.weights()
         weights, experts, scores, logits = self.router(tokens, deltas)
@@ -215,7 +215,7 @@ class MoELayer(nn.Module):
             out, counts = self._sorted(tokens, weights, experts, expert_weights)
         if self.shared_expert is not None:
             out = out + self.shared_expert(tokens, rows, deltas)[0]
-        if counts is None or rows is None:
+        if counts is None or rows is None or not self.training:
             return out, None
         return out, self._stats(counts, experts, scores, logits, rows)
 
