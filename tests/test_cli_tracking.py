@@ -16,6 +16,7 @@ import pytest
 from matplotlib.image import imread
 
 from openmythos import cli
+from openmythos.analysis import run_plots
 from openmythos.cli import screen, tracking
 from openmythos.cli.live import chart, duration
 from openmythos.config import apply_overrides, dumps_toml, write_json
@@ -150,10 +151,33 @@ def test_a_damaged_file_takes_no_other_run_down(
 
 
 def test_no_runs_and_no_folder(here: Path, call: Call) -> None:
-    assert call("runs") == (2, "", "error: folder = 'runs': is no folder\n")
+    assert call("runs") == (0, "no runs yet: `openmythos train` makes runs/demo-1\n", "")
+    assert json.loads(call("runs", "--json")[1]) == []
+    assert call("runs", "runs") == (2, "", "error: folder = 'runs': is no folder\n")
     (here / "runs").mkdir()
     assert call("runs") == (0, "no run in runs\n", "")
     assert json.loads(call("runs", "--json")[1]) == []
+
+
+def test_linked_runs_are_found_once(here: Path, call: Call) -> None:
+    make(here / "disk" / "a", 3)
+    make(here / "runs" / "b", 3)
+    (here / "runs" / "link").symlink_to(here / "disk" / "a")
+    (here / "runs" / "again").symlink_to(here / "disk")
+    (here / "runs" / "loop").symlink_to(here / "runs")
+    assert sorted(listed(call)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("width", [20, 40])
+def test_runs_on_a_narrow_terminal(
+    here: Path, call: Call, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    make(here / "runs" / "a-run-with-a-long-name", 4, state="stopped")
+    monkeypatch.setattr(screen.OUT, "_width", width)
+    out = call("runs")[1].splitlines()
+    assert out[0] == "runs/a-run-with-a-long-name"
+    for line in ("  state stopped", "  step 4/10", "  loss 4.7000", "  tokens/s 100"):
+        assert line in out
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -174,6 +198,28 @@ def test_plot_of_runs_against_each_other(here: Path, call: Call) -> None:
     assert list(rows[0]) == ["run", "step", "tokens", "loss", "norm/1", "norm/2"]
     assert [float(row["tokens"]) for row in rows[:3]] == [256, 512, 768]
     assert float(rows[5]["norm/2"]) == 7.0
+
+
+def test_a_list_is_a_line_for_each_item_in_one_panel(
+    here: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(here / "a", 6)
+    drawn: list[Any] = []
+    original = run_plots.metric_curves
+
+    def kept(panels: Any, **options: Any) -> Any:
+        drawn.append(panels)
+        return original(panels, **options)
+
+    monkeypatch.setattr(run_plots, "metric_curves", kept)
+    assert call("plot", "a", "--metric", "norm", "loss")[0] == 0
+    assert [(name, list(lines["a"])) for name, lines in drawn[0].items()] == [
+        ("norm", ["1", "2"]),
+        ("loss", [""]),
+    ]
+    assert imread(here / "a" / "curves.png").shape[0] < 1200
+    assert call("plot", "a", "--metric", "norm/2")[0] == 0
+    assert list(drawn[1]) == ["norm/2"]
 
 
 def test_labels_say_in_what_runs_differ(here: Path) -> None:
@@ -202,7 +248,9 @@ def test_plot_refuses_in_one_line(here: Path, call: Call) -> None:
         ("bare", "--x", "tokens"): "x = 'tokens': cannot be told",
         ("nowhere",): "nowhere: is not the folder of a run",
         (): "runs",
-        ("a", "--out", "c.pdf"): "must end in .png",
+        ("a", "--out", "c.pdf"): "out = 'c.pdf': must end in .png",
+        ("a", "--out", "nodir/c.png"): "out = 'nodir/c.png': its folder does not exist",
+        ("a", "--metric"): "metric = []: must name at least one",
     }
     for argv, message in wrong.items():
         code, _, err = call("plot", *argv)

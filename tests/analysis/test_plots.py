@@ -25,6 +25,7 @@ from openmythos.analysis.plots import (
     save_figure,
     speed_ratios,
 )
+from openmythos.analysis.run_plots import metric_curves
 from openmythos.config import ConfigError
 
 POINTS = [(1000 * (i + 1), 1.5 + 4 / (1 + i / 20) + 0.1 * (-1) ** i) for i in range(300)]
@@ -60,13 +61,40 @@ def ticks(figure: Figure) -> list[str]:
     return [text.get_text() for text in labels if low <= text.get_position()[0] <= high]
 
 
+def test_what_is_not_smoothed_is_not_called_so() -> None:
+    def title(figure: Figure) -> str:
+        return figure.legends[0].get_title().get_text() if figure.legends else ""
+
+    assert title(loss_curve({"run": POINTS})) == "bold: smoothed, faint: raw"
+    assert title(loss_curve({"run": POINTS[:20]})) == ""
+    for count, said in ((300, "bold: smoothed, faint: raw"), (20, "")):
+        panels = {"loss": {"run": {"": POINTS[:count]}}}
+        assert title(metric_curves(panels, x_label="step", single=True)) == said
+
+
+def test_a_value_seen_once_has_a_marker() -> None:
+    figure = metric_curves({"bits": {"run": {"": [(3.0, 2.0)]}}}, x_label="step")
+    assert figure.axes[0].lines[-1].get_marker() not in ("", "None")
+    figure = metric_curves({"bits": {"run": {"": [(3.0, 2.0), (4.0, 1.0)]}}}, x_label="step")
+    assert figure.axes[0].lines[-1].get_marker() in ("", "None")
+
+
+def test_items_of_a_list_share_a_panel() -> None:
+    lines = {str(loop): [(0.0, 1.0 * loop), (1.0, 2.0 * loop)] for loop in range(1, 9)}
+    figure = metric_curves({"state_rms": {"run": lines}}, x_label="step", single=True)
+    (axes,) = figure.axes
+    assert len(axes.lines) == 8 and len({line.get_color() for line in axes.lines}) == 8
+    assert [text.get_text() for text in axes.texts] == ["loop 1", "loop 8"]
+    assert figure.get_size_inches()[1] < 4
+
+
 def test_each_run_is_drawn_raw_and_smoothed() -> None:
     figure = loss_curve({"looped": POINTS, "control": POINTS[:50]})
     axes = figure.axes[0]
     assert axes.get_xlabel() == "training tokens"
     assert axes.get_ylabel() == "cross-entropy [nats / token]"
     assert legend(figure) == ["looped", "control"]
-    assert figure.legends[0].get_title().get_text() == "bold: smoothed, thin: raw"
+    assert figure.legends[0].get_title().get_text() == "bold: smoothed, faint: raw"
     raw, smoothed, other_raw, other = axes.lines
     assert points(raw) == POINTS
     assert raw.get_linewidth() < smoothed.get_linewidth()

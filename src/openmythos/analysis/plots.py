@@ -60,7 +60,7 @@ def loss_curve(
     x_label: str = "training tokens",
     y_label: str = "cross-entropy [nats / token]",
 ) -> "matplotlib.figure.Figure":
-    """Every run's (x, loss) points as a thin line and smoothed exponentially as a bold one.
+    """Every run's (x, loss) points as a faint line and smoothed exponentially as a bold one.
 
     x is logarithmic where it spans three decades or more. A loss that is not finite leaves a gap.
     """
@@ -74,7 +74,7 @@ def loss_curve(
         if min(xs) > 0 and max(xs) >= _LOG_SPAN * min(xs):
             axes.set_xscale("log")
         axes.xaxis.set_major_formatter(short_number)
-        _legend(figure, series, title="bold: smoothed, thin: raw")
+        _legend(figure, series, title=smoothing_title(series.values()))
     return figure
 
 
@@ -260,13 +260,33 @@ def draw_smoothed(
     look: Mapping[str, Any],
     name: str,
 ) -> "matplotlib.lines.Line2D":
-    """Points as a thin line and, in front, smoothed as a bold one; returns that."""
+    """Points as a faint line and, in front, smoothed as a bold one; returns that."""
     values = [_finite(value) for _, value in points]
     positions = [x for x, _ in points]
     axes.plot(positions, values, color=look["color"], linewidth=0.8, alpha=0.4)
+    return draw_line(axes, points, look, name)
+
+
+def draw_line(
+    axes: "matplotlib.axes.Axes",
+    points: Sequence[tuple[float | int, float | int]],
+    look: Mapping[str, Any],
+    name: str,
+) -> "matplotlib.lines.Line2D":
+    """Points smoothed, as a bold line; a single one, which has no line, as a marker."""
+    values = [_finite(value) for _, value in points]
+    marker = look.get("marker", "o") if sum(map(math.isfinite, values)) == 1 else ""
     # Above the raw lines of all others, or theirs would hide it.
-    bold = {**look, "marker": "", "linewidth": 2, "zorder": 2.5}
-    return axes.plot(positions, _smoothed(values), **bold, label=name)[0]
+    bold = {"linewidth": 2, "zorder": 2.5, **look, "marker": marker}
+    return axes.plot([x for x, _ in points], _smoothed(values), **bold, label=name)[0]
+
+
+def smoothing_title(
+    series: Iterable[Sequence[tuple[float | int, float | int]]],
+) -> str:
+    """What a legend says of bold and faint lines: nothing where too few points leave them equal."""
+    longest = max(sum(math.isfinite(value) for _, value in points) for points in series)
+    return "bold: smoothed, faint: raw" if longest * _HORIZON > 1 else ""
 
 
 def looks() -> Iterator[dict[str, Any]]:
@@ -275,6 +295,15 @@ def looks() -> Iterator[dict[str, Any]]:
     for dashes in itertools.cycle(("-", "--", ":", "-.")):
         for colour in COLOURS:
             yield {"color": colour, "marker": next(markers), "linestyle": dashes}
+
+
+def tints(colour: str, count: int) -> list[tuple[float, float, float]]:
+    """A colour from pale to itself, in so many steps."""
+    from matplotlib.colors import to_rgb
+
+    shares = [1 - 0.75 * (count - 1 - i) / max(1, count - 1) for i in range(count)]
+    red, green, blue = to_rgb(colour)
+    return [(1 - s + s * red, 1 - s + s * green, 1 - s + s * blue) for s in shares]
 
 
 def _legend(figure: "matplotlib.figure.Figure", names: Iterable[str], title: str = "") -> None:

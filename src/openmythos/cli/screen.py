@@ -1,6 +1,8 @@
 """What the commands show: progress bars, tables, streamed text."""
 
+import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,7 +46,9 @@ from openmythos.train.run import CONFIG_FILE, Run, train
 
 # Numbers and code are what gets printed: nothing for rich to colour or to read as markup.
 # Of several ranks one speaks.
-OUT = Console(highlight=False, markup=False, quiet=launched()[0] > 0)
+# Into a file or a pipe a line is as long as it is.
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
+OUT = Console(highlight=False, markup=False, quiet=launched()[0] > 0, width=_WIDTH)
 HOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 LOOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 

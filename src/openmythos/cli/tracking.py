@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 # Differing values that a line of the legend has room for.
 LEGEND_KEYS = 5
+NO_RUNS = "no runs yet: `openmythos train` makes runs/demo-1"
+# Narrower, a table would cut numbers off: a line for each of them instead.
+NARROWEST_NAME = 12
 X_LABELS = {
     "steps": "training step",
     "tokens": "training tokens",
@@ -47,6 +50,9 @@ class Runs:
         from openmythos.train.overview import find_runs, summarize
 
         folders = [Path(folder) for folder in self.folders or ("runs",)]
+        if not self.folders and not folders[0].exists():
+            print("[]") if self.json else OUT.print(NO_RUNS)
+            return
         found = dict.fromkeys(run for folder in folders for run in find_runs(folder))
         summaries = [summarize(run) for run in found]
         # What runs comes first, then what did so last.
@@ -57,7 +63,7 @@ class Runs:
         if not summaries:
             OUT.print(f"no run in {', '.join(map(str, folders))}")
             return
-        OUT.print(_table(summaries))
+        _print_summaries(summaries)
         for summary in summaries:
             if summary.error:
                 OUT.print(summary.error)
@@ -70,7 +76,7 @@ class Plot:
     runs: tyro.conf.Positional[Annotated[tuple[str, ...], shown("RUN ...", "")]]
     """Run folders."""
     metric: Annotated[tuple[str, ...], shown("NAME ...")] = ("loss",)
-    """Metrics of metrics.jsonl, a panel each; a list such as state_norm is all of its parts."""
+    """Metrics of metrics.jsonl, a panel each; of a list such as state_rms, a line for each loop."""
     x: Literal["steps", "tokens", "seconds"] = "steps"
     """What the curves are drawn against."""
     out: Annotated[str, shown("FILE", "curves.png in the run folder; of several runs, here")] = ""
@@ -83,13 +89,20 @@ class Plot:
         from openmythos.train.metrics import chosen_metrics, metric_names, scalars
 
         require(bool(self.runs), "runs", [], "must name at least one run folder")
+        require(bool(self.metric), "metric", [], "must name at least one")
+        one = len(set(self.runs)) == 1
+        out = Path(self.out) if self.out else Path(self.runs[0] if one else ".", "curves.png")
+        require(out.suffix == ".png", "out", self.out, "must end in .png")
+        require(out.parent.is_dir() or not self.out, "out", self.out, "its folder does not exist")
         runs = list(dict.fromkeys(Path(run) for run in self.runs))
         configs = [_config(run) for run in runs]
         labels = _labels(runs, configs)
         metrics = [_some_metrics(run) for run in runs]
         known = list(dict.fromkeys(name for each in metrics for name in metric_names(each)))
         chosen = chosen_metrics(self.metric, known)
-        panels: dict[str, dict[str, run_plots.Points]] = {name: {} for name in chosen}
+        panels: dict[str, dict[str, dict[str, run_plots.Points]]] = {
+            _place(name, chosen)[0]: {} for name in chosen
+        }
         rows: list[dict[str, object]] = []
         for run, label, entries in zip(runs, labels, metrics, strict=True):
             xs = _positions(self.x, run, entries)
@@ -97,14 +110,14 @@ class Plot:
             for name in chosen:
                 points = [(x, v[name]) for x, v in zip(xs, values, strict=True) if name in v]
                 if points:
-                    panels[name][label] = points
+                    panel, item = _place(name, chosen)
+                    panels[panel].setdefault(label, {})[item] = points
                 else:
                     OUT.print(f"{run} has no {name}")
             for entry, x, v in zip(entries, xs, values, strict=True):
                 where = {"run": str(run), "step": entry["step"]}
                 where |= {} if self.x == "steps" else {self.x: x}
                 rows.append({**where, **{name: v[name] for name in chosen if name in v}})
-        out = Path(self.out) if self.out else Path(runs[0] if len(runs) == 1 else ".", "curves.png")
         figure = run_plots.metric_curves(panels, x_label=X_LABELS[self.x], single=len(runs) == 1)
         save_figure(figure, out, rows)
         OUT.print(f"Written: {out}, {out.with_suffix('.csv')}")
@@ -198,6 +211,13 @@ def _positions(x: str, run: Path, metrics: "list[Metrics]") -> list[float]:
     return tokens_seen(metrics) if x == "tokens" else seconds_trained(metrics)
 
 
+def _place(name: str, chosen: Sequence[str]) -> tuple[str, str]:
+    """Panel and line of a metric: items of one list share a panel."""
+    of_list, _, item = name.rpartition("/")
+    together = [other for other in chosen if of_list and other.rpartition("/")[0] == of_list]
+    return (of_list, item) if len(together) > 1 else (name, "")
+
+
 def _labels(runs: list[Path], configs: "list[RunConfig]") -> list[str]:
     """Names, and in what the runs differ."""
     from openmythos.train.overview import differences, names_of
@@ -210,31 +230,50 @@ def _labels(runs: list[Path], configs: "list[RunConfig]") -> list[str]:
     return labels
 
 
-def _table(summaries: "Sequence[RunSummary]") -> Table:
+def _print_summaries(summaries: "Sequence[RunSummary]") -> None:
+    """A table, or on a narrow terminal a few lines for each run."""
     from rich import box
 
-    from openmythos.cli.live import STYLES, duration
-    from openmythos.cli.screen import short
+    from openmythos.cli.live import STYLES
+    from openmythos.cli.screen import OUT
 
+    rows = [_cells(summary) for summary in summaries]
+    needed = sum(
+        max(len(name), *(len(row[name]) for row in rows)) + 1 for name in list(rows[0])[1:]
+    )
+    if OUT.width < needed + NARROWEST_NAME:
+        for row in rows:
+            for key, value in row.items():
+                if value:
+                    OUT.print(value if key == "run" else f"  {key} {value}", soft_wrap=True)
+        return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     # Of a narrow terminal the names give way, not the numbers.
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for name in ("step", "loss", "held-out", "tokens/s", "age", "params"):
+    for name in list(rows[0])[2:]:
         table.add_column(name, justify="right", no_wrap=True)
-    for s in summaries:
-        held_out = "" if s.bits_per_byte is None else f"{s.bits_per_byte:.4f} @{s.loops}"
-        table.add_row(
-            s.folder,
-            Text(s.state, style=STYLES[s.state]),
-            f"{s.step}/{'?' if s.num_steps is None else s.num_steps}",
-            "" if s.loss is None else f"{s.loss:.4f}",
-            held_out,
-            "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
-            "" if s.age is None else duration(s.age),
-            "" if s.parameters is None else short(s.parameters),
-        )
-    return table
+    for summary, row in zip(summaries, rows, strict=True):
+        name, state, *numbers = row.values()
+        table.add_row(name, Text(state, style=STYLES[summary.state]), *numbers)
+    OUT.print(table)
+
+
+def _cells(s: "RunSummary") -> dict[str, str]:
+    """What the table says of a run, by its columns."""
+    from openmythos.cli.live import duration
+    from openmythos.cli.screen import short
+
+    return {
+        "run": s.folder,
+        "state": s.state,
+        "step": f"{s.step}/{'?' if s.num_steps is None else s.num_steps}",
+        "loss": "" if s.loss is None else f"{s.loss:.4f}",
+        "held-out": "" if s.bits_per_byte is None else f"{s.bits_per_byte:.4f} @{s.loops}",
+        "tokens/s": "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
+        "age": "" if s.age is None else duration(s.age),
+        "params": "" if s.parameters is None else short(s.parameters),
+    }
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -44,9 +44,18 @@ class RunSummary:
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """The folder itself if it is a run, else all runs below it, in order of their names."""
+    """The folder itself if it is a run, else all runs below it, in order of their names.
+
+    Links are followed, each folder once.
+    """
     require(folder.is_dir(), "folder", str(folder), "is no folder")
-    for path, folders, files in os.walk(folder):
+    seen: set[str] = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         if set(MARKS) <= set(files):
             yield Path(path)
             folders.clear()
