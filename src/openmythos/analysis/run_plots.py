@@ -49,7 +49,8 @@ def metric_curves(
         handles: dict[str, Any] = {}
         for axes, (metric, series) in zip(column, panels.items(), strict=True):
             for name, lines in series.items():
-                handles[name] = _draw(axes, lines, chosen[name], name)
+                handle = _draw(axes, lines, chosen[name], name)
+                handles.setdefault(name, handle)
             axes.set_ylabel(metric)
         column[-1].set_xlabel(x_label)
         column[-1].xaxis.set_major_formatter(short_number)
