@@ -431,6 +431,20 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no memory": (["plan", "tiny", "--gpus", "1", "--memory", "-5"], ["memory = -5.0", "above 0"]),
     "endless memory": (["plan", "tiny", "--gpus", "1", "--memory", "inf"], ["memory = inf"]),
     "plan gpus": (["plan", "tiny", "--gpus", f"{10**9}"], ["gpus = 1000000000", "at most"]),
+    "tokenizer of prepared text": (
+        [*NEW, "--data", "prepared", "--set", "tokenizer.kind=bpe"],
+        ["tokenizer: cannot be chosen, a prepared folder has its own"],
+    ),
+    "tokenizer into a file": (
+        ["tokenizer", "--data", "text", "--out", "empty.txt"],
+        ["out = 'empty.txt': empty.txt is no folder"],
+    ),
+    "prompt of bytes": (["generate", "run", "--prompt", "\udcff"], ["prompt: is not UTF-8 text"]),
+    "no study": (["study"], ["study: wants the name of one; known: depth-extrapolation"]),
+    "missing tokenizer": (
+        ["data", "prepare", "--data", "text", "--tokenizer", "nope", "--out", "new"],
+        ["error: nope: cannot be read: No such file"],
+    ),
     "plan context": (["plan", "tiny", "--context", "-1"], ["context", "-1"]),
 }
 
@@ -440,6 +454,8 @@ def test_wrong_input_gets_one_line(
     here: Path, call: Call, argv_and_parts: tuple[list[str], list[str]]
 ) -> None:
     (here / "empty").mkdir()
+    (here / "prepared").mkdir()
+    (here / "prepared" / "prepared.json").touch()
     (here / "empty.txt").write_text("")
     (here / "binary").write_bytes(bytes(range(256)))
     argv, parts = argv_and_parts
@@ -483,9 +499,9 @@ def test_two_trainings_take_the_next_free_names(here: Path, call: Call) -> None:
     assert sorted(p.name for p in (here / "runs").iterdir()) == ["tiny-1", "tiny-2", "tiny-3"]
 
 
-def test_what_is_next_can_be_pasted(here: Path, call: Call) -> None:
+def test_what_is_next_suits_the_text_and_can_be_pasted(here: Path, call: Call) -> None:
     argv = [*TINY, "train.num_steps=1", "train.optimizer=adamw", "--out", "sp ace/r 1"]
-    assert "openmythos generate 'sp ace/r 1' --prompt 'def main('\n" in call(*argv).out
+    assert "openmythos generate 'sp ace/r 1' --prompt='def f0_0(x):'\n" in call(*argv).out
 
 
 def test_full_disk_is_no_fault_of_the_user(

@@ -61,9 +61,10 @@ class Train:
                 with _new_run_folder(self.out, self.recipe or DEFAULT_RECIPE) as folder:
                     run = create(folder, config)
             if train_with_bar(run, resume=resume):
-                print_next(run.folder, DEMO_PROMPT)
+                print_next(run, DEMO_PROMPT)
 
     def _config(self) -> "RunConfig":
+        from openmythos.data.prepared import is_prepared
         from openmythos.recipes import catalogue
         from openmythos.train.parallel import launched
 
@@ -72,7 +73,10 @@ class Train:
         config = catalogue.get(self.recipe or DEFAULT_RECIPE)
         if self.data:
             config = replace(config, data=replace(config.data, paths=flat(self.data)))
-        return apply_overrides(config, flat(self.set))
+        changed = apply_overrides(config, flat(self.set))
+        if changed.tokenizer != config.tokenizer and any(map(is_prepared, changed.data.paths)):
+            raise ConfigError("tokenizer: cannot be chosen, a prepared folder has its own")
+        return changed
 
     def _existing(self) -> "Run | None":
         """The run to go on with; also one that torchrun trains again after a failure."""
@@ -128,6 +132,10 @@ class Generate:
         from openmythos.model.generation import Request
         from openmythos.train.run import Run
 
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:
+            raise ConfigError("prompt: is not UTF-8 text") from None
         run = Run.open(Path(self.folder))
         model = run.load_model()
         request = Request(max_new_tokens=self.max_new_tokens, stop_ids=(run.tokenizer.bos_id,))
@@ -303,6 +311,8 @@ class Study:
             for name, study in runner.STUDIES.items():
                 OUT.print(f"{name}: {study.claim}")
             return
+        if not self.name:
+            raise ConfigError(f"study: wants the name of one; known: {', '.join(runner.STUDIES)}")
         study = runner.get(self.name)
         require_int("seeds", self.seeds, minimum=1)
         require_int("processes", self.processes, minimum=1)

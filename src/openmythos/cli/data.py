@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from openmythos.cli.flags import Texts, flat, shown
+from openmythos.cli.flags import Texts, flat, require_folder, shown
 from openmythos.config import ConfigError, load_json, require_int, require_number
 
 if TYPE_CHECKING:
@@ -35,13 +35,14 @@ class Tokenizer:
         from openmythos.train.config import DataConfig
         from openmythos.train.run import open_data
 
-        folder = Path(self.out)
+        folder, wanted = Path(self.out), BPE(vocab_size=self.vocab_size)
+        require_folder("out", self.out)
         if (folder / "tokenizer.json").exists():
             raise ConfigError(f"{folder}/tokenizer.json: exists already; choose another --out")
         corpus = open_data(DataConfig(paths=flat(self.data) or ("stdlib",)))
         with OUT.status("training the tokenizer"):
             texts = (document.text for document in corpus.train())
-            tokenizer = BPE(vocab_size=self.vocab_size).build(texts)
+            tokenizer = wanted.build(texts)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder)
         held_out = [document.text for document in corpus.held_out()]

@@ -6,11 +6,12 @@ tyro's box of several lines becomes one line of error.
 import io
 import re
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from openmythos.config import ConfigError, unknown_name
+from openmythos.config import ConfigError, require, unknown_name
 
 # What tyro draws around its messages.
 _BOX = " │─╭╮╰╯"
@@ -32,6 +33,12 @@ RunFolder = tyro.conf.Positional[Annotated[str, shown("RUN")]]
 
 def flat(values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     return tuple(value for group in values for value in group)
+
+
+def require_folder(field: str, path: str) -> None:
+    """Raise before long work, not after it, unless this can be a folder to write into."""
+    present = [parent for parent in (Path(path), *Path(path).parents) if parent.exists()]
+    require(present[0].is_dir(), field, path, f"{present[0]} is no folder")
 
 
 def parse(command: Any, argv: list[str], names: list[str]) -> Any:

@@ -141,11 +141,20 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
     return True
 
 
-def print_next(folder: Path, prompt: str) -> None:
-    """What to do with a trained run, to be pasted into a shell."""
-    name = quote(str(folder))
-    OUT.print(f"\nNext:  openmythos generate {name} --prompt {quote(prompt)}", soft_wrap=True)
+def print_next(run: Run, prompt: str) -> None:
+    """What to do with a trained run, to be pasted into a shell; `prompt` suits Python's source."""
+    name = quote(str(run.folder))
+    prompt = prompt if run.config.data.paths == ("stdlib",) else _first_words(run)
+    OUT.print(f"\nNext:  openmythos generate {name} --prompt={quote(prompt)}", soft_wrap=True)
     OUT.print(f"       openmythos eval {name}", soft_wrap=True)
+
+
+def _first_words(run: Run) -> str:
+    """How the text begins that the run was trained on."""
+    shards = run.shards("train", verify=False)
+    text = run.tokenizer.decode(shards.read(0, min(64, len(shards))).tolist())
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return " ".join(line.strip("\ufffd").split()[:3])[:40]
 
 
 def evaluate(run: Run, loops: tuple[int, ...], data: tuple[str, ...]) -> LoopReport:

@@ -196,8 +196,9 @@ class StreamDecoder:
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Read a tokenizer file, or the one in a folder."""
     file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+    text = _read(file)
     try:
-        data = json.loads(_read(file))
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: is not a tokenizer file: {error}") from error
     if data == {"kind": "bytes"}:
