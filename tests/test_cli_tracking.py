@@ -300,6 +300,15 @@ def test_watch_ends_with_the_run_and_leaves_on_ctrl_c(
     assert (code, err) == (0, "") and "b: running" in out
 
 
+@pytest.mark.parametrize("width", [10, 20, 40])
+def test_watch_on_a_narrow_terminal(
+    here: Path, call: Call, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    make(here / "a", 6, state="running")
+    monkeypatch.setattr(screen.OUT, "_width", width)
+    assert call("watch", "a", "--once")[0] == 0
+
+
 @pytest.mark.parametrize("unicode", [True, False])
 def test_chart_falls_from_left_to_right(unicode: bool) -> None:
     points = [(float(x), 10.0 - x) for x in range(11)]

@@ -106,7 +106,7 @@ class Generate:
     folder: RunFolder
     """Run folder."""
     prompt: Annotated[str, shown("TEXT", "")] = ""
-    """Text to continue; empty: from the start token."""
+    """Text to continue; empty: from the start token. Before a dash write =, as in --prompt=-x."""
     num_loops: Annotated[int | None, shown("N", "the model's")] = None
     """Loops per token. More than in training is allowed."""
     max_new_tokens: int = 128

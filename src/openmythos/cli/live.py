@@ -52,7 +52,7 @@ def frame(
     parts: list[RenderableType] = [bar]
     if metrics:
         losses = [(float(m["step"]), float(m.get("loss", math.nan))) for m in metrics]
-        parts += [Text(), *chart(losses, width - _LABEL - 6, HEIGHT, unicode), Text()]
+        parts += [Text(), *chart(losses, max(1, width - _LABEL - 6), HEIGHT, unicode), Text()]
         parts.append(_numbers(metrics))
     if record is not None and record.error and state == "failed":
         parts.append(Text(record.error, style="red"))
