@@ -181,12 +181,34 @@ def test_eval_writes_its_report(here: Path, call: Call) -> None:
     assert (here / "run" / "loops.png").is_file() and (here / "run" / "loops.csv").is_file()
 
 
-def test_eval_of_other_text_into_another_folder(here: Path, call: Call) -> None:
-    argv = ["eval", "run", "--data", "text/1.py", "--num-loops", "2", "--out", "elsewhere"]
-    assert call(*argv).code == 0
-    (row,) = json.loads((here / "elsewhere" / "eval.json").read_text())["held_out"]
-    assert row["num_bytes"] == (here / "text" / "1.py").stat().st_size
-    assert not (here / "run" / "eval.json").exists()
+def test_eval_of_other_text_leaves_the_held_out_figure(here: Path, call: Call) -> None:
+    argv = ["eval", "run", "--num-loops", "2"]
+    result = call(*argv)
+    assert result.code == 0 and "hardly help" not in result.out
+    kept = (here / "run" / "eval.json").read_bytes()
+    for out in ([], ["--out", "elsewhere"]):
+        assert call(*argv, "--data", "text/1.py", *out).code == 0
+        folder = here / (out[1] if out else "run/eval/1.py")
+        written = json.loads((folder / "eval.json").read_text())
+        assert written["text"] == "text/1.py" and "held_out" not in written
+        assert written["other_text"][0]["num_bytes"] == (here / "text" / "1.py").stat().st_size
+        assert (folder / "loops.png").is_file()
+    assert (here / "run" / "eval.json").read_bytes() == kept
+    result = call(*argv, "--out", "text/1.py")
+    assert_refused(result, "out = 'text/1.py': is no folder")
+    assert "bits per byte" not in result.out
+
+
+def test_an_older_checkpoint_is_asked_for_by_its_step(here: Path, call: Call) -> None:
+    shutil.copytree("run/checkpoints/step-00000003", "run/checkpoints/step-00000002")
+    short = ["--max-new-tokens", "2"]
+    assert call("generate", "run", "--step", "2", *short).code == 0
+    assert call("eval", "run", "--step", "2", "--num-loops", "1").code == 0
+    assert json.loads(Path("run/eval/step-00000002/eval.json").read_text())["step"] == 2
+    assert not Path("run/eval.json").exists()
+    for command in (["generate", *short], ["eval"], ["export", "--out", "x"]):
+        result = call(command[0], "run", "--step", "9", *command[1:])
+        assert_refused(result, "step = 9: must be one of 2, 3")
 
 
 @pytest.mark.parametrize("name", presets.names())

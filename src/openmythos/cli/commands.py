@@ -123,6 +123,8 @@ class Generate:
     """Seed of the draws."""
     exit_rule: Annotated[str, shown("KIND")] = "fixed"
     """When to stop looping early: fixed, state_change, kl, kl_entropy or argmax."""
+    step: Annotated[int | None, shown("N", "the newest")] = None
+    """Checkpoint."""
     set: Changes = ()
     """More settings, such as exit_rule.threshold=1e-3, decode=last or prefill_chunk=64."""
 
@@ -137,7 +139,7 @@ class Generate:
         except UnicodeEncodeError:
             raise ConfigError("prompt: is not UTF-8 text") from None
         run = Run.open(Path(self.folder))
-        model = run.load_model()
+        model = run.load_model(step=self.step)
         request = Request(max_new_tokens=self.max_new_tokens, stop_ids=(run.tokenizer.bos_id,))
         chosen = [f"exit_rule.kind={self.exit_rule}", f"num_loops={model.config.num_loops}"]
         if self.num_loops is not None:
@@ -160,7 +162,9 @@ class Eval:
     """Text to score instead of the run's own held-out part."""
     num_loops: Annotated[str, shown("N,N,...")] = "1,2,4,8,16"
     """Loop counts, separated by commas."""
-    out: Annotated[str, shown("FOLDER", "the run folder")] = ""
+    step: Annotated[int | None, shown("N", "the newest")] = None
+    """Checkpoint."""
+    out: Annotated[str, shown("FOLDER", "the run folder; with --data or --step RUN/eval/...")] = ""
     """Folder for eval.json, loops.png and loops.csv."""
 
     def run(self) -> None:
@@ -170,8 +174,8 @@ class Eval:
 
         run = Run.open(Path(self.folder))
         loops = _loop_counts(self.num_loops)
-        found = evaluate(run, loops, flat(self.data))
-        folder = Path(self.out) if self.out else run.folder
+        folder = report.report_folder(run, flat(self.data), self.step, self.out)
+        found = evaluate(run, loops, flat(self.data), step=self.step)
         report.write_report(found, folder)
         OUT.print(f"\nWritten: {folder}/eval.json, loops.png, loops.csv")
 
@@ -244,21 +248,15 @@ class Export:
     def run(self) -> None:
         from openmythos.cli.screen import OUT, short
         from openmythos.model import cost
-        from openmythos.train.checkpoint import list_checkpoints, load_model, step_of
         from openmythos.train.run import Run
 
         run, out = Run.open(Path(self.folder)), Path(self.out)
-        found = {step_of(path): path for path in list_checkpoints(run.folder)}
         require(not out.exists(), "out", self.out, "exists already")
-        chosen = max(found, default=0) if self.step is None else self.step
-        allowed = f"must be one of {', '.join(map(str, found)) or 'none: there is no checkpoint'}"
-        require(chosen in found, "step", chosen, allowed)
-        model = load_model(found[chosen])
+        model, step = run.load_checkpoint(step=self.step)
         model.save_pretrained(out)
         run.tokenizer.save(out)
-        OUT.print(
-            f"{out}: the model after {chosen} steps, {short(cost.parameters(model.config).total)}"
-        )
+        size = short(cost.parameters(model.config).total)
+        OUT.print(f"{out}: the model after {step} steps, {size}")
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,9 @@ def _first_words(run: Run) -> str:
     return " ".join(line.strip("\ufffd").split()[:3])[:40]
 
 
-def evaluate(run: Run, loops: tuple[int, ...], data: tuple[str, ...]) -> LoopReport:
+def evaluate(
+    run: Run, loops: tuple[int, ...], data: tuple[str, ...], step: int | None = None
+) -> LoopReport:
     """Score and print the table of bits per byte against loops."""
     columns = (TextColumn("evaluating"), BarColumn(bar_width=24), TimeRemainingColumn())
     with Progress(*columns, console=OUT, transient=True) as bar:
@@ -166,16 +168,18 @@ def evaluate(run: Run, loops: tuple[int, ...], data: tuple[str, ...]) -> LoopRep
             run,
             loops,
             data=data,
+            step=step,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    table = Table("loops", "bits per byte", "perplexity per token", title="held-out text")
+    table = Table("loops", "bits per byte", "perplexity per token", title=found.text)
     for loop, result in found.loops.items():
         table.add_row(str(loop), f"{result.bits_per_byte:.4f}", f"{result.perplexity:.2f}")
     table.add_section()
     for name, bits in found.compressors.items():
         table.add_row(name, f"{bits:.4f}", "")
     OUT.print(table)
-    OUT.print(found.verdict())
+    if found.verdict():
+        OUT.print(found.verdict())
     return found
 
 

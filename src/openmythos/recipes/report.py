@@ -1,30 +1,41 @@
 """The evaluation that comes with a run: held-out loss against loops, as JSON, CSV and PNG."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from openmythos.analysis import plots
-from openmythos.config import ConfigError, write_json
+from openmythos.config import ConfigError, read_json, require, write_json
 from openmythos.data.corpus import compression_baselines
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.eval.likelihood import Likelihood, depth_sweep
+from openmythos.train.checkpoint import latest_checkpoint, step_of
 from openmythos.train.config import DataConfig
-from openmythos.train.metrics import read_metrics
+from openmythos.train.metrics import finite_or_none, read_metrics, tokens_seen
 from openmythos.train.run import Run, open_data
 
 # A curve that gains less than this share from all its loops is called nearly flat.
 FLAT = 0.01
+HELD_OUT = "held-out text"
+FILE = "eval.json"
 
 
 @dataclass(frozen=True)
 class LoopReport:
-    """Held-out likelihood at each number of loops, and what plain compressors make of the bytes."""
+    """Likelihood at each number of loops, and what plain compressors make of the bytes.
+
+    `text` is what was scored, `step` the checkpoint it was scored with.
+    """
 
     loops: Mapping[int, Likelihood]
     compressors: Mapping[str, float]
     mean_loops: float
+    text: str = HELD_OUT
+    step: int = 0
 
     @property
     def bits_per_byte(self) -> dict[int, float]:
@@ -41,7 +52,12 @@ class LoopReport:
         return (fewest - self.best) / fewest
 
     def verdict(self) -> str:
-        """One sentence on what more loops bring."""
+        """One sentence on what more loops bring; empty where there is nothing to compare."""
+        bad = [loop for loop, bits in self.bits_per_byte.items() if not math.isfinite(bits)]
+        if bad:
+            return f"The loss at {bad[0]} loops is not finite: the model has diverged."
+        if len(self.loops) == 1:
+            return ""
         fewest, flat = min(self.loops), self.gain < FLAT
         gain = f"{100 * self.gain:.1f}% fewer bits than {fewest} loop{'s' if fewest > 1 else ''}"
         if flat:
@@ -59,37 +75,37 @@ def evaluate(
     *,
     data: Sequence[str] = (),
     device: str = "auto",
+    step: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoopReport:
-    """Score the run's held-out text, or all text of `data`, with its newest checkpoint."""
-    if data:
-        with TemporaryDirectory() as folder:
-            corpus = open_data(DataConfig(paths=tuple(data), field=run.config.data.field))
-            shards = write_shards(corpus.documents(), run.tokenizer, folder)
-            text = "".join(document.text for document in corpus.documents()).encode()
-            return _evaluate(run, shards, text, loops, device, progress)
-    return _evaluate(run, run.shards("held_out"), None, loops, device, progress)
-
-
-def _evaluate(
-    run: Run,
-    shards: TokenShards,
-    text: bytes | None,
-    loops: Sequence[int],
-    device: str,
-    progress: Callable[[int, int], None] | None,
-) -> LoopReport:
+    """Score the run's held-out text, or all text of `data`; `step` None: the newest checkpoint."""
     config = run.config.train
-    found = depth_sweep(
-        run.load_model(device),
-        shards,
-        loops,
-        seq_len=config.seq_len,
-        precision=config.precision,
-        progress=None if progress is None else lambda done: progress(done, len(shards) - 1),
-    )
-    text = decode_text(run, shards) if text is None else text
-    return LoopReport(found, compression_baselines(text), float(config.loops.mean_loops))
+    model, step = run.load_checkpoint(device, step=step)
+    with _tokens(run, data) as (shards, text):
+        found = depth_sweep(
+            model,
+            shards,
+            loops,
+            seq_len=config.seq_len,
+            precision=config.precision,
+            progress=None if progress is None else lambda done: progress(done, len(shards) - 1),
+        )
+    scored = ", ".join(data) if data else HELD_OUT
+    mean_loops = float(config.loops.mean_loops)
+    return LoopReport(found, compression_baselines(text), mean_loops, scored, step)
+
+
+@contextmanager
+def _tokens(run: Run, data: Sequence[str]) -> Iterator[tuple[TokenShards, bytes]]:
+    """Tokens to score, and the bytes behind them."""
+    if not data:
+        shards = run.shards("held_out")
+        yield shards, decode_text(run, shards)
+        return
+    with TemporaryDirectory() as folder:
+        corpus = open_data(DataConfig(paths=tuple(data), field=run.config.data.field))
+        shards = write_shards(corpus.documents(), run.tokenizer, folder)
+        yield shards, "".join(document.text for document in corpus.documents()).encode()
 
 
 def decode_text(run: Run, shards: TokenShards) -> bytes:
@@ -97,25 +113,65 @@ def decode_text(run: Run, shards: TokenShards) -> bytes:
     return run.tokenizer.decode(shards.read(0, len(shards)).tolist()).encode()
 
 
+def report_folder(run: Run, data: Sequence[str], step: int | None, out: str = "") -> Path:
+    """Where a report belongs: held-out text and newest checkpoint in the run folder, others below.
+
+    `out` may be any folder but, for other text or an older checkpoint, the run's own.
+    """
+    newest = step is None or step == step_of(latest_checkpoint(run.folder))
+    own = not data and newest
+    if out:
+        folder = Path(out)
+        require(folder.is_dir() or not folder.exists(), "out", out, "is no folder")
+        allowed = "holds what the newest checkpoint makes of the held-out text"
+        require(own or folder.resolve() != run.folder.resolve(), "out", out, allowed)
+        return folder
+    names = [re.sub(r"[^\w.-]+", "_", Path(path).name) for path in data]
+    names += [] if newest else [f"step-{step:08d}"]
+    return run.folder if own else run.folder / "eval" / "+".join(names)[:100]
+
+
 def write_report(report: LoopReport, folder: Path) -> None:
-    """eval.json, loops.png and loops.csv in `folder`."""
+    """eval.json, loops.png and loops.csv in `folder`.
+
+    What eval.json holds of the same text and checkpoint at other numbers of loops stays in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    kept = _written(folder / FILE, report)
+    report = replace(report, loops=dict(sorted({**kept, **report.loops}.items())))
     rows = [{"num_loops": loop, **asdict(found)} for loop, found in report.loops.items()]
-    write_json(
-        {
-            "held_out": rows,
-            "compressors_bits_per_byte": dict(report.compressors),
-            "mean_loops_in_training": report.mean_loops,
-            "verdict": report.verdict(),
-        },
-        folder / "eval.json",
-    )
+    own = report.text == HELD_OUT
+    found = {
+        "text": report.text,
+        "step": report.step,
+        "held_out" if own else "other_text": rows,
+        "compressors_bits_per_byte": dict(report.compressors),
+        "mean_loops_in_training": report.mean_loops,
+        "verdict": report.verdict(),
+    }
+    write_json(finite_or_none(found), folder / FILE)
     figure = plots.loss_against_loops(
-        {"held-out text": report.bits_per_byte},
+        {report.text: report.bits_per_byte},
         references=report.compressors,
         trained_loops=report.mean_loops,
+        y_label="held-out bits per byte" if own else "bits per byte",
     )
     plots.save_figure(figure, folder / "loops.png", rows)
+
+
+def _written(path: Path, report: LoopReport) -> dict[int, Likelihood]:
+    """What an eval.json holds of the text and the checkpoint of a report."""
+    try:
+        found = read_json(path)
+        if (found["text"], found["step"]) != (report.text, report.step):
+            return {}
+        rows = found["held_out" if report.text == HELD_OUT else "other_text"]
+        held = {row.pop("num_loops"): Likelihood(**row) for row in rows}
+        same = {row.num_bytes for row in (*held.values(), *report.loops.values())}
+        whole = all(isinstance(x, int | float) for row in held.values() for x in vars(row).values())
+        return held if len(same) == 1 and whole else {}
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        return {}  # not there, or not of this version
 
 
 def write_loss_curve(run: Run) -> None:
@@ -123,10 +179,8 @@ def write_loss_curve(run: Run) -> None:
     metrics = read_metrics(run.folder)
     if not metrics:
         raise ConfigError(f"{run.folder}: no step has been logged yet")
-    points, tokens = [], 0.0
-    for entry in metrics:
-        tokens = (entry["step"] + 1) * entry["tokens"]
-        points.append((tokens, entry["loss"]))
+    losses = [entry["loss"] for entry in metrics]
+    points = list(zip(tokens_seen(metrics), losses, strict=True))
     figure = plots.loss_curve({"training": points})
     rows = [{"tokens": tokens, "loss": loss} for tokens, loss in points]
     plots.save_figure(figure, run.folder / "loss.png", rows)

@@ -4,6 +4,7 @@ Runs are read as they lie on disk, whatever process trains them; no model or tok
 """
 
 import functools
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ class _Parts:
     def read_evaluation(self, run: Path) -> None:
         if (run / "eval.json").is_file():
             rows = read_json(run / "eval.json")["held_out"]
-            best = min(rows, key=lambda row: float(row["bits_per_byte"]))
+            best = min(rows, key=lambda row: _bits(row["bits_per_byte"]))
             self.best = {"bits_per_byte": best["bits_per_byte"], "loops": best["num_loops"]}
 
     def summary(self, run: Path, now: float, errors: Sequence[str]) -> RunSummary:
@@ -132,6 +133,11 @@ class _Parts:
         if self.written is None:
             return "new"
         return "finished" if self.config and step >= self.config.train.num_steps else "unknown"
+
+
+def _bits(value: float | None) -> float:
+    """Of a diverged model there is none."""
+    return math.inf if value is None else float(value)
 
 
 @functools.lru_cache

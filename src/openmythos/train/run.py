@@ -37,6 +37,7 @@ from openmythos.train.checkpoint import (
     list_checkpoints,
     load_model,
     load_training,
+    step_of,
 )
 from openmythos.train.config import DataConfig, RunConfig
 from openmythos.train.metrics import MetricsLog
@@ -155,14 +156,20 @@ class Run:
 
         `device` may be "auto".
         """
+        return self.load_checkpoint(device, step=step)[0]
+
+    def load_checkpoint(
+        self, device: str | torch.device = "cpu", *, step: int | None = None
+    ) -> tuple[OpenMythos, int]:
+        """The same model and its number of steps."""
         checkpoint = checkpoint_at(self.folder, step)
         try:
-            return load_model(checkpoint, device)
+            return load_model(checkpoint, device), step_of(checkpoint)
         except (ConfigError, OSError):
             # A process that trains the run may have replaced its newest checkpoint meanwhile.
             if step is not None or latest_checkpoint(self.folder) == checkpoint:
                 raise
-        return self.load_model(device)
+        return self.load_checkpoint(device)
 
 
 def require_free(folder: Path) -> None:
