@@ -27,6 +27,8 @@ AnyPath = str | os.PathLike[str]
 _MISSING = dataclasses.MISSING
 _WANTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _INT64 = 2**63  # what a tensor, a TOML file and most other programs can hold
+# No layer is wider, and none has more parts: sizes up to here multiply without overflow.
+MAX_WIDTH, MAX_PARTS = 2**20, 2**16
 _SHOWN = 200  # characters of a value in a message
 _IS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
 

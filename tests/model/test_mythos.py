@@ -4,10 +4,13 @@ import errno
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +18,19 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from variants import CACHE_POLICIES, SEQ, VOCAB, name_of, random_tokens, tiny_config, tiny_model
+from variants import (
+    CACHE_POLICIES,
+    FEW_VARIANT_IDS,
+    FEW_VARIANTS,
+    SEQ,
+    VOCAB,
+    assert_gradients_close,
+    gradients,
+    name_of,
+    random_tokens,
+    tiny_config,
+    tiny_model,
+)
 
 from openmythos.config import ConfigError, from_dict, to_dict
 from openmythos.model import storage
@@ -27,7 +42,7 @@ from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.cache import CachePolicy, ExactCache
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.halting import ACT, StateChangeExit
+from openmythos.recurrence.halting import ACT, KLExit, StateChangeExit
 from openmythos.recurrence.injection import NoInjection
 
 CONTEXT = 2 * SEQ
@@ -53,6 +68,15 @@ def model() -> OpenMythos:
             {"attention": {"kind": "grouped_query", "num_heads": 8, "num_kv_heads": 3}},
             "attention.num_kv_heads = 3: must divide num_heads = 8",
         ),
+        (
+            {"attention": {"kind": "latent", "kv_latent_dim": 10**9}},
+            "attention.kv_latent_dim = 1000000000: must be an integer, at least 1 and at most",
+        ),
+        ({"dim": 10**9}, "dim = 1000000000: must be an integer, at least 1 and at most 1048576"),
+        ({"num_loops": 10**9}, "num_loops = 1000000000: must be an integer"),
+        ({"recurrent_feed_forward": {"kind": "moe", "num_experts": 10**6}}, "num_experts = 10000"),
+        ({"recurrent_feed_forward": {"kind": "moe", "route_scale": 1e308}}, "route_scale = 1e+308"),
+        ({"halting": {"kind": "act", "bias_init": 1e39}}, "halting.bias_init = 1e+39: must be a"),
         (
             {"recurrent_feed_forward": {"kind": "moe", "num_experts": 4, "top_k": 5}},
             "recurrent_feed_forward.top_k = 5: must be at most num_experts = 4",
@@ -114,7 +138,8 @@ def test_effective_depth_counts_executed_layers() -> None:
 @pytest.mark.parametrize(
     "num_loops",
     [
-        *(0, -1, 2.5, True, "2", torch.tensor([2]), torch.tensor([0, 1])),
+        *(0, -1, 2.5, True, "2", 10**26, torch.tensor([2]), torch.tensor([0, 1])),
+        *(np.float64(2), torch.tensor(2.0), torch.tensor(True)),
         *(torch.tensor([1.0, 2.0]), torch.tensor([True, True])),
     ],
     ids=str,
@@ -122,6 +147,35 @@ def test_effective_depth_counts_executed_layers() -> None:
 def test_impossible_loops_are_refused(model: OpenMythos, num_loops: Any) -> None:
     with pytest.raises(ValueError, match=r"num_loops = .*must be"):
         model(random_tokens(2), num_loops=num_loops)
+
+
+@pytest.mark.parametrize("three", [np.int64(3), torch.tensor(3)], ids=repr)
+@torch.no_grad()
+def test_loops_may_be_whole_numbers_of_any_library(model: OpenMythos, three: Any) -> None:
+    tokens = random_tokens(2)
+    assert torch.equal(model(tokens, num_loops=three).logits, model(tokens, num_loops=3).logits)
+    found = model.generate(tokens, max_new_tokens=2, num_loops=three)
+    assert torch.equal(found, model.generate(tokens, max_new_tokens=2, num_loops=3))
+
+
+def test_loops_that_no_memory_holds_are_refused(model: OpenMythos) -> None:
+    with pytest.raises(ConfigError, match=r"num_loops = 999999999: must be .* at most 1000000"):
+        model.generate(random_tokens(1), max_new_tokens=1, num_loops=999_999_999)
+    with pytest.raises(ValueError, match=r"cache: no room for .* GiB \(a batch of 1, "):
+        model.new_cache(1, 2**20, num_loops=10**6)
+
+
+@pytest.mark.parametrize("loops", [(0,), ("a",), (1, 99), (1.0,), (True,)], ids=str)
+def test_loops_that_are_never_run_cannot_be_collected(model: OpenMythos, loops: Any) -> None:
+    message = "collect_loops: holds .*, must hold whole numbers from 1 to num_loops = 4"
+    for num_loops in (4, torch.tensor([4, 2])):
+        with pytest.raises(ValueError, match=message):
+            model(random_tokens(2), num_loops=num_loops, collect_loops=loops)
+
+
+def test_a_config_must_be_one() -> None:
+    with pytest.raises(TypeError, match="config: must be a MythosConfig"):
+        OpenMythos({"dim": 32})  # type: ignore[arg-type]
 
 
 def test_loops_per_sequence_go_with_neither_cache_nor_exit_rule(model: OpenMythos) -> None:
@@ -149,6 +203,48 @@ def test_arguments_of_the_wrong_shape_are_refused(model: OpenMythos) -> None:
         model(tokens[0])
     with pytest.raises(ValueError, match=r"prompt: has shape \[12\], must be"):
         model.generate(tokens[0], max_new_tokens=1)
+    for documents in (torch.zeros(1, SEQ, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"documents: has shape \[., .+\], the tokens"):
+            model(tokens, documents=documents)
+    with pytest.raises(
+        ValueError, match=r"documents: must hold whole numbers, holds torch.float32"
+    ):
+        model(tokens, documents=torch.full((2, SEQ), torch.nan))
+
+
+def test_what_are_no_ids_is_refused(model: OpenMythos) -> None:
+    tokens = random_tokens(2)
+    for wrong, said in (
+        (tokens.float(), r"must hold int64 or int32 ids, holds torch\.float32"),
+        (tokens.short(), r"must hold int64 or int32 ids, holds torch\.int16"),
+        (tokens.tolist(), "must be a tensor"),
+    ):
+        with pytest.raises(ValueError, match=f"tokens: {said}"):
+            model(wrong)
+        with pytest.raises(ValueError, match=f"prompt: {said}"):
+            model.generate(wrong, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"targets: must hold int64"):
+        model.losses(tokens, tokens.float())
+    assert torch.equal(model(tokens.int()).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("target", [-1, -99, VOCAB, 999])
+def test_targets_outside_the_vocabulary_are_refused(model: OpenMythos, target: int) -> None:
+    tokens = random_tokens(2)
+    targets = tokens.clone()
+    targets[0, :3] = -100
+    model.losses(tokens, targets)
+    targets[1, 3] = target
+    with pytest.raises(ValueError, match=f"targets: id {target} is neither -100 .not counted"):
+        model.losses(tokens, targets)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]], ids=str)
+def test_prompts_are_padded_on_the_left(model: OpenMythos, mask: list[int]) -> None:
+    # The first row is right, so that one wrong row is enough.
+    masks = torch.tensor([[0, 1, 1, 1], mask]).bool()
+    with pytest.raises(ValueError, match="attention_mask: pad on the left"):
+        model.generate(random_tokens(2, 4), max_new_tokens=1, attention_mask=masks)
 
 
 @pytest.mark.parametrize("stop_id", [-1, VOCAB])
@@ -462,6 +558,75 @@ def test_generation_in_training_mode_is_that_of_eval_mode_and_restores_it() -> N
     assert not any(module.training for module in model.modules())
 
 
+def test_threads_may_generate_with_a_model_in_training() -> None:
+    model, prompt = tiny_model(tiny_config(state_init="normal")), random_tokens(2)
+    rule = StateChangeExit(threshold=0.12)
+    expected = model.generate(prompt, max_new_tokens=4, exit_rule=rule)
+    model.train()
+    with ThreadPoolExecutor(4) as pool:
+        run = partial(model.generate, prompt, max_new_tokens=4, exit_rule=rule)
+        found = [future.result() for future in [pool.submit(run) for _ in range(8)]]
+    assert all(torch.equal(tokens, expected) for tokens in found)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(model: OpenMythos, temperature: float) -> None:
+    sampling = Sampling(temperature=temperature)
+    for wrong in (torch.nan, torch.inf):
+        with torch.no_grad():
+            model.norm.weight[3] = wrong
+        with pytest.raises(ValueError, match="logits: are not finite"):
+            model.generate(random_tokens(2), max_new_tokens=2, sampling=sampling)
+
+
+def test_nothing_is_made_on_the_default_device_but_the_draw(model: OpenMythos) -> None:
+    """On an accelerator a tensor that is made without a device would be on the CPU.
+
+    Here the model is on the CPU and the default is meta, where any such tensor fails the pass.
+    """
+    prompt, mask = random_tokens(2), torch.arange(SEQ) >= torch.tensor([[3], [0]])
+    configs = [
+        {"state_init": "normal", "halting": ACT(bias_init=-1.0), "coda_layers": 2},
+        {"recurrent_feed_forward": MoE(num_experts=4, expert_dim=16)},
+        {"attention": GroupedQueryAttention(num_heads=4, num_kv_heads=2, window=4)},
+    ]
+    for parts in configs:
+        model = tiny_model(tiny_config(**parts))
+        for rule in (None, KLExit(threshold=0.002, scope="prefix")):
+            options = {"max_new_tokens": 3, "attention_mask": mask, "exit_rule": rule}
+            expected = model.generate(prompt, **options, sampling=Sampling(temperature=1.0))
+            with torch.device("meta"):
+                found = model.generate(prompt, **options, sampling=Sampling(temperature=1.0))
+            assert torch.equal(found, expected)
+        depths = torch.tensor([3, 1])
+        with torch.device("meta"):
+            losses = model.train().losses(prompt, prompt, num_loops=depths, documents=prompt * 0)
+            losses.cross_entropy.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device")
+@pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
+def test_a_gpu_decodes_and_trains_as_a_cpu(config: MythosConfig) -> None:
+    model, tokens = tiny_model(config), random_tokens(2)
+    rule = KLExit(threshold=0.002)
+    results = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        found = model(tokens.to(device), num_loops=3)
+        loss = model.losses(tokens.to(device), tokens.to(device), num_loops=3).cross_entropy
+        loss.backward()
+        generated = model.generate(tokens, max_new_tokens=3, exit_rule=rule)
+        assert generated.device.type == device
+        grads = {name: grad.cpu() for name, grad in gradients(model).items()}
+        results.append((found.logits.detach().cpu(), loss.detach().cpu(), grads))
+    (logits, loss, grads), (on_gpu, gpu_loss, gpu_grads) = results
+    torch.testing.assert_close(on_gpu, logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gpu_loss, loss, rtol=1e-3, atol=1e-3)
+    assert_gradients_close(gpu_grads, grads)
+
+
 def test_generation_keeps_no_graph(model: OpenMythos) -> None:
     steps = model.stream(random_tokens(1), max_new_tokens=2)
     for _ in steps:
@@ -620,7 +785,7 @@ def test_samples_follow_the_distribution() -> None:
     assert ((drawn - expected).abs() < 5 * (expected * (1 - expected) / size).sqrt() + 1e-9).all()
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 1e-12, 1e12])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-40, 1e-12, 1e12])
 def test_any_temperature_gives_probabilities(temperature: float) -> None:
     logits = torch.tensor([[3.0, -2.0, 2.999, 3e4]])
     probability = filtered_logits(logits, Sampling(temperature=temperature)).softmax(dim=-1)

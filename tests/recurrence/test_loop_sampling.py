@@ -182,6 +182,12 @@ def test_all_ranks_know_the_global_batch() -> None:
         (LogNormalPoissonLoops, {"sigma": 0.0}, "sigma = 0.0: must be a number, above 0"),
         (LogNormalPoissonLoops, {"max_loops": 0}, "max_loops = 0: must be an integer, at least 1"),
         (LinearCurriculum, {"start_loops": 0.5}, "start_loops = 0.5: must be .* at least 1"),
+        (
+            LinearCurriculum,
+            {"start_loops": 1e39},
+            "start_loops = 1e.39: must be .* at most 1000000",
+        ),
+        (PoissonLoops, {"max_loops": 10**26}, "max_loops = 10+: must be .* at most 1000000"),
         (LinearCurriculum, {"fraction": 0.0}, "fraction = 0.0: must be a number, above 0"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from openmythos.config import require, require_int, require_number
+from openmythos.config import MAX_WIDTH, require, require_int, require_number
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
@@ -48,13 +48,14 @@ class MythosConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "context"):
+        for name in ("vocab_size", "context"):
             require_int(name, getattr(self, name), minimum=1, maximum=MAX_SIZE)
+        require_int("dim", self.dim, minimum=1, maximum=MAX_WIDTH)
         require_int("num_loops", self.num_loops, minimum=1, maximum=MOST_LOOPS)
         require_int("recurrent_layers", self.recurrent_layers, minimum=1, maximum=MAX_LAYERS)
         for name in ("prelude_layers", "coda_layers"):
             require_int(name, getattr(self, name), minimum=0, maximum=MAX_LAYERS)
-        require_number("norm_eps", self.norm_eps, above=0)
+        require_number("norm_eps", self.norm_eps, above=0, at_most=1)
         require(
             self.state_init in ("zeros", "encoded", "normal"),
             "state_init",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos import kernels
-from openmythos.config import ConfigError, require, require_int, require_number
+from openmythos.config import MAX_PARTS, ConfigError, require, require_int, require_number
 from openmythos.nn.blockwise import blockwise_attention
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
 from openmythos.nn.norm import RMSNorm
@@ -217,10 +217,10 @@ class GroupedQueryAttention:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
-        require_int("num_heads", self.num_heads, minimum=1)
-        require_int("num_kv_heads", self.num_kv_heads, minimum=1)
+        require_int("num_heads", self.num_heads, minimum=1, maximum=MAX_PARTS)
+        require_int("num_kv_heads", self.num_kv_heads, minimum=1, maximum=MAX_PARTS)
         require_int("window", self.window, minimum=0)
-        require_number("rope_base", self.rope_base, above=0)
+        require_number("rope_base", self.rope_base, above=0, at_most=1e12)
         require(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos import kernels
-from openmythos.config import require_int
+from openmythos.config import MAX_WIDTH, require_int
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, as_autocast
 from openmythos.types import Tokens
 
@@ -28,7 +28,7 @@ class SwiGLU:
     hidden_dim: int = 704
 
     def __post_init__(self) -> None:
-        require_int("hidden_dim", self.hidden_dim, minimum=1)
+        require_int("hidden_dim", self.hidden_dim, minimum=1, maximum=MAX_WIDTH)
 
     def build(self, dim: int) -> "SwiGLULayer":
         return SwiGLULayer(dim, self.hidden_dim)
@@ -90,7 +90,7 @@ class ReLU2:
     hidden_dim: int = 1024
 
     def __post_init__(self) -> None:
-        require_int("hidden_dim", self.hidden_dim, minimum=1)
+        require_int("hidden_dim", self.hidden_dim, minimum=1, maximum=MAX_WIDTH)
 
     def build(self, dim: int) -> "ReLU2Layer":
         return ReLU2Layer(dim, self.hidden_dim)

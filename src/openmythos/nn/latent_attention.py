@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from openmythos.config import require, require_int, require_number
+from openmythos.config import MAX_PARTS, MAX_WIDTH, require, require_int, require_number
 from openmythos.nn.attention import AttentionContext, AttentionLayer, Position, attend, rotate
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
 from openmythos.nn.norm import RMSNorm
@@ -40,13 +40,14 @@ class LatentAttention:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "kv_latent_dim", "nope_head_dim", "value_head_dim"):
-            require_int(name, getattr(self, name), minimum=1)
-        require_int("q_latent_dim", self.q_latent_dim, minimum=0)
-        require_int("rope_head_dim", self.rope_head_dim, minimum=2)
+        require_int("num_heads", self.num_heads, minimum=1, maximum=MAX_PARTS)
+        for name in ("kv_latent_dim", "nope_head_dim", "value_head_dim"):
+            require_int(name, getattr(self, name), minimum=1, maximum=MAX_WIDTH)
+        require_int("q_latent_dim", self.q_latent_dim, minimum=0, maximum=MAX_WIDTH)
+        require_int("rope_head_dim", self.rope_head_dim, minimum=2, maximum=MAX_WIDTH)
         require(self.rope_head_dim % 2 == 0, "rope_head_dim", self.rope_head_dim, "must be even")
         require_int("window", self.window, minimum=0)
-        require_number("rope_base", self.rope_base, above=0)
+        require_number("rope_base", self.rope_base, above=0, at_most=1e12)
 
     def check(self, dim: int) -> None:
         """Any width will do: head sizes are set independently of dim."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos import kernels
-from openmythos.config import require, require_int, require_number
+from openmythos.config import MAX_PARTS, MAX_WIDTH, require, require_int, require_number
 from openmythos.nn.experts import Experts, ExpertWeights, SortedRows
 from openmythos.nn.feed_forward import SwiGLULayer, TokenRows
 from openmythos.nn.linear import (
@@ -88,9 +88,10 @@ class MoE:
     z_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "expert_dim"):
-            require_int(name, getattr(self, name), minimum=1)
-        require_int("num_shared_experts", self.num_shared_experts, minimum=0)
+        for name in ("num_experts", "top_k"):
+            require_int(name, getattr(self, name), minimum=1, maximum=MAX_PARTS)
+        require_int("expert_dim", self.expert_dim, minimum=1, maximum=MAX_WIDTH)
+        require_int("num_shared_experts", self.num_shared_experts, minimum=0, maximum=MAX_PARTS)
         require(
             self.expert_dim % ALIGNMENT == 0,
             "expert_dim",
@@ -103,9 +104,9 @@ class MoE:
             self.top_k,
             f"must be at most num_experts = {self.num_experts}",
         )
-        require_number("route_scale", self.route_scale, above=0)
+        require_number("route_scale", self.route_scale, above=0, at_most=1e6)
         for name in ("bias_rate", "balance_weight", "z_weight"):
-            require_number(name, getattr(self, name), at_least=0)
+            require_number(name, getattr(self, name), at_least=0, at_most=1e6)
 
     def build(self, dim: int) -> "MoELayer":
         require(dim % ALIGNMENT == 0, "dim", dim, f"must be a multiple of {ALIGNMENT} with experts")

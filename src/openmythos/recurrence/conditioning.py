@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from openmythos.config import ConfigError, require_int
+from openmythos.config import MAX_WIDTH, ConfigError, require_int
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, LowRank
+from openmythos.recurrence.loop_sampling import MOST_LOOPS
 from openmythos.types import Channels
 
 
@@ -34,7 +35,7 @@ class LoopEmbedding:
     num_loops: int = 16
 
     def __post_init__(self) -> None:
-        require_int("num_loops", self.num_loops, minimum=1)
+        require_int("num_loops", self.num_loops, minimum=1, maximum=MOST_LOOPS)
 
     def build(self, dim: int) -> "LoopEmbeddingLayer":
         return LoopEmbeddingLayer(self.num_loops, dim)
@@ -78,8 +79,8 @@ class LoopLoRA:
     targets: tuple[str, ...] = ("attention.query*", "attention.output")
 
     def __post_init__(self) -> None:
-        require_int("rank", self.rank, minimum=1)
-        require_int("num_loops", self.num_loops, minimum=1)
+        require_int("rank", self.rank, minimum=1, maximum=MAX_WIDTH)
+        require_int("num_loops", self.num_loops, minimum=1, maximum=MOST_LOOPS)
 
     def build(self, layers: nn.ModuleList) -> "LoopLoRALayer":
         return LoopLoRALayer(self, layers)

@@ -46,9 +46,9 @@ class ACT:
 
     def __post_init__(self) -> None:
         require_number("threshold", self.threshold, above=0, below=1)
-        require_number("bias_init", self.bias_init)
+        require_number("bias_init", self.bias_init, at_least=-100, at_most=100)
         require_int("min_loops", self.min_loops, minimum=1)
-        require_number("ponder_weight", self.ponder_weight, at_least=0)
+        require_number("ponder_weight", self.ponder_weight, at_least=0, at_most=1e6)
 
     def build(self, dim: int) -> "ACTHalting":
         return ACTHalting(self, dim)

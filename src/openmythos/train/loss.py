@@ -31,7 +31,7 @@ class DeepSupervision:
     collect_loops: ClassVar[CollectLoops] = "all"
 
     def __post_init__(self) -> None:
-        require_number("weight", self.weight, above=0)
+        require_number("weight", self.weight, above=0, at_most=1e6)
 
 
 Loss = FinalLoss | DeepSupervision
