@@ -92,12 +92,13 @@ def test_train_makes_a_run_folder(here: Path, call: Call) -> None:
     assert result.code == 0, result.err
     folder = here / "runs" / "tiny-1"
     wanted = {"config.toml", "tokenizer.json", "tokens", "metrics.jsonl", "checkpoints"}
-    wanted |= {"state.json", ".lock"}
+    wanted |= {"state.json", "machine.json", ".lock"}
     assert wanted | {"loss.png", "loss.csv"} == {path.name for path in folder.iterdir()}
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
     assert load_toml(RunConfig, folder / "config.toml").model.dim == 32
     assert [metrics["step"] for metrics in read_metrics(folder)] == [0, 1, 2]
     assert "openmythos generate runs/tiny-1" in result.out
+    assert result.out.count("precision: ") == 1
     assert call(*TINY).code == 0
     assert (here / "runs" / "tiny-2").is_dir()
 

@@ -266,9 +266,12 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def unknown_name(noun: str, given: object, known: Iterable[str]) -> str:
-    """Text of an error about a name that does not exist: the nearest that does, and all of them."""
-    names = sorted(known)
+def unknown_name(noun: str, given: object, known: Iterable[str], *, as_listed: bool = False) -> str:
+    """Text of an error about a name that does not exist: the nearest that does, and all of them.
+
+    `as_listed` keeps the order of `known`, which else is sorted.
+    """
+    names = list(known) if as_listed else sorted(known)
     near = difflib.get_close_matches(str(given).lower(), names, n=1, cutoff=0.4)
     hint = f", did you mean {near[0]!r}?" if near else ";"
     return f"unknown {noun}{hint} known: {', '.join(names)}"
@@ -314,7 +317,9 @@ def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
         choices = get_args(wanted)
         # By type too: 1, 1.0 and True are equal.
         known = any(type(value) is type(choice) and value == choice for choice in choices)
-        require(known, path, value, unknown_name("choice", value, map(str, choices)))
+        require(
+            known, path, value, unknown_name("choice", value, map(str, choices), as_listed=True)
+        )
     elif wanted is int:
         require_int(path, value)
         require(-_INT64 <= value < _INT64, path, value, "must be within -2**63 and 2**63 - 1")

@@ -8,11 +8,13 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from openmythos.config import ConfigError
+from openmythos.config import ConfigError, require
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -22,8 +24,10 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20
 _PROBE_WIDTH = {"cpu": 128}
 # bf16 is native where it takes at most so many times as long as fp32: about 0.5 times at a width
 # where it matters, once or twice at the probe's, hundreds of times where it is emulated.
-_NATIVE_AT_MOST = 3.0
+_NATIVE_AT_MOST = 6.0
 _CPU = torch.device("cpu")
+Precision = Literal["bf16", "fp32"]
+PRECISIONS = ("bf16", "fp32", "auto")
 
 
 def keep_freed_memory() -> None:
@@ -57,6 +61,34 @@ def bf16_is_native(device: torch.device = _CPU) -> bool:
     return _has_bf16(device) and bf16_slowdown(device) <= _NATIVE_AT_MOST
 
 
+def choose_precision(asked: str, device: torch.device) -> Precision:
+    """What "auto" means on a device: bf16 where it is native, else fp32. A name stays as it is."""
+    require(asked in PRECISIONS, "precision", asked, f"must be one of {', '.join(PRECISIONS)}")
+    if asked == "auto":
+        return "bf16" if bf16_is_native(device) else "fp32"
+    return "bf16" if asked == "bf16" else "fp32"
+
+
+def slow_precision(precision: Precision, device: torch.device) -> str | None:
+    """A line that warns of a precision that fp32 would be twice as fast as; None if it is not."""
+    if precision == "fp32" or bf16_is_native(device):
+        return None
+    times = bf16_slowdown(device)
+    if times <= 2:
+        return None
+    return (
+        f"warning: precision = bf16 is emulated on this {device.type}: a product takes "
+        f"{times:.0f} times as long as in fp32, which precision = auto would choose"
+    )
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which fp32 weights are computed with in a precision."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
 @functools.cache
 def bf16_slowdown(device: torch.device) -> float:
     """Time of a small bf16 product over that of one in fp32; measured once per process."""
@@ -79,15 +111,15 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _product_seconds(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """Of a square product the best of a few; after 10 ms it is not repeated."""
+    """Of a square product the best of at least three, on a busy machine too, in about 10 ms."""
     x = torch.ones(width, width, device=device, dtype=dtype)
     best, begun = math.inf, time.perf_counter()
-    for _ in range(6):
+    for tried in range(1, 21):
         started = time.perf_counter()
         (x @ x)[0, 0].item()
         ended = time.perf_counter()
         best = min(best, ended - started)
-        if ended - begun > 0.01:
+        if tried >= 3 and ended - begun > 0.01:
             break
     return best
 

@@ -40,7 +40,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = RunConfig(
         model=tiny_config(vocab_size=257, context=32),
         data=DataConfig(paths=(str(folder / "text"),), held_out=0.1),
-        train=TrainConfig(num_steps=3, batch_size=4, seq_len=32, loops=FixedLoops(mean_loops=2)),
+        train=TrainConfig(
+            num_steps=3,
+            batch_size=4,
+            seq_len=32,
+            loops=FixedLoops(mean_loops=2),
+            precision="fp32",
+        ),
     )
     made = Run.create(folder / "run", config)
     list(train(made))

@@ -30,6 +30,7 @@ TRAIN = TrainConfig(
     num_steps=20,
     batch_size=BATCH,
     seq_len=SEQ,
+    precision="fp32",
     loops=PoissonLoops(mean_loops=2.0, max_loops=5, per="sequence"),
 )
 
@@ -96,7 +97,7 @@ def launch(ranks: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:
     # The server imports once, and its forks need not.
     multiprocessing.set_forkserver_preload(["openmythos.train.run", "torch.distributed.fsdp"])
     mp.start_processes(_work, args=(ranks, folder, work), nprocs=ranks, start_method="forkserver")
-    return [torch.load(folder / f"{ranks}-{rank}.pt") for rank in range(ranks)]
+    return [torch.load(folder / f"{ranks}-{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def assert_same_steps(

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from variants import tiny_config
 
+from openmythos import machine
 from openmythos.config import ConfigError, apply_overrides, load_toml, save_toml
 from openmythos.data.prepare import prepare
 from openmythos.data.prepared import Preparation
@@ -44,6 +45,7 @@ def config_of(corpus: Path, **changes: Any) -> RunConfig:
         "seq_len": 32,
         "loops": PoissonLoops(mean_loops=2.0, max_loops=4),
         "save_every": 2,
+        "precision": "fp32",
     }
     return RunConfig(
         model=tiny_config(**parts),
@@ -135,6 +137,45 @@ def test_resumed_equals_uninterrupted(
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
     assert steps_of(broken) == list(range(STEPS))
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_was(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(corpus, precision="auto", optimizer=Muon())
+    monkeypatch.setattr(machine, "bf16_is_native", lambda _device=None: False)
+    wanted = [m.loss for m in train(Run.create(tmp_path / "straight", config))]
+    told: list[str] = []
+    run = Run.create(tmp_path / "broken", config)
+    steps = train(run, told=told.append)
+    found = [next(steps).loss for _ in range(3)]
+    steps.close()
+    monkeypatch.setattr(machine, "bf16_is_native", lambda _device=None: True)
+    found += [m.loss for m in train(Run.open(run.folder), resume=True, told=told.append)]
+    assert found == wanted
+    assert told == [
+        "precision: fp32 on cpu, the fast one here",
+        "precision: fp32 on cpu, as the run began",
+    ]
+    assert json.loads((run.folder / "machine.json").read_text())["precision"]["model"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "found"),
+    [
+        ("auto", "auto", "bf16"),
+        ("fp32", "auto", "fp32"),
+        ("bf16", "auto", "bf16"),
+        ("fp32", "bf16", "bf16"),
+        ("auto", "fp32", "fp32"),
+    ],
+)
+def test_a_model_is_used_in_what_the_device_has(
+    run: Run, monkeypatch: pytest.MonkeyPatch, trained: str, asked: str, found: str
+) -> None:
+    monkeypatch.setattr(machine, "bf16_is_native", lambda _device: True)
+    config = replace(run.config, train=replace(run.config.train, precision=trained))
+    assert replace(run, config=config).choose_precision(asked, torch.device("cpu")) == found
 
 
 def test_a_spike_takes_the_run_back_and_on_with_other_data(

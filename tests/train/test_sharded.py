@@ -20,6 +20,7 @@ from ranks import (
     write_text,
 )
 
+from openmythos import machine
 from openmythos.config import ConfigError
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import FixedLoops, Granularity, PoissonLoops
@@ -27,6 +28,7 @@ from openmythos.train.config import TrainConfig
 from openmythos.train.loss import DeepSupervision
 from openmythos.train.optim import Muon
 from openmythos.train.parallel import Parallel, sum_over_ranks
+from openmythos.train.precision import Dtypes, choose
 
 pytestmark = pytest.mark.distributed
 
@@ -94,6 +96,15 @@ def first_step(shards: Path, per: Any) -> dict[str, Any]:
     return heard
 
 
+def choices(rank: int) -> list[Dtypes]:
+    """Where only the first rank has bf16, and it alone sees what the run began with."""
+    bf16 = Dtypes(model="bf16", muon="bf16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "bf16_is_native", lambda _device: rank == 0)
+        device = torch.device("cpu")
+        return [choose("auto", device, kept) for kept in (None, None if rank else bf16)]
+
+
 def work(folder: Path) -> dict[str, Any]:
     ranks = dist.get_world_size()
     found: dict[str, Any] = {
@@ -102,6 +113,7 @@ def work(folder: Path) -> dict[str, Any]:
         if case[0] == ranks
     }
     if ranks == 2:
+        found["choices"] = choices(dist.get_rank())
         found["heard"] = {per: first_step(folder / "shards", per) for per in GRANULARITIES}
         found["gathers"] = [all_gathers(folder / "shards", n) for n in (1, 4, 9)]
         with pytest.raises(ConfigError, match="replicate = 3: times shard = 1 must be"):
@@ -130,7 +142,7 @@ def found(folder: Path) -> Found:
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_together_take_the_steps_of_one(folder: Path, found: Found, name: str) -> None:
     ranks, model, config = CASES[name]
-    # In bf16 a last bit makes much, even other choices of experts; Muon uses it where it is native.
+    # Muon magnifies what is small in a gradient; in bf16 a last bit makes other choices of experts.
     rough = isinstance(config.optimizer, Muon) or config.precision == "bf16"
     alone = all_steps(folder / "shards", model, replace(config, parallel=Parallel()))
     assert len(alone) == config.num_steps
@@ -160,7 +172,21 @@ def test_weights_that_travel_in_bf16_want_autocast() -> None:
     with pytest.raises(
         ConfigError, match=r"parallel\.gather = 'bf16': must be fp32 with precision"
     ):
-        TrainConfig(parallel=Parallel(gather="bf16"))
+        TrainConfig(precision="fp32", parallel=Parallel(gather="bf16"))
+
+
+def test_ranks_agree_on_the_precision(found: Found) -> None:
+    fp32, bf16 = (Dtypes(model=name, muon=name) for name in ("fp32", "bf16"))
+    assert [rank["choices"] for rank in found[2]] == [[fp32, bf16]] * 2
+
+
+def test_auto_that_is_fp32_gathers_no_bf16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(seq_len=SEQ, batch_size=BATCH, parallel=Parallel(gather="bf16"))
+    monkeypatch.setattr(machine, "bf16_is_native", lambda _device: False)
+    with pytest.raises(ConfigError, match=r"gather = 'bf16': must be .* = fp32, which auto is on"):
+        trainer_of(folder / "shards", MODEL, config)
+    monkeypatch.setattr(machine, "bf16_is_native", lambda _device: True)
+    assert trainer_of(folder / "shards", MODEL, config).dtypes == Dtypes(model="bf16", muon="bf16")
 
 
 def test_weights_are_gathered_as_often_for_many_loops_as_for_one(found: Found) -> None:

@@ -36,7 +36,12 @@ from openmythos.train.trainer import StepMetrics, Trainer
 SEQ, BATCH = 32, 4
 MODEL = tiny_config(vocab_size=257, context=SEQ)
 TRAIN = TrainConfig(
-    num_steps=2, batch_size=BATCH, seq_len=SEQ, loops=FixedLoops(mean_loops=2), optimizer=AdamW()
+    num_steps=2,
+    batch_size=BATCH,
+    seq_len=SEQ,
+    loops=FixedLoops(mean_loops=2),
+    optimizer=AdamW(),
+    precision="fp32",
 )
 PER_SEQUENCE = UniformLoops(min_loops=1, max_loops=4)
 

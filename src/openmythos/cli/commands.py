@@ -125,6 +125,8 @@ class Generate:
     """When to stop looping early: fixed, state_change, kl, kl_entropy or argmax."""
     step: Annotated[int | None, shown("N", "the newest")] = None
     """Checkpoint."""
+    precision: Annotated[str, shown("KIND")] = "auto"
+    """Of the weights: fp32, bf16 or auto, which is bf16 where the device computes it natively."""
     set: Changes = ()
     """More settings, such as exit_rule.threshold=1e-3, decode=last or prefill_chunk=64."""
 
@@ -147,6 +149,8 @@ class Generate:
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             chosen.append(f"sampling.{name}={getattr(self, name)}")
         request = apply_overrides(request, [*chosen, *flat(self.set)])
+        if run.choose_precision(self.precision, model.device) == "bf16":
+            model.bfloat16()
         loops = stream(Engine(model, run.tokenizer), self.prompt, request)
         if self.exit_rule != "fixed" and loops:
             OUT.print(f"\n[{sum(loops) / len(loops):.1f} of {request.num_loops} loops per token]")
@@ -162,6 +166,8 @@ class Eval:
     """Text to score instead of the run's own held-out part."""
     num_loops: Annotated[str, shown("N,N,...")] = "1,2,4,8,16"
     """Loop counts, separated by commas."""
+    precision: Annotated[str, shown("KIND")] = "auto"
+    """To compute in: fp32, bf16 or auto, which is bf16 where the device computes it natively."""
     step: Annotated[int | None, shown("N", "the newest")] = None
     """Checkpoint."""
     out: Annotated[str, shown("FOLDER", "the run folder; with --data or --step RUN/eval/...")] = ""
@@ -175,7 +181,7 @@ class Eval:
         run = Run.open(Path(self.folder))
         loops = _loop_counts(self.num_loops)
         folder = report.report_folder(run, flat(self.data), self.step, self.out)
-        found = evaluate(run, loops, flat(self.data), step=self.step)
+        found = evaluate(run, loops, flat(self.data), step=self.step, precision=self.precision)
         report.write_report(found, folder)
         OUT.print(f"\nWritten: {folder}/eval.json, loops.png, loops.csv")
 

@@ -121,7 +121,12 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
         _stop_on_signal() as received,
         Progress(*columns, console=OUT) as bar,
     ):
-        steps = train(run, resume=resume, stopping=lambda: bool(received))
+        steps = train(
+            run,
+            resume=resume,
+            stopping=lambda: bool(received),
+            told=lambda line: OUT.print(line, soft_wrap=True),
+        )
         task = bar.add_task("training", total=num_steps, text="starting")
         smooth = None
         for metrics in steps:
@@ -158,7 +163,11 @@ def _first_words(run: Run) -> str:
 
 
 def evaluate(
-    run: Run, loops: tuple[int, ...], data: tuple[str, ...], step: int | None = None
+    run: Run,
+    loops: tuple[int, ...],
+    data: tuple[str, ...],
+    step: int | None = None,
+    precision: str = "auto",
 ) -> LoopReport:
     """Score and print the table of bits per byte against loops."""
     columns = (TextColumn("evaluating"), BarColumn(bar_width=24), TimeRemainingColumn())
@@ -169,6 +178,7 @@ def evaluate(
             loops,
             data=data,
             step=step,
+            precision=precision,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     table = Table("loops", "bits per byte", "perplexity per token", title=found.text)
@@ -178,6 +188,7 @@ def evaluate(
     for name, bits in found.compressors.items():
         table.add_row(name, f"{bits:.4f}", "")
     OUT.print(table)
+    OUT.print(f"computed in {found.precision} on {found.device}")
     if found.verdict():
         OUT.print(found.verdict())
     return found

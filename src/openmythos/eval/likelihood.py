@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 
 from openmythos.data.loader import evaluation_windows
 from openmythos.data.shards import TokenShards
+from openmythos.machine import autocast, choose_precision
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.cache import CachePolicy
 
@@ -45,11 +45,12 @@ def depth_sweep(
     was_training = model.training
     model.eval()
     device = model.device
+    chosen = choose_precision(precision, device)
     totals, tokens = dict.fromkeys(sorted(loops), 0.0), 0
     try:
         for batch in evaluation_windows(shards, seq_len, batch_size=batch_size):
             targets = batch.targets.flatten().to(device)
-            with _autocast(device, precision):
+            with autocast(chosen, device):
                 output = model(
                     batch.tokens.to(device), num_loops=max(loops), collect_loops=tuple(loops)
                 )
@@ -106,9 +107,3 @@ def _likelihood(total: float, tokens: int, shards: TokenShards) -> Likelihood:
         tokens=tokens,
         num_bytes=shards.num_bytes,
     )
-
-
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()

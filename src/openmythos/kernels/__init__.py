@@ -59,18 +59,20 @@ class Tuned:
 
     `own_forms`: our norm, rotation, gated product and attention in blocks gain over torch's.
     `chunk_tokens`: rows of logits that the loss makes at a time. `few_rows_per_expert`: below so
-    many routed rows per expert, experts are computed one by one in decoding.
+    many routed rows per expert, experts are computed one by one in decoding. `stacks`: one product
+    of a stack of matrices gains over a product of each.
     """
 
     own_forms: bool
     chunk_tokens: int
     few_rows_per_expert: float
+    stacks: bool
 
 
 # CPU: measured on 2-core Zen 4, see docs/performance.md. Elsewhere: torch's own operators, and
 # chunks that keep a kernel busy with at most 1 GiB of fp32 logits per 32,768 words. Not measured.
-CPU = Tuned(own_forms=True, chunk_tokens=512, few_rows_per_expert=0.25)
-ACCELERATOR = Tuned(own_forms=False, chunk_tokens=8192, few_rows_per_expert=0.0)
+CPU = Tuned(own_forms=True, chunk_tokens=512, few_rows_per_expert=0.25, stacks=False)
+ACCELERATOR = Tuned(own_forms=False, chunk_tokens=8192, few_rows_per_expert=0.0, stacks=True)
 
 
 def tuned(device: torch.device) -> Tuned:

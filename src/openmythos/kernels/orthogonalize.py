@@ -7,7 +7,7 @@ coefficients give up exact convergence to 1 for a steep slope at 0, so that 5 st
 import torch
 from torch import Tensor
 
-from openmythos import machine
+from openmythos import kernels, machine
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -34,14 +34,11 @@ def orthogonalize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     x = x.to(dtype)
     if x.numel() == 0:
         return x
-    if x.ndim == 3 and not gains_from_stacks(x.device):
+    if kernels.reference():
+        return reference(x)
+    if x.ndim == 3 and not kernels.tuned(x.device).stacks:
         return torch.stack([_iterate(matrix) for matrix in x])
     return _iterate(x)
-
-
-def gains_from_stacks(device: torch.device) -> bool:
-    """Whether many products at once are faster than one after the other."""
-    return device.type != "cpu"
 
 
 def _iterate(x: Tensor) -> Tensor:

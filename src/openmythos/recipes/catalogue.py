@@ -42,7 +42,6 @@ def demo() -> RunConfig:
             loops=PoissonLoops(mean_loops=2.0, max_loops=8),
             optimizer=Muon(lr=3e-3, adamw_lr_scale=4.0),
             schedule=WSD(warmup=0.02, decay=0.6),
-            precision="bf16",
         ),
     )
 
@@ -101,7 +100,6 @@ def parcae_140m() -> RunConfig:
             optimizer=_parcae_muon(dim=768),
             schedule=WSD(warmup=0.0, decay=0.5, final=0.0),
             clip_norm=1.0,
-            precision="bf16",
             compile=True,
             save_every=1024,
             keep_every=1024 * 5,

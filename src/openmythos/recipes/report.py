@@ -36,6 +36,8 @@ class LoopReport:
     mean_loops: float
     text: str = HELD_OUT
     step: int = 0
+    precision: str = "fp32"
+    device: str = "cpu"
 
     @property
     def bits_per_byte(self) -> dict[int, float]:
@@ -75,24 +77,30 @@ def evaluate(
     *,
     data: Sequence[str] = (),
     device: str = "auto",
+    precision: str = "auto",
     step: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoopReport:
-    """Score the run's held-out text, or all text of `data`; `step` None: the newest checkpoint."""
+    """Score the run's held-out text, or all text of `data`; `step` None: the newest checkpoint.
+
+    Precision "auto" is what the device computes natively, fp32 for a run trained in it by name.
+    """
     config = run.config.train
     model, step = run.load_checkpoint(device, step=step)
+    chosen = run.choose_precision(precision, model.device)
     with _tokens(run, data) as (shards, text):
         found = depth_sweep(
             model,
             shards,
             loops,
             seq_len=config.seq_len,
-            precision=config.precision,
+            precision=chosen,
             progress=None if progress is None else lambda done: progress(done, len(shards) - 1),
         )
     scored = ", ".join(data) if data else HELD_OUT
     mean_loops = float(config.loops.mean_loops)
-    return LoopReport(found, compression_baselines(text), mean_loops, scored, step)
+    baselines, on = compression_baselines(text), str(model.device)
+    return LoopReport(found, baselines, mean_loops, scored, step, chosen, on)
 
 
 @contextmanager
@@ -134,7 +142,7 @@ def report_folder(run: Run, data: Sequence[str], step: int | None, out: str = ""
 def write_report(report: LoopReport, folder: Path) -> None:
     """eval.json, loops.png and loops.csv in `folder`.
 
-    What eval.json holds of the same text and checkpoint at other numbers of loops stays in it.
+    What eval.json holds of the same text, checkpoint and precision at other numbers of loops stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = _written(folder / FILE, report)
@@ -144,6 +152,8 @@ def write_report(report: LoopReport, folder: Path) -> None:
     found = {
         "text": report.text,
         "step": report.step,
+        "precision": report.precision,
+        "device": report.device,
         "held_out" if own else "other_text": rows,
         "compressors_bits_per_byte": dict(report.compressors),
         "mean_loops_in_training": report.mean_loops,
@@ -160,16 +170,17 @@ def write_report(report: LoopReport, folder: Path) -> None:
 
 
 def _written(path: Path, report: LoopReport) -> dict[int, Likelihood]:
-    """What an eval.json holds of the text and the checkpoint of a report."""
+    """What an eval.json holds of the text, checkpoint and precision of a report."""
     try:
         found = read_json(path)
-        if (found["text"], found["step"]) != (report.text, report.step):
+        same = (report.text, report.step, report.precision)
+        if (found["text"], found["step"], found["precision"]) != same:
             return {}
         rows = found["held_out" if report.text == HELD_OUT else "other_text"]
         held = {row.pop("num_loops"): Likelihood(**row) for row in rows}
-        same = {row.num_bytes for row in (*held.values(), *report.loops.values())}
+        sizes = {row.num_bytes for row in (*held.values(), *report.loops.values())}
         whole = all(isinstance(x, int | float) for row in held.values() for x in vars(row).values())
-        return held if len(same) == 1 and whole else {}
+        return held if len(sizes) == 1 and whole else {}
     except (ConfigError, KeyError, TypeError, AttributeError):
         return {}  # not there, or not of this version
 

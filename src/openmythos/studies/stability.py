@@ -48,6 +48,7 @@ def arms() -> list[Arm]:
         batch_size=4,
         seq_len=128,
         schedule=WSD(warmup=0.05, decay=0.2, final=0.1),
+        precision="fp32",  # the same on every machine
     )
     return [
         Arm(

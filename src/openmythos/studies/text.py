@@ -85,6 +85,7 @@ def text_training(loops: LoopSampling) -> TrainConfig:
         loops=loops,
         optimizer=AdamW(lr=2e-3),
         schedule=WSD(warmup=0.05, decay=0.3, final=0.1),
+        precision="fp32",  # the same on every machine
     )
 
 

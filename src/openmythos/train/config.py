@@ -71,7 +71,8 @@ class TrainConfig:
     A step sees batch_size sequences of seq_len tokens, in micro-batches of micro_batch_size (0: all
     at once). Loops are drawn from `loops` under `curriculum`; only the last backprop_loops of each
     sequence carry gradient (0: all). `mask_documents` keeps attention inside each packed document.
-    precision "bf16" is autocast over fp32 weights. Of checkpoints the newest keep_checkpoints stay,
+    precision "bf16" is autocast over fp32 weights; "auto" is bf16 where the device computes it
+    natively, else fp32 (see `train.precision`). Of checkpoints the newest keep_checkpoints stay,
     and with keep_every > 0 those whose step it divides. `trackers` get what metrics.jsonl gets.
     """
 
@@ -88,7 +89,7 @@ class TrainConfig:
     schedule: Schedule = field(default_factory=WSD)
     clip_norm: float = 1.0
     spikes: Spikes = field(default_factory=NoSpikes)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["bf16", "fp32", "auto"] = "auto"
     mask_documents: bool = False
     checkpoint_loops: bool = False
     compile: bool = False
@@ -116,14 +117,21 @@ class TrainConfig:
             f"must divide batch_size = {self.batch_size}",
         )
         require_number("clip_norm", self.clip_norm, above=0)
-        fits = self.parallel.gather == "fp32" or self.precision == "bf16"
-        allowed = f"must be fp32 with precision = {self.precision}"
-        require(fits, "parallel.gather", self.parallel.gather, allowed)
+        if self.precision != "auto":
+            self.require_gather(self.precision)
         kinds = [tracker.kind for tracker in self.trackers]
         require(len(kinds) == len(set(kinds)), "trackers", kinds, "must be of different kinds")
         fits = self.parallel.experts == 1 or not self.compile
         allowed = "must be 1 with compile = true"
         require(fits, "parallel.experts", self.parallel.experts, allowed)
+
+    def require_gather(self, precision: str) -> None:
+        """Raise unless weights may travel in the dtype of `parallel.gather` in that precision."""
+        gather = self.parallel.gather
+        allowed = f"must be fp32 with precision = {precision}"
+        if self.precision == "auto":
+            allowed += ", which auto is on this device"
+        require(gather == "fp32" or precision == "bf16", "parallel.gather", gather, allowed)
 
     @property
     def micro_size(self) -> int:

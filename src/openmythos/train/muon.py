@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from openmythos.kernels.orthogonalize import gains_from_stacks, orthogonalize
+from openmythos import kernels
+from openmythos.kernels.orthogonalize import orthogonalize
 
 
 class MuonStep(torch.optim.Optimizer):
@@ -86,7 +87,7 @@ def _together(weights: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
         key: Any = id(weight)
         if weight.ndim == 2 and isinstance(weight, DTensor):
             key = (weight.shape, weight.device_mesh, weight.placements)
-        elif weight.ndim == 2 and gains_from_stacks(weight.device):
+        elif weight.ndim == 2 and kernels.tuned(weight.device).stacks:
             key = weight.shape
         found.setdefault(key, []).append(weight)
     return list(found.values())

@@ -8,10 +8,12 @@ RUN/
     metrics.jsonl               one object per logged step
     state.json                  what the run is doing, see `train.state`
     .lock                       held by the process that trains
+    machine.json                in which dtypes it computes, and on what, see `train.precision`
     checkpoints/step-*/         see `train.checkpoint`
 """
 
 import functools
+import logging
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -28,8 +30,9 @@ from openmythos.data.loader import Loader
 from openmythos.data.prepared import References
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerFile, load_tokenizer
-from openmythos.machine import choose_device
+from openmythos.machine import Precision, choose_device, choose_precision, slow_precision
 from openmythos.model.mythos import OpenMythos
+from openmythos.train import precision
 from openmythos.train.checkpoint import (
     CheckpointWriter,
     checkpoint_at,
@@ -51,6 +54,7 @@ CONFIG_FILE = "config.toml"
 _UNFINISHED = ".unfinished"
 _PARTS = ("tokens", TOKENIZER_FILE, _UNFINISHED)
 Progress = Callable[[str, int], None]
+LOG = logging.getLogger(__name__)
 
 
 def open_data(config: DataConfig) -> Corpus:
@@ -171,6 +175,18 @@ class Run:
                 raise
         return self.load_checkpoint(device)
 
+    def choose_precision(self, asked: str, device: torch.device) -> Precision:
+        """To use the model in: "auto" is fp32 for a run that was to be trained in it by name.
+
+        Logs a warning where it is slow.
+        """
+        by_name = self.config.train.precision == "fp32"
+        chosen = choose_precision("fp32" if by_name and asked == "auto" else asked, device)
+        slow = slow_precision(chosen, device)
+        if slow is not None:
+            LOG.warning(slow)
+        return chosen
+
 
 def require_free(folder: Path) -> None:
     """Raise unless nothing is there, or an empty folder, or what an interrupted `create` left."""
@@ -230,7 +246,11 @@ def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Pr
 
 
 def train(
-    run: Run, *, resume: bool = False, stopping: Callable[[], bool] = lambda: False
+    run: Run,
+    *,
+    resume: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
+    told: Callable[[str], None] = LOG.info,
 ) -> Generator[StepMetrics, None, None]:
     """Train, logging and saving as the config says; yields every step's metrics.
 
@@ -238,12 +258,13 @@ def train(
     any of them; that, or closing the iterator, saves a checkpoint of the last finished step.
     `resume` goes on from the newest checkpoint, from the start where there is none yet, and once it
     is loaded writes the run's config to its folder. A run that another process trains is refused.
+    `told` hears a line about the precision, on the first rank.
     """
     if rank_and_world_size()[0] > 0:
-        return _steps(run, _trainer(run, resume, stopping), lambda _metrics: None)
+        return _steps(run, _trainer(run, resume, stopping, told), lambda _metrics: None)
     held = lock(run.folder)
     try:
-        steps = _watched(run, _trainer(run, resume, stopping))
+        steps = _watched(run, _trainer(run, resume, stopping, told))
         if resume and run.config != load_toml(RunConfig, run.folder / CONFIG_FILE):
             save_toml(run.config, run.folder / CONFIG_FILE)
     except BaseException:
@@ -264,7 +285,9 @@ def _holding(
         yield from steps
 
 
-def _trainer(run: Run, resume: bool, stopping: Callable[[], bool]) -> Trainer:
+def _trainer(
+    run: Run, resume: bool, stopping: Callable[[], bool], told: Callable[[str], None]
+) -> Trainer:
     """Ready for the next step."""
     config = run.config.train
     rank, world_size = rank_and_world_size()
@@ -283,9 +306,13 @@ def _trainer(run: Run, resume: bool, stopping: Callable[[], bool]) -> Trainer:
         require(kind == trained.optimizer.kind, "train.optimizer.kind", kind, allowed)
     with torch.device("meta"):
         model = OpenMythos(run.config.model)
-    trainer = Trainer(model, loader, config, stopping)
+    kept = precision.read(run.folder) if found else None
+    trainer = Trainer(model, loader, config, stopping, kept)
     if found:
         trainer.counters = load_training(found[-1], trainer.model, trainer.optimizers)
+    if rank == 0:
+        told(precision.line(config.precision, trainer.dtypes, kept, trainer.device))
+        precision.write(run.folder, trainer.dtypes, trainer.device)
     return trainer
 
 

@@ -7,7 +7,6 @@ are drawn from (seed, step), so a resumed run goes on exactly as the uninterrupt
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from openmythos.config import require
 from openmythos.data.loader import Batch, Loader
-from openmythos.machine import choose_device, matmul_peak
+from openmythos.machine import autocast, choose_device, matmul_peak
 from openmythos.model.cost import TrainingFlops
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
@@ -36,6 +35,7 @@ from openmythos.train.parallel import (
     sum_over_ranks,
     whole,
 )
+from openmythos.train.precision import Dtypes, choose
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class StepMetrics:
 class Trainer:
     """Trains a model on a loader's batches from step `step` on.
 
-    A model on the meta device is given its weights here, in shards, on `config.device`.
+    A model on the meta device is given its weights here, in shards, on `config.device`. `kept` are
+    the dtypes that a resumed run began with.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Trainer:
         loader: Loader,
         config: TrainConfig,
         stopping: Callable[[], bool] = lambda: False,
+        kept: Dtypes | None = None,
     ) -> None:
         self.loader, self.config = loader, config
         self.rank, self.world_size = rank_and_world_size()
@@ -88,6 +90,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         if self.device.type == "meta":
             self.device = choose_device(config.device, "train.device")
+        self.dtypes = choose(config.precision, self.device, kept)
+        config.require_gather(self.dtypes.model)
         self.model = spread(
             model,
             config.parallel,
@@ -96,7 +100,7 @@ class Trainer:
             checkpoint_loops=config.checkpoint_loops,
             compiled=config.compile,
         )
-        self.optimizers = config.optimizer.build(self.model)
+        self.optimizers = config.optimizer.build(self.model, self.dtypes.muon_dtype)
         self.counters = Counters()
         self.stopping = False  # as of the last step, whether some rank was asked to
         self.spiked = False  # whether the last step's loss was a spike
@@ -192,7 +196,7 @@ class Trainer:
 
     @cached_property
     def _peak(self) -> float:
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if self.dtypes.model == "bf16" else torch.float32
         return matmul_peak(self.device, dtype)
 
     def _step_flops(self, loops: Tensor) -> float:
@@ -234,7 +238,7 @@ class Trainer:
             # The start token after a document's last one stays a target: it says where to end.
             if documents is not None:
                 documents = documents.to(self.device)
-            with self._autocast():
+            with autocast(self.dtypes.model, self.device):
                 losses = self.model.losses(
                     batch.tokens[rows].to(self.device),
                     targets,
@@ -258,11 +262,6 @@ class Trainer:
                 )
         assert sums is not None
         return LossParts(*sums), router, sizes
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.config.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
 
     def _max_decay(self) -> float:
         injection = self.model.recurrent.injection

@@ -1,0 +1,79 @@
+"""What the machine can do: bf16, asked of torch and timed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from openmythos import machine
+from openmythos.config import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A CPU that says that it has AVX512_BF16."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("slowdown", "native"), [(0.5, True), (4.0, True), (99.0, False)])
+def test_what_a_processor_says_is_confirmed_by_a_product(
+    said: pytest.MonkeyPatch, slowdown: float, native: bool
+) -> None:
+    said.setattr(machine, "bf16_slowdown", lambda _device: slowdown)
+    assert machine.bf16_is_native() == native
+    assert machine.choose_precision("auto", CPU) == ("bf16" if native else "fp32")
+    assert machine.fast_dtype(CPU) == (torch.bfloat16 if native else torch.float32)
+
+
+def test_a_processor_that_says_it_has_none_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(machine, "bf16_slowdown", lambda _device: pytest.fail("timed"))
+    assert machine.choose_precision("auto", CPU) == "fp32"
+
+
+def test_a_precision_asked_for_by_name_is_honoured_and_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "bf16_is_native", lambda _device=CPU: False)
+    assert machine.choose_precision("bf16", CPU) == "bf16"
+    assert machine.choose_precision("fp32", CPU) == "fp32"
+    for slowdown, warned in ((1.9, False), (600.0, True)):
+        monkeypatch.setattr(machine, "bf16_slowdown", lambda _device, times=slowdown: times)
+        line = machine.slow_precision("bf16", CPU)
+        assert (line is not None) == warned
+        assert machine.slow_precision("fp32", CPU) is None
+    assert line is not None and "600 times as long" in line and "\n" not in line
+    monkeypatch.setattr(machine, "bf16_is_native", lambda _device=CPU: True)
+    assert machine.slow_precision("bf16", CPU) is None
+
+
+def test_an_unknown_precision_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"precision = 'fp16': must be one of bf16, fp32, auto"):
+        machine.choose_precision("fp16", CPU)
+
+
+def test_kernels_without_bf16_are_found_out_quickly() -> None:
+    """With the variables that take its bf16 from a processor, in a process of their own."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("the variables are for x86 processors")
+    code = """
+import time, torch
+from openmythos import machine
+torch.cpu._is_avx512_bf16_supported = lambda: True
+torch.ones(8, 8) @ torch.ones(8, 8)
+started = time.process_time()
+print(machine.bf16_is_native(), time.process_time() - started)
+"""
+    variables = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True
+    )
+    native, seconds = found.stdout.split()
+    assert native == "False"
+    assert float(seconds) < 0.2
