@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -77,3 +78,28 @@ print(machine.bf16_is_native(), time.process_time() - started)
     native, seconds = found.stdout.split()
     assert native == "False"
     assert float(seconds) < 0.2
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_peak_is_that_of_the_best_width(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """Of a CPU that is fastest at 512 and, in bf16, emulated: then one small width must do."""
+    asked: list[int] = []
+
+    def seconds(_device: object, dtype: torch.dtype, width: int, most: float) -> float:
+        asked.append(width)
+        rate = {128: 40e9, 256: 80e9, 512: 90e9}.get(width, 85e9)
+        return 2 * width**3 / (rate if native or dtype == torch.float32 else 0.3e9)
+
+    monkeypatch.setattr(machine, "_product_seconds", seconds)
+    assert machine.matmul_peak(CPU, torch.float32) == pytest.approx(90e9)
+    assert asked == [128, 256, 512, 1024]
+    asked.clear()
+    machine.matmul_peak(CPU, torch.bfloat16)
+    assert asked == ([128, 256, 512, 1024] if native else [128])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_peak_is_measured_in_little_time(dtype: torch.dtype) -> None:
+    started = time.process_time()
+    assert machine.matmul_peak(CPU, dtype) > 0
+    assert time.process_time() - started < 1

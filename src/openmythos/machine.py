@@ -25,6 +25,7 @@ _PROBE_WIDTH = {"cpu": 128}
 # bf16 is native where it takes at most so many times as long as fp32: about 0.5 times at a width
 # where it matters, once or twice at the probe's, hundreds of times where it is emulated.
 _NATIVE_AT_MOST = 6.0
+_PEAK_WIDTHS = {"cpu": (128, 256, 512, 1024, 2048), "accelerator": (1024, 2048, 4096, 8192)}
 _CPU = torch.device("cpu")
 Precision = Literal["bf16", "fp32"]
 PRECISIONS = ("bf16", "fp32", "auto")
@@ -110,16 +111,24 @@ def _has_bf16(device: torch.device) -> bool:
     return False
 
 
-def _product_seconds(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """Of a square product the best of at least three, on a busy machine too, in about 10 ms."""
-    x = torch.ones(width, width, device=device, dtype=dtype)
+def _product_seconds(
+    device: torch.device, dtype: torch.dtype, width: int, most: float = 0.01
+) -> float:
+    """Of a square product the best of at least three, on a busy machine too, and at most 20.
+
+    After `most` seconds it is not repeated beyond three times.
+    """
+    # Not ones, with which a GPU uses less power and is faster than with a model's numbers.
+    x = torch.linspace(-1, 1, width * width, device=device).view(width, width).to(dtype)
+    product = torch.empty_like(x)
     best, begun = math.inf, time.perf_counter()
     for tried in range(1, 21):
         started = time.perf_counter()
-        (x @ x)[0, 0].item()
+        torch.mm(x, x, out=product)
+        product[0, 0].item()
         ended = time.perf_counter()
         best = min(best, ended - started)
-        if tried >= 3 and ended - begun > 0.01:
+        if tried >= 3 and ended - begun > most:
             break
     return best
 
@@ -181,16 +190,21 @@ def describe() -> dict[str, str | int | bool | None]:
     }
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large square product on a device, the best of a few."""
-    size = 512 if device.type == "cpu" else 8192
-    x = torch.ones(size, size, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(5):
+def matmul_peak(device: torch.device, dtype: torch.dtype, budget: float = 0.15) -> float:
+    """FLOPs per second of the fastest square product, on the threads of this process.
+
+    The widths double for about `budget` seconds: small products are too short to reach the peak,
+    and the first of a width is cold.
+    """
+    best, spent = 0.0, 0.0
+    for width in _PEAK_WIDTHS["cpu" if device.type == "cpu" else "accelerator"]:
         started = time.perf_counter()
-        (x @ x)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        seconds = _product_seconds(device, dtype, width, most=0.1 * budget)
+        spent += time.perf_counter() - started
+        best = max(best, 2 * width**3 / seconds)
+        if spent + 3 * 8 * seconds > budget:
+            break
+    return best
 
 
 def peak_bytes() -> int:

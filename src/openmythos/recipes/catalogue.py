@@ -1,4 +1,8 @@
-"""The recipes: functions that return the config of a whole run."""
+"""The recipes: functions that return the config of a whole run.
+
+All train with Muon, which at these sizes ends at a lower loss than AdamW after as many steps. What
+it costs is per step, not per token: small batches pay most.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +20,10 @@ from openmythos.train.optim import WSD, Muon
 
 
 def tiny() -> RunConfig:
-    """Seconds: 20 steps of a model of bytes, to see that everything works."""
+    """Seconds: 20 steps of a model of bytes, to see that everything works.
+
+    With Muon, as the larger recipes, and thus with AdamW too, for what is no matrix of a layer.
+    """
     return RunConfig(
         model=presets.tiny(),
         tokenizer=Bytes(),
@@ -28,6 +35,8 @@ def demo() -> RunConfig:
     """About three minutes on two cores: the whole architecture at 5 M parameters.
 
     So few steps need a faster router bias than the default, and an untied head: both learn early.
+    Muon, since steps are few: it takes 20% of one of 2048 tokens and 2 loops (fp32, one thread of a
+    Zen 3), AdamW would take 1%.
     """
     model = presets.small()
     assert isinstance(model.recurrent_feed_forward, MoE)
@@ -47,7 +56,10 @@ def demo() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """An hour or two on two cores: the demo's model with more loops and twenty times the steps."""
+    """An hour or two on two cores: the demo's model with more loops and twenty times the steps.
+
+    Muon as in the demo; beside twice the tokens and loops of a step it weighs a third as much.
+    """
     base = demo()
     return replace(
         base,
@@ -81,10 +93,11 @@ def _parcae_muon(dim: int) -> Muon:
 def parcae_140m() -> RunConfig:
     """Parcae-140M (arXiv 2604.12946) as its authors train it: 11.2 B tokens of FineWeb-Edu.
 
-    256 sequences of 2048 tokens a step; Poisson(8) loops per sequence, the last 4 with gradient;
-    Muon at 8e-3, in its own units, for matrices, AdamW at 8e-3 for the rest; no warmup, the second
-    half of the steps cools down to 0; weight decay 0.2 falls to 0. Not as there: value embeddings
-    (the preset has more layers instead), "cautious" decay and the normalised step of their Muon.
+    256 sequences of 2048 tokens a step; Poisson(8) loops per sequence, the last 4 with gradient; as
+    there, Muon at 8e-3, in its own units, for matrices, AdamW at 8e-3 for the rest; no warmup, the
+    second half of the steps cools down to 0; weight decay 0.2 falls to 0. Not as there: value
+    embeddings (the preset has more layers instead), "cautious" decay and the normalised step of
+    their Muon.
     """
     return RunConfig(
         model=presets.parcae_140m(),
@@ -108,7 +121,7 @@ def parcae_140m() -> RunConfig:
 
 
 def parcae_mini() -> RunConfig:
-    """Parcae's recipe at 1.7 M parameters, on a laptop in minutes."""
+    """Parcae's recipe at 1.7 M parameters, with its Muon, on a laptop in minutes."""
     base = parcae_140m()
     attention = GroupedQueryAttention(num_heads=4, num_kv_heads=4, qk_norm=True)
     feed_forward = ReLU2(hidden_dim=512)

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from openmythos.config import require
 from openmythos.data.loader import Batch, Loader
-from openmythos.machine import autocast, choose_device, matmul_peak
+from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak
 from openmythos.model.cost import TrainingFlops
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
@@ -56,7 +55,7 @@ class StepMetrics:
     max_decay: float
     skipped: int  # steps so far whose loss or gradient was not finite: nothing was changed
     rollbacks: int  # so far, after a spike of the loss
-    mfu: float  # model FLOPs over those of a matrix product on the same device
+    mfu: float  # model FLOPs over those of matrix products in the same dtype, at most 1
     # By loop, means over the positions that run it; empty at steps that are not logged.
     state_rms: tuple[float, ...]
     residual: tuple[float, ...]  # |h' - h| / |h'|
@@ -106,6 +105,7 @@ class Trainer:
         self.spiked = False  # whether the last step's loss was a spike
         self._asked_to_stop = stopping
         self._flops = TrainingFlops(model.config, config.seq_len)
+        self._peak = 0.0  # FLOPs per second of this rank, measured after the first step
 
     @property
     def step(self) -> int:
@@ -176,7 +176,7 @@ class Trainer:
             max_decay=self._max_decay(),
             skipped=self.counters.skipped + (not finite),
             rollbacks=self.counters.rollbacks,
-            mfu=self._step_flops(all_loops) / elapsed / (self._peak * self.world_size),
+            mfu=self._mfu(self._step_flops(all_loops) / self.world_size / elapsed),
             state_rms=state_rms,
             residual=residual,
         )
@@ -194,10 +194,20 @@ class Trainer:
             recent = (*recent, metrics.loss)[-spikes.window :]
         self.counters = c._replace(step=c.step + 1, skipped=metrics.skipped, recent=recent)
 
-    @cached_property
-    def _peak(self) -> float:
-        dtype = torch.bfloat16 if self.dtypes.model == "bf16" else torch.float32
-        return matmul_peak(self.device, dtype)
+    def _mfu(self, rate: float) -> float:
+        """The share of the peak that a rank's FLOPs per second are.
+
+        The peak is the best that this process has seen: of products in the dtype of the run, or of
+        a step, where the products were timed while something else had the processor.
+        """
+        if self._peak == 0:
+            # Where bf16 is emulated, much of a step is faster fp32.
+            emulated = self.dtypes.model == "bf16" and not bf16_is_native(self.device)
+            dtypes = [torch.float32] if self.dtypes.model == "fp32" or emulated else []
+            dtypes += [torch.bfloat16] if self.dtypes.model == "bf16" else []
+            self._peak = max(matmul_peak(self.device, dtype) for dtype in dtypes)
+        self._peak = max(self._peak, rate)
+        return rate / self._peak
 
     def _step_flops(self, loops: Tensor) -> float:
         """Of all ranks; every sequence has its own number of loops."""
