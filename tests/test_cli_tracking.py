@@ -353,11 +353,11 @@ def test_a_real_run_stopped_and_finished(
     small = ["train.seq_len=32", "train.num_steps=4", "model.dim=32"]
     with monkeypatch.context() as patch:
         patch.setattr(screen, "train", interrupted)
-        assert call("train", "--recipe", "tiny", "--data", "text", "--set", *small)[0] == 0
+        assert call("train", "--recipe", "tiny", "--data", "text", "--set", *small)[0] == 130
     found = listed(call)["tiny-1"]
-    assert (seen, found["state"], found["step"]) == (["running"], "stopped", 2)
+    assert (seen, found["state"], found["step"]) == (["running"], "stopped", 1)
     shutil.copytree("runs/tiny-1", "runs/tiny-2")
     assert call("train", "--resume", "runs/tiny-1")[0] == 0
     states = {name: (entry["state"], entry["step"]) for name, entry in listed(call).items()}
-    assert states == {"tiny-1": ("finished", 4), "tiny-2": ("stopped", 2)}
+    assert states == {"tiny-1": ("finished", 4), "tiny-2": ("stopped", 1)}
     assert call("plot", "runs/tiny-1", "runs/tiny-2", "--out", "c.png")[0] == 0

@@ -1,6 +1,24 @@
-"""`python -m openmythos`."""
+"""`python -m openmythos`, and the program `openmythos`."""
 
-from openmythos.cli import run
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """The program; Ctrl-C while it is being imported ends it without a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    from openmythos.cli import run as program
+
+    program()
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
 
 if __name__ == "__main__":
     run()

@@ -187,7 +187,7 @@ def test_quick_runs_everything_once_and_keeps_it(
     ]
     best = max(first["trials"], key=lambda t: (t["fit"], -t["rate"]))
     assert first["runs"][1]["settings"]["learning"]["optimizer"]["lr"] == best["rate"]
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(runner, "worker_pool", Here)
     run()
     assert [done for done, _, _ in told] == [6, 6]  # nothing is run again
     assert read_json(tmp_path / "results.json")["runs"] == first["runs"]
@@ -239,7 +239,7 @@ def test_rates_are_chosen_by_the_mean_over_their_seeds(
         draw=lambda _runs: (plots.new_figure(), [{"arm": "one"}]),
     )
     monkeypatch.setattr(runner, "run_arm", made_up)
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(runner, "worker_pool", Here)
     runner.run_study(study, tmp_path, seeds=1, quick=True)
     data = read_json(tmp_path / "results.json")
     assert {t["rate"]: t["fit"] for t in data["trials"]} == pytest.approx(
@@ -264,7 +264,7 @@ QUICK = {"systematic-generalization", "depth-lora"}
 def test_every_study_runs_quick_with_figure_and_report(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(runner, "worker_pool", Here)
     monkeypatch.setattr(stability, "RATES", stability.RATES[:1])
     study = runner.get(name)
     fast = replace(study, arms=lambda: [replace(arm, rates=()) for arm in study.arms()])

@@ -492,14 +492,41 @@ def test_every_so_many_steps_a_checkpoint_stays(tmp_path: Path, corpus: Path) ->
     assert kept == [4, 6]
 
 
-def test_training_stops_after_the_step_in_which_it_is_asked_to(run: Run) -> None:
+def test_training_abandons_the_step_in_which_it_is_asked_to_stop(run: Run) -> None:
     asked, seen = [], []
     for metrics in train(run, stopping=lambda: 0 in asked):
         seen.append(metrics.step)
         if metrics.step == 2:
             asked.append(0)
-    assert seen == [0, 1, 2, 3]
-    assert latest_checkpoint(run.folder).name == "step-00000004"
+    assert seen == [0, 1, 2]
+    assert latest_checkpoint(run.folder).name == "step-00000003"
+
+
+def test_a_step_is_abandoned_anywhere_and_made_again_exactly(
+    tmp_path: Path, corpus: Path, run: Run
+) -> None:
+    """The trainer asks at every loop of the forward and the backward pass."""
+    straight = [(metrics.step, metrics.loss) for metrics in train(run)]
+    other = Run.create(tmp_path / "other", run.config)
+    asked = 0
+
+    def stopping() -> bool:
+        nonlocal asked
+        asked += 1
+        # Later each time, so that it is somewhere else.
+        return asked == allowed
+
+    seen: list[tuple[int, float]] = []
+    allowed = 0
+    while len(seen) < len(straight):
+        asked, allowed = 0, allowed + 9
+        done = bool(list_checkpoints(other.folder))
+        seen += [
+            (metrics.step, metrics.loss) for metrics in train(other, resume=done, stopping=stopping)
+        ]
+        assert allowed < 400
+    assert seen == straight
+    assert torch.equal(run.load_model().embed.weight, other.load_model().embed.weight)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (9, [2, 4, 6])])

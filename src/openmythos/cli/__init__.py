@@ -13,6 +13,7 @@ from openmythos import __version__
 from openmythos.cli.commands import Demo, Eval, Export, Generate, Plan, Presets, Study, Train
 from openmythos.cli.data import Data, Tokenizer
 from openmythos.cli.flags import parse
+from openmythos.cli.interrupt import CODES, Interrupted, answer_signals
 from openmythos.cli.tracking import Plot, Runs, Watch
 
 Command = (
@@ -38,6 +39,9 @@ _DEBUG = "OPENMYTHOS_DEBUG"
 def run() -> NoReturn:
     """The program `openmythos`."""
     code = main()
+    if code in CODES:
+        # Threads and processes that still work would hold the interpreter.
+        os._exit(code)
     # Who has not come as far as torch can leave like any program.
     if "torch" not in sys.modules:
         sys.exit(code)
@@ -59,11 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         from openmythos.machine import keep_freed_memory
 
         keep_freed_memory()
-        command.run()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
+        with answer_signals():
+            command.run()
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        return 130
+        return stop.code if isinstance(stop, Interrupted) else 130
     except BrokenPipeError:
         # Whoever read the output has left. What is still buffered would fail again at exit.
         with contextlib.suppress(OSError, ValueError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from openmythos.cli.flags import Changes, RunFolder, Texts, flat, shown
+from openmythos.cli.flags import Changes, Device, RunFolder, Texts, flat, shown
 from openmythos.config import (
     ConfigError,
     apply_overrides,
@@ -46,6 +46,8 @@ class Train:
     """Run folder to make."""
     resume: Annotated[str, shown("RUN", "")] = ""
     """Run folder to go on with; only train.* can be changed."""
+    device: Annotated[str, shown("auto|cpu|cuda[:N]|mps", "")] = ""
+    """Short for --set train.device=DEVICE; the config says auto."""
 
     def run(self) -> None:
         from openmythos.cli.screen import create, print_next, train_with_bar
@@ -73,7 +75,7 @@ class Train:
         config = catalogue.get(self.recipe or DEFAULT_RECIPE)
         if self.data:
             config = replace(config, data=replace(config.data, paths=flat(self.data)))
-        changed = apply_overrides(config, flat(self.set))
+        changed = apply_overrides(config, self._changes())
         if changed.tokenizer != config.tokenizer and any(map(is_prepared, changed.data.paths)):
             raise ConfigError("tokenizer: cannot be chosen, a prepared folder has its own")
         return changed
@@ -90,13 +92,17 @@ class Train:
         for name, value in given.items():
             require(not value, name, value, "does not go with --resume")
         run = Run.open(Path(self.resume))
-        changed = apply_overrides(run.config, flat(self.set))
+        changed = apply_overrides(run.config, self._changes())
         for field in fields(changed):
             if field.name != "train" and changed != replace(
                 changed, **{field.name: getattr(run.config, field.name)}
             ):
                 raise ConfigError(f"{field.name}: cannot change when a run is resumed")
         return replace(run, config=changed)
+
+    def _changes(self) -> list[str]:
+        device = [f"train.device={self.device}"] if self.device else []
+        return [*device, *flat(self.set)]
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,8 @@ class Generate:
     """Of the weights: fp32, bf16 or auto, which is bf16 where the device computes it natively."""
     set: Changes = ()
     """More settings, such as exit_rule.threshold=1e-3, decode=last or prefill_chunk=64."""
+    device: Device = "auto"
+    """Where to compute; auto takes an accelerator if there is one."""
 
     def run(self) -> None:
         from openmythos.cli.screen import OUT, stream
@@ -141,7 +149,7 @@ class Generate:
         except UnicodeEncodeError:
             raise ConfigError("prompt: is not UTF-8 text") from None
         run = Run.open(Path(self.folder))
-        model = run.load_model(step=self.step)
+        model = run.load_model(self.device, step=self.step)
         request = Request(max_new_tokens=self.max_new_tokens, stop_ids=(run.tokenizer.bos_id,))
         chosen = [f"exit_rule.kind={self.exit_rule}", f"num_loops={model.config.num_loops}"]
         if self.num_loops is not None:
@@ -170,6 +178,8 @@ class Eval:
     """To compute in: fp32, bf16 or auto, which is bf16 where the device computes it natively."""
     step: Annotated[int | None, shown("N", "the newest")] = None
     """Checkpoint."""
+    device: Device = "auto"
+    """Where to compute; auto takes an accelerator if there is one."""
     out: Annotated[str, shown("FOLDER", "the run folder; with --data or --step RUN/eval/...")] = ""
     """Folder for eval.json, loops.png and loops.csv."""
 
@@ -181,7 +191,14 @@ class Eval:
         run = Run.open(Path(self.folder))
         loops = _loop_counts(self.num_loops)
         folder = report.report_folder(run, flat(self.data), self.step, self.out)
-        found = evaluate(run, loops, flat(self.data), step=self.step, precision=self.precision)
+        found = evaluate(
+            run,
+            loops,
+            flat(self.data),
+            device=self.device,
+            step=self.step,
+            precision=self.precision,
+        )
         report.write_report(found, folder)
         OUT.print(f"\nWritten: {folder}/eval.json, loops.png, loops.csv")
 
@@ -250,6 +267,8 @@ class Export:
     """Folder to make: config.json, model.safetensors, tokenizer.json."""
     step: Annotated[int | None, shown("N", "the newest")] = None
     """Checkpoint."""
+    device: Device = "cpu"
+    """Where to load the model before it is written."""
 
     def run(self) -> None:
         from openmythos.cli.screen import OUT, short
@@ -258,7 +277,7 @@ class Export:
 
         run, out = Run.open(Path(self.folder)), Path(self.out)
         require(not out.exists(), "out", self.out, "exists already")
-        model, step = run.load_checkpoint(step=self.step)
+        model, step = run.load_checkpoint(self.device, step=self.step)
         model.save_pretrained(out)
         run.tokenizer.save(out)
         size = short(cost.parameters(model.config).total)
@@ -300,7 +319,9 @@ class Study:
     out: Annotated[str, shown("FOLDER")] = "results"
     """Folder that gets a folder per study. Runs found there are kept, not repeated."""
     processes: int = 2
-    """Runs at the same time, each on one thread."""
+    """Runs at the same time, each on one thread; they share the device."""
+    device: Device = "auto"
+    """Where to compute; auto takes an accelerator if there is one."""
     set: Changes = ()
     """Changes to every arm, such as learning.num_steps=3200."""
 
@@ -328,6 +349,7 @@ class Study:
             quick=self.quick,
             overrides=flat(self.set),
             processes=self.processes,
+            device=self.device,
         )
         table = Table(*finding.table[0], box=box.SIMPLE_HEAD)
         for row in finding.table:
@@ -349,6 +371,8 @@ class Demo:
     """Changes to the language model's config, as in `openmythos train`."""
     hops_steps: int = 1600
     """Training steps of the model that follows chains of lookups; 0 leaves it out."""
+    device: Device = "auto"
+    """Where to compute; auto takes an accelerator if there is one."""
 
     def run(self) -> None:
         from openmythos.cli.screen import (
@@ -366,11 +390,13 @@ class Demo:
         from openmythos.train.run import require_free
 
         require_int("hops_steps", self.hops_steps, minimum=0)
-        config = apply_overrides(catalogue.get("demo"), flat(self.set))
+        changes = [f"train.device={self.device}", *flat(self.set)]
+        config = apply_overrides(catalogue.get("demo"), changes)
+        device = config.train.device
         if self.out:
             require_free(Path(self.out))
         if self.hops_steps:
-            print_heat_map(learn_hops(self.hops_steps), trained_hops=20)
+            print_heat_map(learn_hops(self.hops_steps, device), trained_hops=20)
             OUT.print(
                 "\nNo hops beyond 20 and no more than 26 loops were trained: `openmythos study "
                 "depth-extrapolation` has seeds, controls and where it breaks.\n"
@@ -379,9 +405,9 @@ class Demo:
             run = create(folder, config)
         if not train_with_bar(run, resume=False):
             return
-        found = evaluate(run, DEMO_LOOPS, ())
+        found = evaluate(run, DEMO_LOOPS, (), device=device)
         report.write_report(found, folder)
-        engine = Engine(run.load_model(), run.tokenizer)
+        engine = Engine(run.load_model(device), run.tokenizer)
         for num_loops in (1, 4, 16):
             OUT.print(f"\n--- {num_loops} loop{'s' if num_loops > 1 else ''} ---")
             request = Request(

@@ -14,7 +14,7 @@ from openmythos.cli.flags import Texts, flat, require_folder, shown
 from openmythos.config import ConfigError, load_json, require_int, require_number
 
 if TYPE_CHECKING:
-    from openmythos.data.prepare import Progress
+    from openmythos.data.prepare import Progress as Made
     from openmythos.data.prepared import Prepared
 
 
@@ -30,6 +30,7 @@ class Tokenizer:
     """Folder for tokenizer.json; use it with --set tokenizer.kind=file tokenizer.path=FOLDER."""
 
     def run(self) -> None:
+        from openmythos.cli.progress import Progress, counted
         from openmythos.cli.screen import OUT
         from openmythos.data.tokenizer import BPE
         from openmythos.train.config import DataConfig
@@ -40,8 +41,8 @@ class Tokenizer:
         if (folder / "tokenizer.json").exists():
             raise ConfigError(f"{folder}/tokenizer.json: exists already; choose another --out")
         corpus = open_data(DataConfig(paths=flat(self.data) or ("stdlib",)))
-        with OUT.status("training the tokenizer"):
-            texts = (document.text for document in corpus.train())
+        with Progress(OUT, "reading the corpus", unit="MB") as progress:
+            texts = counted((document.text for document in corpus.train()), progress)
             tokenizer = wanted.build(texts)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder)
@@ -81,9 +82,7 @@ class Prepare:
     """Leave out and count rows that have no text; without this they are errors."""
 
     def run(self) -> None:
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
+        from openmythos.cli.progress import Progress
         from openmythos.cli.screen import OUT
         from openmythos.data.prepare import prepare
         from openmythos.data.prepared import Preparation
@@ -104,20 +103,14 @@ class Prepare:
         tokenizer = load_tokenizer(self.tokenizer) if named else ByteTokenizer()
         processes = self.processes or os.cpu_count() or 1
         out = Path(self.out)
-        columns = (
-            TextColumn("preparing"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
-        )
         try:
-            with Bar(*columns, console=OUT) as bar:
-                task = bar.add_task("preparing", total=None, text="looking through the corpus")
+            with Progress(OUT, "preparing", unit="MB") as progress:
                 started = time.perf_counter()
 
-                def told(now: "Progress") -> None:
-                    seconds = time.perf_counter() - started
-                    total = now.total or None
-                    bar.update(task, completed=now.done, total=total, text=_rate(now, seconds))
+                def told(now: "Made") -> None:
+                    rate = now.text / (time.perf_counter() - started)
+                    text = f"{rate / 1e6:.2f} MB/s"
+                    progress.update(now.done, text, total=now.total or None, kept=now.kept)
 
                 prepared = prepare(wanted, tokenizer, out, processes=processes, told=told)
         except KeyboardInterrupt:
@@ -134,6 +127,7 @@ class Check:
     """Folder that `openmythos data prepare` made."""
 
     def run(self) -> None:
+        from openmythos.cli.progress import Progress
         from openmythos.cli.screen import OUT
         from openmythos.data.prepared import (
             PREPARED_FILE,
@@ -146,9 +140,10 @@ class Check:
         folder = Path(self.folder)
         if not is_prepared(folder):
             raise ConfigError(f"{folder}: is not a prepared folder: it has no {PREPARED_FILE}")
-        with OUT.status("reading"):
-            for side in SIDES:
+        with Progress(OUT, "reading", total=len(SIDES), unit="parts") as progress:
+            for number, side in enumerate(SIDES, start=1):
                 open_prepared(folder, side, verify=True)
+                progress.update(number)
         _print(folder, load_json(Prepared, folder / PREPARED_FILE))
 
 
@@ -163,16 +158,6 @@ class Data:
 
     def run(self) -> None:
         self.command.run()
-
-
-def _rate(now: "Progress", seconds: float) -> str:
-    """How far, how fast, how long still."""
-    megabytes = f"{now.done / 1e6:,.0f}" + (f" of {now.total / 1e6:,.0f}" if now.total else "")
-    rate = now.text / seconds
-    left = (now.total - now.done) / ((now.done - now.kept) / seconds) if now.done > now.kept else 0
-    minutes, rest = divmod(round(max(left, 0)), 60)
-    eta = f"  ETA {minutes // 60}:{minutes % 60:02d}:{rest:02d}" if now.total and rate else ""
-    return f"{megabytes} MB  {rate / 1e6:.2f} MB/s{eta}"
 
 
 def _print(folder: Path, prepared: "Prepared") -> None:

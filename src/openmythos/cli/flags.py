@@ -29,6 +29,7 @@ Many = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
 Texts = Annotated[Many, shown("PATH ...", "")]
 Changes = Annotated[Many, shown("KEY=VALUE ...", "")]
 RunFolder = tyro.conf.Positional[Annotated[str, shown("RUN")]]
+Device = Annotated[str, shown("auto|cpu|cuda[:N]|mps")]
 
 
 def flat(values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:

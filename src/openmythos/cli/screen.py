@@ -1,29 +1,19 @@
 """What the commands show: progress bars, tables, streamed text."""
 
 import os
-import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from openmythos.cli.interrupt import Interrupted, stop_training
+from openmythos.cli.progress import Progress
 from openmythos.inference.engine import Engine
 from openmythos.machine import choose_device
 from openmythos.model import cost, fit
@@ -57,11 +47,9 @@ def create(folder: Path, config: RunConfig) -> Run:
     """Make a run folder; of several ranks the first makes it, and the others fail if it does."""
 
     def make() -> Run:
-        with OUT.status("reading the corpus") as status:
+        with Progress(OUT, "reading the corpus", unit="MB") as progress:
             return Run.create(
-                folder,
-                config,
-                lambda stage, done: status.update(f"{stage}: {done / 1e6:.1f} MB"),
+                folder, config, lambda stage, done: progress.update(done, stage=stage)
             )
 
     run = first_rank_does(make)
@@ -76,50 +64,17 @@ def create(folder: Path, config: RunConfig) -> Run:
     return run
 
 
-@contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """A list that gets the first SIGINT or SIGTERM; a second one acts as always."""
-    received: list[int] = []
-    former = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
-
-    def restore() -> None:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-    for number in former:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def _columns(name: str) -> tuple[ProgressColumn, ...]:
-    """Of a bar over long work: how far, a word on it, time and ETA."""
-    return (
-        TextColumn(name),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-
-
 def train_with_bar(run: Run, *, resume: bool) -> bool:
-    """Train with a progress bar; False if a signal stopped it before its last step."""
-    num_steps = run.config.train.num_steps
-    columns = _columns("training")
-    last = None
+    """Train with a progress bar; False if a signal stopped the ranks before the last step.
+
+    Where there is one process, it is then interrupted.
+    """
+    config = run.config.train
+    received: list[int] = []
+    done, smooth = None, None
     with (
-        process_group(choose_device(run.config.train.device, "train.device")),
-        _stop_on_signal() as received,
-        Progress(*columns, console=OUT) as bar,
+        process_group(choose_device(config.device, "train.device")),
+        Progress(OUT, "training", total=config.num_steps) as progress,
     ):
         steps = train(
             run,
@@ -127,22 +82,23 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
             stopping=lambda: bool(received),
             told=lambda line: OUT.print(line, soft_wrap=True),
         )
-        task = bar.add_task("training", total=num_steps, text="starting")
-        smooth = None
-        for metrics in steps:
-            last = metrics
-            smooth = metrics.loss if smooth is None else 0.9 * smooth + 0.1 * metrics.loss
-            text = f"loss {smooth:.3f}  {metrics.tokens_per_second:,.0f} tokens/s"
-            bar.update(task, completed=metrics.step + 1, text=text)
-    if last is None:
-        OUT.print(f"{run.folder}: all {num_steps} steps are done already")
-        return True
-    if launched()[0] == 0:
-        report.write_loss_curve(run)
-    if last.step + 1 < num_steps:
-        OUT.print(f"stopped after step {last.step + 1}, checkpoint saved; go on with")
+        with stop_training(received):
+            for metrics in steps:
+                done = metrics.step + 1
+                smooth = metrics.loss if smooth is None else 0.9 * smooth + 0.1 * metrics.loss
+                text = f"loss {smooth:.3f}, {metrics.tokens_per_second:,.0f} tokens/s"
+                progress.update(done, text)
+    if done != config.num_steps and (received or done is not None):
+        what = "in its first step" if done is None else f"after step {done}, checkpoint saved"
+        OUT.print(f"stopped {what}; go on with")
         OUT.print(f"    openmythos train --resume {quote(str(run.folder))}", soft_wrap=True)
+        if launched()[1] == 1:
+            raise Interrupted(received[0])
         return False
+    if done is None:
+        OUT.print(f"{run.folder}: all {config.num_steps} steps are done already")
+    elif launched()[0] == 0:
+        report.write_loss_curve(run)
     return True
 
 
@@ -166,20 +122,21 @@ def evaluate(
     run: Run,
     loops: tuple[int, ...],
     data: tuple[str, ...],
+    *,
+    device: str = "auto",
     step: int | None = None,
     precision: str = "auto",
 ) -> LoopReport:
     """Score and print the table of bits per byte against loops."""
-    columns = (TextColumn("evaluating"), BarColumn(bar_width=24), TimeRemainingColumn())
-    with Progress(*columns, console=OUT, transient=True) as bar:
-        task = bar.add_task("evaluating")
+    with Progress(OUT, "evaluating", unit="tokens") as progress:
         found = report.evaluate(
             run,
             loops,
             data=data,
+            device=device,
             step=step,
             precision=precision,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: progress.update(done, total=total),
         )
     table = Table("loops", "bits per byte", "perplexity per token", title=found.text)
     for loop, result in found.loops.items():
@@ -196,36 +153,35 @@ def evaluate(
 
 def run_study_with_bar(study: Study, folder: Path, **options: Any) -> Finding:
     """Run a study's missing runs under a progress bar; Ctrl-C keeps those that are done."""
-    columns = _columns(study.name)
-    with Progress(*columns, console=OUT) as bar:
-        task = bar.add_task("runs", total=None, text="")
+    with Progress(OUT, study.name, unit="runs") as progress:
         return run_study(
             study,
             folder,
-            told=lambda done, total, last: bar.update(task, completed=done, total=total, text=last),
+            told=lambda done, total, last: progress.update(done, last, total=total),
             **options,
         )
 
 
-def learn_hops(num_steps: int) -> dict[int, dict[int, float]]:
+def learn_hops(num_steps: int, device: str = "auto") -> dict[int, dict[int, float]]:
     """Train the looped model of study depth-extrapolation; accuracy by hops and loops."""
     arm = next(arm for arm in depth_extrapolation.arms() if arm.name == depth_extrapolation.LOOPED)
     assert isinstance(arm.learning, Learning)
     learning = replace(arm.learning, num_steps=num_steps)
-    model = OpenMythos(arm.model, seed=0)
+    model = OpenMythos(arm.model, seed=0).to(choose_device(device))
     OUT.print(
         f"A model of {cost.parameters(arm.model).total:,} parameters learns to follow chains of up "
         f"to {learning.max_hops} lookups, e0 r1 r2 ... -> r2(r1(e0)), in tables that it must "
         "remember.\nThen it is asked longer chains than it ever saw."
     )
-    columns = _columns("learning")
-    with Progress(*columns, console=OUT) as bar:
-        task = bar.add_task("learning", total=num_steps, text="")
+    with Progress(OUT, "learning hops", total=num_steps) as progress:
         for done in learn(model, arm.problems, learning, seed=0):
-            text = f"up to {done.reach} hops, loss {done.loss:.2f}"
-            bar.update(task, completed=done.step + 1, text=text)
-    with OUT.status("asking"):
-        return accuracy_map(model, arm.problems, HOPS_ASKED, LOOPS_ASKED, examples=100)
+            progress.update(done.step + 1, f"up to {done.reach} hops, loss {done.loss:.2f}")
+    with Progress(OUT, "asking", total=len(HOPS_ASKED), unit="numbers of hops") as progress:
+        found: dict[int, dict[int, float]] = {}
+        for hops in HOPS_ASKED:
+            found |= accuracy_map(model, arm.problems, (hops,), LOOPS_ASKED, examples=100)
+            progress.update(len(found))
+    return found
 
 
 def print_heat_map(found: Mapping[int, Mapping[int, float]], trained_hops: int) -> None:

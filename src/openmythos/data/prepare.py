@@ -9,14 +9,9 @@ import functools
 import hashlib
 import itertools
 import logging
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -43,6 +38,7 @@ from openmythos.data.shards import (
 )
 from openmythos.data.sources import BadRows, Document, NotTextError, Reader, SourceFile, is_remote
 from openmythos.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from openmythos.processes import worker_pool
 
 logger = logging.getLogger(__name__)
 
@@ -275,14 +271,12 @@ def _make_parts(maker: "_Maker", processes: int, total: int, told: Told) -> list
 def _made(
     parts: Iterator[_Part], make: Callable[[_Part], PartEntry], processes: int
 ) -> Generator[tuple[_Part, PartEntry], None, None]:
-    """Every part with its entry, as they are made; an interrupt waits for those in work."""
+    """Every part with its entry, as they are made; an interrupt drops those in work."""
     if processes == 1:
         yield from ((part, make(part)) for part in parts)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (os.getpid(),))
     pending: dict[Future[PartEntry], _Part] = {}
-    try:
+    with worker_pool(processes) as pool:
         # One more than are in work, so that no process waits; each holds its documents in memory.
         for part in parts:
             pending[pool.submit(make, part)] = part
@@ -290,28 +284,11 @@ def _made(
                 yield from _finished(pending)
         while pending:
             yield from _finished(pending)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _finished(pending: dict[Future[PartEntry], _Part]) -> Iterator[tuple[_Part, PartEntry]]:
     for future in wait(pending, return_when=FIRST_COMPLETED).done:
         yield pending.pop(future), future.result()
-
-
-def _start_worker(parent: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the one that hands out parts obeys.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes share the cores among them already.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    # Of a parent that was killed nobody else tells a worker that waits for parts.
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(frozen=True, kw_only=True)

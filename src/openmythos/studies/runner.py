@@ -1,10 +1,9 @@
 """Run a study: seeds in parallel processes, results kept as they come, then report and figure."""
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from openmythos.config import (
 from openmythos.machine import choose_device, describe, keep_freed_memory
 from openmythos.model import cost
 from openmythos.model.mythos import OpenMythos
+from openmythos.processes import worker_pool
 from openmythos.studies import (
     adaptive_computation,
     depth_extrapolation,
@@ -101,9 +101,7 @@ def run_study(
             told(len(fits) + len(done), total, what)
 
     keep("kept")
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context)
-    try:
+    with worker_pool(processes) as pool:
         rates = [
             (trial, TRIAL_SEED + number)
             for trial in trials
@@ -130,8 +128,6 @@ def run_study(
         for result in _finished(pool, study, todo, quick, name):
             done[result.arm, result.seed] = replace(result, commit=str(machine["commit"]))
             keep(f"{result.arm}, seed {result.seed}")
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
     results, tried = _in_order(done, arms), list(fits.values())
     finding = study.judge(results)
     keep("judged", finding)

@@ -249,13 +249,14 @@ def train(
     run: Run,
     *,
     resume: bool = False,
-    stopping: Callable[[], bool] = lambda: False,
+    stopping: Callable[[], bool] | None = None,
     told: Callable[[str], None] = LOG.info,
 ) -> Generator[StepMetrics, None, None]:
     """Train, logging and saving as the config says; yields every step's metrics.
 
     On several ranks all of them call it. Training ends after a step at which `stopping` was true on
-    any of them; that, or closing the iterator, saves a checkpoint of the last finished step.
+    any of them; a single process abandons the step. That, or closing the iterator, saves a
+    checkpoint of the last finished step.
     `resume` goes on from the newest checkpoint, from the start where there is none yet, and once it
     is loaded writes the run's config to its folder. A run that another process trains is refused.
     `told` hears a line about the precision, on the first rank.
@@ -286,7 +287,7 @@ def _holding(
 
 
 def _trainer(
-    run: Run, resume: bool, stopping: Callable[[], bool], told: Callable[[str], None]
+    run: Run, resume: bool, stopping: Callable[[], bool] | None, told: Callable[[str], None]
 ) -> Trainer:
     """Ready for the next step."""
     config = run.config.train
@@ -346,8 +347,9 @@ def _steps(
             record.writer.check()
             yield metrics
             if trainer.stopping:
-                record.save()
-                return
+                break
+        if trainer.stopping:
+            record.save()
     except GeneratorExit:
         # Between two steps, and only there, is the model in a state worth keeping.
         record.save()

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmythos.config import require
 from openmythos.data.loader import Batch, Loader
 from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak
 from openmythos.model.cost import TrainingFlops
 from openmythos.model.mythos import OpenMythos
+from openmythos.nn.block import BlockOutput
 from openmythos.nn.moe import RouterStats
 from openmythos.recurrence.injection import LTIInjection
 from openmythos.recurrence.loop_sampling import sample_loops
@@ -66,11 +67,16 @@ class StepMetrics:
         return {key: list(x) if isinstance(x, tuple) else x for key, x in found.items()}
 
 
+class StepAbandoned(Exception):  # noqa: N818 - no error: training was asked to stop
+    """A step was left before it changed anything."""
+
+
 class Trainer:
     """Trains a model on a loader's batches from step `step` on.
 
-    A model on the meta device is given its weights here, in shards, on `config.device`. `kept` are
-    the dtypes that a resumed run began with.
+    A model on the meta device is given its weights here, in shards, on `config.device`. Training
+    ends after a step at which `stopping` was true on any rank; a single process asks at every loop,
+    and abandons the step. `kept` are the dtypes that a resumed run began with.
     """
 
     def __init__(
@@ -78,7 +84,7 @@ class Trainer:
         model: OpenMythos,
         loader: Loader,
         config: TrainConfig,
-        stopping: Callable[[], bool] = lambda: False,
+        stopping: Callable[[], bool] | None = None,
         kept: Dtypes | None = None,
     ) -> None:
         self.loader, self.config = loader, config
@@ -103,7 +109,9 @@ class Trainer:
         self.counters = Counters()
         self.stopping = False  # as of the last step, whether some rank was asked to
         self.spiked = False  # whether the last step's loss was a spike
-        self._asked_to_stop = stopping
+        self._asked_to_stop = stopping or (lambda: False)
+        if stopping is not None and self.world_size == 1:
+            self._ask_at_every_loop(stopping)
         self._flops = TrainingFlops(model.config, config.seq_len)
         self._peak = 0.0  # FLOPs per second of this rank, measured after the first step
 
@@ -115,7 +123,12 @@ class Trainer:
     def steps(self) -> Iterator[StepMetrics]:
         """Run the remaining steps, yielding after each; stop iterating to stop training."""
         while self.step < self.config.num_steps:
-            metrics = self.run_step()
+            try:
+                metrics = self.run_step()
+            except StepAbandoned:
+                self.model.zero_grad(set_to_none=True)
+                self.stopping = True
+                return
             self._count(metrics)
             yield metrics
 
@@ -180,6 +193,25 @@ class Trainer:
             state_rms=state_rms,
             residual=residual,
         )
+
+    def _ask_at_every_loop(self, stopping: Callable[[], bool]) -> None:
+        """Have the forward and the backward pass ask, so that neither keeps a signal waiting."""
+
+        def ask(*_: object) -> None:
+            if stopping():
+                raise StepAbandoned
+
+        def ask_both_ways(_: nn.Module, _inputs: object, output: Tensor | BlockOutput) -> None:
+            ask()
+            x = output if isinstance(output, Tensor) else output.x
+            if x.requires_grad:
+                x.register_hook(ask)  # type: ignore[no-untyped-call]
+
+        # Compiled layers would make the question part of their graph.
+        recurrent, layers = self.model.recurrent, [*self.model.prelude, *self.model.coda]
+        asked = [] if self.config.compile else [*layers, *recurrent.layers]
+        for module in (recurrent.injection, *asked):
+            module.register_forward_hook(ask_both_ways)
 
     def logs(self, step: int) -> bool:
         """Whether a step's metrics are written down."""

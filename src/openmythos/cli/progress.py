@@ -1,0 +1,178 @@
+"""How long work shows that it goes on: a bar on a terminal, elsewhere lines of text.
+
+A line says the stage, how far it is, what is new, the time taken and the time left. It comes with
+the first news, then every ten seconds or at every twentieth of the work. While there are no news a
+line says so every ten seconds, so that nothing is silent for longer.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from openmythos.cli.live import duration
+
+# Seconds between two lines at most, and at least; the parts of the work after which one comes.
+SILENCE, PAUSE, PARTS = 10.0, 1.0, 20
+BEAT = 1.0
+
+
+class Progress:
+    """Use as a context manager around the work, which calls `update`.
+
+    `unit` names what is counted; of "MB" and "tokens" counts are shown rounded, "MB" are counted
+    in bytes.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        stage: str,
+        *,
+        total: int | None = None,
+        unit: str = "step",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console, self._clock = console, clock
+        self._stage, self._total, self._unit = stage, total, unit
+        self._done: int | None = None  # no news yet
+        self._text = ""
+        self._started = self._news = self._told = clock()
+        self._base = (self._started, 0)  # time and count at the first news: rates start there
+        self._shown = 0  # parts that a line has told of
+        # Updates and the heartbeat come from two threads.
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._bar: Bar | None = None
+        if console.is_terminal:
+            self._bar = _bar(console)
+            self._task = self._bar.add_task(stage, total=total, amount="", text="starting")
+        self._heart = threading.Thread(target=self._beat, name="progress", daemon=True)
+
+    def update(
+        self,
+        done: int,
+        text: str = "",
+        *,
+        total: int | None = None,
+        stage: str | None = None,
+        kept: int | None = None,
+    ) -> None:
+        """`done` of `total` is done now, `kept` of it by an earlier run; a stage starts anew."""
+        with self._lock:
+            now = self._clock()
+            if stage is not None and stage != self._stage:
+                self._stage, self._started, self._done, self._shown = stage, now, None, 0
+            self._total = self._total if total is None else total
+            if kept is not None:
+                self._base = (self._started, kept)
+            elif self._done is None:
+                self._base = (now, done)
+            # What comes first is told at once.
+            first, self._done, self._text, self._news = self._done is None, done, text, now
+            if self._bar is not None:
+                self._bar.update(
+                    self._task,
+                    description=self._stage,
+                    completed=done,
+                    total=self._total,
+                    amount=self._amount(),
+                    text=text,
+                )
+                return
+            part = done * PARTS // self._total if self._total else 0
+            waited = now - self._told
+            over = self._total is not None and done >= self._total
+            if first or over or waited >= SILENCE or (part > self._shown and waited >= PAUSE):
+                self._shown = part
+                self._say(self._line(now))
+
+    def tick(self) -> None:
+        """Say that the work goes on, where it has been silent for too long."""
+        with self._lock:
+            now = self._clock()
+            if self._bar is not None or now - self._told < SILENCE:
+                return
+            if self._done is None:
+                self._say(f"{self._stage}: starting, {duration(now - self._started)}")
+                return
+            waited = f"no news for {duration(now - self._news)}"
+            self._say(f"{self._line(now)}; still running, {waited}")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        else:
+            self._heart.start()
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            self._heart.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            self.tick()
+
+    def _say(self, line: str) -> None:
+        self._told = self._clock()
+        self._console.print(line, soft_wrap=True)
+
+    def _line(self, now: float) -> str:
+        parts = [self._amount(), self._text, duration(now - self._started)]
+        left = self._left(now)
+        if left is not None:
+            parts.append(f"ETA {duration(left)}")
+        return f"{self._stage}: {', '.join(part for part in parts if part)}"
+
+    def _amount(self) -> str:
+        done, total = self._done or 0, self._total
+        if not done and not total:
+            return ""
+        if self._unit == "MB":
+            done_text, total_text = f"{done / 1e6:.1f}", f"{(total or 0) / 1e6:.1f}"
+        else:
+            done_text, total_text = f"{done:,}", f"{total or 0:,}"
+        of = f"{done_text} of {total_text}" if total else done_text
+        return f"{self._unit} {of}" if self._unit == "step" else f"{of} {self._unit}"
+
+    def _left(self, now: float) -> float | None:
+        began, before = self._base
+        if not self._total or self._done is None or self._done <= before:
+            return None
+        return (now - began) / (self._done - before) * max(0, self._total - self._done)
+
+
+def counted(texts: Iterable[str], progress: Progress) -> Iterator[str]:
+    """The texts as they are, their size told."""
+    done = 0
+    for text in texts:
+        done += len(text.encode(errors="surrogateescape"))
+        progress.update(done)
+        yield text
+    progress.update(done, stage="training the tokenizer")
+
+
+def _bar(console: Console) -> Bar:
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[amount]}"),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )
