@@ -18,10 +18,15 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def save(folder: Path, config: MythosConfig, state: Mapping[str, Tensor]) -> None:
-    """Write both files under temporary names and put them in place when both are whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write both files under temporary names and put them in place when both are whole.
+
+    What `load_weights` would refuse is not written.
+    """
     weights = folder / WEIGHTS_FILE
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    for name, tensor in tensors.items():
+        _check_finite(weights, name, tensor)
+    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / CONFIG_FILE) as new_config, replacing(weights) as new_weights:
         write_config(config, new_config)
         try:
@@ -67,9 +72,13 @@ def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
     for name, tensor in weights.items():
         if not tensor.dtype.is_floating_point:
             raise ConfigError(f"{path}: tensor {name} has dtype {tensor.dtype}, not a float")
-        if not torch.isfinite(tensor).all():
-            raise ConfigError(f"{path}: tensor {name} holds values that are not finite")
+        _check_finite(path, name, tensor)
     return weights
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ConfigError(f"{path}: tensor {name} holds values that are not finite")
 
 
 def _check_names(
