@@ -527,6 +527,17 @@ def test_what_is_next_suits_the_text_and_can_be_pasted(here: Path, call: Call) -
     assert "openmythos generate 'sp ace/r 1' --prompt='def f0_0(x):'\n" in call(*argv).out
 
 
+def test_a_diverged_run_says_so_and_fails(here: Path, call: Call) -> None:
+    changes = ["train.optimizer=adamw", "train.optimizer.lr=1e30", "train.num_steps=4"]
+    result = call(*TINY, *changes, "--out", "bad")
+    assert (result.code, "Next:" in result.out) == (1, False)
+    assert result.out.count("the loss or its gradient is not finite") == 1
+    assert result.err.startswith("error: loss not finite since step ")
+    assert result.err.count("\n") == 1 and "a bug" not in result.err
+    result = call("eval", "bad", "--num-loops", "1,2")
+    assert "Looping helps" not in result.out and "Traceback" not in result.err
+
+
 def test_full_disk_is_no_fault_of_the_user(
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

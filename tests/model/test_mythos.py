@@ -424,6 +424,14 @@ def test_weights_that_do_not_fit_are_refused(saved: Path, edit: Any, message: st
     assert str(saved / "model.safetensors") in str(error.value)
 
 
+def test_what_could_not_be_loaded_is_not_saved(model: OpenMythos, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.norm.weight[3] = torch.inf
+    with pytest.raises(ConfigError, match=r"norm\.weight holds values that are not finite"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_a_truncated_file_is_refused(saved: Path, share: float) -> None:
     path = saved / "model.safetensors"

@@ -254,7 +254,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_resumed_from_its_start(
     steps.close()
     shutil.rmtree(killed.folder / "checkpoints", ignore_errors=True)
     assert steps_of(killed) == [0, 1]
-    found = [metrics.loss for metrics in train(killed, resume=True)]
+    said: list[str] = []
+    found = [metrics.loss for metrics in train(killed, resume=True, told=said.append)]
+    assert f"{killed.folder}: no checkpoint yet, training starts at step 0" in said
     assert (len(found), found[:2]) == (STEPS, wanted)
     assert steps_of(killed) == list(range(STEPS))
 

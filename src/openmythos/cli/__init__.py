@@ -88,7 +88,7 @@ def _told(error: Exception) -> tuple[int, str]:
     text = str(error)
     if isinstance(error, ValueError | FileExistsError | FileNotFoundError | PermissionError):
         return 2, text
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | FloatingPointError):
         return 1, text
     # torch has an error of its own for a GPU, and none for the host's memory.
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:

@@ -26,6 +26,7 @@ from openmythos.studies.learning import Learning, accuracy_map, learn
 from openmythos.studies.runner import run_study
 from openmythos.studies.study import Finding, Study
 from openmythos.train.config import RunConfig
+from openmythos.train.guards import Divergence
 from openmythos.train.parallel import (
     first_rank_does,
     launched,
@@ -71,7 +72,7 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
     """
     config = run.config.train
     received: list[int] = []
-    done, smooth = None, None
+    done, smooth, divergence = None, None, Divergence()
     with (
         process_group(choose_device(config.device, "train.device")),
         Progress(OUT, "training", total=config.num_steps) as progress,
@@ -85,6 +86,9 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
         with stop_training(received):
             for metrics in steps:
                 done = metrics.step + 1
+                warning = divergence.saw(metrics.step, metrics.total_loss, metrics.gradient_norm)
+                if warning:
+                    OUT.print(warning, soft_wrap=True)
                 smooth = metrics.loss if smooth is None else 0.9 * smooth + 0.1 * metrics.loss
                 text = f"loss {smooth:.3f}, {metrics.tokens_per_second:,.0f} tokens/s"
                 progress.update(done, text)
@@ -99,6 +103,7 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
         OUT.print(f"{run.folder}: all {config.num_steps} steps are done already")
     elif launched()[0] == 0:
         report.write_loss_curve(run)
+    divergence.check()
     return True
 
 

@@ -1,5 +1,6 @@
 """What a run does when its loss jumps."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,3 +53,30 @@ class Rollback:
 
 
 Spikes = NoSpikes | Rollback
+
+
+class Divergence:
+    """Follows the steps that change nothing, since their loss or gradient is not finite.
+
+    `since` is the first of those that go on up to the last step seen; None: that one was finite.
+    """
+
+    def __init__(self) -> None:
+        self.since: int | None = None
+        self._warned = False
+
+    def saw(self, step: int, *values: float) -> str:
+        """A warning at the first such step, else nothing."""
+        if all(map(math.isfinite, values)):
+            self.since = None
+            return ""
+        self.since = step if self.since is None else self.since
+        warned, self._warned = self._warned, True
+        told = f"step {step}: the loss or its gradient is not finite, so it changes no weight"
+        return "" if warned else f"{told}; lower train.optimizer.lr if that goes on"
+
+    def check(self) -> None:
+        """Raise a FloatingPointError if the last step was not finite."""
+        if self.since is not None:
+            told = "later steps changed nothing; train anew with a lower train.optimizer.lr"
+            raise FloatingPointError(f"loss not finite since step {self.since}: {told}")

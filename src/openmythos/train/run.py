@@ -259,7 +259,7 @@ def train(
     checkpoint of the last finished step.
     `resume` goes on from the newest checkpoint, from the start where there is none yet, and once it
     is loaded writes the run's config to its folder. A run that another process trains is refused.
-    `told` hears a line about the precision, on the first rank.
+    `told` hears lines about the precision and such a start, on the first rank.
     """
     if rank_and_world_size()[0] > 0:
         return _steps(run, _trainer(run, resume, stopping, told), lambda _metrics: None)
@@ -312,6 +312,8 @@ def _trainer(
     if found:
         trainer.counters = load_training(found[-1], trainer.model, trainer.optimizers)
     if rank == 0:
+        if resume and not found:
+            told(f"{run.folder}: no checkpoint yet, training starts at step 0")
         told(precision.line(config.precision, trainer.dtypes, kept, trainer.device))
         precision.write(run.folder, trainer.dtypes, trainer.device)
     return trainer
