@@ -280,6 +280,9 @@ def test_prepared_folders_are_trained_on_by_their_weights(here: Path, call: Call
     more = ["train", "--resume", "moved", "--set", "train.num_steps=5"]
     assert_refused(call(*more), f"{path}: is damaged")
     assert_refused(call("data", "check", "b"), "b/train/tokens-00000.bin: is damaged")
+    new = ["train", "--recipe", "tiny", "--data", "b", "--out", "new", "--set", *SMALL]
+    assert_refused(call(*new), f"{path}: is damaged")
+    assert not Path("new").exists()
     (here / "b").rename(here / "c")
     assert_refused(call(*more), "b: the prepared folder that this run reads is not there")
     assert call("generate", "moved", "--max-new-tokens", "1").code == 0

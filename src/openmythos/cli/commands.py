@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -415,7 +416,9 @@ class Demo:
             )
             stream(engine, DEMO_PROMPT, apply_overrides(request, ["sampling.temperature=0.7"]))
         OUT.print(f"\nIn {folder}: config.toml, metrics.jsonl, eval.json, loss.png, loops.png")
-        OUT.print(f"Next:  openmythos generate {folder} --prompt 'class Stack' --num-loops 8")
+        OUT.print(
+            f"Next:  openmythos generate {quote(str(folder))} --prompt 'class Stack' --num-loops 8"
+        )
 
 
 @contextmanager

@@ -111,8 +111,12 @@ class Run:
         else:
             prepared.save(folder / "tokens")
         made = cls(folder, config, tokenizer)
-        # A Loader refuses a corpus shorter than one window, and ranks that cannot share a batch.
-        made.loader(made.sources("train", verify=False), *rank_and_world_size())
+        rank, ranks = rank_and_world_size()
+        # Prepared text that is damaged makes no run; several ranks find it when they divide the
+        # reading, as training starts. A Loader refuses a corpus shorter than one window, and
+        # ranks that cannot share a batch.
+        verify = prepared is not None and ranks == 1
+        made.loader(made.sources("train", verify=verify), rank, ranks)
         tokenizer.save(folder)
         save_toml(config, folder / CONFIG_FILE)
         return made
