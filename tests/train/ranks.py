@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -98,6 +99,26 @@ def launch(ranks: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:
     multiprocessing.set_forkserver_preload(["openmythos.train.run", "torch.distributed.fsdp"])
     mp.start_processes(_work, args=(ranks, folder, work), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{ranks}-{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+# (ranks, "sharded" or "experts") -> the folder with the shards, and what each rank's work returned.
+Together = Callable[[int, str], tuple[Path, list[dict[str, Any]]]]
+
+
+def all_work(folder: Path) -> dict[str, Any]:
+    """What the tests of both files ask of a rank."""
+    import test_expert_parallel
+    import test_sharded
+
+    return {"sharded": test_sharded.work(folder), "experts": test_expert_parallel.work(folder)}
+
+
+def by_ranks(cases: dict[str, tuple[int, Any, TrainConfig]]) -> list[Any]:
+    """Parameters of a test of these cases: those of four ranks are slow."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if ranks > 2 else [])
+        for name, (ranks, *_) in cases.items()
+    ]
 
 
 def assert_same_steps(

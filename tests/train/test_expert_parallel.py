@@ -1,6 +1,6 @@
 """Routed experts that gloo processes hold between them train as one process does."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from ranks import (
     BATCH,
     MODEL,
     TRAIN,
+    Together,
     all_steps,
     assert_same_steps,
-    launch,
+    by_ranks,
     trainer_of,
-    write_text,
 )
 
 from openmythos.config import ConfigError
@@ -34,7 +34,7 @@ from openmythos.train.checkpoint import (
 from openmythos.train.config import TrainConfig
 from openmythos.train.optim import Muon
 from openmythos.train.parallel import Parallel, spread, whole
-from openmythos.train.trainer import StepMetrics, Trainer
+from openmythos.train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -66,6 +66,7 @@ CASES: dict[str, tuple[int, Any, TrainConfig]] = {
         MODEL,
         replace(SHORT, num_steps=1, precision="bf16", loops=FixedLoops(mean_loops=2)),
     ),
+    "muon": (2, EVERYWHERE, replace(SHORT, optimizer=Muon())),
     "shards of shares": (4, EVERYWHERE, replace(SHORT, loops=UNEVEN)),
     "replicas": (4, HALTING, replace(SHORT, parallel=Parallel(replicate=2))),
     "muon in shards": (4, EVERYWHERE, replace(SHORT, optimizer=Muon())),
@@ -158,40 +159,31 @@ def work(folder: Path) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class Outcome:
-    folder: Path
-    halfway: dict[int, dict[str, torch.Tensor]]  # what one process saved, by the ranks to read it
-    rest: dict[int, list[StepMetrics]]  # its steps after that
-    ranks: dict[int, list[dict[str, Any]]]  # what each rank found
+def go_alone(folder: Path, ranks: int) -> None:
+    """One process saves for so many ranks to read, and goes on: alone-RANKS.pt has both."""
+    model, config = SAVED[ranks]
+    trainer = trainer_of(folder / "shards", model, config)
+    steps = trainer.steps()
+    for _ in range(2):
+        next(steps)
+    trainer.counters = Counters(step=2)
+    save(folder / f"alone-{ranks}", trainer)
+    halfway = contents(trainer)
+    rest = list(trainer.steps())
+    torch.save({"halfway": halfway, "rest": rest}, folder / f"alone-{ranks}.pt")
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One launch of two processes and one of four, after one process has saved for them."""
-    folder = tmp_path_factory.mktemp("experts")
-    write_text(folder)
-    found = Outcome(folder, {}, {}, {})
-    for ranks, (model, config) in SAVED.items():
-        trainer = trainer_of(folder / "shards", model, config)
-        steps = trainer.steps()
-        for _ in range(2):
-            next(steps)
-        trainer.counters = Counters(step=2)
-        save(folder / f"alone-{ranks}", trainer)
-        found.halfway[ranks] = contents(trainer)
-        found.rest[ranks] = list(trainer.steps())
-        found.ranks[ranks] = launch(ranks, work, folder)
-    return found
+some_ranks = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_ranks_that_share_experts_take_the_steps_of_one(outcome: Outcome, name: str) -> None:
+@pytest.mark.parametrize("name", by_ranks(CASES))
+def test_ranks_that_share_experts_take_the_steps_of_one(together: Together, name: str) -> None:
     ranks, model, config = CASES[name]
+    folder, ranks_found = together(ranks, "experts")
     rough = isinstance(config.optimizer, Muon) or config.precision == "bf16"
-    alone = all_steps(outcome.folder / "shards", model, replace(config, parallel=Parallel()))
+    alone = all_steps(folder / "shards", model, replace(config, parallel=Parallel()))
     assert len(alone) == config.num_steps
-    for found in outcome.ranks[ranks]:
+    for found in ranks_found:
         assert_same_steps(found[name], alone, rough=rough)
 
 
@@ -209,42 +201,46 @@ def test_ranks_run_different_numbers_of_loops() -> None:
         assert (deepest[:, 0] != deepest[:, 1]).any()
 
 
-@pytest.mark.parametrize("ranks", SAVED)
-def test_a_checkpoint_of_one_process_is_read_by_ranks(outcome: Outcome, ranks: int) -> None:
-    whole_state, rough = outcome.halfway[ranks], ranks == 4
+@some_ranks
+def test_a_checkpoint_of_one_process_is_read_by_ranks(together: Together, ranks: int) -> None:
+    folder, ranks_found = together(ranks, "experts")
+    alone = torch.load(folder / f"alone-{ranks}.pt", weights_only=False)
+    whole_state, rough = alone["halfway"], ranks == 4
     seen = set()
-    for found in outcome.ranks[ranks]:
+    for found in ranks_found:
         for name, x in found["read"].items():
             assert torch.equal(x, whole_state[name]), name
         seen |= set(found["read"])
-        assert_same_steps(found["rest"], outcome.rest[ranks], rough=rough)
+        assert_same_steps(found["rest"], alone["rest"], rough=rough)
     assert seen == set(whole_state)
 
 
-@pytest.mark.parametrize("ranks", SAVED)
-def test_a_checkpoint_of_ranks_is_read_by_one_process(outcome: Outcome, ranks: int) -> None:
+@some_ranks
+def test_a_checkpoint_of_ranks_is_read_by_one_process(together: Together, ranks: int) -> None:
     model, config = SAVED[ranks]
-    trainer = trainer_of(outcome.folder / "shards", model, config)
-    checkpoint = latest_checkpoint(outcome.folder / f"together-{ranks}")
+    folder, ranks_found = together(ranks, "experts")
+    trainer = trainer_of(folder / "shards", model, config)
+    checkpoint = latest_checkpoint(folder / f"together-{ranks}")
     assert load_training(checkpoint, trainer.model, trainer.optimizers).step == config.num_steps
     read = contents(trainer)
-    for found in outcome.ranks[ranks]:
+    for found in ranks_found:
         for name, x in found["saved"].items():
             assert torch.equal(x, read[name]), name
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@some_ranks
 def test_weights_that_are_made_in_shards_are_those_of_one_process(
-    outcome: Outcome, ranks: int
+    together: Together, ranks: int
 ) -> None:
-    for found in outcome.ranks[ranks]:
+    for found in together(ranks, "experts")[1]:
         assert found["starts"] == [True, True]
 
 
-def test_positions_leave_early_on_each_rank_as_alone(outcome: Outcome) -> None:
-    model = load_model(latest_checkpoint(outcome.folder / "together-2"))
+def test_positions_leave_early_on_each_rank_as_alone(together: Together) -> None:
+    folder, ranks_found = together(2, "experts")
+    model = load_model(latest_checkpoint(folder / "together-2"))
     last = set()
-    for rank, found in enumerate(outcome.ranks[2]):
+    for rank, found in enumerate(ranks_found):
         logits, loops_used = found["exits"]
         with torch.no_grad():
             alone = model(prompts(rank), num_loops=12, exit_rule=EXITS[rank])
@@ -254,8 +250,8 @@ def test_positions_leave_early_on_each_rank_as_alone(outcome: Outcome) -> None:
     assert len(last) == 2 and max(last) < 12
 
 
-def test_what_does_not_divide_is_refused(outcome: Outcome) -> None:
-    for found in outcome.ranks[2]:
+def test_what_does_not_divide_is_refused(together: Together) -> None:
+    for found in together(2, "experts")[1]:
         assert found["refused"] == [
             "experts = 3: must divide the number of ranks that shard = 2",
             "experts = 2: must divide the number of routed experts = 3",

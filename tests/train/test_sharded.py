@@ -13,9 +13,10 @@ from ranks import (
     SEQ,
     TRAIN,
     Collectives,
+    Together,
     all_steps,
     assert_same_steps,
-    launch,
+    by_ranks,
     trainer_of,
     write_text,
 )
@@ -47,7 +48,7 @@ HALTING = replace(MODEL, halting=ACT(bias_init=-0.5))
 BATCHWISE = PoissonLoops(mean_loops=2.0, max_loops=5, per="batch")
 # (ranks, model, training) by name; batchwise where micro-batches would weigh loops differently.
 CASES: dict[str, tuple[int, Any, TrainConfig]] = {
-    "shards": (2, MODEL, TRAIN),
+    "shards": (2, MODEL, replace(SHORT, num_steps=10)),
     "halting": (2, HALTING, SHORT),
     "micro-batches": (2, MODEL, replace(SHORT, micro_batch_size=1, loops=BATCHWISE)),
     "recomputed loops": (2, MODEL, replace(SHORT, checkpoint_loops=True)),
@@ -123,37 +124,23 @@ def work(folder: Path) -> dict[str, Any]:
     return found
 
 
-Found = dict[int, list[dict[str, Any]]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("shards")
-    write_text(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path) -> Found:
-    """What each of two and of four processes measured."""
-    return {ranks: launch(ranks, work, folder) for ranks in (2, 4)}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_ranks_together_take_the_steps_of_one(folder: Path, found: Found, name: str) -> None:
+@pytest.mark.parametrize("name", by_ranks(CASES))
+def test_ranks_together_take_the_steps_of_one(together: Together, name: str) -> None:
     ranks, model, config = CASES[name]
+    folder, found = together(ranks, "sharded")
     # Muon magnifies what is small in a gradient; in bf16 a last bit makes other choices of experts.
     rough = isinstance(config.optimizer, Muon) or config.precision == "bf16"
     alone = all_steps(folder / "shards", model, replace(config, parallel=Parallel()))
     assert len(alone) == config.num_steps
     for rank in range(ranks):
-        assert_same_steps(found[ranks][rank][name], alone, rough=rough)
+        assert_same_steps(found[rank][name], alone, rough=rough)
 
 
 @pytest.mark.parametrize("per", GRANULARITIES)
-def test_two_ranks_hear_what_one_hears(folder: Path, found: Found, per: Any) -> None:
+def test_two_ranks_hear_what_one_hears(together: Together, per: Any) -> None:
+    folder, found = together(2, "sharded")
     alone = first_step(folder / "shards", per)
-    ranks = [rank["heard"][per] for rank in found[2]]
+    ranks = [rank["heard"][per] for rank in found]
     for heard in ranks:
         assert heard["counts"].keys() == alone["counts"].keys()
         for name, counts in alone["counts"].items():
@@ -175,23 +162,24 @@ def test_weights_that_travel_in_bf16_want_autocast() -> None:
         TrainConfig(precision="fp32", parallel=Parallel(gather="bf16"))
 
 
-def test_ranks_agree_on_the_precision(found: Found) -> None:
+def test_ranks_agree_on_the_precision(together: Together) -> None:
     fp32, bf16 = (Dtypes(model=name, muon=name) for name in ("fp32", "bf16"))
-    assert [rank["choices"] for rank in found[2]] == [[fp32, bf16]] * 2
+    assert [rank["choices"] for rank in together(2, "sharded")[1]] == [[fp32, bf16]] * 2
 
 
-def test_auto_that_is_fp32_gathers_no_bf16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_that_is_fp32_gathers_no_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_text(tmp_path)
     config = TrainConfig(seq_len=SEQ, batch_size=BATCH, parallel=Parallel(gather="bf16"))
     monkeypatch.setattr(machine, "bf16_is_native", lambda _device: False)
     with pytest.raises(ConfigError, match=r"gather = 'bf16': must be .* = fp32, which auto is on"):
-        trainer_of(folder / "shards", MODEL, config)
+        trainer_of(shards, MODEL, config)
     monkeypatch.setattr(machine, "bf16_is_native", lambda _device: True)
-    assert trainer_of(folder / "shards", MODEL, config).dtypes == Dtypes(model="bf16", muon="bf16")
+    assert trainer_of(shards, MODEL, config).dtypes == Dtypes(model="bf16", muon="bf16")
 
 
-def test_weights_are_gathered_as_often_for_many_loops_as_for_one(found: Found) -> None:
-    for rank in range(2):
-        one, *more = found[2][rank]["gathers"]
+def test_weights_are_gathered_as_often_for_many_loops_as_for_one(together: Together) -> None:
+    for found in together(2, "sharded")[1]:
+        one, *more = found["gathers"]
         assert more == [one, one]
         # Forward and backward of prelude, recurrent block and coda; the rest stays gathered.
         assert one == 2 * 3 + 1
