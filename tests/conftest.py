@@ -1,5 +1,7 @@
 """Every test starts from one seed, on one thread, with the same hypothesis examples."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import register_random, settings
@@ -36,3 +38,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Runs a test on the CPU and on a GPU, where what it makes itself is put: `variants.here`."""
+    found = torch.device(request.param)
+    if found.type == "cpu":
+        yield found
+        return
+    from variants import OnDevice
+
+    with OnDevice(found):
+        yield found

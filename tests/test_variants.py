@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import torch
 import variants
 from variants import AXES, EXIT_RULES, FEW_VARIANTS, RULE_VARIANTS, VARIANTS, cover, name_of
+
+from openmythos import OpenMythos
 
 
 def test_a_new_member_adds_combinations_and_changes_none() -> None:
@@ -26,3 +29,13 @@ def test_every_combination_is_pinned() -> None:
     for name, rows in (("variants", VARIANTS), ("few", FEW_VARIANTS), ("rules", RULE_VARIANTS)):
         added = len(rows) - len(variants.PINNED[name]["rows"])
         assert not added, f"{name}: {added} new, whose ids may change: run python tests/variants.py"
+
+
+def test_on_a_device_the_tests_tensors_are_there_and_the_packages_are_not() -> None:
+    with variants.OnDevice(torch.device("meta")):
+        assert torch.zeros(2).is_meta and variants.here().type == "meta"
+        assert torch.zeros(2, device="cpu").device.type == "cpu"
+        assert variants.random_tokens(1).is_meta
+        model = OpenMythos(variants.tiny_config(), seed=0)
+        assert not any(parameter.is_meta for parameter in model.parameters())
+    assert torch.zeros(2).device.type == variants.here().type == "cpu"

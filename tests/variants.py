@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from openmythos.config import ConfigError
 from openmythos.model.config import MythosConfig
@@ -132,7 +135,8 @@ def tiny_config(**parts: Any) -> MythosConfig:
 
 
 Row = dict[str, str]  # the name of a value, by axis
-PINS = Path(__file__).parent / "variants.json"
+TESTS = Path(__file__).parent
+PINS = TESTS / "variants.json"
 PINNED: dict[str, Any] = json.loads(PINS.read_text()) if PINS.exists() else {}
 
 
@@ -270,14 +274,39 @@ RULE_VARIANTS = [
 RULE_VARIANT_IDS = [f"{name_of(parts['rule'])}, {_variant_id(parts)}" for parts in _RULE_PARTS]
 
 
+class OnDevice(TorchFunctionMode):
+    """Tensors that a test makes without naming a device are on this one; the package's are not.
+
+    The package has to name its devices: that is what is tested.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func in _device_constructors() and kwargs.get("device") is None
+        if not made or not Path(sys._getframe(1).f_code.co_filename).is_relative_to(TESTS):
+            return func(*args, **kwargs)
+        if kwargs.get("generator") is not None:  # one of the CPU: the same numbers everywhere
+            return func(*args, **kwargs).to(self.device)
+        return func(*args, **kwargs, device=self.device)
+
+
+def here() -> torch.device:
+    """Where the tests' tensors are: see `OnDevice` and the fixture `device`."""
+    return torch.empty(0).device
+
+
 def tiny_model(config: MythosConfig, seed: int = 0, scale: float = 0.1) -> OpenMythos:
     """A model in eval mode with every parameter and buffer moved off its initial value."""
     model = OpenMythos(config, seed=seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor += scale * torch.randn(tensor.shape, generator=generator)
-    return model
+            tensor += scale * torch.randn(tensor.shape, generator=generator, device="cpu")
+    return model.to(here())
 
 
 def random_tokens(batch: int, seq: int = SEQ, seed: int = 0) -> Tensor:

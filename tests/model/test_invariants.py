@@ -25,6 +25,7 @@ from variants import (
     VOCAB,
     assert_gradients_close,
     gradients,
+    here,
     members,
     name_of,
     random_tokens,
@@ -41,12 +42,13 @@ from openmythos.recurrence.halting import ExitRule, Halting, KLExit, StateChange
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 few_variants = pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
-PADDING = torch.tensor([0, 3, 6])  # left padding of each row
+PADDING = [0, 3, 6]  # left padding of each row
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def left_padded() -> tuple[Tensor, Tensor]:
     tokens = random_tokens(len(PADDING))
-    return tokens, torch.arange(SEQ) >= PADDING[:, None]
+    return tokens, torch.arange(SEQ) >= torch.tensor(PADDING)[:, None]
 
 
 def embedding_gradients(
@@ -164,7 +166,7 @@ def test_cached_decoding_for_any_chunks(
 def test_left_padding_and_the_other_rows_change_nothing(config: MythosConfig) -> None:
     model, (tokens, mask) = tiny_model(config), left_padded()
     batch = model(tokens, num_loops=3, attention_mask=mask)
-    for row, padding in enumerate(PADDING.tolist()):
+    for row, padding in enumerate(PADDING):
         alone = model(tokens[row : row + 1, padding:], num_loops=3)
         torch.testing.assert_close(batch.logits[row, padding:], alone.logits[0], **CLOSE)
         used = batch.recurrence.loops_used[row, padding:]
@@ -334,7 +336,7 @@ def test_beyond_the_last_loop_its_parameters_are_used_again() -> None:
         loop_embedding=LoopEmbedding(num_loops=6),
         loop_lora=LoopLoRA(num_loops=6, targets=("*",)),
     )
-    model, repeated = tiny_model(short), OpenMythos(long).eval()
+    model, repeated = tiny_model(short), OpenMythos(long).eval().to(here())
     last = torch.tensor([0, 1, 1, 1, 1, 1])
     state = {
         name: tensor[last] if ".conditioning." in name else tensor
@@ -357,7 +359,7 @@ def test_sequences_of_different_depth_equal_each_alone(config: MythosConfig) -> 
     (out.logits * weights)[mask].sum().backward()
     together = gradients(model)
     model.zero_grad()
-    for row, (depth, padding) in enumerate(zip(depths, PADDING.tolist(), strict=True)):
+    for row, (depth, padding) in enumerate(zip(depths, PADDING, strict=True)):
         alone = model(tokens[row : row + 1, padding:], num_loops=depth)
         torch.testing.assert_close(out.logits[row, padding:], alone.logits[0], **CLOSE)
         used = out.recurrence.loops_used[row, padding:]
@@ -405,7 +407,7 @@ def test_bf16_weights(config: MythosConfig) -> None:
 @few_variants
 def test_bf16_autocast(config: MythosConfig) -> None:
     model, tokens = tiny_model(config), random_tokens(2)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(here().type, torch.bfloat16):
         out = model(tokens, num_loops=3)
         assert model.generate(tokens, max_new_tokens=2, num_loops=3).shape == (2, 2)
     # The residual stream stays in fp32: bf16 would lose what late loops add.
@@ -423,7 +425,7 @@ def test_bf16_autocast(config: MythosConfig) -> None:
 def test_saving_and_loading_gives_the_same_model(config: MythosConfig, tmp_path: Path) -> None:
     model, tokens = tiny_model(config), random_tokens(2)
     model.save_pretrained(tmp_path)
-    loaded = OpenMythos.from_pretrained(tmp_path)
+    loaded = OpenMythos.from_pretrained(tmp_path).to(here())
     assert loaded.config == config
     assert not loaded.training
     weights, found = model.state_dict(), loaded.state_dict()

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from variants import here
 
 from openmythos.config import ConfigError
 from openmythos.nn.attention import (
@@ -26,7 +27,7 @@ from openmythos.nn.latent_attention import LatentAttention, LatentAttentionLayer
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, LowRank
 
 DIM, EPS = 32, 1e-6
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("device")
 SMALL: dict[str, dict[str, Any]] = {
     "latent": {
         "num_heads": 4,
@@ -60,7 +61,7 @@ LATENT_VARIANTS = {
 @torch.no_grad()
 def build(config: Any) -> Any:
     """A layer in double precision with random weights and norms."""
-    layer = config.build(DIM, EPS).double()
+    layer = config.build(DIM, EPS).double().to(here())
     for name, parameter in layer.named_parameters():
         mean = 1.0 if "norm" in name else 0.0
         parameter.normal_(mean, 0.3 if mean else 1.5 * parameter.shape[-1] ** -0.5)
@@ -76,15 +77,15 @@ def layouts(seq: int, batch: int) -> dict[str, TokenLayout]:
     valid = torch.arange(seq) >= torch.arange(batch)[:, None]
     documents = (torch.arange(seq) >= seq // 2 + torch.arange(batch)[:, None]).long()
     return {
-        "whole": TokenLayout(seq, 0, CPU),
-        "padded": TokenLayout(seq, 0, CPU, valid),
-        "packed": TokenLayout(seq, 0, CPU, None, documents),
-        "packed_and_padded": TokenLayout(seq, 0, CPU, valid, documents),
-        "chunk": TokenLayout(2, seq - 2, CPU),
-        "padded_chunk": TokenLayout(2, seq - 2, CPU, valid),
-        "one_token": TokenLayout(1, seq - 1, CPU),
-        "one_padded_token": TokenLayout(1, seq - 1, CPU, valid),
-        "first_token": TokenLayout(1, 0, CPU),
+        "whole": TokenLayout(seq, 0, here()),
+        "padded": TokenLayout(seq, 0, here(), valid),
+        "packed": TokenLayout(seq, 0, here(), None, documents),
+        "packed_and_padded": TokenLayout(seq, 0, here(), valid, documents),
+        "chunk": TokenLayout(2, seq - 2, here()),
+        "padded_chunk": TokenLayout(2, seq - 2, here(), valid),
+        "one_token": TokenLayout(1, seq - 1, here()),
+        "one_padded_token": TokenLayout(1, seq - 1, here(), valid),
+        "first_token": TokenLayout(1, 0, here()),
     }
 
 
@@ -149,9 +150,9 @@ def test_the_mask_is_its_definition(name: str, window: int) -> None:
 
 def test_positions_count_valid_tokens() -> None:
     valid = torch.tensor([[True] * 4, [False, False, True, True]])
-    assert TokenLayout(4, 0, CPU, valid).positions().tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    assert TokenLayout(2, 2, CPU, valid).positions().tolist() == [[2, 3], [0, 1]]
-    assert TokenLayout(2, 3, CPU).positions().tolist() == [[3, 4]]
+    assert TokenLayout(4, 0, here(), valid).positions().tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert TokenLayout(2, 2, here(), valid).positions().tolist() == [[2, 3], [0, 1]]
+    assert TokenLayout(2, 3, here()).positions().tolist() == [[3, 4]]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -186,7 +187,7 @@ def test_latent_attention_is_its_formula() -> None:
     config = small(LatentAttention)
     layer = build(config)
     x = torch.randn(2, 5, DIM, dtype=torch.double)
-    layout = TokenLayout(5, 0, CPU)
+    layout = TokenLayout(5, 0, here())
     context = context_of(config, layout)
     kv = layer.project_kv(x, context)
     latent, rope_key = kv[..., :12], kv[..., 12:]
@@ -248,7 +249,7 @@ def test_deltas_reach_every_map() -> None:
         deltas = random_deltas(layer)
         assert len(deltas) >= 4
         x = torch.randn(2, 5, DIM, dtype=torch.double)
-        context = context_of(config, TokenLayout(5, 0, CPU))
+        context = context_of(config, TokenLayout(5, 0, here()))
         for absorbed in (True, False):
             with path(layer, absorbed):
                 out = layer(x, layer.project_kv(x, context, deltas), context, deltas)
@@ -258,7 +259,7 @@ def test_deltas_reach_every_map() -> None:
 
 
 def test_the_cheaper_path_is_taken() -> None:
-    layer = small(LatentAttention).build(DIM, EPS)
+    layer = small(LatentAttention).build(DIM, EPS).to(here())
     assert not layer.absorbing_is_cheaper(512, 512)  # training
     assert layer.absorbing_is_cheaper(1, 512)  # decoding
     calls: list[str] = []
@@ -273,7 +274,7 @@ def test_the_cheaper_path_is_taken() -> None:
     config = small(LatentAttention)
     for seq, start in ((64, 0), (1, 63)):
         x, kv = torch.randn(1, seq, DIM), torch.randn(1, 64, layer.kv_width)
-        layer(x, kv, context_of(config, TokenLayout(seq, start, CPU)))
+        layer(x, kv, context_of(config, TokenLayout(seq, start, here())))
     assert calls == ["naive", "absorbed"]
 
 
@@ -286,7 +287,7 @@ def test_no_gradient_from_the_future_or_beyond_the_window(name: str, absorbed: b
     layer = build(config)
     x = torch.randn(2, seq, DIM, dtype=torch.double, requires_grad=True)
     with path(layer, absorbed):
-        out = self_attention(layer, x, context_of(config, TokenLayout(seq, 0, CPU)))
+        out = self_attention(layer, x, context_of(config, TokenLayout(seq, 0, here())))
     for position in range(seq):
         target = out[:, position].square().sum()
         (grad,) = torch.autograd.grad(target, x, retain_graph=True)
@@ -303,10 +304,10 @@ def test_left_padding_changes_nothing(name: str) -> None:
     padding = torch.tensor([0, 2, 5])
     valid = torch.arange(seq) >= padding[:, None]
     x = torch.randn(3, seq, DIM, dtype=torch.double, requires_grad=True)
-    out = self_attention(layer, x, context_of(config, TokenLayout(seq, 0, CPU, valid)))
+    out = self_attention(layer, x, context_of(config, TokenLayout(seq, 0, here(), valid)))
     assert out.isfinite().all()
     for row, pad in enumerate(padding.tolist()):
-        context = context_of(config, TokenLayout(seq - pad, 0, CPU))
+        context = context_of(config, TokenLayout(seq - pad, 0, here()))
         alone = self_attention(layer, x[row : row + 1, pad:], context)
         torch.testing.assert_close(out[row : row + 1, pad:], alone, atol=1e-9, rtol=1e-9)
     (grad,) = torch.autograd.grad(out[valid].square().sum(), x)
@@ -319,12 +320,12 @@ def test_packed_documents_equal_separate_ones(name: str) -> None:
     layer = build(config)
     documents = torch.repeat_interleave(torch.tensor([5, 2, 9]), torch.tensor(lengths))[None]
     x = torch.randn(1, sum(lengths), DIM, dtype=torch.double, requires_grad=True)
-    layout = TokenLayout(sum(lengths), 0, CPU, None, documents)
+    layout = TokenLayout(sum(lengths), 0, here(), None, documents)
     out = self_attention(layer, x, context_of(config, layout))
     for document in range(3):
         start = sum(lengths[:document])
         inside = slice(start, start + lengths[document])
-        context = context_of(config, TokenLayout(lengths[document], 0, CPU))
+        context = context_of(config, TokenLayout(lengths[document], 0, here()))
         alone = self_attention(layer, x[:, inside], context)
         # Positions differ by an offset, and the tables are fp32.
         torch.testing.assert_close(out[:, inside], alone, atol=1e-5, rtol=1e-5)
@@ -344,12 +345,12 @@ def test_cached_keys_and_values_give_the_whole_pass(name: str, chunk: int, padde
     block = Block(DIM, config, SwiGLU(hidden_dim=8), EPS).double().eval()
     valid = torch.arange(seq) >= torch.tensor([0, 4])[:, None] if padded else None
     x = torch.randn(batch, seq, DIM, dtype=torch.double)
-    whole = block(x, context_of(config, TokenLayout(seq, 0, CPU, valid)))
+    whole = block(x, context_of(config, TokenLayout(seq, 0, here(), valid)))
     storage = torch.zeros(batch, seq, block.attention.kv_width, dtype=torch.double)
     outputs = []
     for start in range(0, seq, chunk):
         seen = None if valid is None else valid[:, : start + chunk]
-        context = context_of(config, TokenLayout(chunk, start, CPU, seen))
+        context = context_of(config, TokenLayout(chunk, start, here(), seen))
         slot = CacheSlot(storage, start, True)
         outputs.append(block(x[:, start : start + chunk], context, slot=slot).x)
     real = slice(None) if valid is None else valid
@@ -360,9 +361,9 @@ def test_cached_keys_and_values_give_the_whole_pass(name: str, chunk: int, padde
 @pytest.mark.parametrize("name", VARIANTS)
 def test_kv_width_is_what_is_stored(name: str) -> None:
     config = VARIANTS[name]
-    layer = config.build(DIM, EPS)
+    layer = config.build(DIM, EPS).to(here())
     x = torch.randn(2, 5, DIM)
-    kv = layer.project_kv(x, context_of(config, TokenLayout(5, 0, CPU)))
+    kv = layer.project_kv(x, context_of(config, TokenLayout(5, 0, here())))
     assert kv.shape == (2, 5, layer.kv_width)
     assert layer.kv_width == config.kv_width(DIM)
     if isinstance(config, LatentAttention):
@@ -375,14 +376,14 @@ def test_one_rotary_key_serves_all_heads_of_latent_attention() -> None:
     config = small(LatentAttention)
     layer = build(config)
     x = torch.randn(1, 5, DIM, dtype=torch.double)
-    early = layer.project_kv(x, context_of(config, TokenLayout(5, 0, CPU)))
-    late = layer.project_kv(x, context_of(config, TokenLayout(5, 7, CPU)))
+    early = layer.project_kv(x, context_of(config, TokenLayout(5, 0, here())))
+    late = layer.project_kv(x, context_of(config, TokenLayout(5, 7, here())))
     assert early[..., :12].equal(late[..., :12])  # the latent knows no position
     assert not torch.isclose(early[..., 12:], late[..., 12:]).any()
     # The same four numbers enter the scores of every head.
     kv = early.detach().requires_grad_()
     query = torch.randn(1, 4, 5, 12, dtype=torch.double)
-    context = context_of(config, TokenLayout(5, 0, CPU))
+    context = context_of(config, TokenLayout(5, 0, here()))
     out = layer.naive(*split(query), kv, context, NO_DELTAS)
     for head in range(4):
         (grad,) = torch.autograd.grad(out[:, head].square().sum(), kv, retain_graph=True)
@@ -396,7 +397,7 @@ def test_without_positions_only_order_by_mask_remains(kind: type) -> None:
     x = torch.randn(1, 5, DIM, dtype=torch.double)
     for position, invariant in (("none", True), ("rope", False)):
         config = small(kind, position=position)
-        layer, context = build(config), context_of(config, TokenLayout(5, 0, CPU))
+        layer, context = build(config), context_of(config, TokenLayout(5, 0, here()))
         last = self_attention(layer, x, context)[:, -1]
         shuffled = self_attention(layer, x[:, order], context)[:, -1]
         assert torch.allclose(last, shuffled) == invariant
@@ -411,7 +412,7 @@ def test_qk_norm_bounds_the_scores(kind: type) -> None:
         )
         layer = build(config)
         x = torch.randn(1, 5, DIM, dtype=torch.double)
-        context = context_of(config, TokenLayout(5, 0, CPU))
+        context = context_of(config, TokenLayout(5, 0, here()))
         before = self_attention(layer, x, context)
         with torch.no_grad():
             layer.query.weight.mul_(100)
@@ -421,7 +422,7 @@ def test_qk_norm_bounds_the_scores(kind: type) -> None:
 
 def test_rows_of_a_context_can_be_cut_and_reordered() -> None:
     valid = torch.arange(4) >= torch.arange(3)[:, None]
-    context = attention_context(TokenLayout(4, 0, CPU, valid), 4, 1e4, 0)
+    context = attention_context(TokenLayout(4, 0, here(), valid), 4, 1e4, 0)
     assert context.cos is not None and context.mask is not None
     cut, order = context.rows(1, 3), torch.tensor([2, 0, 1])
     taken = context.select(order)
@@ -430,7 +431,7 @@ def test_rows_of_a_context_can_be_cut_and_reordered() -> None:
     assert taken.cos is not None and taken.mask is not None
     assert taken.cos.equal(context.cos[order]) and taken.mask.equal(context.mask[order])
     # One row for the whole batch serves any part of it.
-    shared = attention_context(TokenLayout(4, 0, CPU), 4, 1e4, 2)
+    shared = attention_context(TokenLayout(4, 0, here()), 4, 1e4, 2)
     for part in (shared.rows(1, 3), shared.select(order)):
         assert part.cos is shared.cos and part.mask is shared.mask
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from variants import here
 
 from openmythos.config import ConfigError
 from openmythos.nn.experts import SortedRows, grouped_linear, grouped_outer
@@ -16,6 +17,7 @@ from openmythos.nn.feed_forward import TokenRows
 from openmythos.nn.linear import LowRank
 from openmythos.nn.moe import MoE, MoELayer, RouterStats, _filled_up, _inverse
 
+pytestmark = pytest.mark.usefixtures("device")
 DIM, TOKENS = 16, 24
 SMALL = {"num_experts": 6, "top_k": 2, "expert_dim": 8}
 
@@ -23,7 +25,7 @@ SMALL = {"num_experts": 6, "top_k": 2, "expert_dim": 8}
 @torch.no_grad()
 def build(**fields: Any) -> MoELayer:
     """A layer with random weights and biases, in training mode."""
-    layer = MoE(**SMALL | fields).build(DIM)
+    layer = MoE(**SMALL | fields).build(DIM).to(here())
     for parameter in layer.parameters():
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
     layer.router.router_bias.normal_(std=0.1)
@@ -166,7 +168,7 @@ def test_autocast_is_close_to_fp32(shared: int) -> None:
     layer = build(num_shared_experts=shared)
     tokens = torch.randn(TOKENS, DIM, requires_grad=True)
     exact, exact_stats = layer(tokens, ROWS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(here().type, dtype=torch.bfloat16):
         out, stats = layer(tokens, ROWS)
         assert layer.experts.weights().down.dtype == torch.bfloat16  # custom operators do not cast
     assert out.dtype == torch.bfloat16
@@ -426,7 +428,7 @@ def test_summed_gradients_are_those_of_autograd(dtype: torch.dtype) -> None:
     layer, tokens = build(), torch.randn(TOKENS, DIM)
     wrt, found = list(layer.experts.parameters()), []
     for summed in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(here().type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             out = used_often(layer, tokens, summed=summed)
         found.append(torch.autograd.grad(out.float().square().sum(), wrt))
     for one, other in zip(*found, strict=True):
@@ -527,7 +529,7 @@ def test_groups_in_bf16_are_filled_up_to_round_sizes() -> None:
     assert layer._group_step(tokens.bfloat16(), 133) == 8  # rows per expert
     assert layer._group_step(tokens[:5].bfloat16(), 1) == 1
     exact = layer(tokens, rows_of(400))[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(here().type, dtype=torch.bfloat16):
         found = layer(tokens, rows_of(400))[0]
     torch.testing.assert_close(found.float(), exact, atol=0.05, rtol=0.05)
 

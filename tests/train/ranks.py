@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -115,6 +114,8 @@ def all_work(folder: Path) -> dict[str, Any]:
 
 def by_ranks(cases: dict[str, tuple[int, Any, TrainConfig]]) -> list[Any]:
     """Parameters of a test of these cases: those of four ranks are slow."""
+    import pytest  # benchmarks/ranks_together.py uses this file without it
+
     return [
         pytest.param(name, marks=[pytest.mark.slow] if ranks > 2 else [])
         for name, (ranks, *_) in cases.items()
