@@ -52,10 +52,10 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     return run
 
 
-def write_text(folder: Path) -> None:
+def write_text(folder: Path, files: int = 6, functions: int = 20) -> None:
     folder.mkdir()
-    for number in range(6):
-        lines = [f"def f{number}_{line}(x):\n    return {line} * x\n" for line in range(20)]
+    for number in range(files):
+        lines = [f"def f{number}_{line}(x):\n    return {line} * x\n" for line in range(functions)]
         (folder / f"{number}.py").write_text("\n".join(lines))
 
 
@@ -316,21 +316,22 @@ def test_plan_says_what_fits_and_how(call: Call) -> None:
 
 
 DEMO = [
-    'data.paths=["text"]',
+    'data.paths=["few"]',
     "tokenizer.vocab_size=300",
     "model.vocab_size=257",
     "model.dim=64",
     "model.recurrent_feed_forward.expert_dim=32",
     "model.feed_forward.hidden_dim=64",
-    "train.num_steps=3",
+    "train.num_steps=1",
     "train.batch_size=2",
-    "train.seq_len=64",
+    "train.seq_len=32",
 ]
 
 
 def test_demo_trains_evaluates_and_samples(
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_text(here / "few", files=4, functions=5)
     monkeypatch.setattr(screen, "HOPS_ASKED", (2, 25))
     monkeypatch.setattr(screen, "LOOPS_ASKED", (2, 4))
     result = call("demo", "--hops-steps", "2", "--set", *DEMO)
