@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openmythos.analysis.plots import COLOURS, GREY, looks, new_axes, new_figure, style
+from openmythos.analysis.plots import GREY, looks, new_figure, style
 
 Figure = Any  # matplotlib's, which only `plots` knows
 
@@ -44,7 +44,7 @@ def hops_against_loops(
         figure.colorbar(image, ax=left, label="accuracy [%]", pad=0.02)
         _mean_and_range(right, lines, 100)
         right.axvline(trained_hops, color="#D9D9D9", linewidth=6, zorder=0.9)
-        right.set_xlabel("hops (grey: the longest trained)")
+        right.set_xlabel("hops (grey: the longest trained; bands: min to max of seeds)", fontsize=10)
         right.set_ylabel("accuracy at the best num_loops [%]")
         right.set_ylim(-3, 103)
         handles, labels = right.get_legend_handles_labels()
@@ -58,25 +58,32 @@ def loops_against_hops(
     accuracies: Mapping[str, Mapping[int, Sequence[float | int]]],
     *,
     trained_hops: int,
+    spare: int,
 ) -> Figure:
-    """Left: mean loops used by hops, per rule; dashed, as many loops as hops. Right: accuracy.
+    """Left: loops used less hops, per rule; a line at `spare`, the most allowed. Right: accuracy.
 
-    A value per seed: drawn are their mean and their range.
+    Of a value per seed the mean is drawn alone: the ranges of so many rules hide each other.
     """
     if not loops or not accuracies:
         raise ValueError("loops, accuracies: nothing to draw")
+    beyond = {
+        name: {hop: [used - hop for used in values] for hop, values in points.items()}
+        for name, points in loops.items()
+    }
     with style():
         figure = new_figure()
-        figure.set_size_inches(11.0, 4.6)
+        figure.set_size_inches(11.0, 5.2)
         left, right = figure.subplots(1, 2)
-        for axes, lines, scale in ((left, loops, 1), (right, accuracies, 100)):
-            _mean_and_range(axes, lines, scale)
+        for axes, lines, scale in ((left, beyond, 1), (right, accuracies, 100)):
+            _mean_and_range(axes, lines, scale, bands=False)
             axes.axvline(trained_hops, color="#D9D9D9", linewidth=6, zorder=0.9)
             axes.set_xlabel("hops (grey: the longest trained)")
-        hops = sorted({hop for points in loops.values() for hop in points})
-        left.plot(hops, hops, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)))
-        left.set_ylabel("mean loops used (dashed: as many as hops)")
-        right.set_ylabel("accuracy [%]")
+        left.axhline(spare, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)))
+        left.set_ylim(-17, 17)
+        left.set_ylabel(
+            f"loops used minus hops, mean over seeds (dashed: {spare}, the bar)", fontsize=10
+        )
+        right.set_ylabel("accuracy, mean over seeds [%]", fontsize=10)
         right.set_ylim(-3, 103)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=4)
@@ -89,16 +96,22 @@ def line_panels(
     x_labels: Sequence[str],
     y_labels: Sequence[str],
     log_x: bool = False,
-    log_y: Sequence[bool] = (),
     percent: bool = False,
+    same_y: bool = False,
+    ticks: bool = False,
+    note: str = "",
 ) -> Figure:
-    """Side by side: lines of values against x, with titles; `percent` shows shares as percent."""
+    """Side by side: lines of values against x, with titles; `percent` shows shares as percent.
+
+    ticks: where there are values, not between. note: a line below. A panel with other names than
+    the first has a legend of its own.
+    """
     if not panels:
         raise ValueError("panels: nothing to draw")
     with style():
         figure = new_figure()
         figure.set_size_inches(4.2 * len(panels) + 0.6, 3.9)
-        row = figure.subplots(1, len(panels), sharey=percent, squeeze=False)[0]
+        row = figure.subplots(1, len(panels), sharey=percent or same_y, squeeze=False)[0]
         for place, (axes, (title, lines)) in enumerate(zip(row, panels.items(), strict=True)):
             _mean_and_range(axes, lines, 100 if percent else 1)
             axes.set_title(title, fontsize=10.5, loc="left")
@@ -108,10 +121,166 @@ def line_panels(
                 axes.set_ylim(-3, 103)
             if log_x:
                 _log_x(axes, {x for points in lines.values() for x in points})
-            if place < len(log_y) and log_y[place]:
-                axes.set_yscale("log")
-        row[0].legend(fontsize=9)
+            if ticks:
+                axes.set_xticks(sorted({x for points in lines.values() for x in points}))
+            if place == 0 or list(lines) != list(next(iter(panels.values()))):
+                axes.legend(fontsize=9)
+        if note:
+            figure.supxlabel(note, fontsize=9, color=GREY)
     return figure
+
+
+def dot_panels(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float | int]]]],
+    *,
+    order: Sequence[str],
+    x_label: str,
+    y_label: str,
+) -> Figure:
+    """Side by side: a dot per value by kind and category, categories in the order given."""
+    if not panels:
+        raise ValueError("panels: nothing to draw")
+    with style():
+        figure = new_figure()
+        figure.set_size_inches(4.6 * len(panels) + 0.6, 3.9)
+        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, kinds) in zip(row, panels.items(), strict=True):
+            _strips(axes, kinds, order, beside=False)
+            axes.set_title(title, fontsize=10.5, loc="left")
+            axes.set_xlabel(x_label)
+        row[0].set_ylabel(y_label)
+        row[0].legend(fontsize=9, loc="lower right")
+    return figure
+
+
+def comparisons(
+    shares: Mapping[str, Mapping[str, Sequence[float | int]]],
+    before_after: Mapping[str, Mapping[str, tuple[float | int, float | int]]],
+    *,
+    order: Sequence[str],
+    x_label: str,
+    change_label: str,
+) -> Figure:
+    """A row per name. A panel per comparison: a dot per seed and their mean. Last panel: from what
+    a mean is (full) to what becomes of it (hollow), in the comparisons' colours."""
+    if not shares or not before_after:
+        raise ValueError("shares, before_after: nothing to draw")
+    places = {name: place for place, name in enumerate(order)}
+    with style():
+        figure = new_figure()
+        figure.set_size_inches(2.5 * (len(shares) + 1) + 1.9, 0.3 * len(order) + 1.4)
+        row = figure.subplots(1, len(shares) + 1, sharey=True, squeeze=False)[0]
+        for axes, look, (title, values) in zip(row, looks(), shares.items(), strict=False):
+            for name, dots in values.items():
+                at = places[name]
+                axes.plot(dots, [at] * len(dots), "o", color=look["color"], markersize=4, alpha=0.5)
+                mean = sum(dots) / len(dots)
+                axes.plot([mean], [at], "|", color=look["color"], markersize=14, markeredgewidth=2)
+            axes.set_title(title, fontsize=10, loc="left", color=look["color"])
+            axes.set_xlabel(x_label)
+        last = row[-1]
+        for number, (look, values) in enumerate(zip(looks(), before_after.values(), strict=False)):
+            for name, (before, after) in values.items():
+                # One below the other where a name has several.
+                mine = [k for k, each in enumerate(before_after.values()) if name in each]
+                y = places[name] + 0.22 * (mine.index(number) - (len(mine) - 1) / 2)
+                last.plot([before, after], [y, y], color=look["color"], linewidth=1.5)
+                last.plot([before], [y], "o", color=look["color"], markersize=4)
+                last.plot(*([after], [y], "o"), color=look["color"], markersize=4, mfc="white")
+        last.set_title("overthinking", fontsize=10, loc="left")
+        last.set_xlabel(change_label)
+        row[0].set_yticks(range(len(order)), list(order))
+        row[0].set_ylim(len(order) - 0.5, -0.5)
+        for axes in row:
+            axes.set_xlim(-3, 103)
+    return figure
+
+
+def stability(
+    loss: Mapping[str, Mapping[float, Sequence[float | int]]],
+    radii: Mapping[str, Mapping[float, Sequence[float | int]]],
+    sizes: Mapping[float, Mapping[str, Sequence[Mapping[int, float | None]]]],
+    *,
+    trained_loops: int,
+) -> Figure:
+    """Above: final loss and spectral radius of every run, by name and learning rate. Below, a panel
+    per rate: the size of the state by loops, a line per run; None is drawn at the top, hollow."""
+    if not loss or not radii or not sizes:
+        raise ValueError("loss, radii, sizes: nothing to draw")
+    rates = sorted(sizes)
+    with style():
+        figure = new_figure()
+        figure.set_size_inches(11.0, 7.4)
+        names = [f"{rate:g}" for rate in rates]
+        top_row = ["loss"] * len(rates) + ["rho"] * len(rates)
+        wide: Any = [top_row, [name for name in names for _ in range(2)]]
+        axes_of = figure.subplot_mosaic(wide)
+        left, right = axes_of["loss"], axes_of["rho"]
+        _strips(left, loss, rates)
+        left.set_ylabel("final loss [nats / token]")
+        _strips(right, radii, rates)
+        for axes in (left, right):
+            axes.set_xlabel("learning rate (a dot per run)")
+        right.set_yscale("log")
+        right.axhline(1, color=GREY, linewidth=1.2)
+        right.set_ylabel("spectral radius rho (line: 1)")
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        panels = [axes_of[name] for name in names]
+        finite = [
+            size
+            for runs in sizes.values()
+            for by_loops in (run for each in runs.values() for run in each)
+            for size in by_loops.values()
+            if size is not None
+        ]
+        top = 30 * max(finite)
+        for axes, rate in zip(panels, rates, strict=True):
+            for place, (look, runs) in enumerate(zip(looks(), sizes[rate].values(), strict=False)):
+                width = 1.0 if place else 2.2  # the first is seen below another
+                for run in runs:
+                    known = [(n, size) for n, size in sorted(run.items()) if size is not None]
+                    axes.plot(*zip(*known, strict=True), color=look["color"], linewidth=width)
+                    if lost := [n for n in sorted(run) if run[n] is None]:
+                        hollow = {"color": look["color"], "markerfacecolor": "white"}
+                        axes.plot(lost, [top] * len(lost), look["marker"], **hollow)
+            axes.axvline(trained_loops, color="#D9D9D9", linewidth=5, zorder=0.9)
+            axes.set_title(f"learning rate {rate:g}", fontsize=10.5, loc="left")
+            axes.set_yscale("log")
+            axes.set_ylim(0.3 * min(finite), 3 * top)
+            axes.set_xlabel("num_loops")
+            axes.tick_params(labelleft=axes is panels[0])
+            _log_x(axes, {n for runs in sizes[rate].values() for run in runs for n in run})
+        panels[0].set_ylabel("RMS of the state, a line per run")
+        figure.supxlabel(
+            f"Grey: mean loops in training ({trained_loops}). Hollow, at the top: overflows fp32.",
+            fontsize=9,
+            color=GREY,
+        )
+    return figure
+
+
+def _strips(
+    axes: Any,
+    groups: Mapping[str, Mapping[Any, Sequence[float | int]]],
+    xs: Sequence[Any],
+    *,
+    beside: bool = True,
+) -> None:
+    """A dot per value in columns, those of one x beside each other by group or in one place."""
+    width = 0.8 / len(groups) if beside else 0.5
+    for place, (look, (name, points)) in enumerate(zip(looks(), groups.items(), strict=False)):
+        middle = (place - (len(groups) - 1) / 2) * width if beside else 0.0
+        placed = [
+            (number + middle + width * 0.5 * (k / max(1, len(values) - 1) - 0.5), value)
+            for number, x in enumerate(xs)
+            for values in [points.get(x, [])]
+            for k, value in enumerate(values)
+        ]
+        dots = {"color": look["color"], "markersize": 4, "alpha": 0.7}
+        axes.plot(*zip(*placed, strict=True), look["marker"], **dots, label=name)
+    axes.set_xticks(range(len(xs)), [x if isinstance(x, str) else f"{x:g}" for x in xs])
+    axes.grid(visible=False, axis="x")
 
 
 def _log_x(axes: Any, xs: set[Any]) -> None:
@@ -123,35 +292,18 @@ def _log_x(axes: Any, xs: set[Any]) -> None:
 
 
 def _mean_and_range(
-    axes: Any, lines: Mapping[str, Mapping[Any, Sequence[float | int]]], scale: int
+    axes: Any,
+    lines: Mapping[str, Mapping[Any, Sequence[float | int]]],
+    scale: int,
+    *,
+    bands: bool = True,
 ) -> None:
     """A line per name through the means of the values at each x, and their range."""
     for look, (name, points) in zip(looks(), lines.items(), strict=False):
         xs = sorted(points)
         means = [scale * sum(points[x]) / len(points[x]) for x in xs]
         axes.plot(xs, means, **look, linewidth=2, label=name)
-        low = [scale * min(points[x]) for x in xs]
-        high = [scale * max(points[x]) for x in xs]
-        axes.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-
-
-def effects(
-    bars: Mapping[str, tuple[float | int, float | int, Sequence[float | int]]], *, x_label: str
-) -> Figure:
-    """Per name a mean, the half width of its interval (nan: none) and single values, about zero."""
-    if not bars:
-        raise ValueError("bars: no effect to draw")
-    with style():
-        figure, axes = new_axes(x_label, "")
-        figure.set_size_inches(7.5, 0.32 * len(bars) + 1.1)
-        for line, (mean, half, values) in enumerate(bars.values()):
-            axes.plot(values, [line] * len(values), "o", color=GREY, markersize=3, alpha=0.6)
-            half = 0.0 if math.isnan(half) else half
-            axes.errorbar(
-                mean, line, xerr=half, color=COLOURS[0], marker="o", markersize=7, capsize=4
-            )
-        axes.set_yticks(range(len(bars)), list(bars))
-        axes.axvline(0, color=GREY, linewidth=1.2)
-        axes.grid(visible=False, axis="y")
-        axes.invert_yaxis()
-    return figure
+        if bands:
+            low = [scale * min(points[x]) for x in xs]
+            high = [scale * max(points[x]) for x in xs]
+            axes.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)

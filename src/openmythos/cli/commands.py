@@ -323,6 +323,8 @@ class Study:
     """Runs at the same time, each on one thread; they share the device."""
     device: Device = "auto"
     """Where to compute; auto takes an accelerator if there is one."""
+    report_only: bool = False
+    """Train nothing: judge the runs kept in --out and write report and figure anew."""
     set: Changes = ()
     """Changes to every arm, such as learning.num_steps=3200."""
 
@@ -343,15 +345,22 @@ class Study:
         require_int("seeds", self.seeds, minimum=1)
         require_int("processes", self.processes, minimum=1)
         folder = Path(self.out) / (f"{study.name}-quick" if self.quick else study.name)
-        finding = run_study_with_bar(
-            study,
-            folder,
-            seeds=1 if self.quick else self.seeds,
-            quick=self.quick,
-            overrides=flat(self.set),
-            processes=self.processes,
-            device=self.device,
-        )
+        if self.report_only:
+            changes = self.quick or bool(self.set)
+            require(
+                not changes, "report_only", True, "judges runs as they are: no --quick, no --set"
+            )
+            finding = runner.judge_kept(study, folder)
+        else:
+            finding = run_study_with_bar(
+                study,
+                folder,
+                seeds=1 if self.quick else self.seeds,
+                quick=self.quick,
+                overrides=flat(self.set),
+                processes=self.processes,
+                device=self.device,
+            )
         table = Table(*finding.table[0], box=box.SIMPLE_HEAD)
         for row in finding.table:
             table.add_row(*row.values())

@@ -24,6 +24,7 @@ from openmythos.studies.study import (
     Verdict,
     as_sentence,
     by_arm,
+    differs,
     percent,
     plus_minus,
 )
@@ -98,7 +99,10 @@ def fit(result: RunResult) -> float:
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
-    """Rank 8 must recover half of what sharing costs (rank 0 against untied), must not lose more
+    """Premise: sharing costs something, rank 0 loses to untied layers by more than the interval of
+    the paired difference.
+
+    Rank 8 must recover half of what sharing costs (rank 0 against untied), must not lose more
     than 0.02 nats at twice the trained loops, and must reach on k-hop what rank 0 does less 5
     points at 20 hops."""
     groups = by_arm(results)
@@ -106,7 +110,13 @@ def judge(results: Sequence[RunResult]) -> Finding:
     def mean(name: str, loops: int) -> float:
         return statistics.mean(nats(run, loops) for run in groups[name])
 
-    gap = mean("text, rank 0", TRAINED) - mean(UNTIED, TRAINED)
+    untied_loss = {run.seed: nats(run, TRAINED) for run in groups[UNTIED]}
+    costs = [
+        nats(run, TRAINED) - untied_loss[run.seed]
+        for run in groups["text, rank 0"]
+        if run.seed in untied_loss
+    ]
+    gap = statistics.mean(costs)
     gain = mean("text, rank 0", TRAINED) - mean("text, rank 8", TRAINED)
     later = mean("text, rank 8", 2 * TRAINED) - mean("text, rank 8", TRAINED)
     hops = {
@@ -119,8 +129,11 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"at twice the trained loops rank 8 loses {later:+.3f} (at most 0.02)": later <= 0.02,
         f"at 20 hops rank 8 reaches {hops[8]:.0%}, rank 0 {hops[0]:.0%}": hops[8] >= hops[0] - 0.05,
     }
+    premise = gap > 0 and differs(costs)
     verdict: Verdict = "does not hold here"
-    if all(statements.values()):
+    if not premise:
+        verdict = "premise not met"
+    elif all(statements.values()):
         verdict = "holds"
     elif next(iter(statements.values())) or (gain > 0 and sum(statements.values()) == 2):
         verdict = "holds in part"
@@ -137,7 +150,18 @@ def judge(results: Sequence[RunResult]) -> Finding:
             row[f"{count} hops"] = "-" if on_text else percent([best(r, count) for r in runs])
         row["learning rate"] = f"{runs[0].rate:g}"
         table.append(row)
-    return Finding(verdict, as_sentence(statements), table)
+    ranks = {rank: groups[f"k-hop, rank {rank}"][0].parameters for rank in (0, 8)}
+    more = ranks[8] / ranks[0] - 1
+    sentence = (
+        f"The premise is that sharing costs something ({plus_minus(costs)} nats against untied "
+        f"layers, seed by seed): {'met' if premise else 'not met'}. {as_sentence(statements)} "
+        f"On k-hop rank 8 has {more:.0%} more parameters."
+    )
+    priced = f"{gap:.2f} nats" if premise else f"nothing here ({gap:.2f} nats)"
+    brief = (
+        f"Sharing costs {priced}. On 20 hops rank 8 reaches {hops[8]:.0%}, rank 0 {hops[0]:.0%}."
+    )
+    return Finding(verdict, sentence, table, brief)
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
@@ -161,6 +185,8 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         {f"text (trained with {TRAINED} loops)": text, "k-hop (trained to 10 hops)": hops},
         x_labels=["num_loops at inference", "hops"],
         y_labels=["held-out loss [nats / token]", "accuracy at the best num_loops [%]"],
+        ticks=True,
+        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
     )
     return figure, rows
 
@@ -168,6 +194,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
 STUDY = Study(
     name="depth-lora",
     claim="A low-rank difference per loop wins back most of what sharing the weights costs.",
+    headline="LoRA per loop wins back what sharing costs (Relaxed Recursive Transformers)",
     source="Relaxed Recursive Transformers (arXiv 2410.20672)",
     method=(
         "Text: 0.5 M parameters on Python's standard library, 300 steps of 8 x 128 tokens, 4 "
@@ -177,9 +204,16 @@ STUDY = Study(
         "LoRA for 16 loops, the last pair for all later ones."
     ),
     not_shown=(
+        "The paper's experiment: it makes a trained model recursive and starts LoRA from singular "
+        "vectors of what the layers lose. Here all is trained from scratch.",
+        "What sharing costs: in 300 steps untied layers learn more slowly than the loop at any "
+        "rate tried, and they have no injection, which the loop has.",
         "Equal parameters: ranks and untied layers have more.",
-        "Long training: in 300 steps untied layers learn more slowly than the loop at any rate "
-        "tried, so that nothing is seen of what sharing costs in the end.",
+    ),
+    changed=(
+        "The premise is a bar of its own: the verdict was that the claim does not hold here, "
+        "though nothing was lost that rank 8 could have won back.",
+        "The grid of rates of the untied arm was extended upwards until its best was inside.",
     ),
     arms=arms,
     measure=measure,

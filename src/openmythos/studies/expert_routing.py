@@ -26,6 +26,7 @@ from openmythos.studies.study import (
     Verdict,
     as_sentence,
     by_arm,
+    differs,
     plus_minus,
 )
 from openmythos.studies.text import TextRun, text_model, text_training
@@ -115,7 +116,8 @@ def fit(result: RunResult) -> float:
 
 def judge(results: Sequence[RunResult]) -> Finding:
     """Bars: MaxVio <= 0.2 with bias balancing, >= 0.5 without, at a loss within 1%; loops of one
-    token choose different experts (Jaccard <= 0.5); the mixture beats the dense control."""
+    token choose different experts (Jaccard <= 0.5); the mixture beats the dense control by more
+    than the interval of the paired difference."""
     groups = by_arm(results)
 
     def mean(name: str, key: str) -> float:
@@ -125,12 +127,15 @@ def judge(results: Sequence[RunResult]) -> Finding:
     change = loss[BALANCED] / loss[UNBALANCED] - 1
     with_bias, without = mean(BALANCED, "max_violation"), mean(UNBALANCED, "max_violation")
     jaccard = mean(BALANCED, "jaccard")
+    dense = {run.seed: run.curve["nats"] for run in groups[DENSE]}
+    paired = [run.curve["nats"] - dense[run.seed] for run in groups[BALANCED] if run.seed in dense]
+    beats = statistics.mean(paired) < 0 and differs(paired)
     statements = {
         f"MaxVio with bias balancing {with_bias:.2f} (at most 0.2)": with_bias <= 0.2,
         f"without {without:.2f} (at least 0.5)": without >= 0.5,
         f"loss {change:+.1%} (within 1%)": abs(change) <= 0.01,
         f"Jaccard of two loops {jaccard:.2f} (at most 0.5)": jaccard <= 0.5,
-        f"loss {loss[BALANCED]:.3f}, dense {loss[DENSE]:.3f}": loss[BALANCED] < loss[DENSE],
+        f"loss against dense, seed by seed, {plus_minus(paired)} nats (below 0)": beats,
     }
     verdict: Verdict = "does not hold here"
     if all(statements.values()):
@@ -150,7 +155,12 @@ def judge(results: Sequence[RunResult]) -> Finding:
             row[head] = plus_minus(values) if values else "-"
         row["learning rate"] = f"{runs[0].rate:g}"
         table.append(row)
-    return Finding(verdict, as_sentence(statements), table)
+    against = "better" if beats else "no difference" if not differs(paired) else "worse"
+    brief = (
+        f"MaxVio {without:.2f} to {with_bias:.2f} (bar 0.2); loops overlap {jaccard:.2f} "
+        f"(bar 0.5); against dense: {against}."
+    )
+    return Finding(verdict, as_sentence(statements), table, brief)
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
@@ -168,6 +178,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         {"": loads},
         x_labels=["expert, most loaded first"],
         y_labels=["load on held-out text / mean load"],
+        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
     )
     return figure, rows
 
@@ -175,6 +186,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
 STUDY = Study(
     name="expert-routing",
     claim="Bias balancing spreads the load at no loss, and every loop chooses experts of its own.",
+    headline="Balanced experts, other ones in every loop (DeepSeek-V3)",
     source="DeepSeek-V3 (arXiv 2412.19437); OpenMythos announcement",
     method=(
         "Text as in test-time-depth, 16 experts top-2 and one shared in the loop, 300 steps; "
@@ -182,7 +194,19 @@ STUDY = Study(
         "router per loop is the shared one plus a matrix per loop; dense: a SwiGLU as wide as the "
         "experts that a token uses. Best of three learning rates by held-out loss."
     ),
-    not_shown=("Experts at scale; specialisation by content.",),
+    not_shown=(
+        "That loops which matter choose the same experts: this text model hardly uses its loops (8 "
+        "are worth 0.012 nats against 1, see test-time-depth), and what a loop does not change "
+        "gives the router no reason to choose anew. Of two random pairs of 16 experts the Jaccard "
+        "index is 0.086.",
+        "The overlap of loops in the figure: stored is its mean alone, in the table.",
+        "Experts at scale; specialisation by content.",
+    ),
+    changed=(
+        "The mixture must beat the dense control by more than the interval of the paired "
+        "difference. In the mean alone it does, and then three of five statements were met and the "
+        "verdict was that the claim holds in part.",
+    ),
     arms=arms,
     measure=measure,
     fit=fit,

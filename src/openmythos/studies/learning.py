@@ -76,10 +76,7 @@ def learn(model: OpenMythos, task: Task, learning: Learning, seed: int) -> Itera
     torch.manual_seed(seed + 1)
     optimizers = learning.optimizer.build(model)
     reach, mastered = learning.first_hops, 0.5
-    flops = [
-        cost.training_flops_per_token(model.config, num_loops=n, context=learning.max_hops)
-        for n in (1, 2)
-    ]
+    flops = cost.TrainingFlops(model.config, context=learning.max_hops)
     model.train()
     for step in range(learning.num_steps):
         hops = int(torch.randint(learning.min_hops, reach + 1, (), generator=generator))
@@ -102,10 +99,10 @@ def learn(model: OpenMythos, task: Task, learning: Learning, seed: int) -> Itera
             mastered = 0.8 * mastered + 0.2 * right
             if mastered > learning.mastery:
                 reach, mastered = min(reach + 2, learning.max_hops), 0.5
-        mean_loops = loops if isinstance(loops, int) else float(loops.float().mean())
-        per_token = flops[0] + (mean_loops - 1) * (flops[1] - flops[0])
+        drawn = [loops] if isinstance(loops, int) else loops.tolist()
+        per_token = [flops.per_token(n, learning.backprop_loops) for n in drawn]
         loss = float(losses.cross_entropy.detach())
-        yield Progress(step, loss, reach, batch.tokens.numel() * per_token)
+        yield Progress(step, loss, reach, batch.tokens.numel() * sum(per_token) / len(per_token))
 
 
 def _loops(

@@ -14,6 +14,7 @@ from openmythos.analysis import plots
 from openmythos.config import (
     ConfigError,
     apply_overrides,
+    from_dict,
     read_json,
     unknown_name,
     write_atomically,
@@ -21,6 +22,7 @@ from openmythos.config import (
 )
 from openmythos.machine import choose_device, describe, keep_freed_memory
 from openmythos.model import cost
+from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.processes import worker_pool
 from openmythos.studies import (
@@ -36,7 +38,8 @@ from openmythos.studies import (
 )
 from openmythos.studies.learning import Learning, learn
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Trial, report_markdown
-from openmythos.studies.text import Text, TextLearning, trained_on_text
+from openmythos.studies.text import Text, TextLearning, flops_of_training, trained_on_text
+from openmythos.train.config import TrainConfig
 
 # No run has it or one after it: rates are chosen on other data than the results are reported on.
 TRIAL_SEED = 1000
@@ -94,9 +97,9 @@ def run_study(
     total = len(trials) + len({*done, *wanted})
     machine = describe() | {"device": name}
 
-    def keep(what: str, finding: Finding | None = None) -> None:
+    def keep(what: str) -> None:
         if what != "kept":
-            _save(out, study, machine, _in_order(done, arms), list(fits.values()), finding)
+            _save(out, study, machine, _in_order(done, arms), list(fits.values()), None)
         if told is not None:
             told(len(fits) + len(done), total, what)
 
@@ -128,13 +131,77 @@ def run_study(
         for result in _finished(pool, study, todo, quick, name):
             done[result.arm, result.seed] = replace(result, commit=str(machine["commit"]))
             keep(f"{result.arm}, seed {result.seed}")
-    results, tried = _in_order(done, arms), list(fits.values())
+    finding = _concluded(out, study, machine, _in_order(done, arms), list(fits.values()))
+    if told is not None:
+        told(total, total, "judged")
+    return finding
+
+
+def judge_kept(study: Study, out: Path) -> Finding:
+    """Judge the runs of out/results.json by the rule of today, and write report and figure anew.
+
+    Nothing is trained. Every run must be of an arm of the study, at whatever learning rate it was
+    given. Trials that the study would not make today are kept, and the report says so. The FLOPs of
+    runs on text are a function of their settings, and computed from them.
+    """
+    path = out / "results.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: is not there: no runs to judge")
+    runs, tried = _load(path)
+    arms = {arm.name: arm for arm in study.arms()}
+    _refuse_others(out, runs, [arms[run.arm].at_rate(run.rate) for run in runs if run.arm in arms])
+    missing = sorted(arms.keys() - {run.arm for run in runs})
+    if missing:
+        raise ConfigError(f"{path}: has no run of {', '.join(map(repr, missing))}")
+    results = _in_order(
+        {(run.arm, run.seed): _with_flops(run) for run in runs}, list(arms.values())
+    )
+    notes = _older_trials(tried, list(arms.values()))
+    return _concluded(out, study, read_json(path)["hardware"], results, tried, notes)
+
+
+def _concluded(
+    out: Path,
+    study: Study,
+    machine: Mapping[str, Any],
+    results: Sequence[RunResult],
+    trials: Sequence[Trial],
+    notes: Sequence[str] = (),
+) -> Finding:
+    """Judge, and write results.json, report.md and the figure."""
     finding = study.judge(results)
-    keep("judged", finding)
-    write_atomically(out / "report.md", report_markdown(study, results, finding, tried))
+    _save(out, study, machine, results, trials, finding)
+    write_atomically(out / "report.md", report_markdown(study, results, finding, trials, notes))
     figure, rows = study.draw(results)
     plots.save_figure(figure, out / "figure.png", rows)
     return finding
+
+
+def _with_flops(run: RunResult) -> RunResult:
+    """With the FLOPs that training on text took; a task's depend on when its curriculum grew."""
+    if run.settings["task"]["kind"] != "text":
+        return run
+    training = from_dict(TrainConfig, run.settings["learning"]["train"])
+    model = from_dict(MythosConfig, run.settings["model"])
+    flops = flops_of_training(model, replace(training, seed=run.seed))
+    return replace(run, training_flops=flops)
+
+
+def _older_trials(tried: Sequence[Trial], arms: Sequence[Arm]) -> list[str]:
+    """A line for the trials that these arms would not make, if there are any."""
+    asked = {arm.name: arm.trials() for arm in arms}
+    older = [
+        trial
+        for trial in tried
+        if not any(arm.has(trial.settings) for arm in asked.get(trial.arm, []))
+    ]
+    if not older:
+        return []
+    names = ", ".join(dict.fromkeys(trial.arm for trial in older))
+    return [
+        f"{len(older)} of {len(tried)} trials (those of {names}) were made by an older rule, with "
+        "other steps than a run of today would give them. The rates they chose were kept."
+    ]
 
 
 def run_arm(study: str, arm: Arm, seed: int, quick: bool, device: str = "auto") -> RunResult:
@@ -204,7 +271,7 @@ def _refuse_others(
         if not any(arm.has(one.settings) for arm in arms if arm.name == one.arm):
             raise ConfigError(
                 f"{out}/results.json: holds a run of {one.arm!r} with other settings; "
-                "choose another --out"
+                "choose another --out, or judge what is there with --report-only"
             )
 
 

@@ -18,7 +18,9 @@ from openmythos.studies.text import RATES, Text, TextLearning
 from openmythos.tasks import Task
 from openmythos.train.config import TrainConfig
 
-Verdict = Literal["holds", "holds in part", "does not hold here"]
+# "premise not met": what the claim takes for granted is not so here (such as that sharing weights
+# costs something), so that it was not tested, whatever the other bars say.
+Verdict = Literal["holds", "holds in part", "does not hold here", "premise not met"]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -124,7 +126,7 @@ class RunResult:
     settings: Mapping[str, Any]
     curve: Mapping[str, Any]  # what the study's measure found
     parameters: int
-    training_flops: int | float
+    training_flops: int | float | None  # None: not counted rightly when it ran, nor derivable
     seconds: int | float
     commit: str
 
@@ -153,6 +155,7 @@ class Finding:
     verdict: Verdict
     sentence: str
     table: list[dict[str, str]]
+    brief: str  # the sentence in a dozen words, for a table of all studies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +164,7 @@ class Study:
 
     name: str
     claim: str
+    headline: str  # the claim in a few words, with the paper's name
     source: str
     method: str
     not_shown: tuple[str, ...]
@@ -172,6 +176,8 @@ class Study:
     draw: Callable[[Sequence[RunResult]], Any]  # -> (figure, rows)
     # Times that a run is measured on its way, evenly spaced: curve["by_step"].
     snapshots: int = 0
+    # What is not as it was fixed before the first run, and why.
+    changed: tuple[str, ...] = ()
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
@@ -183,8 +189,17 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 
 def percent(values: Sequence[float]) -> str:
-    """Shares as "97.3 ± 1.2"."""
+    """Shares as "97.3 ± 1.2"; where that reaches below 0 or above 100, "82.0 (10.1 to 100.0)"."""
+    mean, half = mean_and_half_width([100 * value for value in values])
+    if half > min(mean, 100 - mean) and half > 0:
+        return f"{mean:.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
     return plus_minus([100 * value for value in values], digits=1)
+
+
+def differs(values: Sequence[float]) -> bool:
+    """Whether the 95% interval of the mean of paired differences excludes 0."""
+    mean, half = mean_and_half_width(values)
+    return abs(mean) > (half if not math.isnan(half) else 0.0)
 
 
 def plus_minus(values: Sequence[float], digits: int = 3) -> str:
@@ -208,9 +223,13 @@ def by_arm(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 
 
 def report_markdown(
-    study: Study, results: Sequence[RunResult], finding: Finding, tried: Sequence[Trial] = ()
+    study: Study,
+    results: Sequence[RunResult],
+    finding: Finding,
+    tried: Sequence[Trial] = (),
+    notes: Sequence[str] = (),
 ) -> str:
-    """report.md."""
+    """report.md; `notes` are what differs from what the study asks for today."""
     by_name = [{run.seed for run in runs} for runs in by_arm(results).values()]
     shared = set.intersection(*by_name)
     more = set.union(*by_name) - shared
@@ -227,15 +246,17 @@ def report_markdown(
         "",
         "![figure](figure.png)",
         "",
-        f"**Method.** {study.method} Seeds: {seeds}; means with 95% intervals "
-        "(Student's t over seeds).",
+        f"**Method.** {study.method} Seeds: {seeds}; means with 95% intervals (Student's t over "
+        "seeds); where a share's interval would leave 0 to 100%, minimum and maximum. Bands in the "
+        "figure: minimum to maximum of the seeds.",
         "",
         *_markdown_table(finding.table),
         "",
         f"{len(results)} runs and {len(tried)} trials of learning rates took {minutes:.0f} minutes "
-        "of one core.",
+        "by the clock, added up; each had one thread, and shared its machine with others.",
         "",
         *_tuning(tried),
+        *_changed((*study.changed, *notes)),
         "## Not shown",
         "",
         *(f"- {point}" for point in study.not_shown),
@@ -251,7 +272,8 @@ def _tuning(tried: Sequence[Trial]) -> Iterator[str]:
     yield from (
         "## Learning rates",
         "",
-        "Fit of the training range (share right, or minus the loss) with seeds that no run has.",
+        "Fit of the training range (share right, or minus the loss) with seeds that no run has, on "
+        "the held-out text or problems that the runs are reported on: there is no second set.",
         "",
     )
     for arm in dict.fromkeys(trial.arm for trial in tried):
@@ -259,6 +281,11 @@ def _tuning(tried: Sequence[Trial]) -> Iterator[str]:
         fits = [f"{t.rate:g}: {t.fit:.3f}" for t in sorted(own, key=lambda t: t.rate)]
         yield f"- {arm}: {', '.join(fits)}"
     yield ""
+
+
+def _changed(points: Sequence[str]) -> Iterator[str]:
+    if points:
+        yield from ("## Changed after the first runs", "", *(f"- {point}" for point in points), "")
 
 
 def _markdown_table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:

@@ -33,6 +33,7 @@ from openmythos.studies.text import TextRun, text_model, text_training
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 FITTED = 8  # loops that a law is fitted on; beyond, it is asked
+USED = 0.1  # nats that 8 loops gain over 1 in a model that uses its loops; Parcae's 140M gains 0.33
 BASE = "per sequence"
 POLICIES: dict[str, CachePolicy] = {
     "exact": ExactCache(),
@@ -75,7 +76,15 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
 
 
 def law_error(curve: Mapping[int, float], law: str) -> tuple[float, float]:
-    """(largest error within, largest error beyond) of L + a e^(-b T) or L + a T^(-b).
+    """(largest error within, largest error beyond) of `fitted`."""
+    predicted = fitted(curve, law)
+    errors = {n: abs(predicted[n] - loss) for n, loss in curve.items()}
+    beyond = [error for n, error in errors.items() if n > FITTED]
+    return max(error for n, error in errors.items() if n <= FITTED), max(beyond, default=0.0)
+
+
+def fitted(curve: Mapping[int, float], law: str) -> dict[int, float]:
+    """The curve as L + a e^(-b T) or L + a T^(-b) of its first FITTED loops says it is.
 
     L and a by least squares for each b of a fine grid; the b with the least squared error is taken.
     """
@@ -87,13 +96,12 @@ def law_error(curve: Mapping[int, float], law: str) -> tuple[float, float]:
         shape = torch.exp(-b * loops) if law == "exponential" else loops**-b
         design = torch.stack((torch.ones_like(shape), shape), dim=1)
         solution = torch.linalg.lstsq(design[near], values[near, None]).solution
-        errors = (design @ solution)[:, 0] - values
-        squared = float(errors[near].square().sum())
+        predicted = (design @ solution)[:, 0]
+        squared = float((predicted - values)[near].square().sum())
         if best is None or squared < best[0]:
-            best = squared, errors.abs()
+            best = squared, predicted
     assert best is not None
-    beyond = best[1][~near]
-    return float(best[1][near].max()), float(beyond.max()) if len(beyond) else 0.0
+    return {int(n): float(value) for n, value in zip(loops, best[1], strict=True)}
 
 
 def curve_of(result: RunResult) -> dict[int, float]:
@@ -117,7 +125,9 @@ def _added(result: RunResult, policy: str) -> float:
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
-    """Loops help: the loss at 8 loops is below that at 1 by more than its interval. Depth is safe:
+    """Premise: the model uses its loops, at 8 its loss is at least 0.1 nats below that at 1.
+
+    Loops help: the loss at 8 loops is below that at 1 by more than its interval. Depth is safe:
     the loss at 32 loops is at most 0.02 above the least. An exponential predicts it beyond training
     better than a power law, by more than the interval. Per-sequence sampling is better at 1 loop
     than per-batch."""
@@ -146,7 +156,9 @@ def judge(results: Sequence[RunResult]) -> Finding:
     }
     count = sum(statements.values())
     verdict: Verdict = "does not hold here"
-    if count == len(statements):
+    if gain < USED:
+        verdict = "premise not met"
+    elif count == len(statements):
         verdict = "holds"
     elif next(iter(statements.values())) and count >= 2:
         verdict = "holds in part"
@@ -163,32 +175,50 @@ def judge(results: Sequence[RunResult]) -> Finding:
                 for policy in POLICIES
                 if policy != "exact"
             },
+            "training FLOPs": f"{statistics.mean(r.training_flops or 0 for r in runs):.2e}",
             "learning rate": f"{runs[0].rate:g}",
         }
         for name, runs in groups.items()
     ]
-    return Finding(verdict, as_sentence(statements), table)
+    used = f"8 loops are worth {gain:.3f} nats against 1"
+    idle = "uses its loops" if gain >= USED else "hardly uses its loops"
+    sentence = (
+        f"The premise is a model that uses its loops ({used}, at least {USED}): "
+        f"{'met' if gain >= USED else 'not met'}. {as_sentence(statements)}"
+    )
+    return Finding(verdict, sentence, table, f"{used}: this model {idle}.")
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
-    """Held-out loss against loops, less a run's own where training spends most of its steps.
+    """Held-out loss against loops, less a run's own where training spends most of its steps, and
+    the two laws of the base.
 
     Seeds differ by more than loops do.
     """
     by_loops: dict[str, dict[int, list[float]]] = {}
+    laws: dict[str, dict[int, list[float]]] = {}
     rows: list[dict[str, object]] = []
     for run in results:
         for loops, loss in curve_of(run).items():
             above = loss - _at_mean(curve_of(run))
             by_loops.setdefault(run.arm, {}).setdefault(loops, []).append(above)
             rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "nats": loss})
+        if run.arm == BASE:
+            laws.setdefault("measured", {})
+            for law in ("exponential", "power law"):
+                for loops, loss in fitted(curve_of(run), law).items():
+                    above = loss - _at_mean(curve_of(run))
+                    laws.setdefault(law, {}).setdefault(loops, []).append(above)
         for policy, loss in run.curve["nats_by_policy"].items():
             rows.append({"arm": run.arm, "seed": run.seed, "policy": policy, "nats": loss})
+    laws["measured"] = by_loops[BASE]
     figure = study_plots.line_panels(
-        {"": by_loops},
+        {"how loops are drawn in training": by_loops, f"laws fitted on 1 to {FITTED} loops": laws},
         x_labels=["num_loops at inference"],
         y_labels=["loss above that at 4 loops [nats]"],
         log_x=True,
+        same_y=True,
+        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
     )
     return figure, rows
 
@@ -199,18 +229,27 @@ STUDY = Study(
         "More loops at inference lower the loss of a language model along an exponential that "
         "training depth does not end."
     ),
+    headline="More loops lower a language model's loss (Parcae)",
     source="Parcae (arXiv 2604.12946); Huginn (arXiv 2502.05171)",
     method=(
         "0.5 M parameters on Python's standard library, 300 steps of 8 x 128 tokens, loops in "
         "training from Poisson(4) up to 12 unless the arm says otherwise; best of three learning "
         "rates by the held-out loss at 4 loops. Both laws are fitted on 1 to 8 loops. Cache: what "
         "sharing one slot adds in nats per token, decoding the second halves of 64 windows of 128 "
-        "tokens at 8 loops. One change after the runs: one law must be better by more than its "
-        "interval, not in the mean alone."
+        "tokens at 8 loops."
+    ),
+    changed=(
+        "The premise is a bar of its own: the verdict was that the claim holds in part, since a "
+        "flat curve also stays within 0.02 nats of its least.",
+        "One law must be better by more than its interval, not in the mean alone.",
+        "Training FLOPs were derived anew from the settings: with gradient through the last 2 "
+        "loops they had been counted as if all loops carried it.",
     ),
     not_shown=(
         "Models and training of the papers' size.",
-        "A model that needs its loops: here the second brings all, a hundredth of a nat.",
+        "Anything about a model that uses its loops: here the first and last layer do the work, "
+        "and the second loop brings all, a hundredth of a nat. That is also why sharing cache "
+        "slots between loops costs nothing.",
     ),
     arms=arms,
     measure=measure,

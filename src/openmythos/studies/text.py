@@ -16,7 +16,7 @@ from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.recurrence.conditioning import NoLoopLoRA
 from openmythos.recurrence.injection import Injection, NoInjection
-from openmythos.recurrence.loop_sampling import LoopSampling
+from openmythos.recurrence.loop_sampling import LoopSampling, sample_loops
 from openmythos.train.config import DataConfig, RunConfig, TrainConfig
 from openmythos.train.optim import WSD, AdamW
 from openmythos.train.run import Run, train
@@ -101,17 +101,23 @@ def trained_on_text(
         config = RunConfig(model=model, tokenizer=text.tokenizer, data=text.data, train=training)
         run = Run.create(Path(folder) / "run", config)
         history = tuple(train(run))
-        per_token = [
-            cost.training_flops_per_token(
-                model,
-                num_loops=n,
-                backprop_loops=training.backprop_loops,
-                context=training.seq_len,
-            )
-            for n in (1, 2)
-        ]
-        flops = sum(
-            step.tokens * (per_token[0] + (step.mean_loops - 1) * (per_token[1] - per_token[0]))
-            for step in history
-        )
+        flops = flops_of_training(model, training)
         yield TextRun(run.load_model(device), flops, history, run.shards("held_out"))
+
+
+def flops_of_training(model: MythosConfig, training: TrainConfig) -> float:
+    """Of all steps; which sequence runs how many loops is a function of seed and step."""
+    per_token = cost.TrainingFlops(model, training.seq_len).per_token
+    counts = (
+        sample_loops(
+            training.loops,
+            training.curriculum,
+            batch=training.batch_size,
+            seed=training.seed,
+            step=step,
+            num_steps=training.num_steps,
+        )
+        for step in range(training.num_steps)
+    )
+    loops = (n for drawn in counts for n in drawn.tolist())
+    return training.seq_len * sum(per_token(n, training.backprop_loops) for n in loops)

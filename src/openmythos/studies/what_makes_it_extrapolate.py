@@ -1,8 +1,9 @@
 """Which parts of the recipe carry extrapolation in depth? One is changed at a time."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from openmythos.analysis import study_plots
 from openmythos.model.mythos import OpenMythos
@@ -22,17 +23,20 @@ from openmythos.studies.study import (
     by_arm,
     mean_and_half_width,
     percent,
+    plus_minus,
 )
 from openmythos.tasks import KHop
 
-TRAINED_HOPS = 10
+TRAINED_HOPS, STEPS = 10, 1400
 BEYOND = (15, 20, 30)
 HOPS = (5, 10, *BEYOND)
 LOOPS = (5, 10, 16, 20, 25, 30, 40, 60, 80)
+LATE = 20  # hops at which overthinking is told: twice the trained
 BASE = "base"
 # A change of fewer points is none.
 TOLERANCE = 0.05
-CARRIES = ("injection: add", "injection: concat", "injection: none", "attention: full")
+FULL_ATTENTION = "attention: full"
+CARRIES = ("injection: add", "injection: concat", "injection: none", FULL_ATTENTION)
 RATES = (1.5e-3, 3e-3, 6e-3)
 # A third of the steps ends near chance. What is found to cost something, and what it is compared
 # with, is trained at the rate that fits best with all steps, too.
@@ -43,7 +47,7 @@ LONG = {
     "injection: add": 3e-3,
     "injection: concat": 1.5e-3,
     "injection: none": 3e-3,
-    "attention: full": 6e-3,
+    FULL_ATTENTION: 6e-3,
     "ACT halting": 6e-3,
 }
 LONGER = ", 3x steps"
@@ -51,7 +55,7 @@ LONGER = ", 3x steps"
 
 def arms() -> list[Arm]:
     base = looped()
-    learning = Learning(num_steps=1400, max_hops=TRAINED_HOPS)
+    learning = Learning(num_steps=STEPS, max_hops=TRAINED_HOPS)
     experts = MoE(num_experts=4, top_k=2, expert_dim=56, num_shared_experts=1)
     lora = LoopLoRA(rank=4, num_loops=16)
     models = {
@@ -59,7 +63,7 @@ def arms() -> list[Arm]:
         "injection: add": replace(base, injection=Add()),
         "injection: concat": replace(base, injection=Concat()),
         "injection: none": replace(base, injection=NoInjection(), state_init="encoded"),
-        "attention: full": looped(window=0),
+        FULL_ATTENTION: looped(window=0),
         "loop embedding": replace(base, loop_embedding=LoopEmbedding(num_loops=16)),
         "LoopLoRA": replace(base, loop_lora=lora),
         "ACT halting": replace(base, halting=ACT(ponder_weight=1e-3)),
@@ -113,10 +117,16 @@ def beyond(result: RunResult) -> float:
     return sum(best(result, hops) for hops in asked) / len(asked)
 
 
+def change_of(arm: str) -> str:
+    """What an arm changes, however it is trained."""
+    return arm.removesuffix(LONGER).removesuffix(FULL)
+
+
 def effects(results: Sequence[RunResult]) -> dict[str, list[float]]:
     """Per arm, what its change does to the accuracy beyond training, seed by seed.
 
-    An arm whose rate was tried in full is compared with a base whose rate was, too.
+    An arm whose rate was tried in full is compared with a base whose rate was, too; where it came
+    to the rate that the arm had before, it is the same runs again, and left out.
     """
     groups = by_arm(results)
     bases = {
@@ -126,75 +136,180 @@ def effects(results: Sequence[RunResult]) -> dict[str, list[float]]:
     }
     found = {}
     for name, runs in groups.items():
-        if name == BASE:
+        change = change_of(name)
+        again = name.endswith(FULL) and runs[0].rate == groups[change][0].rate
+        if name == BASE or (again and change != BASE):
             continue
-        in_full = name.endswith(FULL) and name != BASE + FULL
+        in_full = name.endswith(FULL) and change != BASE
         base = bases[BASE + FULL if in_full else BASE]
         found[name] = [beyond(run) - base[run.seed] for run in runs if run.seed in base]
     return found
 
 
+def costs(values: Sequence[float]) -> bool:
+    """Whether a change costs more than the tolerance, by the interval where there is one."""
+    mean, half = mean_and_half_width(values)
+    return mean + (half if half == half else 0.0) < -TOLERANCE
+
+
+def overthinking(runs: Sequence[RunResult]) -> tuple[float, float]:
+    """Mean accuracy at LATE hops at each run's best number of loops, and at the most loops."""
+    asked = max(int(hops) for hops in runs[0].curve if int(hops) <= LATE)
+    rows = [run.curve[str(asked)] for run in runs]
+    at_best = statistics.mean(max(row.values()) for row in rows)
+    return at_best, statistics.mean(row[max(row, key=int)] for row in rows)
+
+
+class Changes(NamedTuple):
+    """What the changes do, told with their points: each stands in one place."""
+
+    needed: list[str]  # of CARRIES: costs in every comparison
+    faster: list[str]  # of CARRIES: costs at equal steps, not after more
+    harmless: list[float]  # of the others, their worst points
+    wrong: list[str]
+
+
 def judge(results: Sequence[RunResult]) -> Finding:
-    """An injection other than LTI, and full attention, must each cost more than 5 points (with the
-    interval); no other change may cost more (in the mean). The base at another rate is no claim."""
+    """A change is counted once, however many arms have it. An injection other than LTI, and full
+    attention, must each cost more than 5 points (by the interval) in every comparison; no other
+    change may cost more in any (in the mean). In part: one of the first does, and most of the
+    others do not. The base at another rate is no claim."""
     groups, changes = by_arm(results), effects(results)
-    needed: list[str] = []
-    harmless: list[float] = []
-    wrong: list[str] = []
+    by_change: dict[str, dict[str, list[float]]] = {}
     for name, values in changes.items():
-        if name == BASE + FULL:
-            continue
-        mean, half = mean_and_half_width(values)
-        costs = mean + half < -TOLERANCE if half == half else mean < -TOLERANCE
-        carries = name.removesuffix(LONGER).removesuffix(FULL) in CARRIES
-        told = f"{name} ({100 * mean:+.0f} points)"
-        if not (costs if carries else mean >= -TOLERANCE):
-            wrong.append(told)
-        elif carries:
-            needed.append(told)
-        else:
-            harmless.append(100 * mean)
+        if name != BASE + FULL:
+            by_change.setdefault(change_of(name), {})[name] = values
+    found = _sorted_out(by_change)
+    others = len(by_change) - len(CARRIES)
     verdict: Verdict = "does not hold here"
-    if not wrong:
+    if not found.wrong and not found.faster:
         verdict = "holds"
-    elif len(needed) + len(harmless) >= len(wrong):
+    elif found.needed and len(found.harmless) > others / 2:
         verdict = "holds in part"
-    table = [
-        {
-            "arm": name,
-            f"{TRAINED_HOPS} hops": percent([best(r, TRAINED_HOPS) for r in runs]),
-            **{f"{hops} hops": percent([best(r, hops) for r in runs]) for hops in BEYOND},
-            "change beyond training": percent(changes[name]) if name in changes else "-",
-            "learning rate": f"{runs[0].rate:g}",
-        }
-        for name, runs in groups.items()
-    ]
-    parts = [f"Needed, as claimed: {', '.join(needed) or 'nothing'}"]
-    if harmless:
-        span = f"{min(harmless):+.0f} to {max(harmless):+.0f} points"
-        parts.append(f"harmless, as claimed: {len(harmless)} changes ({span})")
-    if wrong:
-        parts.append(f"not as claimed: {', '.join(wrong)}")
-    return Finding(verdict, "; ".join(parts) + ".", table)
+    brief = (
+        f"{len(found.needed)} of {len(CARRIES)} parts needed; {len(found.wrong)} not as claimed."
+    )
+    if found.faster:
+        catches_up, full = (
+            f"{100 * statistics.mean(best(run, BEYOND[-1]) for run in groups[name + LONGER]):.1f}%"
+            for name in (found.faster[0].split(" (")[0], FULL_ATTENTION)
+        )
+        name = found.faster[0].split(" (")[0].split()[-1]
+        brief = (
+            f"LTI is faster, not needed: {name} reaches {catches_up} with 3x steps, full attention "
+            f"{full}."
+        )
+    return Finding(verdict, _sentence(found, groups, changes), _table(groups, changes), brief)
+
+
+def _sorted_out(by_change: Mapping[str, Mapping[str, Sequence[float]]]) -> Changes:
+    found = Changes([], [], [], [])
+    for change, arms_of in by_change.items():
+        told = f"{change} ({_points(change, arms_of)})"
+        if change not in CARRIES:
+            worst = min(map(statistics.mean, arms_of.values()))
+            if worst < -TOLERANCE:
+                found.wrong.append(told)
+            else:
+                found.harmless.append(100 * worst)
+        elif all(map(costs, arms_of.values())):
+            found.needed.append(told)
+        elif all(costs(v) for name, v in arms_of.items() if not name.endswith(LONGER)):
+            found.faster.append(told)
+        else:
+            found.wrong.append(told)
+    return found
+
+
+def _sentence(
+    found: Changes,
+    groups: Mapping[str, Sequence[RunResult]],
+    changes: Mapping[str, Sequence[float]],
+) -> str:
+    needed = ", ".join(found.needed) or "nothing"
+    parts = [f"Needed, as claimed, also with 3 times the steps: {needed}"]
+    if found.faster:
+        faster = ", ".join(found.faster)
+        parts.append(f"needed at equal steps alone, so that LTI is faster, not needed: {faster}")
+    if found.harmless:
+        span = f"{min(found.harmless):+.0f} to {max(found.harmless):+.0f} points"
+        parts.append(f"harmless, as claimed: {len(found.harmless)} changes ({span})")
+    if found.wrong:
+        parts.append(f"not as claimed: {', '.join(found.wrong)}")
+    sentence = f"Change beyond training in points. {'; '.join(parts)}."
+    if BASE + FULL in changes:
+        lost = [a - b for a, b in (overthinking(groups[name]) for name in (BASE, BASE + FULL))]
+        sentence += (
+            f" The base itself loses {-100 * statistics.mean(changes[BASE + FULL]):.0f} points at "
+            f"the rate {groups[BASE + FULL][0].rate:g}. From its best number of loops to "
+            f"{max(LOOPS)} it loses {100 * lost[0]:.0f} points at {LATE} hops, at that rate "
+            f"{100 * lost[1]:.0f}."
+        )
+    return sentence
+
+
+def _table(
+    groups: Mapping[str, Sequence[RunResult]], changes: Mapping[str, Sequence[float]]
+) -> list[dict[str, str]]:
+    def changed(name: str) -> str:
+        if name == BASE:
+            return "-"
+        if name not in changes:
+            return "the runs above again"
+        return plus_minus([100 * value for value in changes[name]], digits=1)
+
+    table = []
+    for name, runs in groups.items():
+        at_best, at_most = overthinking(runs)
+        hops = (TRAINED_HOPS, *BEYOND)
+        table.append(
+            {"arm": name}
+            | {f"{count} hops": percent([best(run, count) for run in runs]) for count in hops}
+            | {"change beyond training [points]": changed(name)}
+            | {f"lost at {LATE} hops by {max(LOOPS)} loops": f"{100 * (at_best - at_most):.1f}"}
+            | {"learning rate": f"{runs[0].rate:g}"}
+        )
+    return table
+
+
+def _points(change: str, arms_of: Mapping[str, Sequence[float]]) -> str:
+    """What a change does in each comparison."""
+    where = {change: "", change + FULL: "at a rate tried in full ", change + LONGER: "3x steps "}
+    return ", ".join(
+        f"{where[name]}{100 * statistics.mean(values):+.0f}" for name, values in arms_of.items()
+    )
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
-    """The effect of every change, with its interval and its seeds."""
-    changes = effects(results)
-    ordered = sorted(changes, key=lambda name: sum(changes[name]))
+    """Accuracy beyond training of every change, a panel per comparison; what is lost by looping on.
+
+    An arm that is another's runs again is not drawn.
+    """
+    groups, changes = by_arm(results), effects(results)
     rows = [
         {"arm": r.arm, "seed": r.seed, "hops": int(h), "loops": int(t), "accuracy": share}
         for r in results
         for h, row in r.curve.items()
         for t, share in row.items()
     ]
-    bars = {}
-    for name in ordered:
-        points = [100 * value for value in changes[name]]
-        bars[name] = (*mean_and_half_width(points), points)
-    base = percent([beyond(run) for run in by_arm(results)[BASE]])
-    label = f"change at {BEYOND[0]} to {BEYOND[-1]} hops [points]; base: {base}%"
-    return study_plots.effects(bars, x_label=label), rows
+    titles = {"": f"{STEPS} steps", FULL: f"{STEPS} steps, another rate", LONGER: "3x steps"}
+    shares: dict[str, dict[str, list[float]]] = {title: {} for title in titles.values()}
+    lost: dict[str, dict[str, tuple[float, float]]] = {title: {} for title in titles.values()}
+    for name, runs in groups.items():
+        if name == BASE or name in changes:
+            change = change_of(name)
+            title = titles[name.removeprefix(change)]
+            shares[title][change] = [100 * beyond(run) for run in runs]
+            at_best, at_most = overthinking(runs)
+            lost[title][change] = (100 * at_best, 100 * at_most)
+    figure = study_plots.comparisons(
+        shares,
+        lost,
+        order=list(dict.fromkeys(map(change_of, groups))),
+        x_label=f"accuracy at\n{BEYOND[0]} to {BEYOND[-1]} hops [%]",
+        change_label=f"accuracy at {LATE} hops [%]:\nbest (full), {max(LOOPS)} loops (hollow)",
+    )
+    return figure, rows
 
 
 STUDY = Study(
@@ -203,7 +318,8 @@ STUDY = Study(
         "LTI injection and local attention carry extrapolation in depth; how loops are drawn, and "
         "what is added to the loop, does not harm it."
     ),
-    source="Parcae; Loop, Think & Generalize; OpenMythos announcement",
+    headline="LTI and local attention carry extrapolation (our own hypothesis)",
+    source="a hypothesis of this project",
     method=(
         "k-hop as in depth-extrapolation, trained on 1 to 10 hops; each arm changes one part of "
         "the base (LTI injection, window of 8, loops = hops + uniform(0 to 6), gradient through "
@@ -215,9 +331,15 @@ STUDY = Study(
         "80."
     ),
     not_shown=(
-        "Combinations of changes.",
-        "Follow-ups that were planned: rates tried in full and 3x steps were added when the first "
-        "15 arms had been seen. The base was not trained for 3x steps.",
+        "That a paper says so: Loop, Think & Generalize has no injection and full attention, "
+        "Parcae no result on longer chains.",
+        "That LTI's constraint is what makes it fast: it also starts as 0.447 of the state plus "
+        "the input, concat as two random matrices. Nor what the base does with 3x steps.",
+        "Full attention at its best: a rate of 0.006 was chosen for it by 1.000 against 0.999; at "
+        "0.003 two of five seeds reach 76 and 98% at 20 hops, at 0.006 none does, with any steps.",
+        "ACT with another initial bias or ponder cost; one of five seeds reaches 97% at 30 hops "
+        "with 3x steps.",
+        "Combinations of changes; other tables of facts than the one that all seeds share.",
         "Language, where no part of this may matter in the same way.",
         "Arms with more parameters than the base (LoopLoRA, experts, two layers) have no control.",
     ),
@@ -226,4 +348,14 @@ STUDY = Study(
     fit=fit,
     judge=judge,
     draw=draw,
+    changed=(
+        "Rates tried in full and 3x steps were added when the first 15 arms had been seen.",
+        "Each change is counted once. It was counted once per arm, and add and none twice with the "
+        "same runs, since trying rates in full led them to the rate they had.",
+        "In part: now something must be needed, and most other changes harmless. It was enough "
+        "that not more arms were against the claim than for it.",
+        "Training FLOPs of 'gradient: last 4 loops' are left out of results.json: all loops had "
+        "been counted as if they carried gradient, and they depend on when the curriculum grew, "
+        "which was not kept.",
+    ),
 )
