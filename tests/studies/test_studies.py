@@ -1,6 +1,9 @@
 """The machinery of studies: arms, runs that are kept, verdicts by the rule, reports."""
 
+import copy
+import json
 import math
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
@@ -18,6 +21,7 @@ from openmythos.config import ConfigError, read_json
 from openmythos.model import cost
 from openmythos.model.inputs import token_layout
 from openmythos.nn.attention import attention_context
+from openmythos.recurrence.loop_sampling import FixedLoops, sample_loops
 from openmythos.studies import adaptive_computation as adaptive
 from openmythos.studies import depth_extrapolation as depth
 from openmythos.studies import depth_lora as lora
@@ -31,16 +35,19 @@ from openmythos.studies.study import (
     Arm,
     Finding,
     RunResult,
+    differs,
     mean_and_half_width,
     percent,
     report_markdown,
 )
+from openmythos.studies.text import flops_of_training
 from openmythos.tasks import KHop
 from openmythos.train.optim import AdamW
 
 pytestmark = pytest.mark.whole
 
 ARMS = {arm.name: arm for arm in depth.arms()}
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def test_arms_are_matched_as_their_names_say() -> None:
@@ -90,6 +97,43 @@ def test_learning_learns_and_is_a_function_of_its_seed() -> None:
     assert set(found) == {1, 2} and set(found[1]) == {1, 4}
     alone = accuracy_map(model, task, (1,), (4,))
     assert alone[1][4] == found[1][4]
+
+
+def test_loops_without_gradient_cost_a_forward_pass_alone() -> None:
+    """D4: counted as if all loops carried gradient, or extrapolated from 1 and 2 loops."""
+    config = replace(depth.looped(), dim=32)
+    truncated = Learning(
+        num_steps=2,
+        batch_size=4,
+        min_hops=3,
+        first_hops=3,
+        max_hops=3,
+        loops=FixedLoops(mean_loops=10),
+        backprop_loops=2,
+    )
+    once = cost.forward_flops_per_token(config, num_loops=0, context=3)
+    per_loop = cost.forward_flops_per_token(config, num_loops=1, context=3) - once
+    tokens = KHop().sample(4, 3, torch.Generator()).tokens.numel()
+    for learning, passes in ((truncated, 10 + 2 * 2), (replace(truncated, backprop_loops=0), 30)):
+        step = next(learn(OpenMythos(config, seed=0), KHop(), learning, 0))
+        assert step.flops == pytest.approx(tokens * (3 * once + passes * per_loop), rel=1e-3)
+
+
+def test_flops_of_text_are_a_function_of_the_settings() -> None:
+    (arm,) = (arm for arm in depth_of_text.arms() if arm.name == "gradient: last 2 loops")
+    training = replace(arm.learning.train, seed=3, num_steps=4)
+    once = cost.forward_flops_per_token(arm.model, num_loops=0, context=128)
+    per_loop = cost.forward_flops_per_token(arm.model, num_loops=1, context=128) - once
+    loops = [
+        n
+        for step in range(4)
+        for n in sample_loops(
+            training.loops, training.curriculum, batch=8, seed=3, step=step, num_steps=4
+        ).tolist()
+    ]
+    assert len(set(loops)) > 2
+    expected = 128 * sum(3 * once + (n + 2 * min(n, 2)) * per_loop for n in loops)
+    assert flops_of_training(arm.model, training) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_curriculum_grows_with_mastery_alone() -> None:
@@ -155,6 +199,11 @@ def test_intervals() -> None:
     mean, half = mean_and_half_width([0.9, 1.0, 0.8])
     assert mean == pytest.approx(0.9) and half == pytest.approx(4.303 * 0.1 / 3**0.5)
     assert percent([0.5]) == "50.0" and percent([0.5, 0.5]) == "50.0 ± 0.0"
+    assert percent([1.0, 1.0]) == "100.0 ± 0.0" and percent([0.4, 0.41]) == "40.5 ± 6.4"
+    # No share is above 100% or below 0: then the extremes, not the interval.
+    assert percent([1.0, 1.0, 1.0, 1.0, 0.1]) == "82.0 (10.0 to 100.0)"
+    assert percent([0.0, 0.02, 0.0]) == "0.7 (0.0 to 2.0)"
+    assert differs([0.1, 0.11, 0.12]) and not differs([0.1, -0.11, 0.12])
 
 
 def test_quick_runs_everything_once_and_keeps_it(
@@ -205,6 +254,63 @@ def test_quick_runs_everything_once_and_keeps_it(
     assert read_json(tmp_path / "results.json") == more
 
 
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of results/ of what --report-only reads."""
+    folder = tmp_path_factory.mktemp("results")
+    for name in runner.STUDIES:
+        (folder / name).mkdir()
+        shutil.copy(RESULTS / name / "results.json", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", runner.STUDIES)
+def test_what_is_committed_is_what_the_rules_say_of_the_kept_runs(
+    name: str, committed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "save_figure", lambda *_: None)
+    study = runner.get(name)
+    monkeypatch.setattr(runner, "run_arm", None)  # nothing is trained
+    runner.judge_kept(replace(study, draw=lambda _: (None, [])), committed / name)
+    for file in ("results.json", "report.md"):
+        stored = (RESULTS / name / file).read_text(encoding="utf-8")
+        assert (committed / name / file).read_text(encoding="utf-8") == stored, (
+            f"openmythos study {name} --report-only"
+        )
+
+
+def test_trials_of_an_older_rule_are_named_and_other_runs_refused(
+    committed: Path, tmp_path: Path
+) -> None:
+    report = (RESULTS / "adaptive-computation" / "report.md").read_text(encoding="utf-8")
+    assert (
+        "12 of 21 trials (those of text; text, ACT," in report and "made by an older rule" in report
+    )
+    data = read_json(committed / "expert-routing" / "results.json")
+    changed = tmp_path / "results.json"
+    study = runner.get("expert-routing")
+    for damage, message in (
+        (
+            lambda runs: runs[0]["settings"]["model"].update(dim=48),
+            "a run of 'bias balancing' with",
+        ),
+        (
+            lambda runs: runs[0].update(arm="another"),
+            "holds a run of 'another' with other settings",
+        ),
+        (lambda runs: runs.clear(), "has no run of 'a router per loop', 'balance loss'"),
+    ):
+        other = copy.deepcopy(data)
+        damage(other["runs"])
+        changed.write_text(json.dumps(other), encoding="utf-8")
+        with pytest.raises(ConfigError, match=message):
+            runner.judge_kept(study, tmp_path)
+        assert json.loads(changed.read_text(encoding="utf-8")) == other
+    changed.unlink()
+    with pytest.raises(ConfigError, match="is not there: no runs to judge"):
+        runner.judge_kept(study, tmp_path)
+
+
 def test_unknown_studies_are_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'depth-extrapolation'"):
         runner.get("depth-extrapolatio")
@@ -235,7 +341,7 @@ def test_rates_are_chosen_by_the_mean_over_their_seeds(
         depth.STUDY,
         arms=lambda: [arm],
         fit=lambda run: float(run.curve["fit"]),
-        judge=lambda _runs: Finding("holds", "", [{"arm": "one"}]),
+        judge=lambda _runs: Finding("holds", "", [{"arm": "one"}], ""),
         draw=lambda _runs: (plots.new_figure(), [{"arm": "one"}]),
     )
     monkeypatch.setattr(runner, "run_arm", made_up)
@@ -292,17 +398,47 @@ def test_what_a_change_does_is_paired_by_seed() -> None:
 
     names = [arm.name for arm in what.arms()]
     same = dict.fromkeys(names, (0.9, 0.8))
-    carry = {name for name in names if name.split(", ")[0] in what.CARRIES}
+    carry = {name for name in names if what.change_of(name) in what.CARRIES}
     claimed = same | dict.fromkeys(carry, (0.2, 0.1))
-    assert what.effects(runs(claimed))["injection: add"] == pytest.approx([-0.7, -0.7])
+    found = what.effects(runs(claimed))
+    assert found["injection: add"] == pytest.approx([-0.7, -0.7])
     assert what.judge(runs(claimed)).verdict == "holds"
-    assert what.judge(runs(same)).verdict == "holds in part"  # harmless, but nothing carries
+    assert what.judge(runs(same)).verdict == "does not hold here"  # nothing carries
     assert what.judge(runs(claimed | {"LoopLoRA": (0.5, 0.4)})).verdict == "holds in part"
     harmful = {name: (0.2, 0.1) for name in names if name not in {what.BASE, *carry}}
     assert what.judge(runs(same | harmful)).verdict == "does not hold here"
     # An interval that reaches the tolerance is no evidence that a part is needed.
-    unsure = claimed | {"injection: add": (0.9, 0.1)}
-    assert what.judge(runs(unsure)).verdict == "holds in part"
+    unsure = what.judge(runs(claimed | {"injection: add": (0.9, 0.1)}))
+    assert unsure.verdict == "holds in part" and "not as claimed: injection: add" in unsure.sentence
+    # What costs at equal steps and not after more is learned faster, not needed.
+    later = what.judge(runs(claimed | {"injection: concat, 3x steps": (0.9, 0.8)}))
+    assert later.verdict == "holds in part"
+    assert "LTI is faster, not needed: injection: concat" in later.sentence
+    assert "concat reaches 85.0% with 3x steps" in later.brief
+
+
+def test_the_same_runs_are_counted_once() -> None:
+    """Trying rates in full may lead an arm to the rate it had."""
+
+    def run(name: str, share: float, rate: float) -> RunResult:
+        settings = {"learning": {"optimizer": {"lr": rate}}}
+        curve = {str(h): {"40": share, "80": share / 2} for h in what.HOPS}
+        return RunResult(name, 0, settings, curve, 1, 1.0, 1.0, "")
+
+    add, concat = "injection: add", "injection: concat"
+    results = [
+        *(run(what.BASE, 0.9, 3e-3), run(what.BASE + what.FULL, 0.8, 1e-3)),
+        *(run(add, 0.2, 3e-3), run(add + what.FULL, 0.2, 3e-3)),
+        *(run(concat, 0.2, 3e-3), run(concat + what.FULL, 0.3, 1e-3)),
+    ]
+    found = what.effects(results)
+    assert set(found) == {what.BASE + what.FULL, add, concat, concat + what.FULL}
+    assert found[concat + what.FULL] == pytest.approx([-0.5])  # against the base so trained
+    finding = what.judge(results)
+    assert "injection: add (-70), injection: concat (-70, at a rate" in finding.sentence
+    (again,) = (row for row in finding.table if row["arm"] == add + what.FULL)
+    assert again["change beyond training [points]"] == "the runs above again"
+    assert what.overthinking(results[:1]) == (0.9, 0.45)
 
 
 def adaptive_runs(loops: Mapping[int, float], accuracy: float) -> list[RunResult]:
@@ -322,13 +458,25 @@ def test_stopping_is_judged_against_fixed_loops_of_equal_cost() -> None:
     near = {h: h + 3.0 for h in adaptive.HOPS}
     (row,) = adaptive.judge(adaptive_runs(near, 1.0)).table
     # 24 loops in the mean: a fixed number that costs no more solves 5, 10 and 20 hops of five.
-    assert row["best fixed at that cost"] == "60.0 ± 0.0" and row["mean loops"] == "24.0 ± 0.0"
+    assert row["of fixed loops at that cost [%]"] == "60.0 ± 0.0"
+    assert row["mean loops"] == "24.0 ± 0.0"
     assert adaptive.judge(adaptive_runs(near, 1.0)).verdict == "holds"
     late = {h: h + 6.0 for h in adaptive.HOPS}
     assert adaptive.judge(adaptive_runs(late, 1.0)).verdict == "holds in part"
     assert adaptive.judge(adaptive_runs(near, 0.9)).verdict == "holds in part"
     same = dict.fromkeys(adaptive.HOPS, 45.0)
     assert adaptive.judge(adaptive_runs(same, 1.0)).verdict == "does not hold here"
+
+
+def test_a_column_has_one_unit() -> None:
+    curve = {"rules": {"all loops": [4.5, 16.0]}, "fixed": {"1": 4.6, "16": 4.5}, "spearman": {}}
+    texts = [RunResult(adaptive.TEXT, s, {}, curve, 1, 1.0, 1.0, "") for s in (0, 1)]
+    hops = adaptive_runs({h: h + 3.0 for h in adaptive.HOPS}, 1.0)
+    on_hops, on_text = adaptive.judge([*hops, *texts]).table
+    assert on_hops.keys() == on_text.keys()
+    assert on_text["loss [nats]"] == "4.500 ± 0.000" and on_text["accuracy [%]"] == "-"
+    assert on_hops["loss [nats]"] == "-" and on_hops["accuracy [%]"] == "100.0 ± 0.0"
+    assert not any("nats" in cell for row in (on_hops, on_text) for cell in row.values())
 
 
 def test_ranks_share_what_is_equal() -> None:
@@ -341,10 +489,18 @@ def test_ranks_share_what_is_equal() -> None:
     assert found == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
 
 
-def text_run(name: str, losses: list[float | None], seed: int = 0) -> RunResult:
+def text_run(
+    name: str,
+    losses: list[float | None],
+    seed: int = 0,
+    *,
+    radius: float = 1.0,
+    size: float | None = 1.0,
+) -> RunResult:
     rate = float(name.split()[-1])
     settings = {"learning": {"optimizer": {"lr": rate}}}
-    curve = {"losses": losses, "radius": 1.0, "largest_gradient": 1.0, "state_rms": {"1": 1.0}}
+    curve = {"losses": losses, "radius": radius, "largest_gradient": 1.0}
+    curve["state_rms"] = {"1": 1.0, "64": size}
     return RunResult(name, seed, settings, curve, 1, 1.0, 1.0, "")
 
 
@@ -358,22 +514,111 @@ def test_what_diverges_is_not_finite_or_far_above_its_best() -> None:
     assert stability.final_loss(text_run(name, [None])) == float("inf")
 
 
-def test_the_claim_of_stability_needs_others_to_diverge() -> None:
+def test_stability_tells_the_mechanism_from_the_loss() -> None:
     good: list[float | None] = [6.0 - 0.1 * i for i in range(40)]
     bad = [*good[:20], None]
 
-    def results(diverging: set[str]) -> list[RunResult]:
+    def results(diverging: set[str], exploding: set[str], size: float | None = None) -> Any:
         return [
-            text_run(arm.name, bad if arm.name.split(",")[0] in diverging else good, seed)
+            text_run(
+                arm.name,
+                bad if kind in diverging else good,
+                seed,
+                radius=1.5 if kind in exploding else 0.9,
+                size=size if kind in exploding else 3.0,
+            )
             for arm in stability.arms()
+            for kind in [arm.name.split(",")[0]]
             for seed in (0, 1)
         ]
 
     others = {"add", "concat", "none"}
-    assert stability.judge(results(others)).verdict == "holds"
-    assert stability.judge(results(set())).verdict == "does not hold here"
-    assert stability.judge(results({"LTI", *others})).verdict == "does not hold here"
-    assert len(stability.judge(results(others)).table) == 8
+    both = stability.judge(results(others, {"concat"}))
+    assert both.verdict == "holds" and "The mechanism holds" in both.sentence
+    assert len(both.table) == 16
+    alone = stability.judge(results(set(), {"concat"}))
+    assert alone.verdict == "holds in part"
+    assert "16 of 16 runs learn a linear part with spectral radius rho > 1 (up to 1.5)" in (
+        alone.sentence
+    )
+    assert "of LTI rho is at most 0.900, and the state overflows in 0 of 16" in alone.sentence
+    assert "The training loss diverges in 0 of 64 runs" in alone.sentence
+    assert stability.judge(results(set(), set())).verdict == "does not hold here"
+    # A radius above 1 alone, or LTI exploding too, is not the mechanism.
+    for exploding, size in (({"concat"}, 1e9), ({"LTI", "concat"}, None)):
+        finding = stability.judge(results(set(), exploding, size))
+        assert finding.verdict == "does not hold here"
+        assert "The mechanism does not show" in finding.sentence
+    assert stability.judge(results({"LTI", *others}, set())).verdict == "does not hold here"
+
+
+def depth_runs(gain: float) -> list[RunResult]:
+    """Loss falls by `gain` from 1 loop to 8, exponentially."""
+    by_loops = {str(n): 4.0 + gain * math.exp(1 - n) for n in depth_of_text.LOOPS}
+    policies = dict.fromkeys(depth_of_text.POLICIES, 4.0)
+    curve = {"nats_by_loops": by_loops, "nats_by_policy": policies}
+    worse = curve | {"nats_by_loops": {n: loss + 0.1 for n, loss in by_loops.items()}}
+    settings = {"learning": {"optimizer": {"lr": 1e-3}}}
+    return [
+        RunResult(arm.name, s, settings, curve if arm.name == depth_of_text.BASE else worse, *end)
+        for arm in depth_of_text.arms()
+        for s in (0, 1)
+        for end in [(1, 1.0, 1.0, "")]
+    ]
+
+
+def test_a_model_that_does_not_use_its_loops_tests_no_law_of_loops() -> None:
+    used = depth_of_text.judge(depth_runs(0.2))
+    assert used.verdict == "holds" and "at least 0.1): met." in used.sentence
+    idle = depth_of_text.judge(depth_runs(0.05))
+    assert idle.verdict == "premise not met" and "not met." in idle.sentence
+    assert "hardly uses its loops" in idle.brief
+
+
+def lora_runs(untied: tuple[float, float], rank_8: float = 4.1) -> list[RunResult]:
+    """Rank 0 has a loss of 4.4 and 4.5 nats, and solves all hops."""
+
+    def run(arm: Arm, seed: int) -> RunResult:
+        if arm.name.startswith("k-hop"):
+            curve: Any = {str(h): {"20": 1.0} for h in lora.HOPS}
+        elif arm.name == lora.UNTIED:
+            curve = {"1": untied[seed]}
+        else:
+            loss = rank_8 if arm.name.endswith("8") else 4.4 + 0.1 * seed
+            curve = {str(n): loss for n in lora.LOOPS}
+        settings = {"learning": {"optimizer": {"lr": 1e-3}}}
+        return RunResult(arm.name, seed, settings, curve, 1000, 1.0, 1.0, "")
+
+    return [run(arm, seed) for arm in lora.arms() for seed in (0, 1)]
+
+
+def test_where_sharing_costs_nothing_there_is_nothing_to_win_back() -> None:
+    assert lora.judge(lora_runs((4.0, 4.1))).verdict == "holds"
+    assert lora.judge(lora_runs((4.0, 4.1), rank_8=4.6)).verdict == "does not hold here"
+    for untied in ((4.7, 4.8), (4.3, 4.49)):  # less than sharing; more in the mean, but not surely
+        finding = lora.judge(lora_runs(untied))
+        assert finding.verdict == "premise not met", untied
+        assert "not met." in finding.sentence
+    assert "Sharing costs nothing here" in lora.judge(lora_runs((4.7, 4.8))).brief
+
+
+def test_a_mixture_beats_dense_by_pairs_or_not_at_all() -> None:
+    def judged(dense: tuple[float, float]) -> Finding:
+        curve = {"max_violation": 0.1, "jaccard": 0.4, "union_over_top_k": 1.5}
+
+        def run(name: str, seed: int) -> RunResult:
+            found = {"nats": dense[seed]} if name == routing.DENSE else curve | {"nats": 4.0}
+            if name == routing.UNBALANCED:
+                found["max_violation"] = 5.0
+            settings = {"learning": {"optimizer": {"lr": 1e-3}}}
+            return RunResult(name, seed, settings, found, 1, 1.0, 1.0, "")
+
+        return routing.judge([run(arm.name, seed) for arm in routing.arms() for seed in (0, 1)])
+
+    better = judged((4.1, 4.101))
+    assert better.verdict == "holds" and "dense: better" in better.brief
+    noise = judged((4.1, 3.99))
+    assert noise.verdict == "holds in part" and "no difference" in noise.brief
 
 
 def test_a_law_is_recognised_beyond_what_it_was_fitted_on() -> None:

@@ -44,7 +44,7 @@ def hops_against_loops(
         figure.colorbar(image, ax=left, label="accuracy [%]", pad=0.02)
         _mean_and_range(right, lines, 100)
         right.axvline(trained_hops, color="#D9D9D9", linewidth=6, zorder=0.9)
-        right.set_xlabel("hops (grey: the longest trained; bands: min to max of seeds)", fontsize=10)
+        right.set_xlabel("hops (grey: the longest trained; bands: min to max of seeds)")
         right.set_ylabel("accuracy at the best num_loops [%]")
         right.set_ylim(-3, 103)
         handles, labels = right.get_legend_handles_labels()

@@ -1,5 +1,6 @@
 """Run a study: seeds in parallel processes, results kept as they come, then report and figure."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,15 +142,16 @@ def judge_kept(study: Study, out: Path) -> Finding:
     """Judge the runs of out/results.json by the rule of today, and write report and figure anew.
 
     Nothing is trained. Every run must be of an arm of the study, at whatever learning rate it was
-    given. Trials that the study would not make today are kept, and the report says so. The FLOPs of
-    runs on text are a function of their settings, and computed from them.
+    given. Trials that the study would not make today are kept, and the report says so. FLOPs of runs
+    on text with truncated backpropagation are computed anew from their settings.
     """
     path = out / "results.json"
     if not path.exists():
         raise ConfigError(f"{path}: is not there: no runs to judge")
     runs, tried = _load(path)
     arms = {arm.name: arm for arm in study.arms()}
-    _refuse_others(out, runs, [arms[run.arm].at_rate(run.rate) for run in runs if run.arm in arms])
+    rates = {(run.arm, run.rate) for run in runs if run.arm in arms}
+    _refuse_others(out, runs, [arms[name].at_rate(rate) for name, rate in rates])
     missing = sorted(arms.keys() - {run.arm for run in runs})
     if missing:
         raise ConfigError(f"{path}: has no run of {', '.join(map(repr, missing))}")
@@ -178,10 +180,14 @@ def _concluded(
 
 
 def _with_flops(run: RunResult) -> RunResult:
-    """With the FLOPs that training on text took; a task's depend on when its curriculum grew."""
-    if run.settings["task"]["kind"] != "text":
+    """With the FLOPs that training on text took, where only the last loops carried gradient.
+
+    There they were once counted wrongly. A task's depend on when its curriculum grew, too.
+    """
+    training = run.settings["learning"].get("train", {})
+    if not training.get("backprop_loops"):
         return run
-    training = from_dict(TrainConfig, run.settings["learning"]["train"])
+    training = from_dict(TrainConfig, training)
     model = from_dict(MythosConfig, run.settings["model"])
     flops = flops_of_training(model, replace(training, seed=run.seed))
     return replace(run, training_flops=flops)
@@ -197,7 +203,7 @@ def _older_trials(tried: Sequence[Trial], arms: Sequence[Arm]) -> list[str]:
     ]
     if not older:
         return []
-    names = ", ".join(dict.fromkeys(trial.arm for trial in older))
+    names = "; ".join(dict.fromkeys(trial.arm for trial in older))
     return [
         f"{len(older)} of {len(tried)} trials (those of {names}) were made by an older rule, with "
         "other steps than a run of today would give them. The rates they chose were kept."
@@ -267,7 +273,8 @@ def _refuse_others(
     out: Path, found: Sequence[RunResult] | Sequence[Trial], arms: Sequence[Arm]
 ) -> None:
     """Raise where something kept is not of one of these arms with its settings."""
-    for one in found:
+    # Seeds share their settings, which take a millisecond to read.
+    for one in {f"{one.arm} {json.dumps(one.settings)}": one for one in found}.values():
         if not any(arm.has(one.settings) for arm in arms if arm.name == one.arm):
             raise ConfigError(
                 f"{out}/results.json: holds a run of {one.arm!r} with other settings; "
