@@ -1,5 +1,7 @@
 """The benchmarks measure what they say: shapes, ratios, bounds; no times are asserted."""
 
+import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +151,42 @@ def test_memory_is_that_of_the_process_alone() -> None:
 def test_every_number_in_the_readme_is_that_of_the_results() -> None:
     for path, text in claims.pages(claims.ROOT).items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make claims`"
+
+
+def test_the_readme_has_nine_claims_of_a_few_words() -> None:
+    _, _, *rows = claims.claims_table(claims.ROOT / "results").splitlines()
+    assert len(rows) == len(claims.STUDIES) == 9
+    for row in rows:
+        words = re.sub(r"\]\(.*?\)", "]", row).replace("|", " ").split()
+        assert len(words) <= 25, row
+    assert sum("premise not met" in row for row in rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "more", "shown"),
+    [
+        ({1: [1.8, 1.9], 4: [1.5, 1.6], 12: [1.6, 1.7]}, "4 loops against 1: -0.300", 3),
+        ({2: [1.8, 1.9], 8: [1.5, 1.6]}, "8 loops against 2: -0.300", 2),
+        ({1: [1.5, 1.6], 16: [1.6, 1.7]}, "**no**, not after so short a training: 16 loops", 2),
+    ],
+)
+def test_the_demo_may_be_asked_at_other_numbers_of_loops(
+    bits: dict[int, list[float]], more: str, shown: int, tmp_path: Path
+) -> None:
+    runs = [
+        {
+            "held_out": {str(n): {"bits_per_byte": values[seed]} for n, values in bits.items()},
+            "compressors_bits_per_byte": {"gzip-9": 1.9, "xz-9": 1.5},
+        }
+        for seed in (0, 1)
+    ]
+    (tmp_path / "demo").mkdir()
+    found = json.dumps({"command": "python demo.py", "runs": runs})
+    (tmp_path / "demo" / "results.json").write_text(found)
+    first, second = claims.demo_rows(tmp_path)
+    assert first.count(" ± ") == shown and "mean and 95% interval of 2 seeds" in first
+    assert more in second
+    assert claims.demo_sentence(tmp_path).count("(its best)") == 1
 
 
 @pytest.mark.slow

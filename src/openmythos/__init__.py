@@ -1,4 +1,4 @@
-"""Recurrent-depth transformers: build, train, study and serve looped language models."""
+"""Recurrent-depth transformers: build, train, study and sample from looped language models."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -210,7 +210,8 @@ def test_quick_runs_everything_once_and_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = [ARMS[depth.LOOPED], ARMS["3 layers, equal parameters"]]
-    study = replace(depth.STUDY, arms=lambda: two)
+    finding = Finding("holds", "", [{"arm": "one"}], "")
+    study = replace(depth.STUDY, arms=lambda: two, judge=lambda _runs: finding)
     told: list[tuple[int, int, str]] = []
 
     def run(**changes: Any) -> None:
@@ -616,7 +617,7 @@ def test_a_mixture_beats_dense_by_pairs_or_not_at_all() -> None:
         return routing.judge([run(arm.name, seed) for arm in routing.arms() for seed in (0, 1)])
 
     better = judged((4.1, 4.101))
-    assert better.verdict == "holds" and "dense: better" in better.brief
+    assert better.verdict == "holds" and "dense better" in better.brief
     noise = judged((4.1, 3.99))
     assert noise.verdict == "holds in part" and "no difference" in noise.brief
 

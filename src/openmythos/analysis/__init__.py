@@ -1,1 +1,1 @@
-"""Looking inside the loop: trajectories, stability, routing, and the plots of them."""
+"""Figures: of runs, of benchmarks, and of studies."""

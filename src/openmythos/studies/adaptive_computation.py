@@ -251,9 +251,9 @@ def judge(results: Sequence[RunResult]) -> Finding:
             f" The largest gain over a fixed number of loops of equal cost: {best_rule}, "
             f"{100 * best_gap:.0f} points."
         )
-    meet = f"Rules that meet the bar: {len(passing) or 'none'}"
     brief = (
-        f"{meet}; best gain over fixed loops {100 * best_gap:.0f} points ({best_rule or 'none'})."
+        f"{len(passing) or 'No'} rule{'s' * (len(passing) > 1)} at the bar; {best_rule or 'none'} "
+        f"gains {100 * best_gap:.0f} points over fixed loops."
     )
     return Finding(verdict, sentence, table, brief)
 

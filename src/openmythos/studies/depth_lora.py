@@ -158,9 +158,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"On k-hop rank 8 has {more:.0%} more parameters."
     )
     priced = f"{gap:.2f} nats" if premise else f"nothing here ({gap:.2f} nats)"
-    brief = (
-        f"Sharing costs {priced}. On 20 hops rank 8 reaches {hops[8]:.0%}, rank 0 {hops[0]:.0%}."
-    )
+    brief = f"Sharing costs {priced}; 20 hops: {hops[8]:.0%} against {hops[0]:.0%}."
     return Finding(verdict, sentence, table, brief)
 
 
@@ -194,7 +192,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
 STUDY = Study(
     name="depth-lora",
     claim="A low-rank difference per loop wins back most of what sharing the weights costs.",
-    headline="LoRA per loop wins back what sharing costs (Relaxed Recursive Transformers)",
+    headline="LoRA per loop restores what sharing costs (Relaxed Recursive Transformers)",
     source="Relaxed Recursive Transformers (arXiv 2410.20672)",
     method=(
         "Text: 0.5 M parameters on Python's standard library, 300 steps of 8 x 128 tokens, 4 "

@@ -157,8 +157,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
         table.append(row)
     against = "better" if beats else "no difference" if not differs(paired) else "worse"
     brief = (
-        f"MaxVio {without:.2f} to {with_bias:.2f} (bar 0.2); loops overlap {jaccard:.2f} "
-        f"(bar 0.5); against dense: {against}."
+        f"MaxVio {without:.2f} to {with_bias:.2f} (bar 0.2); overlap {jaccard:.2f} (bar 0.5); "
+        f"against dense {against}."
     )
     return Finding(verdict, as_sentence(statements), table, brief)
 
@@ -186,7 +186,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
 STUDY = Study(
     name="expert-routing",
     claim="Bias balancing spreads the load at no loss, and every loop chooses experts of its own.",
-    headline="Balanced experts, other ones in every loop (DeepSeek-V3)",
+    headline="Balanced experts, others in every loop (DeepSeek-V3)",
     source="DeepSeek-V3 (arXiv 2412.19437); OpenMythos announcement",
     method=(
         "Text as in test-time-depth, 16 experts top-2 and one shared in the loop, 300 steps; "

@@ -140,8 +140,9 @@ def judge(results: Sequence[RunResult]) -> Finding:
         solved = sum(share >= SOLVED for share in shares)
         full = mean[name_of(task, DEPTH, 1)]
         parts.append(
-            f"{task}: {statistics.mean(shares):.1%} against {full:.1%}, {solved} of {len(shares)} "
-            "seeds solve it"
+            f"{task} {statistics.mean(shares):.1%} against {full:.1%}"
+            if solved == len(shares)
+            else f"{task}: {solved} of {len(shares)} seeds solve it"
         )
     return Finding(verdict, as_sentence(statements), table, f"{'; '.join(parts)}.")
 

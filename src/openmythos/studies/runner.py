@@ -142,8 +142,8 @@ def judge_kept(study: Study, out: Path) -> Finding:
     """Judge the runs of out/results.json by the rule of today, and write report and figure anew.
 
     Nothing is trained. Every run must be of an arm of the study, at whatever learning rate it was
-    given. Trials that the study would not make today are kept, and the report says so. FLOPs of runs
-    on text with truncated backpropagation are computed anew from their settings.
+    given. Trials that the study would not make today are kept, and the report says so. FLOPs of
+    runs on text with truncated backpropagation are computed anew from their settings.
     """
     path = out / "results.json"
     if not path.exists():

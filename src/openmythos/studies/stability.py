@@ -181,8 +181,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"{steps} steps ({shares}). Best loss in nats: {losses}."
     )
     brief = (
-        f"rho at most {largest['LTI']:.2f}; concat up to {largest['concat']:.0f}, overflows in "
-        f"{overflow['concat']} of {concat} runs. Training loss diverges in {bad} of {count}."
+        f"rho at most {largest['LTI']:.2f}; concat {largest['concat']:.0f}, "
+        f"{overflow['concat']} of {concat} overflow. Training losses that diverge: {bad or 'none'}."
     )
     return Finding(verdict, sentence, list(_table(results)), brief)
 

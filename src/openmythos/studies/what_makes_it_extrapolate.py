@@ -318,7 +318,7 @@ STUDY = Study(
         "LTI injection and local attention carry extrapolation in depth; how loops are drawn, and "
         "what is added to the loop, does not harm it."
     ),
-    headline="LTI and local attention carry extrapolation (our own hypothesis)",
+    headline="LTI and local attention carry extrapolation (our hypothesis)",
     source="a hypothesis of this project",
     method=(
         "k-hop as in depth-extrapolation, trained on 1 to 10 hops; each arm changes one part of "

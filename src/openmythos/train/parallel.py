@@ -1,6 +1,7 @@
 """Many ranks as one: how a model is spread over them, and what they have to agree on.
 
-The model files know one device. Here, from outside and in this order: recomputed loops, compiled
+The model files know one device, but for experts and initialisation, which meet torch's DTensors.
+Here, from outside and in this order: recomputed loops, compiled
 layers, experts that ranks hold between them, weights in shards (torch's FSDP2). Prelude layers, the
 recurrent block and coda layers are a unit each, gathered when they run: the block once per pass,
 however many loops it runs.
