@@ -22,8 +22,6 @@ from openmythos.train.config import RunConfig
 from openmythos.train.metrics import read_metrics
 from openmythos.train.run import Run
 
-pytestmark = pytest.mark.whole
-
 STEPS = 3
 SMALL = ["train.seq_len=32", f"train.num_steps={STEPS}", "model.dim=32"]
 TINY = ["train", "--recipe", "tiny", "--data", "text", "--set", *SMALL]

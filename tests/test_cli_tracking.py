@@ -25,8 +25,6 @@ from openmythos.recipes import catalogue
 from openmythos.train.run import Run
 from openmythos.train.state import StateFile, read_state
 
-pytestmark = pytest.mark.whole
-
 Call = Callable[..., tuple[int, str, str]]
 
 

@@ -21,8 +21,6 @@ from openmythos.recurrence.halting import StateChangeExit
 from openmythos.studies.learning import Learning, TiedLoops, accuracy_map, learn
 from openmythos.tasks import KHop
 
-pytestmark = pytest.mark.whole
-
 TASK = KHop(num_entities=5, num_relations=2)
 LEARNING = Learning(num_steps=3, batch_size=4, max_hops=3, first_hops=2, loops=TiedLoops(extra=1))
 

@@ -20,8 +20,6 @@ from openmythos.data.prepared import Preparation, References, is_prepared, open_
 from openmythos.data.shards import write_shards
 from openmythos.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 
-pytestmark = pytest.mark.whole
-
 BPE = BPETokenizer.train(["loop state halt " * 9], 280)
 SIDES = ("train", "held_out")
 

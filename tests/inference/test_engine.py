@@ -15,8 +15,6 @@ from openmythos.model.generation import DecodeStep, Request
 from openmythos.model.sampling import Sampling
 from openmythos.recurrence.halting import StateChangeExit
 
-pytestmark = pytest.mark.whole
-
 TOKENIZER = ByteTokenizer()
 REQUEST = Request(max_new_tokens=12, num_loops=3, sampling=Sampling(temperature=1.0, seed=3))
 PROMPT = "a prompt"

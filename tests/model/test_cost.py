@@ -17,8 +17,6 @@ from openmythos.nn import attention as attention_room
 from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
 from openmythos.nn.latent_attention import LatentAttention
 
-pytestmark = pytest.mark.whole
-
 GQA = ["attention.kind=grouped_query", "attention.num_heads=4", "attention.num_kv_heads=2"]
 NO_LORA = ["loop_lora=none"]
 VARIANTS = {

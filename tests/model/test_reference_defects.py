@@ -40,8 +40,6 @@ from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
 from openmythos.recurrence.halting import ACT, NoHalting
 from openmythos.recurrence.injection import LTI
 
-pytestmark = pytest.mark.whole
-
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 

@@ -44,8 +44,6 @@ from openmythos.studies.text import flops_of_training
 from openmythos.tasks import KHop
 from openmythos.train.optim import AdamW
 
-pytestmark = pytest.mark.whole
-
 ARMS = {arm.name: arm for arm in depth.arms()}
 RESULTS = Path(__file__).parents[2] / "results"
 

@@ -32,8 +32,6 @@ from openmythos.train.metrics import MetricsLog, read_metrics
 from openmythos.train.optim import AdamW, Muon
 from openmythos.train.run import Run, train
 
-pytestmark = pytest.mark.whole
-
 STEPS = 6
 
 

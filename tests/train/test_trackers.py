@@ -18,8 +18,6 @@ from openmythos.train.config import DataConfig, RunConfig, TrainConfig
 from openmythos.train.run import Run, train
 from openmythos.train.trackers import TensorBoard, Tracker, Trackers, Trackio, Wandb
 
-pytestmark = pytest.mark.whole
-
 MODULES = {
     "tensorboard": "torch.utils.tensorboard",
     "wandb": "wandb",
