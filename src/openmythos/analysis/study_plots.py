@@ -44,7 +44,7 @@ def hops_against_loops(
         figure.colorbar(image, ax=left, label="accuracy [%]", pad=0.02)
         _mean_and_range(right, lines, 100)
         right.axvline(trained_hops, color="#D9D9D9", linewidth=6, zorder=0.9)
-        right.set_xlabel("hops (grey: the longest trained; bands: min to max of seeds)")
+        right.set_xlabel("hops (grey: longest trained; bands: min to max of seeds)", fontsize=10)
         right.set_ylabel("accuracy at the best num_loops [%]")
         right.set_ylim(-3, 103)
         handles, labels = right.get_legend_handles_labels()
@@ -80,9 +80,7 @@ def loops_against_hops(
             axes.set_xlabel("hops (grey: the longest trained)")
         left.axhline(spare, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)))
         left.set_ylim(-17, 17)
-        left.set_ylabel(
-            f"loops used minus hops, mean over seeds (dashed: {spare}, the bar)", fontsize=10
-        )
+        left.set_ylabel(f"mean loops used minus hops (dashed: {spare}, the bar)", fontsize=10)
         right.set_ylabel("accuracy, mean over seeds [%]", fontsize=10)
         right.set_ylim(-3, 103)
         handles, labels = left.get_legend_handles_labels()
