@@ -466,6 +466,14 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "prompt of bytes": (["generate", "run", "--prompt", "\udcff"], ["prompt: is not UTF-8 text"]),
     "no study": (["study"], ["study: wants the name of one; known: depth-extrapolation"]),
+    "a report of changed runs": (
+        ["study", "stability", "--report-only", "--quick"],
+        ["report_only = True: judges runs as they are: no --quick, no --set"],
+    ),
+    "a report of no runs": (
+        ["study", "stability", "--report-only", "--out", "nowhere"],
+        ["nowhere/stability/results.json: is not there: no runs to judge"],
+    ),
     "missing tokenizer": (
         ["data", "prepare", "--data", "text", "--tokenizer", "nope", "--out", "new"],
         ["error: nope: cannot be read: No such file"],
@@ -576,7 +584,7 @@ FLAGS = {
     "eval": ["--data", "--num-loops", "--out"],
     "plan": ["--context", "--batch", "--num-loops", "--set"],
     "presets": [],
-    "study": ["--list", "--seeds", "--quick", "--out", "--processes", "--set"],
+    "study": ["--list", "--seeds", "--quick", "--out", "--processes", "--report-only", "--set"],
     "tokenizer": ["--data", "--vocab-size", "--out"],
     "data": ["prepare", "check"],
 }
