@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_GIB = 2.0**20
 DEFAULT_RECIPE = "demo"
 DEMO_LOOPS = (1, 2, 4, 8, 16)
+DEMO_SAMPLES = (1, 8)
 DEMO_PROMPT = "def main("
 
 
@@ -418,7 +419,7 @@ class Demo:
         found = evaluate(run, DEMO_LOOPS, (), device=device)
         report.write_report(found, folder)
         engine = Engine(run.load_model(device), run.tokenizer)
-        for num_loops in (1, 4, 16):
+        for num_loops in DEMO_SAMPLES:
             OUT.print(f"\n--- {num_loops} loop{'s' if num_loops > 1 else ''} ---")
             request = Request(
                 num_loops=num_loops, max_new_tokens=80, stop_ids=(run.tokenizer.bos_id,)

@@ -68,7 +68,11 @@ class LoopReport:
                 "after so short a training more loops hardly help this model."
             )
         best = min(self.bits_per_byte, key=self.bits_per_byte.__getitem__)
-        return f"Looping helps: {best} loops need {gain}."
+        loops = "1 loop" if fewest == 1 else f"{fewest} loops"
+        return (
+            f"Looping helps: {self.bits_per_byte[fewest]:.3f} bits per byte at {loops}, "
+            f"{self.best:.3f} at {best} ({100 * self.gain:.1f}% fewer)."
+        )
 
 
 def evaluate(
