@@ -49,7 +49,7 @@ def demo() -> RunConfig:
             context=1024,
             prelude_layers=0,
             coda_layers=0,
-            num_loops=6,
+            num_loops=8,
             attention=LatentAttention(
                 num_heads=6,
                 kv_latent_dim=64,
@@ -59,7 +59,7 @@ def demo() -> RunConfig:
                 value_head_dim=32,
             ),
             recurrent_feed_forward=MoE(num_experts=16, top_k=2, expert_dim=96, bias_rate=5e-3),
-            loop_lora=LoopLoRA(rank=4, num_loops=6),
+            loop_lora=LoopLoRA(rank=4, num_loops=8),
         ),
         tokenizer=BPE(vocab_size=4096),
         train=TrainConfig(
