@@ -161,7 +161,7 @@ def test_without_residual_branches_the_loop_is_the_linear_system(
     tokens, num_loops = random_tokens(2), 7
     encoded = model.recurrent.prelude_norm(model.embed(tokens))
     drive = model.recurrent.injection.prepare(encoded)
-    initial = model.recurrent._initial_state(encoded, torch.arange(SEQ)[None])
+    initial = model.recurrent._initial_state(encoded, torch.arange(SEQ)[None], False)
     power = drive.decay**num_loops
     solution = power * initial + (1 - power) / (1 - drive.decay) * drive.forced
     state = model(tokens, num_loops=num_loops).recurrence.state
