@@ -378,7 +378,7 @@ def write_results(
     kept = read_json(path)["results"] if path.exists() else []
     for result in results:
         # Memory does not depend on threads: what was measured before still holds.
-        if "peak_megabytes" not in result and kept:
+        if "peak_megabytes" not in result and kept and "peak_megabytes" in kept[0]:
             result["peak_megabytes"] = kept[0]["peak_megabytes"]
     results = [result for result in kept if result["threads"] not in measured] + results
     results.sort(key=lambda result: int(result["threads"]))

@@ -349,15 +349,13 @@ def speed_tables(results: Path) -> str:
                     for one in names
                 ]
                 lines.append(f"| {figure} | {' | '.join(cells)} |")
-            held, peak = run["cache_bytes_per_token"], run["peak_megabytes"]
+            held, peak = run["cache_bytes_per_token"], run.get("peak_megabytes")
             lines.append(
                 "| cache, bytes per token | " + " | ".join(f"{held[n]:.0f}" for n in names) + " |"
             )
-            lines.append(
-                "| peak memory, training | "
-                + " | ".join(f"{peak[n]:.0f} MiB" for n in names)
-                + " |"
-            )
+            if peak:  # bench.py --no-memory leaves it out
+                cells = [f"{peak[n]:.0f} MiB" for n in names]
+                lines.append(f"| peak memory, training | {' | '.join(cells)} |")
             lines.append("")
     return "\n".join(lines)
 
@@ -395,8 +393,8 @@ def floors_table(results: Path) -> str:
     for kind in ("fp32", "bf16"):
         cells = []
         for run in runs:
-            peak = run["peak_megabytes"]
-            ratio = peak.get(f"openmythos-{kind}", 0) / peak[bench.REFERENCE]
+            peak = run.get("peak_megabytes", {})
+            ratio = peak.get(f"openmythos-{kind}", 0) / peak.get(bench.REFERENCE, 1)
             text = f"{ratio:.2f}x" if ratio else ""
             cells.append(text if ratio <= bench.MEMORY_CEILING else f"**{text}**")
         lines.append(
