@@ -25,6 +25,12 @@ COMMANDS: dict[str, tuple[tuple[str, ...], float]] = {
     "demo, hops": (("demo", "--out", "{new}"), 25.0),
     "demo, text": (("demo", "--hops-steps", "0", "--out", "{new}"), 60.0),
     "train": (("train", "--recipe", "small", "--out", "{new}"), 60.0),
+    # Reads little and soon trains: steps of some ten seconds.
+    "train, large steps": (
+        ("train", "--recipe", "small", "--out", "{new}", "--set", "tokenizer.kind=bytes")
+        + ("data.limit_mb=1", "train.batch_size=32"),
+        60.0,
+    ),
     "eval": (("eval", "{run}", "--data", "stdlib", "--out", "{new}"), 30.0),
     "generate": (
         ("generate", "{run}", "--max-new-tokens", "60", "--num-loops", "5000"),
