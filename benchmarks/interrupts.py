@@ -20,6 +20,7 @@ from typing import Any
 from openmythos.config import write_json
 from openmythos.machine import describe
 
+LARGE = ("tokenizer.kind=bytes", "data.limit_mb=1", "train.batch_size=32")
 # Seconds in which the signal falls: the first ones are spent on importing torch.
 COMMANDS: dict[str, tuple[tuple[str, ...], float]] = {
     "demo, hops": (("demo", "--out", "{new}"), 25.0),
@@ -27,8 +28,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], float]] = {
     "train": (("train", "--recipe", "small", "--out", "{new}"), 60.0),
     # Reads little and soon trains: steps of some ten seconds.
     "train, large steps": (
-        ("train", "--recipe", "small", "--out", "{new}", "--set", "tokenizer.kind=bytes")
-        + ("data.limit_mb=1", "train.batch_size=32"),
+        ("train", "--recipe", "small", "--out", "{new}", "--set", *LARGE),
         60.0,
     ),
     "eval": (("eval", "{run}", "--data", "stdlib", "--out", "{new}"), 30.0),
@@ -69,6 +69,7 @@ def interrupt(argv: list[str], delay: float, number: signal.Signals) -> dict[str
         "seconds": round(seconds, 3),
         "exit_code": child.returncode,
         "traceback": "Traceback" in error,
+        "error": error.strip().rpartition("\n")[2],
         "ended_before": ended,
     }
 

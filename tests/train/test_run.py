@@ -518,7 +518,7 @@ def test_training_abandons_the_step_in_which_it_is_asked_to_stop(run: Run) -> No
 def test_a_step_is_abandoned_anywhere_and_made_again_exactly(
     tmp_path: Path, corpus: Path, run: Run
 ) -> None:
-    """The trainer asks at every loop of the forward and the backward pass."""
+    """The trainer asks in every module of the forward and the backward pass."""
     straight = [(metrics.step, metrics.loss) for metrics in train(run)]
     other = Run.create(tmp_path / "other", run.config)
     asked = 0
@@ -532,12 +532,12 @@ def test_a_step_is_abandoned_anywhere_and_made_again_exactly(
     seen: list[tuple[int, float]] = []
     allowed = 0
     while len(seen) < len(straight):
-        asked, allowed = 0, allowed + 9
+        asked, allowed = 0, allowed + 31
         done = bool(list_checkpoints(other.folder))
         seen += [
             (metrics.step, metrics.loss) for metrics in train(other, resume=done, stopping=stopping)
         ]
-        assert allowed < 400
+        assert allowed < 2000
     assert seen == straight
     assert torch.equal(run.load_model().embed.weight, other.load_model().embed.weight)
 

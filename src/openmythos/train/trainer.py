@@ -19,7 +19,6 @@ from openmythos.data.loader import Batch, Loader
 from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak
 from openmythos.model.cost import TrainingFlops
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.block import BlockOutput
 from openmythos.nn.moe import RouterStats
 from openmythos.recurrence.injection import LTIInjection
 from openmythos.recurrence.loop_sampling import sample_loops
@@ -75,8 +74,8 @@ class Trainer:
     """Trains a model on a loader's batches from step `step` on.
 
     A model on the meta device is given its weights here, in shards, on `config.device`. Training
-    ends after a step at which `stopping` was true on any rank; a single process asks at every loop,
-    and abandons the step. `kept` are the dtypes that a resumed run began with.
+    ends after a step at which `stopping` was true on any rank; a single process asks in every
+    module, and abandons the step. `kept` are the dtypes that a resumed run began with.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Trainer:
         self.spiked = False  # whether the last step's loss was a spike
         self._asked_to_stop = stopping or (lambda: False)
         if stopping is not None and self.world_size == 1:
-            self._ask_at_every_loop(stopping)
+            self._ask_everywhere(stopping)
         self._flops = TrainingFlops(model.config, config.seq_len)
         self._peak = 0.0  # FLOPs per second of this rank, measured after the first step
 
@@ -194,23 +193,21 @@ class Trainer:
             residual=residual,
         )
 
-    def _ask_at_every_loop(self, stopping: Callable[[], bool]) -> None:
+    def _ask_everywhere(self, stopping: Callable[[], bool]) -> None:
         """Have the forward and the backward pass ask, so that neither keeps a signal waiting."""
 
         def ask(*_: object) -> None:
             if stopping():
                 raise StepAbandoned
 
-        def ask_both_ways(_: nn.Module, _inputs: object, output: Tensor | BlockOutput) -> None:
+        def ask_both_ways(_module: nn.Module, _inputs: object, output: object) -> None:
             ask()
-            x = output if isinstance(output, Tensor) else output.x
-            if x.requires_grad:
-                x.register_hook(ask)  # type: ignore[no-untyped-call]
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(ask)  # type: ignore[no-untyped-call]
 
         # Compiled layers would make the question part of their graph.
-        recurrent, layers = self.model.recurrent, [*self.model.prelude, *self.model.coda]
-        asked = [] if self.config.compile else [*layers, *recurrent.layers]
-        for module in (recurrent.injection, *asked):
+        compiled = self.config.compile
+        for module in [self.model.recurrent.injection] if compiled else self.model.modules():
             module.register_forward_hook(ask_both_ways)
 
     def logs(self, step: int) -> bool:
