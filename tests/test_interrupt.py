@@ -29,6 +29,7 @@ def test_a_library_that_does_not_return_is_left(number: signal.Signals) -> None:
         [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert child.stdout is not None and child.stdout.readline() == "works\n"
+    time.sleep(0.5)  # by then it computes
     started = time.monotonic()
     child.send_signal(number)
     error = child.communicate(timeout=30)[1]

@@ -28,6 +28,8 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         for child in own:
             child.join(0.4)
             child.kill()
+        # Gives back the semaphores that they shared.
+        pool.shutdown()
         raise
     pool.shutdown()
 
