@@ -198,6 +198,8 @@ STUDY = Study(
     ),
     changed=(
         "The bars were fixed before these runs, but after a prototype of most arms with seed 0.",
+        "The commit that the runs name is cc041f4 and this study's file, before later changes of "
+        "other parts were put beneath it.",
     ),
     arms=arms,
     measure=measure,
