@@ -21,7 +21,7 @@ from openmythos.machine import describe, keep_freed_memory
 from openmythos.recipes import catalogue, report
 from openmythos.train.run import Run, train
 
-LOOPS = (1, 2, 4, 8, 16)
+LOOPS = (1, 2, 4, 8)
 
 
 def run_seed(seed: int) -> dict[str, object]:

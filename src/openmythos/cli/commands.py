@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_GIB = 2.0**20
 DEFAULT_RECIPE = "demo"
-DEMO_LOOPS = (1, 2, 4, 8, 16)
+DEMO_LOOPS = (1, 2, 4, 8)
 DEMO_SAMPLES = (1, 8)
 DEMO_PROMPT = "def main("
 

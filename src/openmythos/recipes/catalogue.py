@@ -17,7 +17,7 @@ from openmythos.nn.feed_forward import ReLU2
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.conditioning import LoopLoRA
-from openmythos.recurrence.loop_sampling import PoissonLoops
+from openmythos.recurrence.loop_sampling import LinearCurriculum, PoissonLoops
 from openmythos.train.config import DataConfig, RunConfig, TrainConfig
 from openmythos.train.optim import WSD, Muon
 
@@ -63,10 +63,11 @@ def demo() -> RunConfig:
         ),
         tokenizer=BPE(vocab_size=4096),
         train=TrainConfig(
-            num_steps=440,
+            num_steps=450,
             batch_size=8,
             seq_len=128,
             loops=PoissonLoops(mean_loops=7.0, max_loops=16),
+            curriculum=LinearCurriculum(start_loops=2.0, fraction=0.5),
             backprop_loops=4,
             optimizer=Muon(lr=3e-3, adamw_lr_scale=4.0),
             schedule=WSD(warmup=0.03, decay=0.6),
