@@ -2,12 +2,14 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -167,6 +169,17 @@ def run_study_with_bar(study: Study, folder: Path, **options: Any) -> Finding:
         )
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For work too small to share: a second thread costs the hops more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def learn_hops(num_steps: int, device: str = "auto") -> dict[int, dict[int, float]]:
     """Train the looped model of study depth-extrapolation; accuracy by hops and loops."""
     arm = next(arm for arm in depth_extrapolation.arms() if arm.name == depth_extrapolation.LOOPED)
@@ -178,7 +191,7 @@ def learn_hops(num_steps: int, device: str = "auto") -> dict[int, dict[int, floa
         f"to {learning.max_hops} lookups, e0 r1 r2 ... -> r2(r1(e0)), in tables that it must "
         "remember.\nThen it is asked longer chains than it ever saw."
     )
-    with Progress(OUT, "learning hops", total=num_steps) as progress:
+    with one_thread(), Progress(OUT, "learning hops", total=num_steps) as progress:
         for done in learn(model, arm.problems, learning, seed=0):
             progress.update(done.step + 1, f"up to {done.reach} hops, loss {done.loss:.2f}")
     with Progress(OUT, "asking", total=len(HOPS_ASKED), unit="numbers of hops") as progress:

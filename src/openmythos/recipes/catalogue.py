@@ -35,7 +35,7 @@ def tiny() -> RunConfig:
 
 
 def demo() -> RunConfig:
-    """About two minutes on two cores: the whole architecture at 1.9 M parameters.
+    """About two minutes on two cores: the whole architecture at 1.4 M parameters.
 
     All layers are in the loop and the head is the embedding. With a prelude and a coda, or a head
     of its own, so short a training leaves the loops idle (`openmythos study loop-use`). Muon, since
@@ -58,17 +58,17 @@ def demo() -> RunConfig:
                 rope_head_dim=32,
                 value_head_dim=32,
             ),
-            recurrent_feed_forward=MoE(num_experts=16, top_k=2, expert_dim=96, bias_rate=5e-3),
+            recurrent_feed_forward=MoE(num_experts=8, top_k=2, expert_dim=96, bias_rate=5e-3),
             loop_lora=LoopLoRA(rank=4, num_loops=8),
         ),
         tokenizer=BPE(vocab_size=4096),
         train=TrainConfig(
-            num_steps=450,
+            num_steps=420,
             batch_size=8,
             seq_len=128,
             loops=PoissonLoops(mean_loops=7.0, max_loops=16),
             curriculum=LinearCurriculum(start_loops=2.0, fraction=0.5),
-            backprop_loops=4,
+            backprop_loops=3,
             optimizer=Muon(lr=3e-3, adamw_lr_scale=4.0),
             schedule=WSD(warmup=0.03, decay=0.6),
         ),
