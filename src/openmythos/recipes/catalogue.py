@@ -37,10 +37,10 @@ def tiny() -> RunConfig:
 def demo() -> RunConfig:
     """About two minutes on two cores: the whole architecture at 1.4 M parameters.
 
-    All layers are in the loop and the head is the embedding. With a prelude and a coda, or a head
-    of its own, so short a training leaves the loops idle (`openmythos study loop-use`). Muon, since
-    steps are few: after as many of them its loss is lower than AdamW's (the same study); it takes
-    a sixth of a step. So few steps need a faster router bias than the default.
+    All layers are in the loop and the head is tied to the embedding: with a prelude and a coda, or
+    an untied head, so short a training leaves the loops idle (`openmythos study loop-use`). Muon,
+    because after as many steps its loss is lower than AdamW's (the same study). The router bias
+    moves faster than by default, because there are few steps.
     """
     return RunConfig(
         model=MythosConfig(
@@ -76,10 +76,9 @@ def demo() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """An hour or two on two cores: 5.5 M parameters with prelude and coda, 16 M tokens.
+    """16 M tokens, hours on two cores: the preset small with an untied head, 5.5 M parameters.
 
-    Muon for the reason of the demo's. So long a training can afford the untied head, which is the
-    better one where loops need not be seen to be used.
+    Muon, as in the demo. Untied, because the loss is lower (study loop-use, at a smaller size).
     """
     model = presets.small()
     assert isinstance(model.recurrent_feed_forward, MoE)

@@ -74,7 +74,7 @@ def arms() -> list[Arm]:
     changes = [(name, model, training) for name, model in models.items()]
     changes += [(name, base, changed) for name, changed in trainings.items()]
     return [
-        Arm(name=name, model=model, task=Text(), learning=TextLearning(train=how), why=name)
+        Arm(name=name, model=model, task=Text(), learning=TextLearning(train=how))
         for name, model, how in changes
     ]
 
