@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 
 from openmythos.analysis import plots
+from openmythos.cli.commands import DEMO_LOOPS as LOOPS
 from openmythos.config import to_dict, write_json
 from openmythos.machine import describe, keep_freed_memory
 from openmythos.recipes import catalogue, report
 from openmythos.train.run import Run, train
-
-LOOPS = (1, 2, 4, 8)
 
 
 def run_seed(seed: int) -> dict[str, object]:

@@ -71,7 +71,7 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
 
 
 def slow_precision(precision: Precision, device: torch.device) -> str | None:
-    """A line that warns of a precision that fp32 would be twice as fast as; None if it is not."""
+    """A warning line if bf16 is emulated and more than twice as slow as fp32; else None."""
     if precision == "fp32" or bf16_is_native(device):
         return None
     times = bf16_slowdown(device)
@@ -84,7 +84,7 @@ def slow_precision(precision: Precision, device: torch.device) -> str | None:
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which fp32 weights are computed with in a precision."""
+    """The autocast context for a precision over fp32 weights; none for fp32."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
@@ -99,7 +99,7 @@ def bf16_slowdown(device: torch.device) -> float:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """What torch says of the device's arithmetic.
+    """Whether torch reports native bf16 arithmetic.
 
     MPS counts as without: torch does not say which Apple GPUs compute in bf16, and some convert.
     """
@@ -114,10 +114,7 @@ def _has_bf16(device: torch.device) -> bool:
 def _product_seconds(
     device: torch.device, dtype: torch.dtype, width: int, most: float = 0.01
 ) -> float:
-    """Of a square product the best of at least three, on a busy machine too, and at most 20.
-
-    After `most` seconds it is not repeated beyond three times.
-    """
+    """Seconds of the fastest of 3 to 20 square products; 3 if those take over `most` seconds."""
     # Not ones, with which a GPU uses less power and is faster than with a model's numbers.
     x = torch.linspace(-1, 1, width * width, device=device).view(width, width).to(dtype)
     product = torch.empty_like(x)
@@ -150,8 +147,8 @@ def devices() -> tuple[str, ...]:
 def choose_device(name: str | torch.device = "auto", field: str = "device") -> torch.device:
     """The device of that name; "auto" is the accelerator if there is one, else the CPU.
 
-    Of several accelerators, one without a number is that of this process' rank on the machine. A
-    device that is not there raises a ConfigError that names `field`.
+    An accelerator without a number gets this process's local rank. An absent device raises a
+    ConfigError that names `field` and lists what is there.
     """
     there = devices()
     kinds = dict.fromkeys(device.partition(":")[0] for device in there)

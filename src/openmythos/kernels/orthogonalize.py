@@ -1,7 +1,7 @@
 """Newton-Schulz iteration: Muon's orthogonal matrix near a given one (Jordan et al. 2024).
 
-Of X = U S V^T it makes about U V^T: every singular value comes to lie in about 0.7 ... 1.2. The
-coefficients give up exact convergence to 1 for a steep slope at 0, so that 5 steps suffice.
+Maps X = U S V^T to about U V^T, with singular values between about 0.7 and 1.2. The coefficients
+trade exact convergence to 1 for a steep slope at 0, so that 5 steps suffice.
 """
 
 import torch

@@ -15,10 +15,10 @@ from openmythos.kernels.orthogonalize import orthogonalize
 class MuonStep(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum, as torch.optim.Muon does with match_rms_adamw.
 
-    A parameter is a matrix or a stack (k, m, n), whose matrices are stepped each on its own. Of a
-    stack in shards every rank has whole matrices; matrices in shards travel, see `_across_ranks`.
-    `dtype` is that of the orthogonalisation (None: the fast one of the device), which torch's own
-    does in bf16 on every device.
+    A parameter is a matrix or a stack of matrices (k, m, n), each updated separately. A sharded
+    stack has complete matrices on every rank; sharded matrices are redistributed first, see
+    `_across_ranks`. `dtype` is that of the orthogonalisation (None: the fast one of the device);
+    torch's own Muon uses bf16 on every device.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MuonStep(torch.optim.Optimizer):
         return [orthogonalize(update, self._dtype) for update in updates]
 
     def _across_ranks(self, weight: DTensor, updates: list[Tensor]) -> Sequence[Tensor]:
-        """Matrices in shards like `weight`: each rank orthogonalises some of them whole."""
+        """Orthogonalise sharded matrices: an all-to-all gives each rank some complete ones."""
         shape = torch.Size((len(updates), *weight.shape))
         stride = (weight.numel(), weight.shape[1], 1)
         here = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in weight.placements]
@@ -81,7 +81,7 @@ class MuonStep(torch.optim.Optimizer):
 
 
 def _together(weights: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Weights in lists that are orthogonalised at once, where that gains."""
+    """Weights grouped by those that are orthogonalised in one batched call."""
     found: dict[Any, list[nn.Parameter]] = {}
     for weight in weights:
         key: Any = id(weight)

@@ -16,7 +16,7 @@ FILE = "machine.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Dtypes:
-    """Of model and loss (autocast over fp32 weights), and of Muon's orthogonalisation."""
+    """Precision of model and loss (autocast over fp32 weights), and of Muon's iteration."""
 
     model: Precision
     muon: Precision
@@ -27,11 +27,10 @@ class Dtypes:
 
 
 def choose(asked: str, device: torch.device, kept: Dtypes | None = None) -> Dtypes:
-    """The dtypes of a run, the same on all ranks: bf16 only where each has it.
+    """The dtypes of a run, the same on all ranks: "auto" is bf16 only if every rank has it.
 
-    `kept` are those that the run began with. It goes on with them, on any machine, unless another
-    precision is asked for by name. Muon computes in bf16 where the model does, but never in an
-    emulated one.
+    `kept` are the dtypes of a resumed run. They are used again, on any machine, unless another
+    precision is asked for by name. Muon computes in bf16 if the model does and bf16 is native.
     """
     if kept is not None and asked not in ("auto", kept.model):
         kept = None
@@ -44,7 +43,7 @@ def choose(asked: str, device: torch.device, kept: Dtypes | None = None) -> Dtyp
     flags = torch.tensor([own.model == "bf16", own.muon == "bf16"], device=device).int()
     agreed = flags.clone()
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
-    # What the first rank has read holds for those that see another folder.
+    # Other machines may not see the run folder: what rank 0 has read counts.
     if rank == 0 and kept is not None:
         agreed = flags
     dist.broadcast(agreed, 0)
@@ -62,7 +61,7 @@ def line(asked: str, found: Dtypes, kept: Dtypes | None, device: torch.device) -
 
 
 def read(run: Path) -> Dtypes | None:
-    """What a run began with; None where no process has trained it, or one before machine.json."""
+    """The dtypes in RUN/machine.json; None if the file is missing."""
     path = run / FILE
     if not path.is_file():
         return None
