@@ -26,7 +26,7 @@ from openmythos.studies import adaptive_computation as adaptive
 from openmythos.studies import depth_extrapolation as depth
 from openmythos.studies import depth_lora as lora
 from openmythos.studies import expert_routing as routing
-from openmythos.studies import runner, stability
+from openmythos.studies import loop_use, runner, stability
 from openmythos.studies import systematic_generalization as systematic
 from openmythos.studies import test_time_depth as depth_of_text
 from openmythos.studies import what_makes_it_extrapolate as what
@@ -618,6 +618,27 @@ def test_a_mixture_beats_dense_by_pairs_or_not_at_all() -> None:
     assert better.verdict == "holds" and "dense better" in better.brief
     noise = judged((4.1, 3.99))
     assert noise.verdict == "holds in part" and "no difference" in noise.brief
+
+
+def test_loops_are_used_where_nothing_else_does_their_work() -> None:
+    def judged(changes: dict[str, float], base: float = 0.4) -> Finding:
+        gains = {arm.name: base for arm in loop_use.arms()}
+        gains |= dict.fromkeys(loop_use.TAKES, 0.1 * base) | changes
+        settings = {"learning": {"optimizer": {"lr": 1e-3}}}
+        curves = {name: {"1": 4.0, "4": 4.0 - gain} for name, gain in gains.items()}
+        return loop_use.judge(
+            [
+                RunResult(name, seed, settings, curve, 1, 1.0, 1.0, "")
+                for name, curve in curves.items()
+                for seed in (0, 1)
+            ]
+        )
+
+    assert judged({}).verdict == "holds"
+    assert judged({"experts": 0.2}).verdict == "holds in part"
+    assert judged({"untied head": 0.3}).verdict == "does not hold here"
+    assert judged({}, base=0.05).verdict == "premise not met"
+    assert "at a lower loss" not in judged({}).brief
 
 
 def test_a_law_is_recognised_beyond_what_it_was_fitted_on() -> None:

@@ -64,6 +64,21 @@ def train(shards: TokenShards, model: Any = MODEL, **changes: Any) -> list[StepM
     return list(trainer_of(shards, model, **changes).steps())
 
 
+def test_a_model_is_not_asked_to_stop_once_its_training_has_ended(shards: TokenShards) -> None:
+    asked = 0
+
+    def stopping() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 5
+
+    trained = trainer_of(shards)
+    trainer = Trainer(trained.model, trained.loader, trained.config, stopping)
+    assert list(trainer.steps()) == [] and trainer.stopping
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+    trainer.model(torch.zeros(1, 4, dtype=torch.long))
+
+
 def losses(metrics: list[StepMetrics]) -> list[float]:
     return [metric.loss for metric in metrics]
 

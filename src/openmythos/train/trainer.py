@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from openmythos.config import require
 from openmythos.data.loader import Batch, Loader
@@ -73,9 +74,9 @@ class StepAbandoned(Exception):  # noqa: N818 - no error: training was asked to 
 class Trainer:
     """Trains a model on a loader's batches from step `step` on.
 
-    A model on the meta device is given its weights here, in shards, on `config.device`. Training
-    ends after a step at which `stopping` was true on any rank; a single process asks in every
-    module, and abandons the step. `kept` are the dtypes that a resumed run began with.
+    A model on the meta device is initialised here, sharded, on `config.device`. Training ends after
+    a step at which `stopping` was true on any rank. A single process checks it after every module
+    and abandons the step. `kept` are the dtypes that a resumed run began with.
     """
 
     def __init__(
@@ -109,8 +110,7 @@ class Trainer:
         self.stopping = False  # as of the last step, whether some rank was asked to
         self.spiked = False  # whether the last step's loss was a spike
         self._asked_to_stop = stopping or (lambda: False)
-        if stopping is not None and self.world_size == 1:
-            self._ask_everywhere(stopping)
+        self._interruptible = stopping is not None and self.world_size == 1
         self._flops = TrainingFlops(model.config, config.seq_len)
         self._peak = 0.0  # FLOPs per second of this rank, measured after the first step
 
@@ -121,15 +121,18 @@ class Trainer:
 
     def steps(self) -> Iterator[StepMetrics]:
         """Run the remaining steps, yielding after each; stop iterating to stop training."""
-        while self.step < self.config.num_steps:
-            try:
+        hooks = self._ask_everywhere() if self._interruptible else []
+        try:
+            while self.step < self.config.num_steps:
                 metrics = self.run_step()
-            except StepAbandoned:
-                self.model.zero_grad(set_to_none=True)
-                self.stopping = True
-                return
-            self._count(metrics)
-            yield metrics
+                self._count(metrics)
+                yield metrics
+        except StepAbandoned:
+            self.model.zero_grad(set_to_none=True)
+            self.stopping = True
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def roll_back(self, saved: Counters) -> None:
         """Go on from a checkpoint that has been loaded, with the data that follow the spike."""
@@ -193,11 +196,14 @@ class Trainer:
             residual=residual,
         )
 
-    def _ask_everywhere(self, stopping: Callable[[], bool]) -> None:
-        """Have the forward and the backward pass ask, so that neither keeps a signal waiting."""
+    def _ask_everywhere(self) -> list[RemovableHandle]:
+        """Hooks on every module: forward and backward pass leave the step if training is to stop.
+
+        They are on the model only while it trains.
+        """
 
         def ask(*_: object) -> None:
-            if stopping():
+            if self._asked_to_stop():
                 raise StepAbandoned
 
         def ask_both_ways(_module: nn.Module, _inputs: object, output: object) -> None:
@@ -207,8 +213,8 @@ class Trainer:
 
         # Compiled layers would make the question part of their graph.
         compiled = self.config.compile
-        for module in [self.model.recurrent.injection] if compiled else self.model.modules():
-            module.register_forward_hook(ask_both_ways)
+        modules = [self.model.recurrent.injection] if compiled else self.model.modules()
+        return [module.register_forward_hook(ask_both_ways) for module in modules]
 
     def logs(self, step: int) -> bool:
         """Whether a step's metrics are written down."""
@@ -226,8 +232,8 @@ class Trainer:
     def _mfu(self, rate: float) -> float:
         """The share of the peak that a rank's FLOPs per second are.
 
-        The peak is the best that this process has seen: of products in the dtype of the run, or of
-        a step, where the products were timed while something else had the processor.
+        The peak is the highest rate seen in this process: of matrix products in the run's dtype,
+        or of a step, should the products have been timed on a busy processor.
         """
         if self._peak == 0:
             # Where bf16 is emulated, much of a step is faster fp32.
