@@ -39,8 +39,8 @@ def demo() -> RunConfig:
 
     All layers are in the loop and the head is tied to the embedding: with a prelude and a coda, or
     an untied head, so short a training leaves the loops idle (`openmythos study loop-use`). Muon,
-    because after as many steps its loss is lower than AdamW's (the same study). The router bias
-    moves faster than by default, because there are few steps.
+    because after as many steps its loss is lower than AdamW's (the same study). Its learning rate
+    is high, and the router bias moves faster than by default, because there are few steps.
     """
     return RunConfig(
         model=MythosConfig(
@@ -63,13 +63,13 @@ def demo() -> RunConfig:
         ),
         tokenizer=BPE(vocab_size=4096),
         train=TrainConfig(
-            num_steps=420,
+            num_steps=440,
             batch_size=8,
             seq_len=128,
             loops=PoissonLoops(mean_loops=7.0, max_loops=16),
             curriculum=LinearCurriculum(start_loops=2.0, fraction=0.5),
             backprop_loops=3,
-            optimizer=Muon(lr=3e-3, adamw_lr_scale=4.0),
+            optimizer=Muon(lr=8e-3, adamw_lr_scale=2.0),
             schedule=WSD(warmup=0.03, decay=0.6),
         ),
     )
