@@ -30,7 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from openmythos.analysis import plots
-from openmythos.config import read_json, write_json
+from openmythos.files import read_json, write_json
 from openmythos.machine import (
     bf16_is_native,
     describe,
@@ -38,8 +38,8 @@ from openmythos.machine import (
     peak_bytes,
     processor_kind,
 )
-from openmythos.model import cost
 from openmythos.nn.cache import ExactCache
+from openmythos.planning import cost
 
 PROMPT = 512
 FP32 = ("openmythos-fp32", "openmythos-compiled")

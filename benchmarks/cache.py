@@ -19,10 +19,10 @@ from rich.table import Table
 
 from openmythos import presets
 from openmythos.analysis import plots
-from openmythos.config import to_dict, write_json
+from openmythos.config import to_dict
 from openmythos.eval.likelihood import decoded_loss
+from openmythos.files import write_json
 from openmythos.machine import describe, keep_freed_memory
-from openmythos.model import cost
 from openmythos.nn.cache import (
     CachePolicy,
     ExactCache,
@@ -30,6 +30,7 @@ from openmythos.nn.cache import (
     GroupedLoopCache,
     LastLoopCache,
 )
+from openmythos.planning import cost
 from openmythos.recipes import catalogue
 from openmythos.studies.study import mean_and_half_width
 from openmythos.train.run import Run, train

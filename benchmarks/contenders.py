@@ -18,7 +18,7 @@ from openmythos import MythosConfig, OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopLoRA
+from openmythos.recurrence.loop_lora import LoopLoRA
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 
 from openmythos.analysis import plots
 from openmythos.cli.commands import DEMO_LOOPS as LOOPS
-from openmythos.config import to_dict, write_json
+from openmythos.config import to_dict
+from openmythos.files import write_json
 from openmythos.machine import describe, keep_freed_memory
 from openmythos.recipes import catalogue, report
 from openmythos.train.run import Run, train

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from openmythos.config import write_json
+from openmythos.files import write_json
 from openmythos.machine import describe
 
 LARGE = ("tokenizer.kind=bytes", "data.limit_mb=1", "train.batch_size=32")

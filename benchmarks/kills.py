@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from openmythos.config import write_json
+from openmythos.files import write_json
 from openmythos.machine import describe
 from openmythos.train.checkpoint import FOLDER, latest_checkpoint, list_checkpoints
 from openmythos.train.metrics import read_metrics

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from openmythos.config import to_dict, write_json
+from openmythos.config import to_dict
 from openmythos.data.loader import Batch, Loader
+from openmythos.files import write_json
 from openmythos.machine import describe, keep_freed_memory
 from openmythos.model.mythos import OpenMythos
 from openmythos.recipes import catalogue

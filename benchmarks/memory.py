@@ -27,12 +27,14 @@ import torch
 
 from openmythos import OpenMythos
 from openmythos.analysis import plots, study_plots
-from openmythos.config import write_json
+from openmythos.distributed.parallelize import Parallel, spread
+from openmythos.distributed.ranks import leave, process_group
+from openmythos.files import write_json
 from openmythos.machine import describe, peak_bytes
-from openmythos.model import cost, fit, presets
+from openmythos.model import presets
 from openmythos.nn import attention
+from openmythos.planning import cost, fit
 from openmythos.train.optim import AdamW
-from openmythos.train.parallel import Parallel, leave, process_group, spread
 
 BATCH, CONTEXT = 8, 256
 LOOPS = (4, 16, 64)

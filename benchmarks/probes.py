@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from openmythos.config import write_json
+from openmythos.files import write_json
 from openmythos.machine import bf16_is_native, describe, processor_kind
 from openmythos.nn.blockwise import blockwise_attention
 from openmythos.nn.cross_entropy import linear_cross_entropy

@@ -30,10 +30,10 @@ from ranks import (  # noqa: E402
     write_text,
 )
 
-from openmythos.config import write_json  # noqa: E402
+from openmythos.distributed.parallelize import Parallel  # noqa: E402
+from openmythos.files import write_json  # noqa: E402
 from openmythos.machine import describe  # noqa: E402
 from openmythos.recurrence.loop_sampling import FixedLoops  # noqa: E402
-from openmythos.train.parallel import Parallel  # noqa: E402
 
 LOOPS = (1, 2, 4, 8, 16)
 KINDS = {"all_gathers": "allgather", "reduce_scatters": "reduce_scatter", "all_to_alls": "alltoall"}

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from openmythos import MythosConfig, OpenMythos
 from openmythos.analysis import plots
-from openmythos.config import write_json
+from openmythos.files import write_json
 from openmythos.machine import describe, keep_freed_memory, peak_bytes, processor_kind
-from openmythos.nn.attention import TokenLayout, attention_context
-from openmythos.recurrence.halting import StateChangeExit
+from openmythos.nn.layout import TokenLayout, attention_context
+from openmythos.recurrence.exit_rules import StateChangeExit
 
 LOOPS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)

@@ -20,7 +20,8 @@ import loader as loader_benchmark
 import scaling
 
 from openmythos import machine
-from openmythos.config import apply_overrides, write_json
+from openmythos.config import apply_overrides
+from openmythos.files import write_json
 from openmythos.recipes import catalogue
 
 TINY = replace(

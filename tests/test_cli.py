@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 import openmythos
 from openmythos import OpenMythos, cli
 from openmythos.cli import screen
-from openmythos.config import load_toml
+from openmythos.files import load_toml
 from openmythos.model import presets
 from openmythos.train.config import RunConfig
 from openmythos.train.metrics import read_metrics

@@ -19,8 +19,9 @@ from openmythos import cli
 from openmythos.analysis import run_plots
 from openmythos.cli import screen, tracking
 from openmythos.cli.live import chart, duration
-from openmythos.config import apply_overrides, dumps_toml, write_json
-from openmythos.model import cost
+from openmythos.config import apply_overrides
+from openmythos.files import dumps_toml, write_json
+from openmythos.planning import cost
 from openmythos.recipes import catalogue
 from openmythos.train.run import Run
 from openmythos.train.state import StateFile, read_state

@@ -18,17 +18,19 @@ from hypothesis import strategies as st
 from openmythos.config import (
     ConfigError,
     apply_overrides,
-    dumps_toml,
     from_dict,
     kinds,
-    load_json,
-    load_toml,
     require,
     require_int,
     require_number,
+    to_dict,
+)
+from openmythos.files import (
+    dumps_toml,
+    load_json,
+    load_toml,
     save_json,
     save_toml,
-    to_dict,
     write_atomically,
 )
 

@@ -13,11 +13,11 @@ from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import ByteTokenizer
 from openmythos.eval.likelihood import decoded_loss, depth_sweep
-from openmythos.inference.engine import Engine
-from openmythos.model.generation import Request
-from openmythos.model.sampling import Sampling
+from openmythos.inference.generation import Request
+from openmythos.inference.sampling import Sampling
+from openmythos.inference.text import Engine
 from openmythos.nn.cache import ExactCache
-from openmythos.recurrence.halting import StateChangeExit
+from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.studies.learning import Learning, TiedLoops, accuracy_map, learn
 from openmythos.tasks import KHop
 

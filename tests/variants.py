@@ -27,9 +27,11 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy
-from openmythos.recurrence.conditioning import LoopEmbeddings, LoopLoRAs
-from openmythos.recurrence.halting import ExitRule, Halting
+from openmythos.recurrence.exit_rules import ExitRule
+from openmythos.recurrence.halting import Halting
 from openmythos.recurrence.injection import Injection
+from openmythos.recurrence.loop_embedding import LoopEmbeddings
+from openmythos.recurrence.loop_lora import LoopLoRAs
 from openmythos.recurrence.recurrent_block import StateInit
 
 VOCAB, DIM, SEQ = 50, 32, 12

@@ -1,29 +1,20 @@
-"""Strict configs: frozen keyword-only dataclasses from and to dict, TOML, JSON; "a.b=c" overrides.
+"""Strict configs: frozen keyword-only dataclasses from and to dicts; "a.b=c" overrides.
 
 It reads annotations and knows nothing of what is configured. A swappable part is a union of
 dataclasses told apart by ``kind: Literal["lti"] = "lti"``. A table that names its ``kind`` starts
 from that kind's own defaults; one that does not goes on from the default of its field.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import functools
-import json
 import operator
-import os
-import secrets
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
-import tomli_w
-
 T = TypeVar("T")
 
-AnyPath = str | os.PathLike[str]
 _MISSING = dataclasses.MISSING
 _WANTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _INT64 = 2**63  # what a tensor, a TOML file and most other programs can hold
@@ -121,106 +112,6 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
         keys = [key.strip() for key in dotted.split(".")]
         _assign(type(config), data, keys, text.strip(), "")
     return from_dict(type(config), data)
-
-
-def dumps_toml(config: Any) -> str:
-    """The config as TOML, every field written out."""
-    return tomli_w.dumps(_loadable(config))
-
-
-def save_toml(config: Any, path: AnyPath) -> None:
-    """Write the config as TOML, atomically."""
-    write_atomically(path, dumps_toml(config))
-
-
-def load_toml(cls: type[T], path: AnyPath) -> T:
-    """Read and validate a TOML file; every error names the file."""
-    return _load(cls, path, "TOML", tomllib.loads)
-
-
-def save_json(config: Any, path: AnyPath) -> None:
-    """Write the config as indented JSON, atomically."""
-    write_json(_loadable(config), path)
-
-
-def write_json(data: Mapping[str, Any], path: AnyPath) -> None:
-    """Write plain data as indented JSON, atomically."""
-    write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: AnyPath) -> dict[str, Any]:
-    """Read a JSON object as plain data; every error names the file."""
-    data = _read(path, "JSON", functools.partial(json.loads, object_pairs_hook=_unrepeated))
-    require(isinstance(data, dict), str(path), type(data).__name__, "must hold a JSON object")
-    return data
-
-
-def load_json(cls: type[T], path: AnyPath) -> T:
-    """Read and validate a JSON file; every error names the file."""
-    return _load(cls, path, "JSON", functools.partial(json.loads, object_pairs_hook=_unrepeated))
-
-
-def write_atomically(path: AnyPath, data: str | bytes) -> None:
-    """Replace a file as a whole: whatever fails, the old one stays as it was."""
-    with replacing(path) as temporary, open(temporary, "xb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-
-
-@contextlib.contextmanager
-def replacing(path: AnyPath) -> Iterator[Path]:
-    """Yield a temporary path to write; it takes the place of `path` only if nothing failed."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The new name survives a power cut only once its directory is on disk too. Some systems cannot
-    # sync a directory, and by now the file is in place, so that is no failure.
-    with contextlib.suppress(OSError):
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def _read(path: AnyPath, language: str, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(Path(path).read_bytes().decode())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid {language}: {error}") from error
-
-
-def _load(cls: type[T], path: AnyPath, language: str, parse: Callable[[str], Any]) -> T:
-    data = _read(path, language, parse)
-    try:
-        return from_dict(cls, data)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # The json module would keep the last of two equal keys and drop the first without a word.
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise ValueError(f"key {key!r} is given twice")
-        table[key] = value
-    return table
-
-
-def _loadable(config: Any) -> dict[str, Any]:
-    data = to_dict(config)
-    # Better to fail now than when a finished run is read back.
-    from_dict(type(config), data)
-    return data
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from openmythos import kernels
 from openmythos.config import ConfigError
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
+from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.recurrent_block import RecurrentBlock

@@ -24,8 +24,8 @@ from variants import (
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopLoRA
 from openmythos.recurrence.halting import Halting
+from openmythos.recurrence.loop_lora import LoopLoRA
 
 pytestmark = [
     pytest.mark.compile,

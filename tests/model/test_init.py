@@ -22,9 +22,10 @@ from openmythos.model.init import init_table, init_weights
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.injection import Concat
+from openmythos.recurrence.loop_embedding import LoopEmbedding
+from openmythos.recurrence.loop_lora import LoopLoRA
 
 EVERYTHING = {
     "loop_embedding": LoopEmbedding(num_loops=8),

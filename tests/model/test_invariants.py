@@ -37,8 +37,10 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
-from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
-from openmythos.recurrence.halting import ExitRule, Halting, KLExit, StateChangeExit
+from openmythos.recurrence.exit_rules import ExitRule, KLExit, StateChangeExit
+from openmythos.recurrence.halting import Halting
+from openmythos.recurrence.loop_embedding import LoopEmbedding
+from openmythos.recurrence.loop_lora import LoopLoRA
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 few_variants = pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)

@@ -33,16 +33,17 @@ from variants import (
 )
 
 from openmythos.config import ConfigError, from_dict, to_dict
+from openmythos.inference.generation import Request, stream
+from openmythos.inference.sampling import Sampling, filtered_logits, sample
 from openmythos.model import storage
 from openmythos.model.config import MythosConfig
-from openmythos.model.generation import Request, stream
 from openmythos.model.mythos import OpenMythos
-from openmythos.model.sampling import Sampling, filtered_logits, sample
-from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.cache import CachePolicy, ExactCache
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.halting import ACT, KLExit, StateChangeExit
+from openmythos.recurrence.exit_rules import KLExit, StateChangeExit
+from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.injection import NoInjection
 
 CONTEXT = 2 * SEQ

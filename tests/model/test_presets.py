@@ -7,9 +7,9 @@ import torch
 
 from openmythos import ConfigError, MythosConfig, OpenMythos, presets
 from openmythos.config import from_dict, to_dict
-from openmythos.model import cost
 from openmythos.nn.latent_attention import LatentAttention
-from openmythos.recurrence.conditioning import LoopLoRA
+from openmythos.planning import cost
+from openmythos.recurrence.loop_lora import LoopLoRA
 
 NAMED_BY_SIZE = [name for name in presets.names() if name[0].isdigit()]
 UNITS = {"m": 1e6, "b": 1e9, "t": 1e12}

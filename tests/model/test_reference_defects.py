@@ -28,17 +28,18 @@ from variants import (
 )
 
 from openmythos.config import ConfigError, from_dict
+from openmythos.inference.sampling import Sampling
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.model.sampling import Sampling
-from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.block import Attention
 from openmythos.nn.cache import LastLoopCache
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
 from openmythos.recurrence.halting import ACT, NoHalting
 from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.loop_embedding import LoopEmbedding
+from openmythos.recurrence.loop_lora import LoopLoRA
 
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 

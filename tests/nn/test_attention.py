@@ -12,18 +12,13 @@ from torch import Tensor
 from variants import here
 
 from openmythos.config import ConfigError
-from openmythos.nn.attention import (
-    AttentionContext,
-    AttentionLayer,
-    GroupedQueryAttention,
-    TokenLayout,
-    attend,
-    attention_context,
-)
+from openmythos.nn.attention import AttentionLayer, attend
 from openmythos.nn.block import Attention, Block
 from openmythos.nn.cache import CacheSlot
 from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention, LatentAttentionLayer
+from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, LowRank
 
 DIM, EPS = 32, 1e-6

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openmythos.nn.attention import TokenLayout
 from openmythos.nn.blockwise import FEW_KEYS, blockwise_attention
+from openmythos.nn.layout import TokenLayout
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,6 @@ import torch
 from openmythos.config import ConfigError
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import GroupedQueryAttention, TokenLayout, attention_context
 from openmythos.nn.block import Attention, Block
 from openmythos.nn.cache import (
     CachePolicy,
@@ -20,7 +19,9 @@ from openmythos.nn.cache import (
     LastLoopCache,
 )
 from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
+from openmythos.nn.layout import TokenLayout, attention_context
 
 POLICIES = [*(policy() for policy in get_args(CachePolicy)), GroupedLoopCache(group=3)]
 WIDTH, BATCH, CAPACITY = 5, 2, 8

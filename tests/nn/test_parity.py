@@ -26,15 +26,16 @@ from transformers import (
 
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import GroupedQueryAttention, TokenLayout, attention_context
 from openmythos.nn.block import Attention, Block, FeedForward
 from openmythos.nn.cache import ExactCache, KVCache
 from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
+from openmythos.nn.layout import TokenLayout, attention_context
 from openmythos.nn.moe import MoE
 from openmythos.nn.norm import RMSNorm
-from openmythos.recurrence.conditioning import NoLoopLoRA
 from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.loop_lora import NoLoopLoRA
 
 Weights = dict[str, Tensor]
 

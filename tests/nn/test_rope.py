@@ -9,8 +9,8 @@ from torch import Tensor
 
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import TokenLayout, attention_context, rotate
 from openmythos.nn.block import Attention
+from openmythos.nn.layout import TokenLayout, attention_context, rotate
 from openmythos.nn.rope import apply_rope, rope_tables
 
 BASE = 10_000.0

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from openmythos.config import ConfigError, load_toml, save_toml
-from openmythos.model import cost
+from openmythos.config import ConfigError
+from openmythos.files import load_toml, save_toml
+from openmythos.planning import cost
 from openmythos.recipes import catalogue
 from openmythos.train.config import RunConfig
 from openmythos.train.optim import WSD, Muon

@@ -11,13 +11,8 @@ from openmythos.config import ConfigError
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.linear import NO_DELTAS, Linear
-from openmythos.recurrence.conditioning import (
-    LoopEmbedding,
-    LoopLoRA,
-    LoopLoRALayer,
-    NoLoopEmbedding,
-    NoLoopLoRA,
-)
+from openmythos.recurrence.loop_embedding import LoopEmbedding, NoLoopEmbedding
+from openmythos.recurrence.loop_lora import LoopLoRA, LoopLoRALayer, NoLoopLoRA
 
 
 def without_lora(model: OpenMythos, loop: int) -> OpenMythos:

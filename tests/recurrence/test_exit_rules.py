@@ -20,7 +20,7 @@ from variants import (
 
 from openmythos.config import ConfigError
 from openmythos.model.mythos import OpenMythos
-from openmythos.recurrence.halting import (
+from openmythos.recurrence.exit_rules import (
     ArgmaxExit,
     ExitRule,
     ExitTracker,
@@ -29,9 +29,9 @@ from openmythos.recurrence.halting import (
     KLExit,
     LoopStates,
     LoopView,
-    NoHalting,
     StateChangeExit,
 )
+from openmythos.recurrence.halting import NoHalting
 
 ALL_RULES = members(ExitRule)
 RULES = [rule for rule in ALL_RULES if not isinstance(rule, FixedExit)]

@@ -19,12 +19,13 @@ from variants import (
 from openmythos.config import ConfigError
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.feed_forward import TokenRows
+from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopEmbedding
-from openmythos.recurrence.halting import ACT, ACTHalting, HaltState, StateChangeExit
+from openmythos.recurrence.exit_rules import StateChangeExit
+from openmythos.recurrence.halting import ACT, ACTHalting, HaltState
+from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.recurrent_block import RecurrentBlock, RecurrentOutput
 
 

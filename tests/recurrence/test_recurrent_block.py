@@ -20,13 +20,14 @@ from variants import (
 
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import MythosOutput, OpenMythos
-from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.injection import Injection
+from openmythos.recurrence.loop_embedding import LoopEmbedding
+from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.recurrent_block import RecurrentBlock
 
 CONDITIONED: dict[str, Any] = {

@@ -17,10 +17,11 @@ from matplotlib.image import imread
 
 from openmythos import OpenMythos
 from openmythos.analysis import plots
-from openmythos.config import ConfigError, read_json
-from openmythos.model import cost
+from openmythos.config import ConfigError
+from openmythos.files import read_json
 from openmythos.model.inputs import token_layout
-from openmythos.nn.attention import attention_context
+from openmythos.nn.layout import attention_context
+from openmythos.planning import cost
 from openmythos.recurrence.loop_sampling import FixedLoops, sample_loops
 from openmythos.studies import adaptive_computation as adaptive
 from openmythos.studies import depth_extrapolation as depth

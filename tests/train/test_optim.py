@@ -11,8 +11,9 @@ from variants import FEW_VARIANT_IDS, FEW_VARIANTS, members, tiny_config
 from openmythos.config import ConfigError
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
-from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
 from openmythos.recurrence.halting import ACT
+from openmythos.recurrence.loop_embedding import LoopEmbedding
+from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.train.optim import (
     AdamW,
     Cosine,

@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from variants import tiny_config
 
 from openmythos import machine
-from openmythos.config import ConfigError, apply_overrides, load_toml, save_toml
+from openmythos.config import ConfigError, apply_overrides
 from openmythos.data.prepare import prepare
 from openmythos.data.prepared import Preparation
 from openmythos.data.tokenizer import BPE, ByteTokenizer
+from openmythos.files import load_toml, save_toml
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
 from openmythos.train import checkpoint

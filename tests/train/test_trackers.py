@@ -13,7 +13,8 @@ from typing import Any, get_args
 import pytest
 from variants import tiny_config
 
-from openmythos.config import ConfigError, apply_overrides, load_toml, save_toml
+from openmythos.config import ConfigError, apply_overrides
+from openmythos.files import load_toml, save_toml
 from openmythos.train.config import DataConfig, RunConfig, TrainConfig
 from openmythos.train.run import Run, train
 from openmythos.train.trackers import TensorBoard, Tracker, Trackers, Trackio, Wandb

@@ -13,10 +13,10 @@ from openmythos.data.loader import Loader
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import ByteTokenizer
-from openmythos.model import cost
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE, MoELayer
+from openmythos.planning import cost
 from openmythos.recurrence.halting import ACT, Halting
 from openmythos.recurrence.injection import Injection
 from openmythos.recurrence.loop_sampling import (

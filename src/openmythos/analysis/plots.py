@@ -13,7 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from openmythos.config import ConfigError, needs, replacing, require
+from openmythos.config import ConfigError, needs, require
+from openmythos.files import replacing
 
 if TYPE_CHECKING:
     import matplotlib.axes

@@ -45,7 +45,7 @@ def run() -> NoReturn:
     # Who has not come as far as torch can leave like any program.
     if "torch" not in sys.modules:
         sys.exit(code)
-    from openmythos.train.parallel import leave
+    from openmythos.distributed.ranks import leave
 
     leave(code)
 

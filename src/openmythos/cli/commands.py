@@ -53,8 +53,8 @@ class Train:
 
     def run(self) -> None:
         from openmythos.cli.screen import create, print_next, train_with_bar
+        from openmythos.distributed.ranks import process_group
         from openmythos.machine import choose_device
-        from openmythos.train.parallel import process_group
 
         run = self._existing()
         config = self._config() if run is None else run.config
@@ -69,8 +69,8 @@ class Train:
 
     def _config(self) -> "RunConfig":
         from openmythos.data.prepared import is_prepared
+        from openmythos.distributed.ranks import launched
         from openmythos.recipes import catalogue
-        from openmythos.train.parallel import launched
 
         told = "must be given to several ranks, so that all mean the same folder"
         require(launched()[1] == 1 or bool(self.out), "out", self.out, told)
@@ -142,8 +142,8 @@ class Generate:
 
     def run(self) -> None:
         from openmythos.cli.screen import OUT, stream
-        from openmythos.inference.engine import Engine
-        from openmythos.model.generation import Request
+        from openmythos.inference.generation import Request
+        from openmythos.inference.text import Engine
         from openmythos.train.run import Run
 
         try:
@@ -228,7 +228,8 @@ class Plan:
 
     def run(self) -> None:
         from openmythos.cli.screen import print_fit, print_plan
-        from openmythos.model import cost, fit, presets
+        from openmythos.model import presets
+        from openmythos.planning import cost, fit
 
         config = apply_overrides(presets.get(self.preset), flat(self.set))
         require_int("gpus", self.gpus, minimum=0)
@@ -274,7 +275,7 @@ class Export:
 
     def run(self) -> None:
         from openmythos.cli.screen import OUT, short
-        from openmythos.model import cost
+        from openmythos.planning import cost
         from openmythos.train.run import Run
 
         run, out = Run.open(Path(self.folder)), Path(self.out)
@@ -294,7 +295,8 @@ class Presets:
         from rich.table import Table
 
         from openmythos.cli.screen import OUT, short
-        from openmythos.model import cost, presets
+        from openmythos.model import presets
+        from openmythos.planning import cost
 
         table = Table("preset", "parameters", "active", "width", "loops", "context", "experts")
         for name in presets.names():
@@ -395,8 +397,8 @@ class Demo:
             stream,
             train_with_bar,
         )
-        from openmythos.inference.engine import Engine
-        from openmythos.model.generation import Request
+        from openmythos.inference.generation import Request
+        from openmythos.inference.text import Engine
         from openmythos.recipes import catalogue, report
         from openmythos.train.run import require_free
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from openmythos.cli.flags import Texts, flat, require_folder, shown
-from openmythos.config import ConfigError, load_json, require_int, require_number
+from openmythos.config import ConfigError, require_int, require_number
+from openmythos.files import load_json
 
 if TYPE_CHECKING:
     from openmythos.data.prepare import Progress as Made

@@ -16,11 +16,12 @@ from rich.text import Text
 
 from openmythos.cli.interrupt import Interrupted, stop_training
 from openmythos.cli.progress import Progress
-from openmythos.inference.engine import Engine
+from openmythos.distributed.ranks import first_rank_does, launched, process_group, wait_for_file
+from openmythos.inference.generation import Request
+from openmythos.inference.text import Engine
 from openmythos.machine import choose_device
-from openmythos.model import cost, fit
-from openmythos.model.generation import Request
 from openmythos.model.mythos import OpenMythos
+from openmythos.planning import cost, fit
 from openmythos.recipes import report
 from openmythos.recipes.report import LoopReport
 from openmythos.studies import depth_extrapolation
@@ -29,12 +30,6 @@ from openmythos.studies.runner import run_study
 from openmythos.studies.study import Finding, Study
 from openmythos.train.config import RunConfig
 from openmythos.train.guards import Divergence
-from openmythos.train.parallel import (
-    first_rank_does,
-    launched,
-    process_group,
-    wait_for_file,
-)
 from openmythos.train.run import CONFIG_FILE, Run, train
 
 # Only rank 0 prints. Output is numbers and code, so rich must not colour it or read it as markup.

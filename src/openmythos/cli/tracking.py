@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from openmythos.cli.flags import RunFolder, shown
-from openmythos.config import ConfigError, load_toml, require, require_number
+from openmythos.config import ConfigError, require, require_number
+from openmythos.files import load_toml
 
 if TYPE_CHECKING:
     from rich.panel import Panel

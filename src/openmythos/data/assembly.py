@@ -7,16 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from openmythos.config import ConfigError, load_json, save_json, write_atomically
-from openmythos.data.prepared import (
-    PREPARED_FILE,
-    SIDES,
-    UNFINISHED,
-    Origin,
-    PartEntry,
-    Prepared,
-    sha256_of,
-)
+from openmythos.config import ConfigError
+from openmythos.data.prepared import PREPARED_FILE, SIDES, UNFINISHED, Origin, PartEntry, Prepared
 from openmythos.data.shards import (
     DOCUMENTS_FILE,
     INDEX_FILE,
@@ -24,6 +16,7 @@ from openmythos.data.shards import (
     TokenShards,
     shard_name,
 )
+from openmythos.files import load_json, save_json, sha256_of, write_atomically
 
 
 def part_folder(out: Path, number: int) -> Path:

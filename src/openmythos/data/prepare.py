@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from openmythos.config import ConfigError, load_json, require_int, save_json
+from openmythos.config import ConfigError, require_int
 from openmythos.data.assembly import index_parts, part_folder, put_together
 from openmythos.data.corpus import Corpus, open_corpus
 from openmythos.data.prepared import (
@@ -38,6 +38,7 @@ from openmythos.data.shards import (
 )
 from openmythos.data.sources import BadRows, Document, NotTextError, Reader, SourceFile, is_remote
 from openmythos.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from openmythos.files import load_json, save_json
 from openmythos.processes import worker_pool
 
 logger = logging.getLogger(__name__)

@@ -10,23 +10,16 @@ A run refers to such folders by their paths and the sha256 of their prepared.jso
 every token in them.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from openmythos.config import (
-    ConfigError,
-    load_json,
-    require,
-    require_int,
-    require_number,
-    save_json,
-)
+from openmythos.config import ConfigError, require, require_int, require_number
 from openmythos.data.shards import INDEX_FILE, TokenShards
 from openmythos.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from openmythos.files import load_json, save_json, sha256_of
 
 PREPARED_FILE = "prepared.json"
 ORIGIN_FILE = "origin.json"
@@ -179,12 +172,3 @@ def open_prepared(folder: Path, side: str, *, verify: bool) -> TokenShards:
     if fingerprint(load_tokenizer(folder)) != shards.index.tokenizer:
         raise ConfigError(f"{tokenizer}: is not the tokenizer that made the tokens")
     return shards
-
-
-def sha256_of(path: Path) -> str:
-    """Of the bytes of a file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error

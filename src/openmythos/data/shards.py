@@ -20,9 +20,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from openmythos.config import ConfigError, load_json, require_int, save_json, write_atomically
+from openmythos.config import ConfigError, require_int
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import Tokenizer, fingerprint
+from openmythos.files import load_json, save_json, write_atomically
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.bin"

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from openmythos.config import ConfigError, needs, require, require_int, write_atomically
+from openmythos.config import ConfigError, needs, require, require_int
+from openmythos.files import write_atomically
 
 if TYPE_CHECKING:
     import tokenizers

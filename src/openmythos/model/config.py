@@ -7,9 +7,10 @@ from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopEmbeddings, LoopLoRA, LoopLoRAs, NoLoopEmbedding
 from openmythos.recurrence.halting import Halting, NoHalting
 from openmythos.recurrence.injection import LTI, Injection
+from openmythos.recurrence.loop_embedding import LoopEmbeddings, NoLoopEmbedding
+from openmythos.recurrence.loop_lora import LoopLoRA, LoopLoRAs
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
 from openmythos.recurrence.recurrent_block import StateInit
 

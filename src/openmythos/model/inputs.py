@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmythos.inference.generation import check_are_ids
 from openmythos.model.config import MythosConfig
-from openmythos.nn.attention import TokenLayout
 from openmythos.nn.cache import KVCache
 from openmythos.nn.cross_entropy import IGNORE
-from openmythos.recurrence.halting import ExitRule
+from openmythos.nn.layout import TokenLayout
+from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
 
 
@@ -112,14 +113,6 @@ def token_layout(
         cache.mark_padding(attention_mask)
     valid = cache.valid[:, : start + seq] if cache.padded else None
     return TokenLayout(seq, start, tokens.device, valid)
-
-
-def check_are_ids(name: str, ids: object) -> None:
-    """Refuse what is no tensor of token ids."""
-    if not isinstance(ids, Tensor):
-        raise ValueError(f"{name}: must be a tensor [batch, seq], is a {type(ids).__name__}")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name}: must hold int64 or int32 ids, holds {ids.dtype}")
 
 
 def _check_documents(documents: Tensor | None, tokens: Tensor) -> None:

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.config import require_int
+from openmythos.inference import generation
+from openmythos.inference.sampling import Sampling
 from openmythos.machine import choose_device
-from openmythos.model import generation, storage
+from openmythos.model import storage
 from openmythos.model.config import MythosConfig
 from openmythos.model.init import init_weights
 from openmythos.model.inputs import (
@@ -21,16 +23,15 @@ from openmythos.model.inputs import (
     token_layout,
     whole_number,
 )
-from openmythos.model.sampling import Sampling
-from openmythos.nn.attention import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.block import Block
 from openmythos.nn.cache import CachePolicy, CacheSlot, ExactCache, KVCache
 from openmythos.nn.cross_entropy import linear_cross_entropy
+from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.moe import MoELayer, RouterStats
 from openmythos.nn.norm import RMSNorm
-from openmythos.recurrence.halting import ExitRule, ExitTracker, FixedExit
+from openmythos.recurrence.exit_rules import ExitRule, ExitTracker, FixedExit
 from openmythos.recurrence.recurrent_block import RecurrentBlock, RecurrentOutput
-from openmythos.types import Hidden, Logits, LoopCounts, Mask, Scalar, TokenIds
+from openmythos.types import Hidden, Logits, LoopCounts, Mask, NextLogits, Scalar, TokenIds
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,15 @@ class OpenMythos(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are, and where `forward` wants its tokens."""
         return self.embed.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.config.context
 
     def forward(  # noqa: PLR0913
         self,
@@ -378,6 +388,27 @@ class OpenMythos(nn.Module):
             decode=ExactCache() if decode is None else decode,
             like=self.embed.weight.new_empty(0, dtype=dtype),
         )
+
+    def next_logits(
+        self,
+        tokens: TokenIds,
+        *,
+        num_loops: int,
+        exit_rule: ExitRule,
+        attention_mask: Mask | None,
+        cache: KVCache,
+    ) -> tuple[NextLogits, LoopCounts]:
+        """(logits after the last token, loops it ran); the tokens are appended to the cache."""
+        out = self(
+            tokens,
+            num_loops=num_loops,
+            exit_rule=exit_rule,
+            attention_mask=attention_mask,
+            cache=cache,
+            last_only=True,
+        )
+        cache.advance(tokens.shape[1])
+        return out.logits[:, 0], out.recurrence.loops_used[:, -1]
 
     @torch.no_grad()
     def update_router_bias(self, counts: Mapping[str, Tensor]) -> None:

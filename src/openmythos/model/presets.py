@@ -16,12 +16,12 @@ from types import MappingProxyType
 
 from openmythos.config import ConfigError
 from openmythos.model.config import MythosConfig
-from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.feed_forward import ReLU2, SwiGLU
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopLoRA, NoLoopLoRA
 from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.loop_lora import LoopLoRA, NoLoopLoRA
 
 
 def tiny() -> MythosConfig:

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from openmythos.config import ConfigError, from_dict, read_json, replacing, to_dict, write_json
+from openmythos.config import ConfigError, from_dict, to_dict
+from openmythos.files import read_json, replacing, write_json
 from openmythos.model.config import MythosConfig
 
 FORMAT_VERSION = 1

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from openmythos.nn.attention import AttentionContext, GroupedQueryAttention
 from openmythos.nn.cache import CacheSlot
 from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.feed_forward import ReLU2, SwiGLU, TokenRows
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
+from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import NO_DELTAS, Deltas
 from openmythos.nn.moe import MoE, MoELayer, RouterStats
 from openmythos.nn.norm import RMSNorm

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from openmythos.config import MAX_PARTS, MAX_WIDTH, require, require_int, require_number
-from openmythos.nn.attention import AttentionContext, AttentionLayer, Position, attend, rotate
+from openmythos.nn.attention import AttentionLayer, Position, attend
+from openmythos.nn.layout import AttentionContext, rotate
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
 from openmythos.nn.norm import RMSNorm
 from openmythos.types import Hidden, KeyValues

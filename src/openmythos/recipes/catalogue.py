@@ -12,11 +12,11 @@ from openmythos.config import ConfigError, unknown_name
 from openmythos.data.tokenizer import BPE, Bytes
 from openmythos.model import presets
 from openmythos.model.config import MythosConfig
-from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.feed_forward import ReLU2
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopLoRA
+from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import LinearCurriculum, PoissonLoops
 from openmythos.train.config import DataConfig, RunConfig, TrainConfig
 from openmythos.train.optim import WSD, Muon

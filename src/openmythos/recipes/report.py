@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from openmythos.analysis import plots
-from openmythos.config import ConfigError, read_json, require, write_json
+from openmythos.config import ConfigError, require
 from openmythos.data.corpus import compression_baselines
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.eval.likelihood import Likelihood, depth_sweep
+from openmythos.files import read_json, write_json
 from openmythos.train.checkpoint import latest_checkpoint, step_of
 from openmythos.train.config import DataConfig
 from openmythos.train.metrics import finite_or_none, read_metrics, tokens_seen

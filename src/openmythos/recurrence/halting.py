@@ -4,17 +4,15 @@ A position that has stopped keeps its state and its keys and values, and costs n
 compute in later loops.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from openmythos.config import require_int, require_number
 from openmythos.nn.linear import at_least_fp32, no_autocast
-from openmythos.types import Hidden, Logits, LoopsPerToken, Mask, PerToken
+from openmythos.types import Hidden, LoopsPerToken, Mask, PerToken
 
 Scope = Literal["token", "prefix"]
 
@@ -115,161 +113,3 @@ class ACTHalting(nn.Module):
         missing = 1 - halt.cumulative
         output = halt.output + missing.unsqueeze(-1).to(state.dtype) * state
         return output, loops_used + halt.last_weight + missing
-
-
-class LoopView(NamedTuple):
-    """What an exit rule may look at after a loop; logits come from running coda and head."""
-
-    previous: Hidden
-    state: Hidden
-    previous_logits: Logits | None
-    logits: Logits | None
-
-
-class LoopStates(NamedTuple):
-    """State before and after a loop, and what the model would read out after it."""
-
-    previous: Hidden
-    state: Hidden
-    output: Hidden
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixedExit:
-    """Never leaves early: num_loops decides."""
-
-    kind: Literal["fixed"] = "fixed"
-    needs_logits = False
-
-    def stays(self, view: LoopView) -> Mask:
-        return torch.zeros(view.state.shape[:2], dtype=torch.bool, device=view.state.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Converging:
-    """Common to all rules: the criterion must hold `patience` loops in a row, after `min_loops`.
-
-    `scope` "prefix" lets a position leave only together with or after all positions before it:
-    an answer position may sit still while the chain that it waits for is being resolved upstream.
-    """
-
-    min_loops: int = 1
-    patience: int = 1
-    scope: Scope = "token"
-
-    def __post_init__(self) -> None:
-        require_int("min_loops", self.min_loops, minimum=1)
-        require_int("patience", self.patience, minimum=1)
-        for field in fields(self):
-            if field.name in ("threshold", "max_entropy"):
-                require_number(field.name, getattr(self, field.name), above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateChangeExit(_Converging):
-    """|h' - h| / |h'| < threshold (Huginn's latent difference, 0.03)."""
-
-    kind: Literal["state_change"] = "state_change"
-    threshold: float = 0.03
-    needs_logits = False
-
-    def stays(self, view: LoopView) -> Mask:
-        change = (view.state - view.previous).float().norm(dim=-1)
-        return change < self.threshold * view.state.float().norm(dim=-1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KLExit(_Converging):
-    """KL(p_loop || p_{loop-1}) < threshold (Huginn, 5e-4)."""
-
-    kind: Literal["kl"] = "kl"
-    threshold: float = 5e-4
-    needs_logits = True
-
-    def stays(self, view: LoopView) -> Mask:
-        return _kl(view) < self.threshold
-
-
-@dataclass(frozen=True, kw_only=True)
-class KLEntropyExit(_Converging):
-    """KL < threshold and entropy H(p_loop) < max_entropy nats (Loop, Think & Generalize)."""
-
-    kind: Literal["kl_entropy"] = "kl_entropy"
-    threshold: float = 1e-3
-    max_entropy: float = 3.0
-    needs_logits = True
-
-    def stays(self, view: LoopView) -> Mask:
-        assert view.logits is not None
-        log_p = F.log_softmax(view.logits.float(), dim=-1)
-        entropy = -(log_p.exp() * log_p).sum(dim=-1)
-        return (_kl(view) < self.threshold) & (entropy < self.max_entropy)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArgmaxExit(_Converging):
-    """The most likely token is the same as after the loop before (`patience` times in a row)."""
-
-    kind: Literal["argmax"] = "argmax"
-    patience: int = 5
-    needs_logits = True
-
-    def stays(self, view: LoopView) -> Mask:
-        assert view.logits is not None and view.previous_logits is not None
-        return view.logits.argmax(dim=-1) == view.previous_logits.argmax(dim=-1)
-
-
-ExitRule = FixedExit | StateChangeExit | KLExit | KLEntropyExit | ArgmaxExit
-
-
-def _kl(view: LoopView) -> PerToken:
-    assert view.logits is not None and view.previous_logits is not None
-    log_p = F.log_softmax(view.logits.float(), dim=-1)
-    log_q = F.log_softmax(view.previous_logits.float(), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-class ExitTracker:
-    """Applies an exit rule loop by loop to one forward pass.
-
-    `readout` maps (state, loop) to logits and is called only for rules that need them. `valid`
-    [batch, seq] is False at padding, `not_before` [batch] is the loop in which the last of the
-    cached tokens stopped (prefix scope).
-    """
-
-    def __init__(
-        self,
-        rule: ExitRule,
-        readout: Callable[[Hidden, int], Logits],
-        valid: Mask,
-        not_before: Tensor | None,
-    ) -> None:
-        self.rule = rule
-        self._readout = readout
-        self._valid = valid
-        self._not_before = not_before
-        self._streak = torch.zeros(valid.shape, dtype=torch.long, device=valid.device)
-        self._logits: Tensor | None = None
-        self.loops_run = 0
-
-    def update(self, view: LoopStates, active: Mask, loop: int) -> Mask:
-        """Who goes on after this loop, of the positions still `active`."""
-        rule = self.rule
-        self.loops_run = loop + 1
-        if isinstance(rule, FixedExit):
-            return active
-        logits = self._readout(view.output, loop) if rule.needs_logits else None
-        # The first loop has nothing to compare its logits with.
-        if not rule.needs_logits or self._logits is not None:
-            stays = rule.stays(LoopView(view.previous, view.state, self._logits, logits))
-            self._streak = torch.where(stays, self._streak + 1, 0)
-        self._logits = logits
-        if loop + 1 < rule.min_loops:
-            return active
-        leaves = (self._streak >= rule.patience) | ~active
-        if rule.scope == "prefix":
-            # Who has stopped for another reason, or is padding, holds nobody back.
-            leaves = (leaves | ~self._valid).long().cummin(dim=1).values.bool()
-            if self._not_before is not None:
-                leaves = leaves & (loop + 1 >= self._not_before[:, None])
-        return active & ~leaves

@@ -17,17 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openmythos.nn.attention import AttentionContext
 from openmythos.nn.block import Attention, Block, FeedForward, Frozen
 from openmythos.nn.cache import CacheSlot, KVCache
 from openmythos.nn.experts import ExpertWeights
+from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import Deltas
 from openmythos.nn.moe import RouterStats
 from openmythos.nn.norm import RMSNorm
-from openmythos.recurrence.conditioning import Conditioning, LoopEmbeddings, LoopLoRAs
-from openmythos.recurrence.halting import ExitTracker, Halting, LoopStates
+from openmythos.recurrence.conditioning import Conditioning
+from openmythos.recurrence.exit_rules import ExitTracker, LoopStates
+from openmythos.recurrence.halting import Halting
 from openmythos.recurrence.initial_state import position_noise
 from openmythos.recurrence.injection import Drive, Injection, InjectionLayer
+from openmythos.recurrence.loop_embedding import LoopEmbeddings
+from openmythos.recurrence.loop_lora import LoopLoRAs
 from openmythos.recurrence.trace import Carry, Trace
 from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Mask, Scalar
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from openmythos.analysis import study_plots
 from openmythos.data.loader import EvaluationBatch, evaluation_windows
 from openmythos.model.mythos import OpenMythos
-from openmythos.recurrence.halting import (
-    ACT,
+from openmythos.recurrence.exit_rules import (
     ExitRule,
     FixedExit,
     KLEntropyExit,
     KLExit,
     StateChangeExit,
 )
+from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.studies.depth_extrapolation import looped

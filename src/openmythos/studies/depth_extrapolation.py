@@ -7,10 +7,10 @@ from typing import Any
 from openmythos.analysis import study_plots
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.feed_forward import SwiGLU
-from openmythos.recurrence.conditioning import NoLoopLoRA
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.learning import Learning, accuracy_map
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, percent

@@ -11,8 +11,8 @@ from openmythos.analysis import study_plots
 from openmythos.eval.likelihood import depth_sweep
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.recurrence.conditioning import LoopLoRA
 from openmythos.recurrence.injection import LTI, NoInjection
+from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import best, looped
 from openmythos.studies.learning import Learning, accuracy_map

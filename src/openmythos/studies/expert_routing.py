@@ -15,8 +15,8 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Block
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE, MoELayer
-from openmythos.recurrence.conditioning import LoopLoRA
 from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.studies.study import (
     Arm,

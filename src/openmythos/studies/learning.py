@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from openmythos.config import require, require_int, require_number
-from openmythos.model import cost
 from openmythos.model.mythos import OpenMythos
+from openmythos.planning import cost
 from openmythos.recurrence.loop_sampling import LoopSampling, NoCurriculum, sample_loops
 from openmythos.tasks import Task
 from openmythos.train.loss import FinalLoss, training_loss

@@ -10,8 +10,8 @@ from openmythos.eval.likelihood import depth_sweep
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopLoRA
 from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.studies.study import (
     Arm,

@@ -9,10 +9,10 @@ import torch
 from openmythos.analysis import study_plots
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.feed_forward import SwiGLU
-from openmythos.recurrence.conditioning import NoLoopLoRA
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.learning import Learning
 from openmythos.studies.study import (

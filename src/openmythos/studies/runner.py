@@ -12,19 +12,12 @@ from typing import Any
 import torch
 
 from openmythos.analysis import plots
-from openmythos.config import (
-    ConfigError,
-    apply_overrides,
-    from_dict,
-    read_json,
-    unknown_name,
-    write_atomically,
-    write_json,
-)
+from openmythos.config import ConfigError, apply_overrides, from_dict, unknown_name
+from openmythos.files import read_json, write_atomically, write_json
 from openmythos.machine import choose_device, describe, keep_freed_memory
-from openmythos.model import cost
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
+from openmythos.planning import cost
 from openmythos.processes import worker_pool
 from openmythos.studies import (
     adaptive_computation,

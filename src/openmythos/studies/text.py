@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 
 from openmythos.data.shards import TokenShards
 from openmythos.data.tokenizer import BPE
-from openmythos.model import cost
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.feed_forward import SwiGLU
-from openmythos.recurrence.conditioning import NoLoopLoRA
+from openmythos.nn.grouped_query import GroupedQueryAttention
+from openmythos.planning import cost
 from openmythos.recurrence.injection import Injection, NoInjection
+from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import LoopSampling, sample_loops
 from openmythos.train.config import DataConfig, RunConfig, TrainConfig
 from openmythos.train.optim import WSD, AdamW

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from openmythos.analysis import study_plots
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.conditioning import LoopEmbedding, LoopLoRA
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.injection import Add, Concat, NoInjection
+from openmythos.recurrence.loop_embedding import LoopEmbedding
+from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops, UniformLoops
 from openmythos.studies.depth_extrapolation import best, fit, looped
 from openmythos.studies.learning import Learning, accuracy_map

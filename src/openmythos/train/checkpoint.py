@@ -11,7 +11,6 @@ can read again. A checkpoint is written in the background, under a temporary nam
 it is complete, so a crash or a full disk leaves the former one as it was.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -33,20 +32,14 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from openmythos.config import (
-    ConfigError,
-    read_json,
-    require,
-    require_int,
-    require_number,
-    write_json,
-)
+from openmythos.config import ConfigError, require, require_int, require_number
+from openmythos.distributed.ranks import rank_and_world_size, wait_for_files
+from openmythos.files import read_json, sha256_of, write_json
 from openmythos.machine import choose_device
 from openmythos.model import storage
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.train.optim import Optimizers
-from openmythos.train.parallel import rank_and_world_size, wait_for_files
 
 FOLDER = "checkpoints"
 TRAINING_FILE, CHECKSUMS_FILE = "training.json", "checksums.json"
@@ -142,7 +135,7 @@ class CheckpointWriter:
             storage.write_config(config, temporary / storage.CONFIG_FILE)
             write_json(counters._asdict(), temporary / TRAINING_FILE)
             files = sorted(temporary.iterdir())
-            write_json({file.name: _sha256(file) for file in files}, temporary / CHECKSUMS_FILE)
+            write_json({file.name: sha256_of(file) for file in files}, temporary / CHECKSUMS_FILE)
             _sync(temporary)
             _remove(final)
             temporary.rename(final)
@@ -213,7 +206,7 @@ def _verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
         path = checkpoint / name
         if not path.is_file():
             raise ConfigError(f"{path}: is missing")
-        if _sha256(path) != sha256:
+        if sha256_of(path) != sha256:
             raise ConfigError(f"{path}: is damaged, its sha256 is not that of {CHECKSUMS_FILE}")
 
 
@@ -304,11 +297,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from openmythos.config import require, require_int, require_number
 from openmythos.data.tokenizer import Bytes, TokenizerChoice
+from openmythos.distributed.parallelize import Parallel
 from openmythos.model.config import MythosConfig
 from openmythos.recurrence.loop_sampling import (
     LoopCurriculum,
@@ -15,7 +16,6 @@ from openmythos.recurrence.loop_sampling import (
 from openmythos.train.guards import NoSpikes, Spikes
 from openmythos.train.loss import FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
-from openmythos.train.parallel import Parallel
 from openmythos.train.trackers import Tracker
 
 # Of a signed integer of 64 bits, in which torch takes its seeds.

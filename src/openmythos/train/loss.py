@@ -6,11 +6,11 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 
 from openmythos.config import require_number
+from openmythos.distributed.ranks import mean_over_ranks
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import CollectLoops, MythosLosses
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
-from openmythos.train.parallel import mean_over_ranks
 from openmythos.types import Scalar
 
 

@@ -15,11 +15,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openmythos.config import ConfigError, require_number
+from openmythos.distributed.parallelize import by_mesh
 from openmythos.train.muon import MuonStep
 
 _EMBEDDINGS = ("embed.", "head.")
@@ -200,15 +200,6 @@ def _keeps(
 
 def _saved_by_matrix(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
     return isinstance(optimizer, MuonStep) and parameter.ndim > 2
-
-
-def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in lists of one mesh each: torch's operators on lists take no other."""
-    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        found.setdefault(mesh, []).append(parameter)
-    return list(found.values())
 
 
 def _names(model: nn.Module) -> dict[int, str]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openmythos.config import ConfigError, load_toml, read_json, require, to_dict
-from openmythos.model import cost
+from openmythos.config import ConfigError, require, to_dict
+from openmythos.files import load_toml, read_json
 from openmythos.model.config import MythosConfig
+from openmythos.planning import cost
 from openmythos.train.config import RunConfig
 from openmythos.train.metrics import FILE as METRICS_FILE
 from openmythos.train.metrics import Metrics, read_metrics, recent_median

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 from openmythos import machine
-from openmythos.config import from_dict, read_json, write_json
+from openmythos.config import from_dict
+from openmythos.distributed.ranks import rank_and_world_size
+from openmythos.files import read_json, write_json
 from openmythos.machine import Precision
-from openmythos.train.parallel import rank_and_world_size
 
 FILE = "machine.json"
 

@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from openmythos.config import ConfigError, load_toml, require, save_toml, to_dict
+from openmythos.config import ConfigError, require, to_dict
 from openmythos.data.corpus import Corpus, open_corpus
 from openmythos.data.loader import Loader
 from openmythos.data.prepared import References
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerFile, load_tokenizer
+from openmythos.distributed.ranks import launched_here, rank_and_world_size, wait_for_files
+from openmythos.files import load_toml, save_toml
 from openmythos.machine import Precision, choose_device, choose_precision, slow_precision
 from openmythos.model.mythos import OpenMythos
 from openmythos.train import precision
@@ -44,7 +46,6 @@ from openmythos.train.checkpoint import (
 )
 from openmythos.train.config import DataConfig, RunConfig
 from openmythos.train.metrics import MetricsLog
-from openmythos.train.parallel import launched_here, rank_and_world_size, wait_for_files
 from openmythos.train.state import LOCK_FILE, StateFile, lock
 from openmythos.train.trackers import Trackers, require_packages
 from openmythos.train.trainer import StepMetrics, Trainer

@@ -16,7 +16,8 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from openmythos.config import ConfigError, from_dict, read_json, write_json
+from openmythos.config import ConfigError, from_dict
+from openmythos.files import read_json, write_json
 
 FILE = "state.json"
 LOCK_FILE = ".lock"

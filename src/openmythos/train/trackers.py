@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from openmythos.config import ConfigError, needs, read_json, require, write_json
+from openmythos.config import ConfigError, needs, require
+from openmythos.files import read_json, write_json
 from openmythos.train.metrics import scalars
 
 LOGGER = logging.getLogger(__name__)

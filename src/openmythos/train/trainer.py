@@ -17,24 +17,17 @@ from torch.utils.hooks import RemovableHandle
 
 from openmythos.config import require
 from openmythos.data.loader import Batch, Loader
+from openmythos.distributed.parallelize import clip_gradients, reduce_gradients, spread
+from openmythos.distributed.ranks import mean_over_ranks, rank_and_world_size, sum_over_ranks, whole
 from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak
-from openmythos.model.cost import TrainingFlops
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
+from openmythos.planning.cost import TrainingFlops
 from openmythos.recurrence.injection import LTIInjection
 from openmythos.recurrence.loop_sampling import sample_loops
 from openmythos.train.checkpoint import Counters
 from openmythos.train.config import TrainConfig
 from openmythos.train.loss import LossParts, training_loss
-from openmythos.train.parallel import (
-    clip_gradients,
-    mean_over_ranks,
-    rank_and_world_size,
-    reduce_gradients,
-    spread,
-    sum_over_ranks,
-    whole,
-)
 from openmythos.train.precision import Dtypes, choose
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from openmythos.config import ConfigError, apply_overrides
-from openmythos.model import cost, fit, presets
+from openmythos.model import presets
+from openmythos.planning import cost, fit
 from openmythos.recipes import catalogue
 
 SMALL, LARGE = presets.get("small"), presets.get("10b")

@@ -16,10 +16,10 @@ from openmythos import kernels
 from openmythos.config import require_int
 from openmythos.model.config import MAX_SIZE, MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.attention import GroupedQueryAttention
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
 from openmythos.nn.feed_forward import ReLU2, SwiGLU
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE, MoELayer
 

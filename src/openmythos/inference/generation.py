@@ -2,21 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from openmythos.config import require_int
-from openmythos.model.inputs import check_are_ids
-from openmythos.model.sampling import Sampling, sample
-from openmythos.nn.cache import CachePolicy, ExactCache
-from openmythos.recurrence.halting import ExitRule, FixedExit
+from openmythos.inference.sampling import Sampling, sample
+from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
+from openmythos.recurrence.exit_rules import ExitRule, FixedExit
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
-from openmythos.types import LoopCounts, NextTokenIds, TokenIds
-
-if TYPE_CHECKING:
-    from openmythos.model.mythos import OpenMythos
+from openmythos.types import LoopCounts, Mask, NextLogits, NextTokenIds, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +38,41 @@ class Request:
         require_int("prefill_chunk", self.prefill_chunk, minimum=0)
 
 
+class DecodableModel(Protocol):
+    """What decoding needs of a model: sizes, a cache, and the logits that follow some tokens."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        num_loops: int,
+        prefill: CachePolicy,
+        decode: CachePolicy,
+    ) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens."""
+
+    def next_logits(
+        self,
+        tokens: TokenIds,
+        *,
+        num_loops: int,
+        exit_rule: ExitRule,
+        attention_mask: Mask | None,
+        cache: KVCache,
+    ) -> tuple[NextLogits, LoopCounts]:
+        """(logits after the last token, loops it ran); the tokens are appended to the cache."""
+
+
 class DecodeStep(NamedTuple):
     """One new token of every row; rows that have ended repeat their stop token."""
 
@@ -50,7 +81,7 @@ class DecodeStep(NamedTuple):
 
 
 def stream(
-    model: "OpenMythos", prompt: TokenIds, request: Request, attention_mask: Tensor | None = None
+    model: DecodableModel, prompt: TokenIds, request: Request, attention_mask: Tensor | None = None
 ) -> Iterator[DecodeStep]:
     """Check the request now, then yield a DecodeStep per new token."""
     check_are_ids("prompt", prompt)
@@ -58,16 +89,16 @@ def stream(
         raise ValueError(f"prompt: has shape {list(prompt.shape)}, must be [batch, seq]")
     seq = prompt.shape[1]
     total = seq + request.max_new_tokens
-    if total > model.config.context:
+    if total > model.context:
         raise ValueError(
             f"prompt: {seq} tokens and {request.max_new_tokens} new ones are longer than the "
-            f"context of {model.config.context}"
+            f"context of {model.context}"
         )
     if prompt.numel() == 0:
         raise ValueError("prompt: is empty; start with at least one token")
-    if int(prompt.min()) < 0 or int(prompt.max()) >= model.config.vocab_size:
+    if int(prompt.min()) < 0 or int(prompt.max()) >= model.vocab_size:
         raise ValueError(
-            f"prompt: holds a token id outside the vocabulary of {model.config.vocab_size} tokens"
+            f"prompt: holds a token id outside the vocabulary of {model.vocab_size} tokens"
         )
     if attention_mask is not None and attention_mask.shape != prompt.shape:
         raise ValueError(
@@ -76,10 +107,18 @@ def stream(
         )
     if attention_mask is not None:
         _check_padding(attention_mask.bool())
-    request.sampling.check(model.config.vocab_size)
+    request.sampling.check(model.vocab_size)
     for stop_id in request.stop_ids:
-        require_int("stop_ids", stop_id, minimum=0, maximum=model.config.vocab_size - 1)
+        require_int("stop_ids", stop_id, minimum=0, maximum=model.vocab_size - 1)
     return _stream(model, prompt, request, attention_mask)
+
+
+def check_are_ids(name: str, ids: object) -> None:
+    """Raise a ValueError unless `ids` is a tensor of token ids."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name}: must be a tensor [batch, seq], is a {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: must hold int64 or int32 ids, holds {ids.dtype}")
 
 
 def _check_padding(mask: Tensor) -> None:
@@ -93,7 +132,7 @@ def _check_padding(mask: Tensor) -> None:
 
 @torch.no_grad()
 def _stream(
-    model: "OpenMythos", prompt: Tensor, request: Request, attention_mask: Tensor | None
+    model: DecodableModel, prompt: Tensor, request: Request, attention_mask: Tensor | None
 ) -> Iterator[DecodeStep]:
     if request.max_new_tokens == 0:
         return
@@ -117,17 +156,14 @@ def _stream(
     ended = torch.zeros(batch, dtype=torch.bool, device="cpu")
     drawn = torch.zeros(batch, dtype=torch.long, device="cpu")
 
-    def run(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, LoopCounts]:
-        out = model(
+    def run(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return model.next_logits(
             tokens,
             num_loops=request.num_loops,
             exit_rule=request.exit_rule,
             attention_mask=mask,
             cache=cache,
-            last_only=True,
         )
-        cache.advance(tokens.shape[1])
-        return out.logits[:, 0], out.recurrence.loops_used[:, -1]
 
     chunk = request.prefill_chunk or seq
     for start in range(0, seq, chunk):

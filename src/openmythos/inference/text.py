@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 
 from openmythos.data.tokenizer import StreamDecoder, Tokenizer
-from openmythos.model.generation import DecodeStep, Request, stream
-from openmythos.model.mythos import OpenMythos
+from openmythos.inference.generation import DecodableModel, DecodeStep, Request, stream
 
 
 class TextPiece(NamedTuple):
@@ -20,7 +19,7 @@ class TextPiece(NamedTuple):
 class Engine:
     """Continues prompts with a model; an empty prompt starts from the start token alone."""
 
-    def __init__(self, model: OpenMythos, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: DecodableModel, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from openmythos.config import require_int, require_number
-from openmythos.model import cost
 from openmythos.model.config import MythosConfig
 from openmythos.nn.moe import MoELayer
+from openmythos.planning import cost
 
 # What is left to the communication library, to fragments and to everything not counted here.
 USABLE = 0.9

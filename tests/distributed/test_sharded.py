@@ -23,12 +23,13 @@ from ranks import (
 
 from openmythos import machine
 from openmythos.config import ConfigError
+from openmythos.distributed.parallelize import Parallel
+from openmythos.distributed.ranks import sum_over_ranks
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import FixedLoops, Granularity, PoissonLoops
 from openmythos.train.config import TrainConfig
 from openmythos.train.loss import DeepSupervision
 from openmythos.train.optim import Muon
-from openmythos.train.parallel import Parallel, sum_over_ranks
 from openmythos.train.precision import Dtypes, choose
 
 pytestmark = pytest.mark.distributed

@@ -17,11 +17,11 @@ from openmythos.data.loader import Loader
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import ByteTokenizer
+from openmythos.distributed.ranks import leave, process_group
 from openmythos.model.mythos import OpenMythos
-from openmythos.recurrence.conditioning import LoopLoRA
+from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.train.config import TrainConfig
-from openmythos.train.parallel import leave, process_group
 from openmythos.train.trainer import StepMetrics, Trainer
 
 SEQ, BATCH = 24, 4

@@ -9,11 +9,11 @@ import torch
 from variants import EXIT_RULES, name_of, tiny_config, tiny_model
 
 from openmythos.data.tokenizer import ByteTokenizer
-from openmythos.inference import engine as engine_module
-from openmythos.inference.engine import Engine
-from openmythos.model.generation import DecodeStep, Request
-from openmythos.model.sampling import Sampling
-from openmythos.recurrence.halting import StateChangeExit
+from openmythos.inference import text as engine_module
+from openmythos.inference.generation import DecodeStep, Request
+from openmythos.inference.sampling import Sampling
+from openmythos.inference.text import Engine
+from openmythos.recurrence.exit_rules import StateChangeExit
 
 TOKENIZER = ByteTokenizer()
 REQUEST = Request(max_new_tokens=12, num_loops=3, sampling=Sampling(temperature=1.0, seed=3))

@@ -19,10 +19,13 @@ from ranks import (
 )
 
 from openmythos.config import ConfigError
+from openmythos.distributed.parallelize import Parallel, spread
+from openmythos.distributed.ranks import whole
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE
-from openmythos.recurrence.halting import ACT, StateChangeExit
+from openmythos.recurrence.exit_rules import StateChangeExit
+from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import FixedLoops, UniformLoops, sample_loops
 from openmythos.train.checkpoint import (
     CheckpointWriter,
@@ -33,7 +36,6 @@ from openmythos.train.checkpoint import (
 )
 from openmythos.train.config import TrainConfig
 from openmythos.train.optim import Muon
-from openmythos.train.parallel import Parallel, spread, whole
 from openmythos.train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed

@@ -11,8 +11,8 @@ from openmythos.data.loader import Loader
 from openmythos.data.shards import write_shards
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import ByteTokenizer
-from openmythos.train import parallel
-from openmythos.train.parallel import (
+from openmythos.distributed import ranks as parallel
+from openmythos.distributed.ranks import (
     first_rank_does,
     rank_and_world_size,
     sum_over_ranks,

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openmythos import ConfigError, MythosConfig, OpenMythos, presets
 from openmythos.config import apply_overrides
-from openmythos.model import cost
 from openmythos.nn import attention as attention_room
 from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
 from openmythos.nn.latent_attention import LatentAttention
+from openmythos.planning import cost
 
 GQA = ["attention.kind=grouped_query", "attention.num_heads=4", "attention.num_kv_heads=2"]
 NO_LORA = ["loop_lora=none"]

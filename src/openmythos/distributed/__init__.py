@@ -1,0 +1,1 @@
+"""Many processes: ranks and what they agree on, sharded weights, expert parallelism."""

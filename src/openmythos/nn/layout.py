@@ -1,0 +1,122 @@
+"""Where tokens stand: their positions, and which tokens each of them may attend to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openmythos.nn.rope import apply_rope, rope_tables
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Positions and masks of one forward pass: computed once, used by every layer in every loop."""
+
+    cos: Tensor | None  # [batch or 1, seq, rotary_dim]; None without rotary positions
+    sin: Tensor | None
+    mask: Tensor | None  # [batch or 1, 1, seq, total], True = may attend
+    is_causal: bool  # the mask is the plain causal one and need not be built
+    window: int = 0  # keys that the mask lets a query see at most; 0: unlimited
+    packed: bool = False  # the queries are not the last of the keys
+
+    def rows(self, start: int, stop: int) -> "AttentionContext":
+        """The context of a slice of the batch."""
+        return self._take(slice(start, stop))
+
+    def select(self, rows: Tensor) -> "AttentionContext":
+        """The context of the batch reordered by `rows`."""
+        return self._take(rows)
+
+    def last(self) -> "AttentionContext":
+        """The context of the last query of every row."""
+        cos, sin = (None if x is None else x[:, -1:] for x in (self.cos, self.sin))
+        mask = None if self.mask is None else self.mask[:, :, -1:]
+        return AttentionContext(cos, sin, mask, False, self.window)
+
+    def pick(self, columns: Tensor, total: int) -> "AttentionContext":
+        """The context of the queries at `columns` [batch, picked] of each row, on `total` keys."""
+        batch, picked = columns.shape
+
+        def along(x: Tensor) -> Tensor:
+            index = columns[..., None].expand(-1, -1, x.shape[-1])
+            return x.expand(batch, -1, -1).gather(1, index)
+
+        cos, sin = (None if x is None else along(x) for x in (self.cos, self.sin))
+        if self.mask is not None:
+            mask = along(self.mask[:, 0])
+        elif self.is_causal:
+            mask = torch.arange(total, device=columns.device) <= columns[..., None]
+        else:
+            mask = columns.new_ones(batch, picked, total, dtype=torch.bool)
+        return AttentionContext(cos, sin, mask[:, None], False, self.window, packed=True)
+
+    def _take(self, rows: Tensor | slice) -> "AttentionContext":
+        # What has no batch dimension of its own serves every row.
+        cos, sin, mask = (
+            x if x is None or x.shape[0] == 1 else x[rows] for x in (self.cos, self.sin, self.mask)
+        )
+        return AttentionContext(cos, sin, mask, self.is_causal, self.window)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where the tokens of a forward pass stand: columns [start, start + seq) of `total` keys.
+
+    `valid` [batch, total] is False at padding, `documents` [batch, total] numbers the packed
+    documents of a row; None means all valid, one document.
+    """
+
+    seq: int
+    start: int
+    device: torch.device
+    valid: Tensor | None = None
+    documents: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """Position of each token in its document, padding not counted, [batch or 1, seq]."""
+        if self.documents is not None:
+            index = torch.arange(self.seq, device=self.device).expand_as(self.documents)
+            begins = self.documents.diff(dim=1, prepend=self.documents[:, :1]) != 0
+            return index - (index * begins).cummax(dim=1).values
+        if self.valid is None:
+            return torch.arange(self.start, self.start + self.seq, device=self.device)[None]
+        return (self.valid.long().cumsum(1) - 1).clamp_min(0)[:, self.start :]
+
+    def mask(self, window: int) -> tuple[Tensor | None, bool]:
+        """(mask, is_causal) for a sliding window of `window` keys (0: unlimited)."""
+        total = self.start + self.seq
+        windowed = 0 < window < total
+        if self.valid is None and self.documents is None and not windowed:
+            if self.seq == 1:
+                return None, False
+            if self.start == 0:
+                return None, True
+        query = torch.arange(self.start, total, device=self.device)[:, None]
+        key = torch.arange(total, device=self.device)[None, :]
+        allowed = (key <= query)[None]
+        if windowed:
+            allowed = allowed & (key > query - window)
+        if self.documents is not None:
+            allowed = allowed & (self.documents[:, self.start :, None] == self.documents[:, None])
+        if self.valid is not None:
+            # A padding token may look at itself, or its softmax would be over nothing.
+            allowed = (allowed & self.valid[:, None]) | (key == query)
+        return allowed[:, None], False
+
+
+def attention_context(
+    layout: TokenLayout, rotary_dim: int, base: float, window: int
+) -> AttentionContext:
+    """The shared part of attention for `layout`; rotary_dim 0 means no rotary positions."""
+    mask, is_causal = layout.mask(window)
+    if rotary_dim == 0:
+        return AttentionContext(None, None, mask, is_causal, window)
+    cos, sin = rope_tables(layout.positions(), rotary_dim, base)
+    return AttentionContext(cos, sin, mask, is_causal, window)
+
+
+def rotate(x: Tensor, context: AttentionContext) -> Tensor:
+    """Apply the context's rotation to x [batch, heads, seq, rotary_dim]."""
+    if context.cos is None or context.sin is None:
+        return x
+    return apply_rope(x, context.cos.unsqueeze(1), context.sin.unsqueeze(1))
