@@ -27,8 +27,8 @@ import torch
 
 from openmythos import OpenMythos
 from openmythos.analysis import plots, study_plots
-from openmythos.distributed.parallelize import Parallel, spread
-from openmythos.distributed.ranks import leave, process_group
+from openmythos.distributed.parallelize import Parallel, parallelize
+from openmythos.distributed.ranks import exit_process, process_group
 from openmythos.files import write_json
 from openmythos.machine import describe, peak_bytes
 from openmythos.model import presets
@@ -60,7 +60,7 @@ def step_of(case: Mapping[str, Any]) -> dict[str, float]:
     ranks = case.get("ranks", 1)
     before = resident()
     model = OpenMythos(presets.get("small"), seed=0).train()
-    spread(
+    parallelize(
         model,
         Parallel(),
         device=torch.device("cpu"),
@@ -167,7 +167,7 @@ def main() -> None:
         with process_group(torch.device("cpu")):
             found = step_of(json.loads(options.case))
         print(json.dumps(found), flush=True)
-        leave(0)
+        exit_process(0)
     torch.set_num_threads(1)
     machine = describe()
     by_loops = {

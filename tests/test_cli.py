@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import openmythos
 from openmythos import OpenMythos, cli
-from openmythos.cli import screen
+from openmythos.cli import jobs
 from openmythos.files import load_toml
 from openmythos.model import presets
 from openmythos.train.config import RunConfig
@@ -121,7 +121,7 @@ def test_resume_adds_steps(here: Path, call: Call) -> None:
 def test_signal_saves_and_resume_goes_on(
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    original = screen.train
+    original = jobs.train
 
     def interrupted(run: Run, **options: Any) -> Any:
         steps = original(run, **options)
@@ -134,7 +134,7 @@ def test_signal_saves_and_resume_goes_on(
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(screen, "train", interrupted)
+        patch.setattr(jobs, "train", interrupted)
         result = call(*TINY, "--out", "stopped")
     assert (result.code, result.err.splitlines()[-1]) == (128 + number, "interrupted")
     assert signal.getsignal(number) is before
@@ -330,8 +330,8 @@ def test_demo_trains_evaluates_and_samples(
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_text(here / "few", files=4, functions=5)
-    monkeypatch.setattr(screen, "HOPS_ASKED", (2, 25))
-    monkeypatch.setattr(screen, "LOOPS_ASKED", (2, 4))
+    monkeypatch.setattr(jobs, "HOPS_ASKED", (2, 25))
+    monkeypatch.setattr(jobs, "LOOPS_ASKED", (2, 4))
     result = call("demo", "--hops-steps", "2", "--set", *DEMO)
     assert result.code == 0, result.err
     folder = here / "runs" / "demo-1"
@@ -401,7 +401,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["generate", "run", "--prompt", "x" * 300],
         ["prompt: 301 tokens", "context of 256"],
     ),
-    "preset": (["plan", "1bb"], ["preset '1bb'", "1b"]),
+    "preset": (["plan", "1bb"], ["preset = '1bb': unknown preset, did you mean '1b'?"]),
     "loop list": (["eval", "run", "--num-loops", "1,x"], ["num_loops = '1,x'", "whole numbers"]),
     "no loops": (["eval", "run", "--num-loops", "0"], ["num_loops = '0'", ">= 1"]),
     "half loops": (["eval", "run", "--num-loops", "2.5"], ["num_loops = '2.5'", ">= 1"]),
@@ -462,10 +462,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "tokenizer into a file": (
         ["tokenizer", "--data", "text", "--out", "empty.txt"],
-        ["out = 'empty.txt': empty.txt is no folder"],
+        ["out = 'empty.txt': empty.txt is not a folder"],
     ),
     "prompt of bytes": (["generate", "run", "--prompt", "\udcff"], ["prompt: is not UTF-8 text"]),
-    "no study": (["study"], ["study: wants the name of one; known: depth-extrapolation"]),
+    "no study": (["study"], ["study: needs a name; known: depth-extrapolation"]),
     "a report of changed runs": (
         ["study", "stability", "--report-only", "--quick"],
         ["report_only = True: judges runs as they are: no --quick, no --set"],
@@ -659,9 +659,9 @@ def test_help_names_every_command(call: Call) -> None:
         (["train", "--nonsense", "3"], "--nonsense"),
         (["generate", "run", "--num-loops", "2.5"], "--num-loops"),
         (["generate", "run", "--num-loops", "2.5"], "'2.5' is not a number"),
-        (["generate"], "generate: wants RUN (run folder), such as runs/demo-1"),
-        (["export"], "export: wants RUN (run folder), --out FOLDER"),
-        (["plan"], "plan: wants PRESET"),
+        (["generate"], "generate: needs RUN (run folder), such as runs/demo-1"),
+        (["export"], "export: needs RUN (run folder), --out FOLDER"),
+        (["plan"], "plan: needs PRESET"),
         (["trian"], "unknown command 'trian', did you mean 'train'? known: data, demo"),
         (["train", "--reume", "x"], "Unrecognized options: --reume, x, did you mean --resume?"),
         (["data", "nope"], "nope; Available subcommands: prepare, check"),

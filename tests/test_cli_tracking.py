@@ -17,8 +17,9 @@ from matplotlib.image import imread
 
 from openmythos import cli
 from openmythos.analysis import run_plots
-from openmythos.cli import screen, tracking
-from openmythos.cli.live import chart, duration
+from openmythos.cli import jobs, screen, tracking
+from openmythos.cli.live import loss_so_far
+from openmythos.cli.progress import duration
 from openmythos.config import apply_overrides
 from openmythos.files import dumps_toml, write_json
 from openmythos.planning import cost
@@ -244,7 +245,7 @@ def test_plot_refuses_in_one_line(here: Path, call: Call) -> None:
     wrong = {
         ("a", "--metric", "los"): "metric = 'los': unknown metric, did you mean 'loss'?",
         ("empty",): "empty: no step has been logged yet",
-        ("bare", "--x", "tokens"): "x = 'tokens': cannot be told",
+        ("bare", "--x", "tokens"): "x = 'tokens': is not known: some steps of bare have no tokens",
         ("nowhere",): "nowhere: is not the folder of a run",
         (): "runs",
         ("a", "--out", "c.pdf"): "out = 'c.pdf': must end in .png",
@@ -308,18 +309,14 @@ def test_watch_on_a_narrow_terminal(
     assert call("watch", "a", "--once")[0] == 0
 
 
-@pytest.mark.parametrize("unicode", [True, False])
-def test_chart_falls_from_left_to_right(unicode: bool) -> None:
-    points = [(float(x), 10.0 - x) for x in range(11)]
-    lines = [line.plain for line in chart(points, 22, 5, unicode)]
-    blank = "\u2800" if unicode else " "
-    drawn = [line[10:] for line in lines[:-1]]
-    first = [min(i for i, c in enumerate(row) if c != blank) for row in drawn]
-    assert first == sorted(first) and first[0] == 0 and len(set(first)) == 5
-    assert lines[0].split()[0] == "10" and lines[4].split()[0] == "0"
-    assert all(len(row) == 22 for row in drawn)
-    assert chart([(0.0, float("nan"))], 22, 5)[0].plain == "no finite loss yet"
-    assert len(chart([(0.0, 1.0)], 22, 5)) == 6
+def test_loss_so_far_is_the_mean_of_eight_stretches() -> None:
+    entries = [{"step": step, "loss": 32.0 - step} for step in range(32)]
+    means = " ".join(f"{30.5 - 4 * n:.3f}" for n in range(8))
+    assert loss_so_far(entries) == f"loss, first to last: {means}"
+    assert loss_so_far(entries[:1]) == "loss, first to last: 32.000"
+    entries[0]["loss"] = float("nan")
+    assert loss_so_far(entries[:2]) == "loss, first to last: 31.000"
+    assert loss_so_far(entries[:1]) == loss_so_far([{"step": 3}]) == "no finite loss yet"
 
 
 def test_durations() -> None:
@@ -337,7 +334,7 @@ def test_a_real_run_stopped_and_finished(
     (here / "text").mkdir()
     for number in range(6):
         (here / "text" / f"{number}.py").write_text(f"def f{number}(x):\n    return x\n" * 20)
-    original, seen = screen.train, []
+    original, seen = jobs.train, []
 
     def interrupted(run: Run, **options: Any) -> Any:
         steps = original(run, **options)
@@ -351,7 +348,7 @@ def test_a_real_run_stopped_and_finished(
 
     small = ["train.seq_len=32", "train.num_steps=4", "model.dim=32"]
     with monkeypatch.context() as patch:
-        patch.setattr(screen, "train", interrupted)
+        patch.setattr(jobs, "train", interrupted)
         assert call("train", "--recipe", "tiny", "--data", "text", "--set", *small)[0] == 130
     found = listed(call)["tiny-1"]
     assert (seen, found["state"], found["step"]) == (["running"], "stopped", 1)

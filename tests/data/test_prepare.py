@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from openmythos.config import ConfigError
-from openmythos.data import assembly
 from openmythos.data import prepare as prepare_module
 from openmythos.data.corpus import open_corpus
 from openmythos.data.prepare import Progress, prepare
@@ -76,12 +75,12 @@ def content(folder: Path) -> dict[str, bytes]:
 def stop_after(parts: int) -> Callable[[Progress], None]:
     calls: list[Progress] = []
 
-    def told(now: Progress) -> None:
+    def report(now: Progress) -> None:
         calls.append(now)
         if len(calls) == parts:
             raise KeyboardInterrupt
 
-    return told
+    return report
 
 
 @pytest.mark.parametrize("changes", [{}, {"limit_bytes": 900}, {"part_bytes": 1 << 20}])
@@ -131,12 +130,14 @@ def test_bad_rows_are_left_out_of_cut_and_whole_files(tmp_path: Path, part_bytes
 
 
 def test_processes_make_the_same_folder(tmp_path: Path, corpus: Path) -> None:
-    told: list[Progress] = []
+    seen: list[Progress] = []
     prepare(wanted(corpus, part_bytes=500), BPE, tmp_path / "one")
-    prepare(wanted(corpus, part_bytes=500), BPE, tmp_path / "two", processes=2, told=told.append)
+    prepare(
+        wanted(corpus, part_bytes=500), BPE, tmp_path / "two", processes=2, on_progress=seen.append
+    )
     assert content(tmp_path / "one") == content(tmp_path / "two")
-    assert len(told) > 5
-    assert [now.done for now in told] == sorted(now.done for now in told)
+    assert len(seen) > 5
+    assert [now.done for now in seen] == sorted(now.done for now in seen)
 
 
 @pytest.mark.parametrize("stops", [[1], [3, 2], [5, 1, 9], [12]])
@@ -146,7 +147,7 @@ def test_interruptions_leave_no_trace(
     out = tmp_path
     for parts in stops:
         with pytest.raises(KeyboardInterrupt):
-            prepare(wanted(corpus), ByteTokenizer(), out / "made", told=stop_after(parts))
+            prepare(wanted(corpus), ByteTokenizer(), out / "made", on_progress=stop_after(parts))
         with pytest.raises(ConfigError, match="is not finished"):
             is_prepared(out / "made")
     prepare(wanted(corpus), ByteTokenizer(), out / "made")
@@ -155,15 +156,16 @@ def test_interruptions_leave_no_trace(
 
 def test_finished_parts_are_not_made_again(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made", told=stop_after(5))
-    told: list[Progress] = []
-    prepared = prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made", told=told.append)
-    assert len(told) == len(prepared.parts) > 8
-    assert [now.text for now in told[:5]] == [0] * 5
-    assert told[4].kept == told[4].done == told[-1].kept
+        prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made", on_progress=stop_after(5))
+    seen: list[Progress] = []
+    prepared = prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made", on_progress=seen.append)
+    assert len(seen) == len(prepared.parts) > 8
+    assert [now.text for now in seen[:5]] == [0] * 5
+    assert seen[4].kept == seen[4].done == seen[-1].kept
     again: list[Progress] = []
     assert (
-        prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made", told=again.append) == prepared
+        prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made", on_progress=again.append)
+        == prepared
     )
     assert again == []
 
@@ -172,7 +174,7 @@ def test_finished_parts_are_not_made_again(tmp_path: Path, corpus: Path) -> None
 def test_interrupted_while_files_move(
     tmp_path: Path, corpus: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
 ) -> None:
-    original, calls = assembly._move, []
+    original, calls = prepare_module._move, []
 
     def move(source: Path, target: Path) -> None:
         calls.append(source)
@@ -181,7 +183,7 @@ def test_interrupted_while_files_move(
         original(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(assembly, "_move", move)
+        patch.setattr(prepare_module, "_move", move)
         prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made")
     prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made")
     assert content(tmp_path / "made") == content(straight)
@@ -191,7 +193,7 @@ def test_a_damaged_part_is_made_again(
     tmp_path: Path, corpus: Path, straight: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made", told=stop_after(5))
+        prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made", on_progress=stop_after(5))
     path = tmp_path / "made" / "unfinished" / "part-00002" / "train" / "tokens-00000.bin"
     flip(path)
     prepare(wanted(corpus), ByteTokenizer(), tmp_path / "made")
@@ -203,9 +205,9 @@ def test_a_damaged_part_is_made_again(
 def test_changes_are_refused(tmp_path: Path, finished: bool) -> None:
     corpus = write_corpus(tmp_path / "text")
     out = tmp_path / "made"
-    told = (lambda _now: None) if finished else stop_after(5)
+    seen = (lambda _now: None) if finished else stop_after(5)
     try:
-        prepare(wanted(corpus), ByteTokenizer(), out, told=told)
+        prepare(wanted(corpus), ByteTokenizer(), out, on_progress=seen)
     except KeyboardInterrupt:
         assert not finished
     before = content(out)
@@ -236,16 +238,18 @@ def test_a_stream_that_changed_is_refused(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        prepare(wanted(corpus, limit_bytes=900), ByteTokenizer(), tmp_path, told=stop_after(3))
+        prepare(
+            wanted(corpus, limit_bytes=900), ByteTokenizer(), tmp_path, on_progress=stop_after(3)
+        )
     # What files' sizes and times do not show, as of a data set elsewhere.
-    original = prepare_module._parts
+    original = prepare_module.cut_into_parts
 
     def changed(*arguments: Any) -> Any:
         for part in original(*arguments):
             first = replace(part.documents[0], text=part.documents[0].text + "!")
             yield replace(part, documents=(first, *part.documents[1:]))
 
-    monkeypatch.setattr(prepare_module, "_parts", changed)
+    monkeypatch.setattr(prepare_module, "cut_into_parts", changed)
     with pytest.raises(ConfigError, match=r"the text has changed since .*part-00000 was made"):
         prepare(wanted(corpus, limit_bytes=900), ByteTokenizer(), tmp_path)
 
@@ -259,7 +263,7 @@ def test_two_at_a_time_are_refused(tmp_path: Path, corpus: Path) -> None:
             prepare(wanted, BPE, out)
         refusals.append(str(error.value))
 
-    prepare(wanted, BPE, out, told=meanwhile)
+    prepare(wanted, BPE, out, on_progress=meanwhile)
     assert set(refusals) == {f"{out}: another process is preparing it at this moment"}
     assert not (out / "unfinished").exists() and is_prepared(out)
 

@@ -17,7 +17,7 @@ from openmythos.data.loader import Loader
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import ByteTokenizer
-from openmythos.distributed.ranks import leave, process_group
+from openmythos.distributed.ranks import exit_process, process_group
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import PoissonLoops
@@ -87,7 +87,7 @@ def _work(rank: int, ranks: int, folder: Path, work: Callable[[Path], Any]) -> N
         found = work(folder)
     assert not dist.is_initialized()
     torch.save(found, folder / f"{ranks}-{rank}.pt")
-    leave(0)
+    exit_process(0)
 
 
 def launch(ranks: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:

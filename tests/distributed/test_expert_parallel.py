@@ -19,8 +19,8 @@ from ranks import (
 )
 
 from openmythos.config import ConfigError
-from openmythos.distributed.parallelize import Parallel, spread
-from openmythos.distributed.ranks import whole
+from openmythos.distributed.parallelize import Parallel, parallelize
+from openmythos.distributed.ranks import full_tensor
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE
@@ -86,7 +86,7 @@ def shared(config: TrainConfig) -> TrainConfig:
 def contents(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights and the optimizers' state, whole."""
     found = {**trainer.model.state_dict(), **trainer.optimizers.tensors()}
-    return {name: whole(x).clone() for name, x in found.items()}
+    return {name: full_tensor(x).clone() for name, x in found.items()}
 
 
 def starts_as_alone(folder: Path, model: Any, config: TrainConfig) -> bool:
@@ -95,9 +95,9 @@ def starts_as_alone(folder: Path, model: Any, config: TrainConfig) -> bool:
         unmade = OpenMythos(model)
     trainer = Trainer(unmade, trainer_of(folder / "shards", model, TRAIN).loader, config)
     made = OpenMythos(model, seed=config.seed).state_dict()
-    return all(torch.equal(whole(x), made[name]) for name, x in unmade.state_dict().items()) and (
-        trainer.device == torch.device("cpu")
-    )
+    return all(
+        torch.equal(full_tensor(x), made[name]) for name, x in unmade.state_dict().items()
+    ) and (trainer.device == torch.device("cpu"))
 
 
 def save(folder: Path, trainer: Trainer) -> None:
@@ -255,12 +255,12 @@ def test_positions_leave_early_on_each_rank_as_alone(together: Together) -> None
 def test_what_does_not_divide_is_refused(together: Together) -> None:
     for found in together(2, "experts")[1]:
         assert found["refused"] == [
-            "experts = 3: must divide the number of ranks that shard = 2",
+            "experts = 3: must divide shard = 2",
             "experts = 2: must divide the number of routed experts = 3",
             "experts = 2: must be 1 for a model without routed experts",
         ]
-    with pytest.raises(ConfigError, match="experts = 2: must divide the number of ranks that shar"):
-        spread(OpenMythos(MODEL), Parallel(experts=2), **UNSPREAD)
+    with pytest.raises(ConfigError, match="experts = 2: must divide shard"):
+        parallelize(OpenMythos(MODEL), Parallel(experts=2), **UNSPREAD)
     with pytest.raises(ConfigError, match="experts = 0: must be an integer, at least 1"):
         Parallel(experts=0)
 

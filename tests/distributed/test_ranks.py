@@ -56,8 +56,10 @@ def test_all_ranks_fail_with_the_first(tmp_path: Path) -> None:
 def test_a_file_that_does_not_come_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "PATIENCE", parallel.PATIENCE * 0)
-    with pytest.raises(ConfigError, match=r"config.toml: not seen by rank 0 .* share the folder"):
+    monkeypatch.setattr(parallel, "TIMEOUT", parallel.TIMEOUT * 0)
+    with pytest.raises(
+        ConfigError, match=r"config.toml: not visible to rank 0 .* share the folder"
+    ):
         wait_for_file(tmp_path / "config.toml")
     (tmp_path / "config.toml").write_text("")
     wait_for_file(tmp_path / "config.toml")

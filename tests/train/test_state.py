@@ -41,7 +41,11 @@ def test_state_of_a_run_that_goes_on_and_ends(tmp_path: Path) -> None:
     assert read_state(tmp_path) is None
     with StateFile(tmp_path, step=2, num_steps=3) as file:
         running = read(tmp_path)
-        assert (running.seen(time.time()), running.step, running.pid) == ("running", 2, os.getpid())
+        assert (running.status(time.time()), running.step, running.pid) == (
+            "running",
+            2,
+            os.getpid(),
+        )
         file.stepped(3)
     ended = read(tmp_path)
     assert (ended.state, ended.step, ended.error) == ("finished", 3, "")
@@ -90,23 +94,23 @@ with StateFile(Path({str(tmp_path)!r}), step=0, num_steps=9): time.sleep(60)"""
         while read_state(tmp_path) is None and time.monotonic() < deadline:
             time.sleep(0.02)
         found = read(tmp_path)
-        assert found.seen(time.time()) == "running"
+        assert found.status(time.time()) == "running"
         process.kill()
         time.sleep(0.2)  # not waited for yet: a zombie
-        assert found.seen(time.time()) == "dead"
+        assert found.status(time.time()) == "dead"
     finally:
         process.kill()
         process.wait()
-    assert found.seen(time.time()) == "dead"
-    assert replace(found, pid=os.getpid()).seen(time.time()) == "dead"
+    assert found.status(time.time()) == "dead"
+    assert replace(found, pid=os.getpid()).status(time.time()) == "dead"
 
 
 def test_from_another_machine_silence_tells(tmp_path: Path) -> None:
     with StateFile(tmp_path, step=0, num_steps=3):
         found = replace(read(tmp_path), place="elsewhere", pid=2**22 + 1)
-    assert found.seen(found.alive + SILENCE - 1) == "running"
-    assert found.seen(found.alive + SILENCE + 1) == "dead"
-    assert replace(found, state="stopped").seen(found.alive + 9999) == "stopped"
+    assert found.status(found.alive + SILENCE - 1) == "running"
+    assert found.status(found.alive + SILENCE + 1) == "dead"
+    assert replace(found, state="stopped").status(found.alive + 9999) == "stopped"
 
 
 def lines(*steps: int) -> str:

@@ -1,4 +1,4 @@
-"""The command line: the only room that knows argv and prints."""
+"""The command line: the only package that reads argv and prints."""
 
 import contextlib
 import logging
@@ -10,10 +10,12 @@ from typing import Annotated, NoReturn, get_args
 import tyro
 
 from openmythos import __version__
-from openmythos.cli.commands import Demo, Eval, Export, Generate, Plan, Presets, Study, Train
+from openmythos.cli.commands import Demo, Eval, Export, Generate, Train
 from openmythos.cli.data import Data, Tokenizer
 from openmythos.cli.flags import parse
 from openmythos.cli.interrupt import CODES, Interrupted, answer_signals
+from openmythos.cli.plan import Plan, Presets
+from openmythos.cli.study import Study
 from openmythos.cli.tracking import Plot, Runs, Watch
 
 Command = (
@@ -32,26 +34,23 @@ Command = (
     | Annotated[Watch, tyro.conf.subcommand("watch")]
 )
 _NAMES = [get_args(member)[0].__name__.lower() for member in get_args(Command)]
-# Set to 1, the traceback of an error is shown above its line.
-_DEBUG = "OPENMYTHOS_DEBUG"
+_DEBUG = "OPENMYTHOS_DEBUG"  # if 1, an error also prints its traceback
 
 
 def run() -> NoReturn:
     """The program `openmythos`."""
     code = main()
     if code in CODES:
-        # Threads and processes that still work would hold the interpreter.
-        os._exit(code)
-    # Who has not come as far as torch can leave like any program.
+        os._exit(code)  # a normal exit would wait for threads that still work
     if "torch" not in sys.modules:
         sys.exit(code)
-    from openmythos.distributed.ranks import leave
+    from openmythos.distributed.ranks import exit_process
 
-    leave(code)
+    exit_process(code)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 when the user's input is at fault, 1 on other failures."""
+    """Run a command; returns 0 on success, 2 for wrong input, 1 for other failures."""
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["--version"]:
         print(f"openmythos {__version__}")
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         command = parse(Command, given, _NAMES)
-        # Torch takes seconds to import: the rest begins once the command is known to be one.
+        # Imports torch, which takes seconds: only after the command line has been parsed.
         from openmythos.machine import keep_freed_memory
 
         keep_freed_memory()
@@ -70,29 +69,28 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return stop.code if isinstance(stop, Interrupted) else 130
     except BrokenPipeError:
-        # Whoever read the output has left. What is still buffered would fail again at exit.
+        # The reader of the pipe is gone. Flushing at exit would fail again.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if os.environ.get(_DEBUG) == "1":
             traceback.print_exc()
-        code, message = _told(error)
+        code, message = _explain(error)
         print(f"error: {message}", file=sys.stderr)
         return code
     return 0
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """Exit code and one line for an error."""
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and one-line message of an error."""
     text = str(error)
     if isinstance(error, ValueError | FileExistsError | FileNotFoundError | PermissionError):
         return 2, text
     if isinstance(error, OSError | FloatingPointError):
         return 1, text
-    # torch has an error of its own for a GPU, and none for the host's memory.
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        line = next(iter(text.splitlines()), "")
-        return 1, f"out of memory: {line}".removesuffix(": ")
     line = next(iter(text.splitlines()), "")
+    # torch raises OutOfMemoryError for a GPU and a plain RuntimeError for the host's memory.
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return 1, f"out of memory: {line}".removesuffix(": ")
     return 1, f"{type(error).__name__}: {line}; this is a bug, {_DEBUG}=1 shows where"

@@ -1,4 +1,4 @@
-"""The commands about text before training: its tokenizer, its tokens."""
+"""The commands that prepare text for training: `tokenizer`, `data prepare`, `data check`."""
 
 # Each `run` imports what it needs: torch takes seconds, and flags are parsed without it.
 
@@ -15,16 +15,16 @@ from openmythos.config import ConfigError, require_int, require_number
 from openmythos.files import load_json
 
 if TYPE_CHECKING:
-    from openmythos.data.prepare import Progress as Made
+    from openmythos.data.prepare import Progress as Done
     from openmythos.data.prepared import Prepared
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Train a byte-level BPE tokenizer and write its tokenizer.json (Hugging Face format)."""
+    """Train a byte-level BPE tokenizer and write tokenizer.json (Hugging Face format)."""
 
     data: Texts = ()
-    """Text to learn from: as for `openmythos train --data`; stdlib is the default."""
+    """Text to train on, as for `openmythos train --data`; stdlib is the default."""
     vocab_size: int = 4096
     """Number of tokens."""
     out: Annotated[str, shown("FOLDER")] = "tokenizer"
@@ -58,29 +58,29 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Tokenise a corpus once, by many processes, for `openmythos train --data FOLDER`.
+    """Tokenise a corpus once, with many processes, for `openmythos train --data FOLDER`.
 
-    Interrupted, the same command goes on.
+    After an interruption the same command goes on.
     """
 
     data: Texts
-    """What to read: as for `openmythos train --data`."""
+    """Text to read, as for `openmythos train --data`."""
     tokenizer: Annotated[str, shown("PATH")]
     """A tokenizer.json or its folder (see `openmythos tokenizer`), or bytes."""
     out: Annotated[str, shown("FOLDER")]
-    """Folder to make, or to go on with."""
+    """Folder to create, or to go on with."""
     field: Annotated[str, shown("NAME")] = "text"
-    """Field of .jsonl and column of .parquet that holds the text."""
+    """Field (.jsonl) or column (.parquet) that holds the text."""
     held_out: float = 0.04
-    """Share of the documents that is never trained on."""
+    """Share of the documents held out from training."""
     limit_mb: float = 0.0
-    """Stop reading after so many megabytes of text (0: never)."""
+    """Read at most this many megabytes of text (0: all)."""
     processes: int = 0
     """Processes that tokenise (0: one per core)."""
     part_mb: float = 16.0
-    """Megabytes of text that a process takes at a time."""
+    """Megabytes of text in each unit of work."""
     skip_bad_rows: bool = False
-    """Leave out and count rows that have no text; without this they are errors."""
+    """Skip and count rows that have no text; otherwise they are errors."""
 
     def run(self) -> None:
         from openmythos.cli.progress import Progress
@@ -100,20 +100,20 @@ class Prepare:
             part_bytes=round(self.part_mb * 1e6),
             skip_bad_rows=self.skip_bad_rows,
         )
-        named = self.tokenizer != "bytes"
-        tokenizer = load_tokenizer(self.tokenizer) if named else ByteTokenizer()
+        is_bytes = self.tokenizer == "bytes"
+        tokenizer = ByteTokenizer() if is_bytes else load_tokenizer(self.tokenizer)
         processes = self.processes or os.cpu_count() or 1
         out = Path(self.out)
         try:
             with Progress(OUT, "preparing", unit="MB") as progress:
                 started = time.perf_counter()
 
-                def told(now: "Made") -> None:
+                def report(now: "Done") -> None:
                     rate = now.text / (time.perf_counter() - started)
                     text = f"{rate / 1e6:.2f} MB/s"
                     progress.update(now.done, text, total=now.total or None, kept=now.kept)
 
-                prepared = prepare(wanted, tokenizer, out, processes=processes, told=told)
+                prepared = prepare(wanted, tokenizer, out, processes=processes, on_progress=report)
         except KeyboardInterrupt:
             OUT.print(f"{out}: finished parts are kept; the same command goes on")
             raise
@@ -122,10 +122,10 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Check:
-    """Read a prepared folder through and compare it with its checksums."""
+    """Compare every file of a prepared folder with its checksum."""
 
     folder: tyro.conf.Positional[Annotated[str, shown("FOLDER")]]
-    """Folder that `openmythos data prepare` made."""
+    """Folder made by `openmythos data prepare`."""
 
     def run(self) -> None:
         from openmythos.cli.progress import Progress

@@ -1,6 +1,6 @@
-"""What flags of several commands look like, and the parsing of a command line: all without torch.
+"""Flags that several commands share, and parsing of the command line; imports no torch.
 
-tyro's box of several lines becomes one line of error.
+tyro prints an error as a box of several lines; `parse` turns it into one line.
 """
 
 import io
@@ -13,37 +13,43 @@ import tyro
 
 from openmythos.config import ConfigError, require, unknown_name
 
-# What tyro draws around its messages.
-_BOX = " │─╭╮╰╯"
-# Flags whose value may be empty, or that say themselves what they want.
+_BOX = " │─╭╮╰╯"  # the characters of tyro's boxes
+# --prompt may be empty; --num-loops has an error message of its own.
 _MAY_BE_EMPTY = ("--prompt", "--num-loops")
 
 
-def shown(metavar: str, default: str | None = None) -> Any:
-    """How the help shows a flag; `default` where the value's own would say nothing."""
+def shown(metavar: str, default: str | None = None, help: str | None = None) -> Any:
+    """How the help shows a flag. `default` replaces the default value's own text; "" hides it."""
     hint = None if default is None else f"(default: {default})" if default else ""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, help=help)
 
 
 Many = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
 Texts = Annotated[Many, shown("PATH ...", "")]
 Changes = Annotated[Many, shown("KEY=VALUE ...", "")]
-RunFolder = tyro.conf.Positional[Annotated[str, shown("RUN")]]
-Device = Annotated[str, shown("auto|cpu|cuda[:N]|mps")]
+RunFolder = tyro.conf.Positional[Annotated[str, shown("RUN", help="Run folder.")]]
+Step = Annotated[int | None, shown("N", "the newest", "Checkpoint.")]
+Device = Annotated[
+    str,
+    shown(
+        "auto|cpu|cuda[:N]|mps", help="Where to compute; auto takes an accelerator if there is one."
+    ),
+]
 
 
 def flat(values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The values of a flag that was given several times, as one tuple."""
     return tuple(value for group in values for value in group)
 
 
 def require_folder(field: str, path: str) -> None:
-    """Raise before long work, not after it, unless this can be a folder to write into."""
+    """Raise, before long work starts, unless `path` is a folder or can be created as one."""
     present = [parent for parent in (Path(path), *Path(path).parents) if parent.exists()]
-    require(present[0].is_dir(), field, path, f"{present[0]} is no folder")
+    require(present[0].is_dir(), field, path, f"{present[0]} is not a folder")
 
 
 def parse(command: Any, argv: list[str], names: list[str]) -> Any:
-    """The command of argv; bad flags raise a ConfigError of one line."""
+    """The command that `argv` describes; raises a one-line ConfigError for bad flags."""
     if argv and not argv[0].startswith("-") and argv[0] not in names:
         raise ConfigError(unknown_name(f"command {argv[0]!r}", argv[0], names))
     _refuse_empty(argv)
@@ -68,22 +74,22 @@ def parse(command: Any, argv: list[str], names: list[str]) -> Any:
 
 
 def _refuse_empty(argv: list[str]) -> None:
-    """An empty word is most often a variable of the shell that was not set."""
+    """Raise for empty arguments: most often a shell variable that was not set."""
     flag = ""
-    for place, word in enumerate(argv):
+    for index, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             flag = name
         empty = word == "" or (name.startswith("--") and equals == "=" and value == "")
         if empty and flag not in _MAY_BE_EMPTY:
-            raise ConfigError(f"{flag or f'argument {place + 1}'}: must not be empty")
-        following = argv[place + 1] if place + 1 < len(argv) else "--"
+            raise ConfigError(f"{flag or f'argument {index + 1}'}: must not be empty")
+        following = argv[index + 1] if index + 1 < len(argv) else "--"
         if word in ("--set", "--data") and following.startswith("--"):
             raise ConfigError(f"{word}: must be followed by at least one value")
 
 
 def _message(box: str, argv: list[str]) -> str:
-    """One line of what tyro has to say."""
+    """tyro's message as one line."""
     text, *further = _sections(box)
     missing = re.match(r"Missing from openmythos ([a-z ]+): (.*)", text)
     if missing:
@@ -92,18 +98,20 @@ def _message(box: str, argv: list[str]) -> str:
             for name, what in re.findall(r"(--\S+ \S+|\S+) (.+?) \(required\)", missing[2])
         ]
         example = ", such as runs/demo-1" if any(w.startswith("RUN ") for w in wanted) else ""
-        return f"{missing[1]}: wants {', '.join(wanted)}{example} (see --help)"
+        return f"{missing[1]}: needs {', '.join(wanted)}{example} (see --help)"
     valueless = re.match(r"Missing value for argument '(--[\w-]+)'", text)
     if valueless:
         flag = valueless[1]
         following = argv[argv.index(flag) + 1 :][:1] if flag in argv else []
         hint = (
-            f"; one that begins with a dash is written {flag}={following[0]}" if following else ""
+            f"; a value that begins with a dash is written {flag}={following[0]}"
+            if following
+            else ""
         )
         return f"{flag}: needs a value{hint}"
     unread = re.match(r"Error parsing (--[\w-]+): .*'([^']*)'", text)
     if unread:
-        return f"{unread[1]}: {unread[2]!r} is not a number of the kind it wants (see --help)"
+        return f"{unread[1]}: {unread[2]!r} is not a number of the kind it needs (see --help)"
     hints = re.findall(
         r"Perhaps you meant: (--[\w-]+)|(Available subcommands: .*)", "; ".join(further)
     )
@@ -112,7 +120,7 @@ def _message(box: str, argv: list[str]) -> str:
 
 
 def _sections(box: str) -> list[str]:
-    """What stands between a box's rules, without its title; some terminals get no UTF-8."""
+    """The texts between the horizontal rules of a box, without its title (UTF-8 or ASCII)."""
     sections: list[str] = [""]
     for line in box.splitlines()[1:]:
         words = line.strip(_BOX)

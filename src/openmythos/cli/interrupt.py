@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM: an answer at once, an orderly end, and an end in any case.
+"""Ctrl-C and SIGTERM: a prompt answer, an orderly end, and an end in any case.
 
-A signal raises KeyboardInterrupt in the work, which leaves by its own clean-up. Inside a library
-that does not return (a tokenizer that trains, one large product) the main thread cannot hear it:
-a thread of its own hears it too, and ends the process where the work has not ended after GRACE
-seconds. Training is asked instead: it abandons its step, saves and returns (`stop_training`).
+A signal raises KeyboardInterrupt in the main thread, which cleans up. A library call that does not
+return to Python (training a tokenizer, a large matrix product) delays that: a second thread hears
+the signal too and ends the process if the work has not ended after GRACE seconds. Training is asked
+to stop instead: it abandons its step, saves and returns (`stop_training`).
 """
 
 import os
@@ -18,12 +18,12 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CODES = tuple(128 + number for number in SIGNALS)
-GRACE = 1.2
-_received: list[int] | None = None  # of the training that is to stop by itself
+GRACE = 1.2  # seconds
+_received: list[int] | None = None  # signals for the training that is to stop by itself
 
 
 class Interrupted(KeyboardInterrupt):
-    """By which signal; `code` is the exit code that says so."""
+    """KeyboardInterrupt with the exit code of its signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -32,27 +32,27 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def answer_signals() -> Iterator[None]:
-    """Around the work of a command, in the main thread."""
+    """Handle signals while a command runs in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    hear, tell = os.pipe()
-    os.set_blocking(tell, False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
     former = {number: signal.signal(number, _interrupt) for number in SIGNALS}
-    wakeup = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(hear,), name="signals", daemon=True).start()
+    wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(read_end,), name="signals", daemon=True).start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in former.items():
             signal.signal(number, handler)
-        os.close(tell)  # which ends the thread
+        os.close(write_end)  # ends the thread
 
 
 @contextmanager
 def stop_training(received: list[int]) -> Iterator[None]:
-    """The first signal goes into the list and raises nothing; a second one acts as always."""
+    """Append the first signal to `received` instead of raising; a second one raises."""
     global _received
     _received = received
     try:
@@ -61,8 +61,8 @@ def stop_training(received: list[int]) -> Iterator[None]:
         _received = None
 
 
-def leave_at_once(code: int) -> NoReturn:
-    """End the process without waiting for its threads, nor for a stream that another one holds."""
+def exit_at_once(code: int) -> NoReturn:
+    """End the process without waiting for threads or for a stream that a thread has locked."""
     os.write(2, b"interrupted\n")
     os._exit(code)
 
@@ -74,18 +74,18 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def _listen(hear: int) -> None:
-    """What the thread does: the interpreter writes the number of every signal to a pipe."""
+def _listen(read_end: int) -> None:
+    """Body of the thread: the interpreter writes the number of every signal to a pipe."""
     asked = False
-    while told := os.read(hear, 1):
-        if told[0] not in SIGNALS:
+    while received := os.read(read_end, 1):
+        if received[0] not in SIGNALS:
             continue
         if _received is not None and not asked:
             asked = True
             print("stopping, what is done is saved (again: end at once)", file=sys.stderr)
             continue
-        # The pipe is closed, or another signal has come, or it takes too long.
-        if not select.select([hear], [], [], GRACE)[0] or os.read(hear, 1):
-            leave_at_once(128 + told[0])
+        # Wait for the pipe to be closed: the work has ended. A second signal means: now.
+        if not select.select([read_end], [], [], GRACE)[0] or os.read(read_end, 1):
+            exit_at_once(128 + received[0])
         break
-    os.close(hear)
+    os.close(read_end)

@@ -1,9 +1,10 @@
-"""One frame of `openmythos watch`: how a run stands, in characters."""
+"""One frame of `openmythos watch`: the state of a run, its progress and its newest metrics."""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,10 +13,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from openmythos.cli.progress import duration
 from openmythos.train.metrics import Metrics, recent_median, scalars, seconds_left
 from openmythos.train.state import RunState, State
 
-HEIGHT = 10
 STYLES: Mapping[State, str] = {
     "running": "green",
     "finished": "bold",
@@ -25,9 +26,7 @@ STYLES: Mapping[State, str] = {
     "new": "dim",
     "unknown": "dim",
 }
-# The dots of a braille character: bit by (column, row), of two columns and four rows.
-_DOTS = ((0, 1, 2, 6), (3, 4, 5, 7))
-_LABEL = 9
+LOSSES = 8  # means of the loss that show how it fell
 
 
 def frame(
@@ -38,9 +37,8 @@ def frame(
     num_steps: int,
     *,
     width: int,
-    unicode: bool = True,
 ) -> Panel:
-    """The panel that shows a run; `unicode` is whether the terminal can show braille dots."""
+    """The panel that shows a run."""
     done = max(metrics[-1]["step"] + 1 if metrics else 0, record.step if record else 0)
     title = Text(f" {run}: ") + Text(state, style=STYLES[state]) + Text(" ")
     bar = Table.grid(padding=(0, 1))
@@ -51,52 +49,18 @@ def frame(
     )
     parts: list[RenderableType] = [bar]
     if metrics:
-        losses = [(float(m["step"]), float(m.get("loss", math.nan))) for m in metrics]
-        parts += [Text(), *chart(losses, max(1, width - _LABEL - 6), HEIGHT, unicode), Text()]
-        parts.append(_numbers(metrics))
+        parts += [Text(loss_so_far(metrics)), _numbers(metrics)]
     if record is not None and record.error and state == "failed":
         parts.append(Text(record.error, style="red"))
     return Panel(Group(*parts), title=title, width=width)
 
 
-def chart(
-    points: Sequence[tuple[float, float]], columns: int, rows: int, unicode: bool = True
-) -> list[Text]:
-    """A curve of (x, y) with its y range at the left; what is not finite leaves a gap."""
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
-    if not finite:
-        return [Text("no finite loss yet")]
-    wide, high = (2, 4) if unicode else (1, 1)
-    low, top = min(y for _, y in finite), max(y for _, y in finite)
-    first, last = points[0][0], points[-1][0]
-    cells = [[0] * columns for _ in range(rows)]
-    for x, values in _columns(finite, first, last, columns * wide).items():
-        mean = sum(values) / len(values)
-        y = round((top - mean) / ((top - low) or 1.0) * (rows * high - 1))
-        cells[y // high][x // wide] |= 1 << (_DOTS[x % wide][y % high] if unicode else 0)
-    lines = []
-    for place, row in enumerate(cells):
-        label = {0: f"{top:.4g}", rows - 1: f"{low:.4g}"}.get(place, "")
-        drawn = "".join(chr(0x2800 + bits) if unicode else " *"[bits] for bits in row)
-        lines.append(Text(f"{label:>{_LABEL}} ") + Text(drawn, style="cyan"))
-    middle = "loss by step"
-    edges = f"{first:,.0f}".ljust(columns)[: columns - len(f"{last:,.0f}")] + f"{last:,.0f}"
-    place = max(0, (columns - len(middle)) // 2)
-    if edges[place : place + len(middle)].strip() == "":
-        edges = edges[:place] + middle + edges[place + len(middle) :]
-    lines.append(Text(" " * (_LABEL + 1) + edges, style="dim"))
-    return lines
-
-
-def _columns(
-    points: Sequence[tuple[float, float]], first: float, last: float, count: int
-) -> dict[int, list[float]]:
-    """The values that fall on each dot of the x axis."""
-    found: dict[int, list[float]] = {}
-    for x, y in points:
-        place = min(count - 1, int((x - first) / ((last - first) or 1.0) * count))
-        found.setdefault(place, []).append(y)
-    return found
+def loss_so_far(metrics: Sequence[Metrics]) -> str:
+    """The mean loss of each of up to 8 equal stretches of the run; nan and inf are left out."""
+    losses = [m["loss"] for m in metrics if math.isfinite(m.get("loss", math.nan))]
+    size = math.ceil(len(losses) / LOSSES) or 1
+    means = [f"{fmean(losses[i : i + size]):.3f}" for i in range(0, len(losses), size)]
+    return f"loss, first to last: {' '.join(means)}" if means else "no finite loss yet"
 
 
 def _timing(
@@ -128,15 +92,3 @@ def _numbers(metrics: Sequence[Metrics]) -> Table:
     for left, right in zip(cells[:half], [*cells[half:], ("", "")], strict=False):
         table.add_row(Text(left[0], style="dim"), left[1], Text(right[0], style="dim"), right[1])
     return table
-
-
-def duration(seconds: float) -> str:
-    """Two units at most: 42 s, 3 min, 5 h 12 min, 2 d 7 h."""
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    if hours < 1:
-        return f"{minutes:.0f} min"
-    if days < 1:
-        return f"{int(hours)} h {int(minutes) % 60} min"
-    return f"{int(days)} d {int(hours) % 24} h"

@@ -1,31 +1,27 @@
-"""How long work shows that it goes on: a bar on a terminal, elsewhere lines of text.
+"""Progress of long work: a bar on a terminal, lines of text elsewhere.
 
-A line says the stage, how far it is, what is new, the time taken and the time left. It comes with
-the first news, then every ten seconds or at every twentieth of the work. While there are no news a
-line says so every ten seconds, so that nothing is silent for longer.
+A line holds the stage, the amount done, a status text, the time taken and the time left. One is
+printed at the first update, then every ten seconds or twentieth of the work. If no update comes for
+ten seconds, a line says so.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from openmythos.cli.live import duration
-
-# Seconds between two lines at most, and at least; the parts of the work after which one comes.
-SILENCE, PAUSE, PARTS = 10.0, 1.0, 20
-BEAT = 1.0
+SILENCE, PAUSE = 10.0, 1.0  # most and least seconds between two lines
+PARTS = 20  # a line for each of so many parts of the work
+BEAT = 1.0  # seconds between two looks at the clock
 
 
 class Progress:
     """Use as a context manager around the work, which calls `update`.
 
-    `unit` names what is counted; of "MB" and "tokens" counts are shown rounded, "MB" are counted
-    in bytes.
+    `unit` names what is counted; the unit "MB" is counted in bytes.
     """
 
     def __init__(
@@ -39,13 +35,12 @@ class Progress:
     ) -> None:
         self._console, self._clock = console, clock
         self._stage, self._total, self._unit = stage, total, unit
-        self._done: int | None = None  # no news yet
+        self._done: int | None = None  # no update yet
         self._text = ""
-        self._started = self._news = self._told = clock()
-        self._base = (self._started, 0)  # time and count at the first news: rates start there
-        self._shown = 0  # parts that a line has told of
-        # Updates and the heartbeat come from two threads.
-        self._lock = threading.Lock()
+        self._started = self._updated = self._printed = clock()
+        self._base = (self._started, 0)  # time and count from which the rate is computed
+        self._shown = 0  # parts of the work already printed
+        self._lock = threading.Lock()  # `update` and `tick` run in different threads
         self._ended = threading.Event()
         self._bar: Bar | None = None
         if console.is_terminal:
@@ -62,7 +57,7 @@ class Progress:
         stage: str | None = None,
         kept: int | None = None,
     ) -> None:
-        """`done` of `total` is done now, `kept` of it by an earlier run; a stage starts anew."""
+        """`done` of `total` is done, `kept` of it by an earlier run; a new stage restarts time."""
         with self._lock:
             now = self._clock()
             if stage is not None and stage != self._stage:
@@ -72,8 +67,7 @@ class Progress:
                 self._base = (self._started, kept)
             elif self._done is None:
                 self._base = (now, done)
-            # What comes first is told at once.
-            first, self._done, self._text, self._news = self._done is None, done, text, now
+            first, self._done, self._text, self._updated = self._done is None, done, text, now
             if self._bar is not None:
                 self._bar.update(
                     self._task,
@@ -85,23 +79,23 @@ class Progress:
                 )
                 return
             part = done * PARTS // self._total if self._total else 0
-            waited = now - self._told
+            waited = now - self._printed
             over = self._total is not None and done >= self._total
             if first or over or waited >= SILENCE or (part > self._shown and waited >= PAUSE):
                 self._shown = part
                 self._say(self._line(now))
 
     def tick(self) -> None:
-        """Say that the work goes on, where it has been silent for too long."""
+        """Print that the work goes on, if nothing was printed for SILENCE seconds."""
         with self._lock:
             now = self._clock()
-            if self._bar is not None or now - self._told < SILENCE:
+            if self._bar is not None or now - self._printed < SILENCE:
                 return
             if self._done is None:
                 self._say(f"{self._stage}: starting, {duration(now - self._started)}")
                 return
-            waited = f"no news for {duration(now - self._news)}"
-            self._say(f"{self._line(now)}; still running, {waited}")
+            waited = duration(now - self._updated)
+            self._say(f"{self._line(now)}; still running, no news for {waited}")
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -110,12 +104,7 @@ class Progress:
             self._heart.start()
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._ended.set()
         if self._bar is not None:
             self._bar.stop()
@@ -127,7 +116,7 @@ class Progress:
             self.tick()
 
     def _say(self, line: str) -> None:
-        self._told = self._clock()
+        self._printed = self._clock()
         self._console.print(line, soft_wrap=True)
 
     def _line(self, now: float) -> str:
@@ -156,7 +145,7 @@ class Progress:
 
 
 def counted(texts: Iterable[str], progress: Progress) -> Iterator[str]:
-    """The texts as they are, their size told."""
+    """Yield the texts, reporting their size in bytes."""
     done = 0
     for text in texts:
         done += len(text.encode(errors="surrogateescape"))
@@ -176,3 +165,15 @@ def _bar(console: Console) -> Bar:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 42 s, 3 min, 5 h 12 min, 2 d 7 h."""
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes:.0f} min"
+    if days < 1:
+        return f"{int(hours)} h {int(minutes) % 60} min"
+    return f"{int(days)} d {int(hours) % 24} h"

@@ -1,4 +1,4 @@
-"""The commands that look at training runs: a table, curves, a live view."""
+"""The commands that show training runs: a table, curves, a live view."""
 
 # Each `run` imports what it needs: torch takes seconds, and flags are parsed without it.
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.table import Table
@@ -25,11 +25,8 @@ if TYPE_CHECKING:
     from openmythos.train.metrics import Metrics, MetricsTail
     from openmythos.train.overview import RunSummary
 
-# Differing values that a line of the legend has room for.
-LEGEND_KEYS = 5
-NO_RUNS = "no runs yet: `openmythos train` makes runs/demo-1"
-# Narrower, a table would cut numbers off: a line for each of them instead.
-NARROWEST_NAME = 12
+LEGEND_KEYS = 5  # config values that a line of the legend shows
+NARROWEST_NAME = 12  # columns; if the terminal leaves less, `runs` prints a line per value
 X_LABELS = {
     "steps": "training step",
     "tokens": "training tokens",
@@ -48,18 +45,20 @@ class Runs:
 
     def run(self) -> None:
         from openmythos.cli.screen import OUT
+        from openmythos.train.metrics import finite_or_none
         from openmythos.train.overview import find_runs, summarize
 
         folders = [Path(folder) for folder in self.folders or ("runs",)]
         if not self.folders and not folders[0].exists():
-            print("[]") if self.json else OUT.print(NO_RUNS)
+            empty = "[]" if self.json else "no runs yet: `openmythos train` makes runs/demo-1"
+            print(empty)
             return
         found = dict.fromkeys(run for folder in folders for run in find_runs(folder))
         summaries = [summarize(run) for run in found]
-        # What runs comes first, then what did so last.
+        # Running ones first, then the most recent.
         summaries.sort(key=lambda s: (s.state != "running", math.inf if s.age is None else s.age))
         if self.json:
-            print(json.dumps([_plain(asdict(s)) for s in summaries], indent=2))
+            print(json.dumps(finite_or_none([asdict(s) for s in summaries]), indent=2))
             return
         if not summaries:
             OUT.print(f"no run in {', '.join(map(str, folders))}")
@@ -72,15 +71,15 @@ class Runs:
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw the curves of training runs, one or several against each other: PNG and CSV."""
+    """Plot metrics of one or several training runs: PNG and CSV."""
 
     runs: tyro.conf.Positional[Annotated[tuple[str, ...], shown("RUN ...", "")]]
     """Run folders."""
     metric: Annotated[tuple[str, ...], shown("NAME ...")] = ("loss",)
-    """Metrics of metrics.jsonl, a panel each; of a list such as state_rms, a line for each loop."""
+    """Metrics of metrics.jsonl, a panel each; a list such as state_rms gets a line per loop."""
     x: Literal["steps", "tokens", "seconds"] = "steps"
-    """What the curves are drawn against."""
-    out: Annotated[str, shown("FILE", "curves.png in the run folder; of several runs, here")] = ""
+    """The x axis."""
+    out: Annotated[str, shown("FILE", "curves.png in the run folder; of several runs, in .")] = ""
     """PNG file."""
 
     def run(self) -> None:
@@ -91,18 +90,16 @@ class Plot:
 
         require(bool(self.runs), "runs", [], "must name at least one run folder")
         require(bool(self.metric), "metric", [], "must name at least one")
-        one = len(set(self.runs)) == 1
-        out = Path(self.out) if self.out else Path(self.runs[0] if one else ".", "curves.png")
+        runs = list(dict.fromkeys(Path(run) for run in self.runs))
+        out = Path(self.out or Path(runs[0] if len(runs) == 1 else ".", "curves.png"))
         require(out.suffix == ".png", "out", self.out, "must end in .png")
         require(out.parent.is_dir() or not self.out, "out", self.out, "its folder does not exist")
-        runs = list(dict.fromkeys(Path(run) for run in self.runs))
-        configs = [_config(run) for run in runs]
-        labels = _labels(runs, configs)
-        metrics = [_some_metrics(run) for run in runs]
-        known = list(dict.fromkeys(name for each in metrics for name in metric_names(each)))
+        labels = _labels(runs, [_config(run) for run in runs])
+        metrics = [_logged_metrics(run) for run in runs]
+        known = list(dict.fromkeys(name for entries in metrics for name in metric_names(entries)))
         chosen = chosen_metrics(self.metric, known)
         panels: dict[str, dict[str, dict[str, run_plots.Points]]] = {
-            _place(name, chosen)[0]: {} for name in chosen
+            _panel(name, chosen)[0]: {} for name in chosen
         }
         rows: list[dict[str, object]] = []
         for run, label, entries in zip(runs, labels, metrics, strict=True):
@@ -111,14 +108,14 @@ class Plot:
             for name in chosen:
                 points = [(x, v[name]) for x, v in zip(xs, values, strict=True) if name in v]
                 if points:
-                    panel, item = _place(name, chosen)
+                    panel, item = _panel(name, chosen)
                     panels[panel].setdefault(label, {})[item] = points
                 else:
                     OUT.print(f"{run} has no {name}")
             for entry, x, v in zip(entries, xs, values, strict=True):
-                where = {"run": str(run), "step": entry["step"]}
-                where |= {} if self.x == "steps" else {self.x: x}
-                rows.append({**where, **{name: v[name] for name in chosen if name in v}})
+                where = {} if self.x == "steps" else {self.x: x}
+                shown_values = {name: v[name] for name in chosen if name in v}
+                rows.append({"run": str(run), "step": entry["step"], **where, **shown_values})
         figure = run_plots.metric_curves(panels, x_label=X_LABELS[self.x], single=len(runs) == 1)
         save_figure(figure, out, rows)
         OUT.print(f"Written: {out}, {out.with_suffix('.csv')}")
@@ -126,14 +123,14 @@ class Plot:
 
 @dataclass(frozen=True)
 class Watch:
-    """Show a training run while it goes on, from here or on another machine; Ctrl-C leaves."""
+    """Show a training run live, on this machine or on another that sees its folder."""
 
     folder: RunFolder
     """Run folder."""
     every: float = 1.0
-    """Seconds between two looks."""
+    """Seconds between updates."""
     once: bool = False
-    """Print how the run stands now, and return."""
+    """Print one frame and return."""
 
     def run(self) -> None:
         from rich.live import Live
@@ -146,12 +143,12 @@ class Watch:
         _config(run)
         tail = MetricsTail(run)
         if self.once:
-            OUT.print(_look(run, tail)[0])
+            OUT.print(_frame(run, tail)[0])
             return
         with Live(console=OUT, auto_refresh=False) as live:
             try:
                 while True:
-                    shown, ended = _look(run, tail)
+                    shown, ended = _frame(run, tail)
                     live.update(shown, refresh=True)
                     if ended:
                         return
@@ -160,25 +157,23 @@ class Watch:
                 return
 
 
-def _look(run: Path, tail: "MetricsTail") -> tuple["Panel", bool]:
-    """The frame to show, and whether it is the last."""
+def _frame(run: Path, tail: "MetricsTail") -> tuple["Panel", bool]:
+    """The frame to show, and whether it is the last one."""
     from openmythos.cli.live import frame
     from openmythos.cli.screen import OUT
     from openmythos.train.state import ENDED, read_state
 
-    # The state before the metrics, so that the last frame of a run has its last step.
+    # State before metrics, so that the last frame includes the last step.
     record = read_state(run)
     metrics = tail.read()
     num_steps = _config(run).train.num_steps
     if record is not None:
-        state = record.seen(time.time())
+        state = record.status(time.time())
     elif metrics:
         state = "finished" if metrics[-1]["step"] + 1 >= num_steps else "unknown"
     else:
         state = "new"
-    fits = OUT.encoding.startswith("utf")
-    width = min(100, OUT.width)
-    shown = frame(run, state, record, metrics, num_steps, width=width, unicode=fits)
+    shown = frame(run, state, record, metrics, num_steps, width=min(100, OUT.width))
     return shown, state in ENDED
 
 
@@ -191,7 +186,7 @@ def _config(run: Path) -> "RunConfig":
     return load_toml(RunConfig, run / CONFIG_FILE)
 
 
-def _some_metrics(run: Path) -> "list[Metrics]":
+def _logged_metrics(run: Path) -> "list[Metrics]":
     from openmythos.train.metrics import read_metrics
 
     metrics = read_metrics(run)
@@ -205,22 +200,22 @@ def _positions(x: str, run: Path, metrics: "list[Metrics]") -> list[float]:
 
     if x == "steps":
         return [float(entry["step"]) for entry in metrics]
-    needed = {"tokens": ("tokens",), "seconds": ("tokens", "tokens_per_second")}[x]
+    needed = ("tokens",) if x == "tokens" else ("tokens", "tokens_per_second")
     for name in needed:
-        held = all(name in entry for entry in metrics)
-        require(held, "x", x, f"cannot be told, for not all steps of {run} have {name}")
+        logged = all(name in entry for entry in metrics)
+        require(logged, "x", x, f"is not known: some steps of {run} have no {name}")
     return tokens_seen(metrics) if x == "tokens" else seconds_trained(metrics)
 
 
-def _place(name: str, chosen: Sequence[str]) -> tuple[str, str]:
-    """Panel and line of a metric: items of one list share a panel."""
+def _panel(name: str, chosen: Sequence[str]) -> tuple[str, str]:
+    """Panel and line of a metric: the items of a list share a panel."""
     of_list, _, item = name.rpartition("/")
     together = [other for other in chosen if of_list and other.rpartition("/")[0] == of_list]
     return (of_list, item) if len(together) > 1 else (name, "")
 
 
 def _labels(runs: list[Path], configs: "list[RunConfig]") -> list[str]:
-    """Names, and in what the runs differ."""
+    """The name of each run and the config values in which the runs differ."""
     from openmythos.train.overview import differences, names_of
 
     labels = []
@@ -232,7 +227,7 @@ def _labels(runs: list[Path], configs: "list[RunConfig]") -> list[str]:
 
 
 def _print_summaries(summaries: "Sequence[RunSummary]") -> None:
-    """A table, or on a narrow terminal a few lines for each run."""
+    """A table, or on a narrow terminal a few lines per run."""
     from rich import box
 
     from openmythos.cli.live import STYLES
@@ -249,7 +244,7 @@ def _print_summaries(summaries: "Sequence[RunSummary]") -> None:
                     OUT.print(value if key == "run" else f"  {key} {value}", soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    # Of a narrow terminal the names give way, not the numbers.
+    # In a narrow terminal names are folded, numbers never.
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
     for name in list(rows[0])[2:]:
@@ -261,8 +256,8 @@ def _print_summaries(summaries: "Sequence[RunSummary]") -> None:
 
 
 def _cells(s: "RunSummary") -> dict[str, str]:
-    """What the table says of a run, by its columns."""
-    from openmythos.cli.live import duration
+    """A row of the table, by column."""
+    from openmythos.cli.progress import duration
     from openmythos.cli.screen import short
 
     return {
@@ -274,12 +269,4 @@ def _cells(s: "RunSummary") -> dict[str, str]:
         "tokens/s": "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
         "age": "" if s.age is None else duration(s.age),
         "params": "" if s.parameters is None else short(s.parameters),
-    }
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold: it knows no nan."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
     }

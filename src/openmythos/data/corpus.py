@@ -1,6 +1,6 @@
-"""A corpus: documents of some sources, each for training or held out.
+"""A corpus: the documents of some sources, split into training and held-out text.
 
-How documents are read is in ``sources``; turning their text into tokens is in ``shards``.
+``sources`` reads the documents, ``shards`` turns their text into tokens.
 """
 
 import hashlib
@@ -17,26 +17,24 @@ from openmythos.data.sources import READ, Document, Reader
 
 logger = logging.getLogger(__name__)
 
-_MAX_SHARE = 0.25
-_SURVEY_BYTES = 1 << 26
+_MAX_SHARE = 0.25  # of the text, beyond which holding out whole documents is refused
+_SURVEY_BYTES = 1 << 26  # bytes read to choose the kind of split
 _PIECE = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Split:
     by_position: bool
-    # Held out although its hash does not say so, since no other document is.
-    name: str
+    name: str  # a document held out whatever its hash; "" for none
 
 
 class Corpus:
-    """Can be read any number of times, always in the same order; empty documents are left out.
+    """Can be read any number of times, always in the same order; empty documents are skipped.
 
-    A document is held out when a hash of its name falls below ``held_out``, so that adding
-    documents never moves another one. Where no hash does, the document with the lowest is taken.
-    A corpus of so few documents that this would hold out more than a quarter of its text is split
-    by position instead: the end of every document is held out, of a single document too. What
-    counts as few shows in the first 64 MiB, so that an endless stream can be split as well.
+    A document is held out if a hash of its name, in [0, 1), is below ``held_out``: adding documents
+    never moves another one. If no hash is, the document with the lowest hash is held out. If that
+    would hold out more than a quarter of the first 64 MiB of text, as with few documents, the end
+    of every document is held out instead.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class Corpus:
         self._held_out = held_out
         self._limit = math.inf if limit_bytes is None else limit_bytes
         self._skip_bad_rows = skip_bad_rows
-        self.bad_rows_told = False
+        self.warned = False  # about bad rows
         self._split = self._survey()
 
     def documents(self) -> Iterator[Document]:
@@ -67,7 +65,7 @@ class Corpus:
         return self.split(self.documents(), held_out=True)
 
     def held_out_bytes(self) -> bytes:
-        """The held-out text as UTF-8, documents joined, to compare with other compressors."""
+        """The held-out documents joined, as UTF-8, for ``compression_baselines``."""
         return b"".join(document.text.encode() for document in self.held_out())
 
     def _reader(self) -> Reader:
@@ -85,14 +83,13 @@ class Corpus:
             if size >= self._limit:
                 break
         bad = reader.bad_rows
-        if bad.count and not self.bad_rows_told:
-            # Once, although a corpus is read several times.
-            self.bad_rows_told = True
+        if bad.count and not self.warned:
+            self.warned = True
             where = ", ".join(self._sources)
             logger.warning("%s: skipped %d rows; the first: %s", where, bad.count, bad.first)
 
     def split(self, documents: Iterable[Document], *, held_out: bool) -> Iterator[Document]:
-        """What of some of its documents is held out, or is not."""
+        """The held-out part of some of its documents, or their training part."""
         for document in documents:
             text = document.text
             if self._split.by_position:
@@ -104,7 +101,7 @@ class Corpus:
                 yield replace(document, text=text)
 
     def _is_held_out(self, name: str) -> bool:
-        return name == self._split.name or _draw(name) < self._held_out
+        return name == self._split.name or _hash(name) < self._held_out
 
     def _survey(self) -> _Split:
         reader = self._reader()
@@ -114,10 +111,10 @@ class Corpus:
             size = len(document.text.encode())
             total += size
             longest = max(longest, len(document.text))
-            draw = (_draw(document.name), document.name)
-            chosen += size if draw[0] < self._held_out else 0
-            if draw < lowest:
-                lowest, lowest_size = draw, size
+            hashed = (_hash(document.name), document.name)
+            chosen += size if hashed[0] < self._held_out else 0
+            if hashed < lowest:
+                lowest, lowest_size = hashed, size
             if total >= _SURVEY_BYTES:
                 break
         where = ", ".join(self._sources)
@@ -141,14 +138,13 @@ def open_corpus(
     limit_bytes: int | None = None,
     skip_bad_rows: bool = False,
 ) -> Corpus:
-    """A corpus of ``paths``, looked through once to decide its split; errors are raised here.
+    """A corpus of ``paths``, read up to 64 MiB to choose its split; errors are raised here.
 
     Each path is a file (plain text; .jsonl, .ndjson, these as .gz, and .parquet hold a document per
-    row, in ``field``), a folder (all of its files but hidden ones, those that are not text, run
-    folders and prepared folders), a glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set,
-    streamed) or ``stdlib`` (the source of Python's standard library). No more is read once
-    ``limit_bytes`` are reached. A row without text is an error, or with ``skip_bad_rows`` left out
-    and counted.
+    row, in ``field``), a folder (without hidden files, files that are not text, run folders and
+    prepared folders), a glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set, streamed) or
+    ``stdlib`` (the source of Python's standard library). Reading stops after ``limit_bytes`` of
+    text. A row without text is an error; ``skip_bad_rows`` skips and counts it.
     """
     require(len(paths) > 0, "paths", list(paths), "must name at least one source")
     require_number("held_out", held_out, above=0, at_most=0.2)
@@ -160,7 +156,7 @@ def open_corpus(
 
 
 def compression_baselines(data: bytes) -> dict[str, float]:
-    """Bits per byte of gzip and xz at their best level: what a model's have to beat."""
+    """Bits per byte of gzip and xz at their best level."""
     require(len(data) > 0, "data", data, "must not be empty")
     packers: dict[str, Any] = {
         "gzip-9": zlib.compressobj(9, wbits=31),
@@ -168,15 +164,15 @@ def compression_baselines(data: bytes) -> dict[str, float]:
     }
     sizes = dict.fromkeys(packers, 0)
     for name, packer in packers.items():
-        # In pieces, between which a signal is heard.
+        # In pieces, so that Python can handle a signal in between.
         for start in range(0, len(data), _PIECE):
             sizes[name] += len(packer.compress(data[start : start + _PIECE]))
         sizes[name] += len(packer.flush())
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
-def _draw(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+def _hash(name: str) -> float:
+    """A hash of the name, in [0, 1)."""
     # File names may hold bytes that are not UTF-8.
     digest = hashlib.sha1(name.encode(errors="surrogateescape"), usedforsecurity=False).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

@@ -1,4 +1,4 @@
-"""Which source a sample comes from: a function of its index, at the shares that were asked for."""
+"""Mixtures of data sources: which source a sample comes from, as a function of its index."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,17 @@ import numpy as np
 
 from openmythos.config import require, require_number
 
-# Shares in units of 2^-48, so that sample indices are dealt out in exact whole numbers.
-_BITS = 48
+_BITS = 48  # shares are integers in units of 2^-48, so that the arithmetic is exact
 
 
 class Mixture:
-    """Deals out samples 0, 1, 2, ... to sources of the given weights.
+    """Assigns samples 0, 1, 2, ... to sources in proportion to their weights.
 
-    The first source has share w and takes sample s where floor((s + 1) w + u) > floor(s w + u),
-    with u in [0, 1) drawn from the seed; it has then taken floor(s w + u) before. The samples it
-    leaves are numbered anew and dealt out to the other sources in the same way. So any stretch of
-    n samples holds n w of a source to within the number of sources, where independent draws would
-    be off by about sqrt(n), and what each has taken before a sample follows without counting.
+    The first source has share w and takes sample s if floor((s + 1) w + u) > floor(s w + u), with
+    u in [0, 1) drawn from the seed; it has then taken floor(s w + u) samples before. The remaining
+    samples are renumbered and assigned to the other sources in the same way. Any n consecutive
+    samples hold n w of a source, up to the number of sources; independent draws would be off by
+    about sqrt(n). How many samples a source had before follows without counting.
     """
 
     def __init__(self, weights: Sequence[int | float], seed: int) -> None:
@@ -28,7 +27,7 @@ class Mixture:
             round(weight / sum(weights[number:]) * (1 << _BITS))
             for number, weight in enumerate(weights[:-1])
         ]
-        # A seed of its own, apart from those of the epochs.
+        # Distinct from the seeds of the epochs.
         random = np.random.default_rng((seed, len(weights), _BITS))
         phases = random.integers(1 << _BITS, size=len(shares)).tolist()
         self._splits = list(zip(shares, phases, strict=True))

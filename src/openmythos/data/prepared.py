@@ -1,13 +1,13 @@
-"""Prepared folders: a corpus tokenised once (``prepare`` makes them), read by any number of runs.
+"""Prepared folders: a corpus tokenised once (see ``prepare``), read by any number of runs.
 
     PREPARED/
-    ├── prepared.json        what it was made from, its parts, hashes of the two index.json; last
+    ├── prepared.json        settings, parts, hashes of the two index.json; written last
     ├── tokenizer.json
     ├── train/  held_out/    token shards
-    └── unfinished/          only while it is being made: what it is made from, finished parts
+    └── unfinished/          while it is being made: settings, finished parts
 
-A run refers to such folders by their paths and the sha256 of their prepared.json, which stands for
-every token in them.
+A run refers to prepared folders by their paths and the sha256 of their prepared.json, which covers
+every token.
 """
 
 import os
@@ -29,9 +29,9 @@ SIDES = ("train", "held_out")
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What to prepare: as for ``open_corpus``, limit_bytes = 0 being none.
+    """What to prepare: the arguments of ``open_corpus``; limit_bytes = 0 means no limit.
 
-    The corpus is cut into parts of about part_bytes, which are worked on at the same time.
+    The corpus is cut into parts of about part_bytes, which are tokenised in parallel.
     """
 
     paths: tuple[str, ...]
@@ -50,9 +50,9 @@ class Preparation:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """All that a prepared folder is a function of.
+    """Everything that determines a prepared folder.
 
-    ``tokenizer`` is a fingerprint, ``files`` a sha256 of names, sizes and times of the files read.
+    ``tokenizer`` is its fingerprint, ``files`` a sha256 of the files' names, sizes and times.
     """
 
     preparation: Preparation
@@ -62,9 +62,9 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class PartEntry:
-    """A finished part: its text, what was left out for being no text, tokens per side.
+    """A finished part: sha256 and size of its text, tokens of each side.
 
-    `skipped` counts files, `bad_rows` rows of the files that the part names.
+    `skipped` counts files that are not text, `bad_rows` rows without text.
     """
 
     sha256: str
@@ -77,7 +77,7 @@ class PartEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The content of prepared.json; ``train`` and ``held_out`` are the sha256 of index.json."""
+    """The content of prepared.json; ``train`` and ``held_out`` are hashes of their index.json."""
 
     format_version: Literal[1] = 1
     origin: Origin
@@ -96,35 +96,32 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class References:
-    """What a run keeps of the prepared folders that it reads: the file prepared.json in tokens/."""
+    """The prepared folders that a run reads, saved as prepared.json in its tokens folder."""
 
     sources: tuple[Reference, ...]
 
     @classmethod
     def of(cls, paths: Sequence[str]) -> "References | None":
-        """References to paths that are all prepared folders; None if none of them is one."""
+        """References to prepared folders; None if no path is one. Raises if only some are."""
         found = [is_prepared(path) for path in paths]
         if not any(found):
             return None
         if not all(found):
             path, other = paths[found.index(False)], paths[found.index(True)]
             raise ConfigError(f"{path}: is not a prepared folder, which {other} is: prepare both")
-        # Absolute: a run can move, or be resumed from elsewhere.
+        # Absolute paths: the run folder can be moved, and resumed from another directory.
         folders = [Path(path).resolve() for path in paths]
         first, *others = [load_json(Prepared, folder / PREPARED_FILE) for folder in folders]
         for path, prepared in zip(paths[1:], others, strict=True):
             if prepared.origin.tokenizer != first.origin.tokenizer:
                 raise ConfigError(f"{path}: was prepared with another tokenizer than {paths[0]}")
-        return cls(
-            sources=tuple(
-                Reference(path=str(folder), sha256=sha256_of(folder / PREPARED_FILE))
-                for folder in folders
-            )
-        )
+        hashes = [sha256_of(folder / PREPARED_FILE) for folder in folders]
+        sources = [Reference(path=str(f), sha256=h) for f, h in zip(folders, hashes, strict=True)]
+        return cls(sources=tuple(sources))
 
     @classmethod
     def load(cls, folder: Path) -> "References | None":
-        """Those that `save` wrote into a folder; None if there are none."""
+        """The references saved in a folder; None if there are none."""
         path = folder / PREPARED_FILE
         return load_json(cls, path) if path.is_file() else None
 
@@ -133,11 +130,11 @@ class References:
         save_json(self, folder / PREPARED_FILE)
 
     def tokenizer(self) -> Tokenizer:
-        """The one that all of them share."""
+        """The tokenizer that all of them share."""
         return load_tokenizer(self.sources[0].path)
 
     def shards(self, side: str, *, verify: bool) -> list[TokenShards]:
-        """The tokens of each, "train" or "held_out"; refused where a folder has changed or gone."""
+        """The tokens of each, "train" or "held_out"; raises if a folder changed or is missing."""
         return [self._shards(source, side, verify) for source in self.sources]
 
     def _shards(self, source: Reference, side: str, verify: bool) -> TokenShards:
@@ -150,7 +147,7 @@ class References:
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a prepared folder; one that is not finished is refused."""
+    """Whether a path is a prepared folder; raises if it is an unfinished one."""
     folder = Path(path)
     if (folder / PREPARED_FILE).is_file():
         return True

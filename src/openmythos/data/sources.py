@@ -1,4 +1,7 @@
-"""Reading documents where they are: files, folders, globs, JSONL, Parquet, Hugging Face, stdlib."""
+"""Reading documents from files, folders, globs, JSONL, Parquet, Hugging Face data sets, the stdlib.
+
+A new file format is a function that yields rows, and a line of `FORMATS`.
+"""
 
 import glob
 import gzip
@@ -7,21 +10,19 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from openmythos.config import ConfigError, needs, require
 
 _NOT_SOURCE = frozenset({"__pycache__"})
-# site-packages is not the library, and tests are not how people write programs.
+# site-packages is not the standard library, and its tests are not typical programs.
 _NOT_STDLIB = _NOT_SOURCE | {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-_ROWS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z", ".tar")
-# What tells a run folder, and a prepared folder (unfinished too), from a folder of text. Who reads
-# "." means neither: the runs made of its text lie there as well.
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z", ".tar")
+# Files that mark a run folder and a prepared folder. They are skipped, so that `--data .` does not
+# read the runs made from it.
 _RUN = {"config.toml", "tokenizer.json"}
 _PREPARED = ("prepared.json", "unfinished/origin.json")
 READ = "plain UTF-8 text, .jsonl, .ndjson (these also as .gz) and .parquet"
@@ -29,14 +30,14 @@ READ = "plain UTF-8 text, .jsonl, .ndjson (these also as .gz) and .parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A text and its name, which is relative to its source and thus the same on every machine."""
+    """A text and its name, relative to its source and so equal on every machine."""
 
     name: str
     text: str
 
 
 class NotTextError(ConfigError):
-    """A file holds something else than UTF-8 text."""
+    """A file is not UTF-8 text."""
 
 
 class BadRowError(ConfigError):
@@ -45,7 +46,7 @@ class BadRowError(ConfigError):
 
 @dataclass
 class BadRows:
-    """Rows without text that were left out: how many, and what was wrong with the first."""
+    """Rows without text that were skipped: how many, and the error of the first."""
 
     count: int = 0
     first: str = ""
@@ -57,42 +58,60 @@ class BadRows:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file of a source; ``named`` by the user himself, who then means it to be text."""
+    """A file of a source. `named`: the user gave its own path, so it must be text."""
 
     path: Path
     name: str
     named: bool
 
     @property
-    def has_rows(self) -> bool:
-        """Whether it holds many documents rather than one."""
-        return self.name.lower().endswith((*_ROWS, ".parquet"))
+    def format(self) -> "Format | None":
+        """How the file holds its rows; None for a file that is one document."""
+        name = self.name.lower()
+        return next((f for suffixes, f in FORMATS.items() if name.endswith(suffixes)), None)
 
     @property
-    def is_packed(self) -> bool:
-        """Whether its size says little about that of its text."""
+    def compressed(self) -> bool:
+        """Whether its size says little about the size of its text."""
         return self.name.lower().endswith((".gz", ".parquet"))
 
     def read(self, field: str, bad: BadRows | None = None) -> Iterator[Document]:
-        """Its documents; NotTextError if it is no text, BadRowError for a row that `bad` does not
-        count."""
-        return _file(self.path, self.name, field, bad)
+        """Its documents.
+
+        Raises NotTextError if it is not text, and BadRowError for a row without text unless `bad`
+        counts such rows.
+        """
+        try:
+            if self.format is None:
+                yield Document(name=self.name, text=_decode(self.path.read_bytes(), self.path))
+            else:
+                unit, rows = self.format
+                yield from _documents(
+                    rows(self.path, field), field, self.name, f"{self.path}, {unit}", bad
+                )
+        except OSError as error:
+            reason = error.strerror or error
+            wrong = "is damaged" if isinstance(error, gzip.BadGzipFile) else "cannot be read"
+            raise ConfigError(f"{self.path}: {wrong}: {reason}") from error
+        except (EOFError, zlib.error) as error:
+            raise ConfigError(f"{self.path}: is damaged: {error}") from error
 
 
 class Reader:
-    """Reads sources one after the other, each file once although sources may overlap."""
+    """Reads sources one after the other; a file that several of them contain is read once."""
 
     def __init__(self, field: str, *, skip_bad_rows: bool = False) -> None:
-        self.skipped = 0
+        self.skipped = 0  # files that are not text
         self.bad_rows = BadRows()
         self._bad = self.bad_rows if skip_bad_rows else None
         self._field = field
-        self._seen: set[Path] = set()
+        self._read: set[Path] = set()
 
     def read(self, source: str) -> Iterator[Document]:
-        """The documents of a source as ``open_corpus`` describes it."""
-        if is_remote(source):
-            yield from _hugging_face(source, self._field, self._bad)
+        """The documents of a source, as ``open_corpus`` describes it."""
+        if is_stream(source):
+            name, rows = _hugging_face(source)
+            yield from _documents(rows, self._field, name, f"{source}, row", self._bad)
             return
         for file in self.files(source):
             try:
@@ -103,38 +122,34 @@ class Reader:
                 self.skipped += 1
 
     def files(self, source: str) -> Iterator[SourceFile]:
-        """The files of a source that is not remote, but for those seen before."""
+        """The files of a source that is not a stream, except those read before."""
+        path = Path(source)
         if source == "stdlib":
             root = Path(sysconfig.get_path("stdlib"))
-            yield from self._files(_stdlib(root), root)
-        elif Path(source).is_file():
-            path = Path(source)
-            if self._is_new(path):
-                yield SourceFile(path=path, name=path.name, named=True)
-        elif Path(source).is_dir():
-            yield from self._files(_walk(Path(source)), Path(source))
+            yield from self._new(_stdlib(root), root)
+        elif path.is_file():
+            yield from self._new([path], path.parent, named=True)
+        elif path.is_dir():
+            yield from self._new(_walk(path), path)
         elif _is_pattern(source):
-            yield from self._files(*_match(source))
-        elif Path(source).exists():
-            raise ConfigError(f"{source}: is no regular file; text is read more than once")
+            yield from self._new(*_match(source))
+        elif path.exists():
+            raise ConfigError(f"{source}: is not a regular file; text is read more than once")
         else:
             raise ConfigError(f"{source}: no such file or folder")
 
-    def _files(self, paths: Iterable[Path], root: Path) -> Iterator[SourceFile]:
+    def _new(
+        self, paths: Iterable[Path], root: Path, *, named: bool = False
+    ) -> Iterator[SourceFile]:
         for path in paths:
-            if path.is_file() and self._is_new(path):
-                name = path.relative_to(root).as_posix()
-                yield SourceFile(path=path, name=name, named=False)
-
-    def _is_new(self, path: Path) -> bool:
-        resolved = path.resolve()
-        known = resolved in self._seen
-        self._seen.add(resolved)
-        return not known
+            resolved = path.resolve()
+            if path.is_file() and resolved not in self._read:
+                self._read.add(resolved)
+                yield SourceFile(path=path, name=path.relative_to(root).as_posix(), named=named)
 
 
-def is_remote(source: str) -> bool:
-    """Whether a source is streamed from elsewhere, not made of files here."""
+def is_stream(source: str) -> bool:
+    """Whether a source is streamed from elsewhere instead of read from files."""
     return source.startswith("hf:")
 
 
@@ -165,29 +180,12 @@ def _is_pattern(path: str) -> bool:
 
 
 def _match(pattern: str) -> tuple[Iterator[Path], Path]:
-    """What a glob names, folders with all their files, and the folder it starts from."""
+    """The files that a glob matches, also those in matched folders, and the folder it starts in."""
     fixed = itertools.takewhile(lambda part: not _is_pattern(part), Path(pattern).parts)
     found = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
     require(bool(found), "path", pattern, "matches no file")
     files = (file for path in found for file in (_walk(path) if path.is_dir() else [path]))
     return files, Path(*fixed)
-
-
-def _file(path: Path, name: str, field: str, bad: BadRows | None) -> Iterator[Document]:
-    suffix = name.lower()
-    try:
-        if suffix.endswith(_ROWS):
-            yield from _jsonl(path, name, field, bad)
-        elif suffix.endswith(".parquet"):
-            yield from _parquet(path, name, field, bad)
-        else:
-            yield Document(name=name, text=_decode(path.read_bytes(), path))
-    except OSError as error:
-        reason = error.strerror or error
-        said = "is damaged" if isinstance(error, gzip.BadGzipFile) else "cannot be read"
-        raise ConfigError(f"{path}: {said}: {reason}") from error
-    except (EOFError, zlib.error) as error:
-        raise ConfigError(f"{path}: is damaged: {error}") from error
 
 
 def _decode(data: bytes, path: Path) -> str:
@@ -196,97 +194,30 @@ def _decode(data: bytes, path: Path) -> str:
             return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         pass
-    if path.name.lower().endswith(_PACKED):
+    if path.name.lower().endswith(_COMPRESSED):
         raise NotTextError(f"{path}: is compressed; read are {READ}")
     raise NotTextError(f"{path}: is not UTF-8 text")
 
 
 def _documents(
-    rows: Iterable[tuple[str, str, Callable[[], Any]]], field: str, bad: BadRows | None
+    rows: Iterable[Any], field: str, name: str, where: str, bad: BadRows | None
 ) -> Iterator[Document]:
-    """Documents of (name, place, what gives the row)."""
-    for name, where, row in rows:
+    """A document per row, which is a dict or a line of JSON; `where` leads the number of a bad row.
+
+    Blank lines are skipped but counted.
+    """
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, bytes) and not row.strip():
+            continue
         try:
-            text = _text(row(), field)
+            text = _text(_json(row) if isinstance(row, bytes) else row, field)
         except ValueError as error:
-            wrong = BadRowError(f"{where}: {error}")
+            wrong = BadRowError(f"{where} {number}: {error}")
             if bad is None:
                 raise wrong from error
             bad.add(wrong)
-            continue
-        yield Document(name=name, text=text)
-
-
-def _jsonl(path: Path, name: str, field: str, bad: BadRows | None) -> Iterator[Document]:
-    with gzip.open(path) if name.lower().endswith(".gz") else path.open("rb") as file:
-        rows = (
-            (f"{name}:{number}", f"{path}, line {number}", partial(_json, line))
-            for number, line in enumerate(file, 1)
-            if line.strip()
-        )
-        yield from _documents(rows, field, bad)
-
-
-def _json(line: bytes) -> Any:
-    try:
-        return json.loads(line.rstrip().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text: {error.reason} at byte {error.start + 1}") from error
-    except json.JSONDecodeError as error:
-        # Its own line number is that within the row.
-        reason = f"{error.msg} at character {error.pos + 1}"
-        raise ValueError(f"is not valid JSON: {reason}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not valid JSON: {error}") from error
-
-
-def _parquet(path: Path, name: str, field: str, bad: BadRows | None) -> Iterator[Document]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise ConfigError(f"{path}: {needs('data')}") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if field not in columns:
-                names = ", ".join(columns)
-                raise ConfigError(f"{path}: has no column {field!r}; its columns: {names}")
-            batches = file.iter_batches(columns=[field])
-            found = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            rows = (
-                (f"{name}:{number}", f"{path}, row {number}", partial(_same, row))
-                for number, row in enumerate(found, 1)
-            )
-            yield from _documents(rows, field, bad)
-    except ArrowException as error:
-        raise ConfigError(f"{path}: is not a readable Parquet file: {error}") from error
-
-
-def _hugging_face(source: str, field: str, bad: BadRows | None) -> Iterator[Document]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(f"{source}: {needs('data')}") from error
-    name, config, split, *rest = [*source.removeprefix("hf:").split(":"), "", ""]
-    if not name or any(rest):
-        raise ConfigError(f"{source}: must be written hf:NAME[:CONFIG][:SPLIT]")
-    split = split or "train"
-    try:
-        found = datasets.load_dataset(name, config or None, split=split, streaming=True)
-        rows = (
-            (f"{name}:{config}:{split}:{number}", f"{source}, row {number}", partial(_same, row))
-            for number, row in enumerate(found, 1)
-        )
-        yield from _documents(rows, field, bad)
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:  # no network, no such data set, configuration or split
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{source}: cannot be loaded: {reason}") from error
-
-
-def _same(row: Any) -> Any:
-    return row
+        else:
+            yield Document(name=f"{name}:{number}", text=text)
 
 
 def _text(row: Any, field: str) -> str:
@@ -300,6 +231,70 @@ def _text(row: Any, field: str) -> str:
         raise ValueError(f"field {field!r} is {kind}, must be a string")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
         raise ValueError(f"is not UTF-8 text: {error}") from error
     return text
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line.rstrip().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text: {error.reason} at byte {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        # Without the error's own line number, which counts within the row.
+        reason = f"{error.msg} at character {error.pos + 1}"
+        raise ValueError(f"is not valid JSON: {reason}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid JSON: {error}") from error
+
+
+def _jsonl(path: Path, _field: str) -> Iterator[bytes]:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        yield from file
+
+
+def _parquet(path: Path, field: str) -> Iterator[Any]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ConfigError(f"{path}: {needs('data')}") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if field not in columns:
+                names = ", ".join(columns)
+                raise ConfigError(f"{path}: has no column {field!r}; its columns: {names}")
+            for batch in file.iter_batches(columns=[field]):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise ConfigError(f"{path}: is not a readable Parquet file: {error}") from error
+
+
+def _hugging_face(source: str) -> tuple[str, Iterator[Any]]:
+    """The name and the rows of a streamed data set."""
+    name, config, split, *rest = [*source.removeprefix("hf:").split(":"), "", ""]
+    if not name or any(rest):
+        raise ConfigError(f"{source}: must be written hf:NAME[:CONFIG][:SPLIT]")
+    split = split or "train"
+
+    def rows() -> Iterator[Any]:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ConfigError(f"{source}: {needs('data')}") from error
+        try:
+            yield from datasets.load_dataset(name, config or None, split=split, streaming=True)
+        except (OSError, ValueError) as error:  # no network, data set, configuration or split
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{source}: cannot be loaded: {reason}") from error
+
+    return f"{name}:{config}:{split}", rows()
+
+
+# How a file whose name ends so holds its rows: what a row is called, and what yields the rows.
+Format = tuple[str, Callable[[Path, str], Iterator[Any]]]
+FORMATS: Mapping[tuple[str, ...], Format] = {
+    (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"): ("line", _jsonl),
+    (".parquet",): ("row", _parquet),
+}

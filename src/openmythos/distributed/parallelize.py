@@ -1,9 +1,9 @@
-"""One model over many ranks: experts split over ranks, weights sharded by FSDP2.
+"""One model on many ranks: expert parallelism, and FSDP2 for all other weights.
 
-The model code knows one device; only experts and initialisation meet DTensors. Applied from outside
-and in this order: activation checkpointing, compiled layers, expert parallelism, sharded weights.
-Each prelude layer, the recurrent block and each coda layer is one FSDP unit: its weights are
-gathered once per pass, however many loops the block runs.
+The model code is written for one device; only experts and initialisation handle DTensors. Applied
+in this order: activation checkpointing, torch.compile, expert parallelism, FSDP2. Each prelude
+layer, the recurrent block and each coda layer is one FSDP unit: its weights are all-gathered once
+per forward and once per backward pass, whatever the number of loops.
 """
 
 from collections.abc import Iterable
@@ -31,12 +31,12 @@ from openmythos.model.mythos import OpenMythos
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How ranks share the work: `replicate` groups of `shard` ranks (0: as many as there are).
+    """How a model is distributed: `replicate` replicas, each sharded over `shard` ranks (0: all).
 
-    Every rank reads its own part of the batch. A group holds the model once, each of its ranks a
-    part of every weight; more than one group is HSDP. `experts` of a group's ranks hold the routed
-    experts between them, and tokens travel to those. `gather` is the dtype in which weights travel
-    to where they are used, bf16 for autocast alone; gradients come back in fp32.
+    Every rank reads its own part of the batch. With one replica this is FSDP, with several HSDP.
+    `experts` neighbouring ranks of a replica divide the routed experts among themselves (expert
+    parallelism). `gather` is the dtype of the all-gathered weights, bf16 only with autocast;
+    gradients are reduced in fp32.
     """
 
     replicate: int = 1
@@ -50,8 +50,8 @@ class Parallel:
         require_int("experts", self.experts, minimum=1)
 
     def mesh(self, device: str) -> DeviceMesh:
-        """All ranks, along ("replicate", "shard") or one of them alone."""
-        shard = self._ranks_that_shard()
+        """All ranks in the dimensions ("replicate", "shard"), or ("shard",) for one replica."""
+        shard = self._shard_size()
         if self.replicate == 1:
             return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
         return init_device_mesh(
@@ -59,10 +59,10 @@ class Parallel:
         )
 
     def expert_mesh(self, device: str) -> DeviceMesh:
-        """The same ranks along ("replicate", "shard", "experts"), or the last two alone."""
-        shard = self._ranks_that_shard()
-        text = f"must divide the number of ranks that shard = {shard}"
-        require(shard % self.experts == 0, "experts", self.experts, text)
+        """The same ranks in the dimensions ("replicate", "shard", "experts"), or the last two."""
+        shard = self._shard_size()
+        allowed = f"must divide shard = {shard}"
+        require(shard % self.experts == 0, "experts", self.experts, allowed)
         sizes, names = (shard // self.experts, self.experts), ("shard", "experts")
         if self.replicate == 1:
             return init_device_mesh(device, sizes, mesh_dim_names=names)
@@ -70,16 +70,15 @@ class Parallel:
             device, (self.replicate, *sizes), mesh_dim_names=("replicate", *names)
         )
 
-    def _ranks_that_shard(self) -> int:
+    def _shard_size(self) -> int:
         size = rank_and_world_size()[1]
         shard = self.shard or max(1, size // self.replicate)
-        fits = self.replicate * shard == size
-        text = f"times shard = {shard} must be the number of ranks = {size}"
-        require(fits, "replicate", self.replicate, text)
+        allowed = f"times shard = {shard} must be the number of ranks = {size}"
+        require(self.replicate * shard == size, "replicate", self.replicate, allowed)
         return shard
 
 
-def spread(
+def parallelize(
     model: OpenMythos,
     parallel: Parallel,
     *,
@@ -88,10 +87,10 @@ def spread(
     compiled: bool,
     seed: int = 0,
 ) -> OpenMythos:
-    """The model as a step runs it, in place; every rank comes with the same weights.
+    """Distribute the model in place; weights, if there are any yet, must be equal on all ranks.
 
-    One on the meta device gets its weights of `seed` when it is in shards, so that no rank ever
-    holds more of it whole than one parameter.
+    A model on the meta device is initialised from `seed` after sharding: no rank ever holds more
+    than one full parameter.
     """
     model.recurrent.checkpoint_loops = checkpoint_loops
     if compiled:
@@ -119,15 +118,16 @@ def spread(
 
 
 def reduce_gradients(model: OpenMythos, on: bool) -> None:
-    """Whether the next backward pass sums gradients over ranks: of a step's passes the last."""
+    """Whether the next backward pass reduces gradients over ranks: only a step's last one does."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """The norm of all gradients, which are scaled down together where it is above max_norm.
+    """Scale all gradients down to the norm `max_norm`; returns their norm before.
 
-    One sum over all ranks: shards may lie on several meshes, and replicas must get the same.
+    One all-reduce gives the norm, since shards may be on several meshes and all replicas must use
+    the same value.
     """
     groups = by_mesh(parameter for parameter in parameters if parameter.grad is not None)
     grads = [p.grad for group in groups for p in group if p.grad is not None]
@@ -142,7 +142,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in lists of one mesh each: torch's operators on lists take no other."""
+    """Parameters grouped by mesh, as torch's foreach operators need them."""
     found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None

@@ -1,6 +1,6 @@
-"""Ranks: how processes find each other, what they agree on, and how they end.
+"""Ranks: process group, sums and means over ranks, waiting for rank 0, end of a process.
 
-torchrun starts the ranks; without it every function here means one process.
+torchrun starts the ranks; without it every function here works for the single process.
 """
 
 import os
@@ -24,28 +24,26 @@ from openmythos.config import ConfigError
 
 T = TypeVar("T")
 
-# A collective that waits longer for a rank ends the job.
-PATIENCE = timedelta(seconds=50)
-# Ranks that read files may differ more: machines, and their disks, are not equally fast.
-PATIENCE_WITH_FILES = timedelta(hours=1)
+TIMEOUT = timedelta(seconds=50)  # of collectives
+FILE_TIMEOUT = timedelta(hours=1)  # of barriers after reading files: disks are not equally fast
 
 
 def launched() -> tuple[int, int]:
-    """(rank, ranks) as torchrun has started this process; (0, 1) where it has not."""
+    """(rank, world size) set by torchrun; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_here() -> tuple[int, int]:
-    """(rank, ranks) among those that torchrun has started on this machine."""
+    """(rank, number of ranks) among the ranks on this machine."""
     rank, ranks = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
     return int(rank), int(ranks)
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The ranks that torchrun has started, none where it has not; `device` is the current one.
+    """Make `device` the current one and, under torchrun, join the process group.
 
-    Raises ConnectionError where a rank no longer answers the others.
+    Raises ConnectionError after a timeout or if the connection to another rank is lost.
     """
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)
@@ -55,32 +53,33 @@ def process_group(device: torch.device) -> Iterator[None]:
     backend = "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # Restarted ranks meet in the same store, where the former have left their addresses.
+        # After a restart the store still holds the addresses of the former ranks.
         store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        if "Timed out waiting" in said:
-            waited = re.search(r"waiting (\d+) ?ms", said)
-            seconds = int(waited[1]) // 1000 if waited else PATIENCE.seconds
-            told = f"waited {seconds} s in vain for the others"
-        elif "Connection closed by peer" in said or "Connection reset by peer" in said:
-            told = "lost the connection to another"
+        text = str(error)
+        if "Timed out waiting" in text:
+            waited = re.search(r"waiting (\d+) ?ms", text)
+            seconds = int(waited[1]) // 1000 if waited else TIMEOUT.seconds
+            reason = f"timed out after {seconds} s in a collective; another rank hangs or died"
+        elif "Connection closed by peer" in text or "Connection reset by peer" in text:
+            reason = "lost the connection to another rank"
         else:
             raise
-        raise ConnectionError(f"rank {launched()[0]}: {told}") from error
+        raise ConnectionError(f"rank {launched()[0]}: {reason}") from error
     finally:
         dist.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
-    """End this process; a rank's at once, for gloo's threads outlive their group.
+def exit_process(code: int) -> NoReturn:
+    """End this process; under torchrun without the interpreter's clean-up.
 
-    One that drops a tensor while the interpreter winds up would abort a rank that is done.
+    gloo's threads outlive the process group: one that frees a tensor during clean-up aborts the
+    process.
     """
     if launched()[1] == 1:
         sys.exit(code)
@@ -89,8 +88,8 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def whole(x: Tensor) -> Tensor:
-    """All of a tensor that may be in shards."""
+def full_tensor(x: Tensor) -> Tensor:
+    """The full tensor of a DTensor; any other tensor as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -102,24 +101,24 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def wait_for_files() -> None:
-    """Return when all ranks have done what each does with files of its own."""
+    """Barrier with FILE_TIMEOUT, for ranks that have read or written files."""
     if rank_and_world_size()[1] == 1:
         return
-    group = dist.new_group(backend="gloo", timeout=PATIENCE_WITH_FILES)
+    group = dist.new_group(backend="gloo", timeout=FILE_TIMEOUT)
     dist.barrier(group)
     dist.destroy_process_group(group)
 
 
 def first_rank_does(work: Callable[[], T]) -> T | None:
-    """What `work` returns on rank 0; None on the others, which wait, and fail if it fails."""
+    """The result of `work` on rank 0; None on other ranks, which wait and raise if it fails."""
     rank, size = rank_and_world_size()
     if size == 1:
         return work()
-    group = dist.new_group(backend="gloo", timeout=PATIENCE_WITH_FILES)
-    done, failure = None, [""]
+    group = dist.new_group(backend="gloo", timeout=FILE_TIMEOUT)
+    result, failure = None, [""]
     try:
         if rank == 0:
-            done = work()
+            result = work()
     except BaseException as error:
         line = next(iter(str(error).splitlines()), "")
         failure = [line or type(error).__name__]
@@ -129,22 +128,22 @@ def first_rank_does(work: Callable[[], T]) -> T | None:
     dist.destroy_process_group(group)
     if rank > 0 and failure[0]:
         raise ConfigError(f"rank 0 failed: {failure[0]}")
-    return done
+    return result
 
 
 def wait_for_file(path: Path) -> None:
-    """Return when a file that another rank has written is seen here: file systems may lag."""
-    deadline = time.monotonic() + PATIENCE.total_seconds()
+    """Wait until a file written by another rank is visible here: file systems may lag."""
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
     while not path.is_file():
         if time.monotonic() > deadline:
-            told = f"not seen by rank {launched()[0]} {PATIENCE.seconds} s after rank 0 wrote it"
-            raise ConfigError(f"{path}: {told}; all ranks must share the folder")
+            late = f"not visible to rank {launched()[0]} {TIMEOUT.seconds} s after rank 0 wrote it"
+            raise ConfigError(f"{path}: {late}; all ranks must share the folder")
         time.sleep(0.1)
 
 
 @torch.no_grad()
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of every rank's x."""
+    """All-reduce `x` in place."""
     if rank_and_world_size()[1] > 1:
         dist.all_reduce(x)
     return x
@@ -152,7 +151,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
-    """Every scalar's mean over all ranks, in one message."""
+    """The mean of each scalar over all ranks, by one all-reduce."""
     if rank_and_world_size()[1] == 1 or not values:
         return [value.detach() for value in values]
     stacked = torch.stack([value.detach().float() for value in values])

@@ -10,11 +10,10 @@ tiny, small        everything our own model has, at the size of a unit test and 
                    has been trained by anybody, so take them as arithmetic, not as advice.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from openmythos.config import ConfigError
+from openmythos.config import ConfigError, unknown_name
 from openmythos.model.config import MythosConfig
 from openmythos.nn.feed_forward import ReLU2, SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
@@ -212,9 +211,8 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> MythosConfig:
     """The preset of that name."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else ";"
-        raise ConfigError(f"preset {name!r}: unknown{hint} known: {', '.join(PRESETS)}")
+        known = unknown_name("preset", name, PRESETS, as_listed=True)
+        raise ConfigError(f"preset = {name!r}: {known}")
     return PRESETS[name]()
 
 

@@ -130,7 +130,7 @@ class _Parts:
 
     def _state(self, step: int, now: float) -> State:
         if self.state is not None:
-            return self.state.seen(now)
+            return self.state.status(now)
         if self.written is None:
             return "new"
         return "finished" if self.config and step >= self.config.train.num_steps else "unknown"

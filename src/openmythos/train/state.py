@@ -1,19 +1,20 @@
-"""What a run is doing: RUN/state.json, kept by the process that trains, read by whoever watches.
+"""RUN/state.json: what a run is doing, written by the process that trains it.
 
-A process that is killed cannot say so. Where its pid means something the reader looks for the
-process; from elsewhere (another machine, another container) it goes by the last sign of life.
+A killed process cannot write that it has ended. A reader that shares the host and PID namespace of
+the training checks whether the process exists; any other goes by the time of the last write.
 """
 
 import contextlib
+import math
 import os
 import platform
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
+import psutil
 from filelock import FileLock, Timeout
 
 from openmythos.config import ConfigError, from_dict
@@ -21,10 +22,10 @@ from openmythos.files import read_json, write_json
 
 FILE = "state.json"
 LOCK_FILE = ".lock"
-# Seconds between signs of life, and how long a process may go without one.
-BEAT, SILENCE = 5.0, 60.0
+BEAT = 5.0  # seconds between two writes
+SILENCE = 60.0  # seconds without a write after which a process elsewhere counts as dead
 State = Literal["running", "finished", "stopped", "failed", "dead", "new", "unknown"]
-# Of these a run does not come back by itself.
+# States that end by themselves in no other.
 ENDED: tuple[State, ...] = ("finished", "stopped", "failed", "dead", "unknown")
 
 
@@ -32,8 +33,8 @@ ENDED: tuple[State, ...] = ("finished", "stopped", "failed", "dead", "unknown")
 class RunState:
     """The content of state.json; times in seconds since the epoch.
 
-    `place` is where `pid` means this process: the host, its boot and the container; `born` tells
-    the process from a later one of the same pid. Both are empty where the system does not say.
+    `pid` is valid on one host, boot and PID namespace (`place`, "" if unknown); `start_time`, when
+    the process was created, in seconds since boot, detects that its pid was reused.
     """
 
     state: Literal["running", "finished", "stopped", "failed"]
@@ -42,32 +43,34 @@ class RunState:
     pid: int
     host: str
     place: str
-    born: str
-    started: float
+    start_time: float
+    started: float  # when training started
     stepped: float  # when the last step ended
-    alive: float  # the last sign of life
+    alive: float  # when the file was written
     error: str = ""
 
-    def seen(self, now: float) -> State:
-        """The state as it is now: "dead" is one that says running and runs no more."""
+    def status(self, now: float) -> State:
+        """The state at the time `now`: a run that says "running" may be "dead"."""
         if self.state != "running":
             return self.state
         if self.place and self.place == _place():
-            return "running" if _born(self.pid) == self.born else "dead"
+            # The two may differ by a second: the boot time is known in whole seconds.
+            same = abs(_start_time(self.pid) - self.start_time) < 2
+            return "running" if same else "dead"
         return "running" if now - self.alive < SILENCE else "dead"
 
 
 def read_state(run: Path) -> RunState | None:
-    """None where no process has trained the run yet, or one of a version without state.json."""
+    """The content of RUN/state.json; None if there is none yet."""
     path = run / FILE
     return from_dict(RunState, read_json(path), str(path)) if path.is_file() else None
 
 
 def lock(run: Path) -> FileLock:
-    """Hold a run folder for writing, until `release` or the end of the process.
+    """Lock a run folder for writing until `release` or the end of the process.
 
-    Raises a ConfigError that names the process that holds it; readers need no lock. Where the file
-    system has no locks, there is none.
+    Raises a ConfigError that names the process that holds the lock. Readers need no lock. On a file
+    system without locks this does nothing.
     """
     held = FileLock(run / LOCK_FILE, thread_local=False)
     try:
@@ -83,18 +86,18 @@ def _holder(run: Path) -> str:
         found = read_state(run)
     except ConfigError:
         found = None
-    if found is None or found.seen(time.time()) != "running":
-        return "another process is making or training it"
+    if found is None or found.status(time.time()) != "running":
+        return "another process is creating or training it"
     where = "" if found.host == platform.node() else f" on {found.host}"
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.started))
     return f"process {found.pid}{where} is training it (since {since})"
 
 
 class StateFile:
-    """Keeps state.json up to date while training goes on, and says how it ended.
+    """Keeps state.json up to date during training and records how it ended.
 
-    A run that closes its iterator, or is interrupted, has stopped; an error has made it fail. A
-    file that cannot be written is no reason to end the training.
+    A run whose iterator is closed, or that is interrupted, has stopped; an exception makes it
+    failed. A file that cannot be written does not end the training.
     """
 
     def __init__(self, run: Path, *, step: int, num_steps: int) -> None:
@@ -107,17 +110,17 @@ class StateFile:
             pid=os.getpid(),
             host=platform.node(),
             place=_place(),
-            born=_born(os.getpid()),
+            start_time=_start_time(os.getpid()),
             started=now,
             stepped=now,
             alive=now,
         )
         self._ended = threading.Event()
-        # Beside the steps, for one may take longer than a reader would wait.
+        # In a thread: a step may take longer than SILENCE.
         self._thread = threading.Thread(target=self._beat, name="state", daemon=True)
 
     def stepped(self, step: int) -> None:
-        """Another step is done."""
+        """Record that another step is done."""
         self._state = replace(self._state, step=step, stepped=time.time())
 
     def __enter__(self) -> "StateFile":
@@ -125,12 +128,7 @@ class StateFile:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, *_: object) -> None:
         self._ended.set()
         self._thread.join()
         done = self._state.step >= self._state.num_steps
@@ -150,7 +148,7 @@ class StateFile:
 
 
 def _place() -> str:
-    """Empty where the system does not say."""
+    """Host, its boot and PID namespace, within which a pid names one process; "" if not Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{platform.node()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -158,10 +156,15 @@ def _place() -> str:
         return ""
 
 
-def _born(pid: int) -> str:
-    """When a process started, in ticks since boot; empty where there is none, or a zombie."""
+def _start_time(pid: int) -> float:
+    """Seconds from boot to the creation of a process; nan for no process and for a zombie.
+
+    Unlike the time since the epoch, it does not change when the clock is set.
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return process.create_time() - psutil.boot_time()
+    except psutil.Error:
+        pass
+    return math.nan

@@ -17,8 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from openmythos.config import require
 from openmythos.data.loader import Batch, Loader
-from openmythos.distributed.parallelize import clip_gradients, reduce_gradients, spread
-from openmythos.distributed.ranks import mean_over_ranks, rank_and_world_size, sum_over_ranks, whole
+from openmythos.distributed.parallelize import clip_gradients, parallelize, reduce_gradients
+from openmythos.distributed.ranks import (
+    full_tensor,
+    mean_over_ranks,
+    rank_and_world_size,
+    sum_over_ranks,
+)
 from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
@@ -90,7 +95,7 @@ class Trainer:
             self.device = choose_device(config.device, "train.device")
         self.dtypes = choose(config.precision, self.device, kept)
         config.require_gather(self.dtypes.model)
-        self.model = spread(
+        self.model = parallelize(
             model,
             config.parallel,
             device=self.device,
@@ -306,4 +311,4 @@ class Trainer:
         if not isinstance(injection, LTIInjection):
             return float("nan")
         with torch.no_grad():
-            return float(whole(injection.discretize()[0].max()))
+            return float(full_tensor(injection.discretize()[0].max()))

@@ -1,0 +1,166 @@
+"""The long work of the commands, each piece under a progress bar."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from shlex import quote
+
+import torch
+from rich.table import Table
+
+from openmythos.cli.interrupt import Interrupted, stop_training
+from openmythos.cli.progress import Progress
+from openmythos.cli.screen import OUT
+from openmythos.distributed.ranks import first_rank_does, launched, process_group, wait_for_file
+from openmythos.machine import choose_device
+from openmythos.model.mythos import OpenMythos
+from openmythos.planning import cost
+from openmythos.recipes import report
+from openmythos.recipes.report import LoopReport
+from openmythos.studies import depth_extrapolation
+from openmythos.studies.learning import Learning, accuracy_map, learn
+from openmythos.train.config import RunConfig
+from openmythos.train.guards import Divergence
+from openmythos.train.run import CONFIG_FILE, Run, train
+
+HOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60)
+LOOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
+
+
+def create(folder: Path, config: RunConfig) -> Run:
+    """Create a run folder: rank 0 writes it, the other ranks wait, and fail if it fails."""
+
+    def work() -> Run:
+        with Progress(OUT, "reading the corpus", unit="MB") as progress:
+            return Run.create(
+                folder, config, lambda stage, done: progress.update(done, stage=stage)
+            )
+
+    run = first_rank_does(work)
+    if run is None:
+        wait_for_file(folder / CONFIG_FILE)
+        return Run.open(folder)
+    tokens, held_out = (len(run.shards(part, verify=False)) for part in ("train", "held_out"))
+    OUT.print(
+        f"{folder}: {tokens:,} training and {held_out:,} held-out tokens, "
+        f"vocabulary of {run.tokenizer.vocab_size}"
+    )
+    return run
+
+
+def train_with_bar(run: Run, *, resume: bool) -> bool:
+    """Train; False if a signal stopped several ranks before the last step.
+
+    A single process that was stopped raises Interrupted.
+    """
+    config = run.config.train
+    received: list[int] = []
+    done, smooth, divergence = None, None, Divergence()
+    with (
+        process_group(choose_device(config.device, "train.device")),
+        Progress(OUT, "training", total=config.num_steps) as progress,
+    ):
+        steps = train(
+            run,
+            resume=resume,
+            stopping=lambda: bool(received),
+            told=lambda line: OUT.print(line, soft_wrap=True),
+        )
+        with stop_training(received):
+            for metrics in steps:
+                done = metrics.step + 1
+                warning = divergence.saw(metrics.step, metrics.total_loss, metrics.gradient_norm)
+                if warning:
+                    OUT.print(warning, soft_wrap=True)
+                smooth = metrics.loss if smooth is None else 0.9 * smooth + 0.1 * metrics.loss
+                text = f"loss {smooth:.3f}, {metrics.tokens_per_second:,.0f} tokens/s"
+                progress.update(done, text)
+    if done != config.num_steps and (received or done is not None):
+        when = "in its first step" if done is None else f"after step {done}, checkpoint saved"
+        OUT.print(f"stopped {when}; go on with")
+        OUT.print(f"    openmythos train --resume {quote(str(run.folder))}", soft_wrap=True)
+        if launched()[1] == 1:
+            raise Interrupted(received[0])
+        return False
+    if done is None:
+        OUT.print(f"{run.folder}: all {config.num_steps} steps are done already")
+    elif launched()[0] == 0:
+        report.write_loss_curve(run)
+    divergence.check()
+    return True
+
+
+def print_next(run: Run, prompt: str) -> None:
+    """Print commands to go on with, ready to paste; `prompt` suits a model of Python's source."""
+    name = quote(str(run.folder))
+    prompt = prompt if run.config.data.paths == ("stdlib",) else _first_words(run)
+    OUT.print(f"\nNext:  openmythos generate {name} --prompt={quote(prompt)}", soft_wrap=True)
+    OUT.print(f"       openmythos eval {name}", soft_wrap=True)
+
+
+def _first_words(run: Run) -> str:
+    """The first words of the training text."""
+    shards = run.shards("train", verify=False)
+    text = run.tokenizer.decode(shards.read(0, min(64, len(shards))).tolist())
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return " ".join(line.strip("\ufffd").split()[:3])[:40]
+
+
+def evaluate(
+    run: Run,
+    loops: tuple[int, ...],
+    data: tuple[str, ...],
+    *,
+    device: str = "auto",
+    step: int | None = None,
+    precision: str = "auto",
+) -> LoopReport:
+    """Score held-out text, or `data`, and print bits per byte against loops."""
+    with Progress(OUT, "evaluating", unit="tokens") as progress:
+        found = report.evaluate(
+            run,
+            loops,
+            data=data,
+            device=device,
+            step=step,
+            precision=precision,
+            progress=lambda done, total: progress.update(done, total=total),
+        )
+    table = Table("loops", "bits per byte", "perplexity per token", title=found.text)
+    for loop, result in found.loops.items():
+        table.add_row(str(loop), f"{result.bits_per_byte:.4f}", f"{result.perplexity:.2f}")
+    table.add_section()
+    for name, bits in found.compressors.items():
+        table.add_row(name, f"{bits:.4f}", "")
+    OUT.print(table)
+    OUT.print(f"computed in {found.precision} on {found.device}")
+    if found.verdict():
+        OUT.print(found.verdict())
+    return found
+
+
+def learn_hops(num_steps: int, device: str = "auto") -> Mapping[int, Mapping[int, float]]:
+    """Train the looped model of study depth-extrapolation; return accuracy by hops and loops."""
+    arm = next(arm for arm in depth_extrapolation.arms() if arm.name == depth_extrapolation.LOOPED)
+    assert isinstance(arm.learning, Learning)
+    learning = replace(arm.learning, num_steps=num_steps)
+    model = OpenMythos(arm.model, seed=0).to(choose_device(device))
+    OUT.print(
+        f"A model of {cost.parameters(arm.model).total:,} parameters learns to follow chains of up "
+        f"to {learning.max_hops} lookups, e0 r1 r2 ... -> r2(r1(e0)), in tables that it must "
+        "memorise.\nThen it is asked longer chains than it was trained on."
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model is slower on two (Zen 3: 24 s on one, 29 s on two)
+    try:
+        with Progress(OUT, "learning hops", total=num_steps) as progress:
+            for done in learn(model, arm.problems, learning, seed=0):
+                progress.update(done.step + 1, f"up to {done.reach} hops, loss {done.loss:.2f}")
+    finally:
+        torch.set_num_threads(threads)
+    with Progress(OUT, "asking", total=len(HOPS_ASKED), unit="numbers of hops") as progress:
+        found: dict[int, dict[int, float]] = {}
+        for hops in HOPS_ASKED:
+            found |= accuracy_map(model, arm.problems, (hops,), LOOPS_ASKED, examples=100)
+            progress.update(len(found))
+    return found

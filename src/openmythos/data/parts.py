@@ -1,0 +1,116 @@
+"""How a corpus is cut into the parts that processes tokenise.
+
+The content of a part follows from the corpus and the settings alone.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from openmythos.data.corpus import Corpus
+from openmythos.data.prepared import Preparation
+from openmythos.data.sources import (
+    BadRows,
+    Document,
+    NotTextError,
+    Reader,
+    SourceFile,
+    is_stream,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Either files, read by the process that tokenises them, or documents already read."""
+
+    number: int
+    size: int  # bytes
+    files: tuple[SourceFile, ...] = ()
+    documents: tuple[Document, ...] = ()
+
+    def read(self, wanted: Preparation) -> tuple[list[Document], int, int]:
+        """Its documents, the number of files that are not text, and of rows without text."""
+        bad = BadRows()
+        found, skipped = list(self.documents), 0
+        for file in self.files:
+            try:
+                found.extend(file.read(wanted.field, bad if wanted.skip_bad_rows else None))
+            except NotTextError:
+                if file.named:
+                    raise
+                skipped += 1
+        return found, skipped, bad.count
+
+
+def survey(wanted: Preparation) -> tuple[str, int]:
+    """A hash of all files' names, sizes and times, and the bytes to read (0: unknown)."""
+    digest, total, known = hashlib.sha256(), 0, True
+    reader = Reader(wanted.field)
+    for source in wanted.paths:
+        if is_stream(source):
+            known = False
+            continue
+        for file in reader.files(source):
+            status = file.path.stat()
+            digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
+            total += status.st_size
+            known = known and not file.compressed
+    return digest.hexdigest(), wanted.limit_bytes or (total if known else 0)
+
+
+def cut_into_parts(corpus: Corpus, wanted: Preparation, bad: BadRows) -> Iterator[Part]:
+    """The parts in order; `bad` counts the bad rows of documents that are read here."""
+    numbers = itertools.count()
+    if wanted.limit_bytes:
+        # Only reading tells where the limit is reached.
+        yield from _of_documents(corpus.documents(), wanted, numbers)
+        return
+    reader = Reader(wanted.field, skip_bad_rows=wanted.skip_bad_rows)
+    counted = bad if wanted.skip_bad_rows else None
+    for source in wanted.paths:
+        if is_stream(source):
+            yield from _of_documents(reader.read(source), wanted, numbers)
+            bad.count += reader.bad_rows.count
+            reader.bad_rows.count = 0
+            continue
+        # A file of rows larger than a part is read and cut here.
+        for is_cut, files in itertools.groupby(
+            reader.files(source), lambda file: bool(file.format) and _size(file) > wanted.part_bytes
+        ):
+            if is_cut:
+                for file in files:
+                    yield from _of_documents(file.read(wanted.field, counted), wanted, numbers)
+            else:
+                for group, size in _gather(files, _size, wanted.part_bytes):
+                    yield Part(number=next(numbers), size=size, files=group)
+
+
+def _of_documents(
+    documents: Iterable[Document], wanted: Preparation, numbers: Iterator[int]
+) -> Iterator[Part]:
+    for group, size in _gather(documents, lambda d: len(d.text.encode()), wanted.part_bytes):
+        yield Part(number=next(numbers), size=size, documents=group)
+
+
+def _gather(
+    items: Iterable[T], size_of: Callable[[T], int], limit: int
+) -> Iterator[tuple[tuple[T, ...], int]]:
+    """Groups of items, each ended by the item that reaches the limit, and the size of each."""
+    group: list[T] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= limit:
+            yield tuple(group), size
+            group, size = [], 0
+    if group:
+        yield tuple(group), size
+
+
+def _size(file: SourceFile) -> int:
+    return file.path.stat().st_size
