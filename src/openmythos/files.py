@@ -1,4 +1,4 @@
-"""Files: configs as TOML and JSON, written as a whole or not at all, and checksums."""
+"""Atomic files: configs as TOML and JSON, plain data as JSON, checksums."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ AnyPath = str | os.PathLike[str]
 
 def dumps_toml(config: Any) -> str:
     """The config as TOML, every field written out."""
-    return tomli_w.dumps(_loadable(config))
+    return tomli_w.dumps(_checked(config))
 
 
 def save_toml(config: Any, path: AnyPath) -> None:
@@ -36,7 +36,7 @@ def load_toml(cls: type[T], path: AnyPath) -> T:
 
 def save_json(config: Any, path: AnyPath) -> None:
     """Write the config as indented JSON, atomically."""
-    write_json(_loadable(config), path)
+    write_json(_checked(config), path)
 
 
 def write_json(data: Mapping[str, Any], path: AnyPath) -> None:
@@ -46,25 +46,25 @@ def write_json(data: Mapping[str, Any], path: AnyPath) -> None:
 
 def read_json(path: AnyPath) -> dict[str, Any]:
     """Read a JSON object as plain data; every error names the file."""
-    data = _read(path, "JSON", functools.partial(json.loads, object_pairs_hook=_unrepeated))
+    data = _read(path, "JSON", _parse_json)
     require(isinstance(data, dict), str(path), type(data).__name__, "must hold a JSON object")
     return data
 
 
 def load_json(cls: type[T], path: AnyPath) -> T:
     """Read and validate a JSON file; every error names the file."""
-    return _load(cls, path, "JSON", functools.partial(json.loads, object_pairs_hook=_unrepeated))
+    return _load(cls, path, "JSON", _parse_json)
 
 
 def write_atomically(path: AnyPath, data: str | bytes) -> None:
-    """Replace a file as a whole: whatever fails, the old one stays as it was."""
+    """Replace a file; after any failure the old one is unchanged."""
     with replacing(path) as temporary, open(temporary, "xb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
 def replacing(path: AnyPath) -> Iterator[Path]:
-    """Yield a temporary path to write; it takes the place of `path` only if nothing failed."""
+    """Yield a temporary path to write to, which replaces `path` if nothing fails."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -75,8 +75,8 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The new name survives a power cut only once its directory is on disk too. Some systems cannot
-    # sync a directory, and by now the file is in place, so that is no failure.
+    # A power cut loses the new name unless the directory is synced too. Not all systems can do
+    # that; the file is in place already, so failing is no error.
     with contextlib.suppress(OSError):
         directory = os.open(target.parent, os.O_RDONLY)
         try:
@@ -86,7 +86,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
 
 
 def sha256_of(path: AnyPath) -> str:
-    """The sha256 of a file's bytes, as hexadecimal digits."""
+    """The sha256 of a file, as hexadecimal digits."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -111,8 +111,8 @@ def _load(cls: type[T], path: AnyPath, language: str, parse: Callable[[str], Any
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # The json module would keep the last of two equal keys and drop the first without a word.
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # The json module silently keeps only the last of two equal keys.
     table: dict[str, Any] = {}
     for key, value in pairs:
         if key in table:
@@ -121,8 +121,11 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _loadable(config: Any) -> dict[str, Any]:
+_parse_json = functools.partial(json.loads, object_pairs_hook=_unique_keys)
+
+
+def _checked(config: Any) -> dict[str, Any]:
     data = to_dict(config)
-    # Better to fail now than when a finished run is read back.
+    # Fail now rather than when a finished run is read back.
     from_dict(type(config), data)
     return data

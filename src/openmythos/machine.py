@@ -19,11 +19,11 @@ from openmythos.config import ConfigError, require
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
-# Width of the product that tells whether bf16 is fast. A CPU without bf16 arithmetic takes 15 ms
-# for 128 (Zen 3, one core), where fp32 takes 0.05 ms.
+# Width of the matrix product that tests whether bf16 is fast. A CPU that emulates bf16 takes 15 ms
+# for 128 (Zen 3, one core); fp32 takes 0.05 ms.
 _PROBE_WIDTH = {"cpu": 128}
-# bf16 is native where it takes at most so many times as long as fp32: about 0.5 times at a width
-# where it matters, once or twice at the probe's, hundreds of times where it is emulated.
+# bf16 counts as native if its product takes at most this many times as long as fp32's: native bf16
+# takes once or twice as long at this width (half as long at large ones), emulated bf16 hundreds.
 _NATIVE_AT_MOST = 6.0
 _PEAK_WIDTHS = {"cpu": (128, 256, 512, 1024, 2048), "accelerator": (1024, 2048, 4096, 8192)}
 _CPU = torch.device("cpu")
@@ -34,9 +34,9 @@ PRECISIONS = ("bf16", "fp32", "auto")
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of returning it to the system.
 
-    A training step frees and takes the same large buffers over and over; having the system map
-    and clear them anew costs a tenth of a step and more. Does nothing where there is no glibc, or
-    where the environment sets MALLOC_MMAP_THRESHOLD_ to something else.
+    A training step allocates and frees the same large buffers again and again; mapping and clearing
+    them each time costs a tenth of a step or more. Does nothing without glibc, or if
+    MALLOC_MMAP_THRESHOLD_ is set in the environment.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
@@ -54,16 +54,16 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def bf16_is_native(device: torch.device = _CPU) -> bool:
-    """Whether a device has bf16 arithmetic, and torch's kernels use it; else it is emulated.
+    """Whether torch computes in bf16 on a device natively; else it emulates it.
 
-    CPUs with AVX512_BF16 or AMX, GPUs from Ampere on. Asked of torch, and confirmed by a product:
-    ONEDNN_MAX_CPU_ISA, say, takes from a CPU what it says that it has.
+    CPUs with AVX512_BF16 or AMX, GPUs from Ampere on. What torch reports is confirmed by timing a
+    product, since settings such as ONEDNN_MAX_CPU_ISA switch instructions off.
     """
     return _has_bf16(device) and bf16_slowdown(device) <= _NATIVE_AT_MOST
 
 
 def choose_precision(asked: str, device: torch.device) -> Precision:
-    """What "auto" means on a device: bf16 where it is native, else fp32. A name stays as it is."""
+    """Resolve "auto" to bf16 where it is native, else fp32; other names stay as they are."""
     require(asked in PRECISIONS, "precision", asked, f"must be one of {', '.join(PRECISIONS)}")
     if asked == "auto":
         return "bf16" if bf16_is_native(device) else "fp32"
@@ -92,7 +92,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 @functools.cache
 def bf16_slowdown(device: torch.device) -> float:
-    """Time of a small bf16 product over that of one in fp32; measured once per process."""
+    """Time of a small product in bf16 over that in fp32, measured once per process."""
     width = _PROBE_WIDTH.get(device.type, 1024)
     fp32, bf16 = (_product_seconds(device, x, width) for x in (torch.float32, torch.bfloat16))
     return bf16 / fp32
@@ -101,7 +101,7 @@ def bf16_slowdown(device: torch.device) -> float:
 def _has_bf16(device: torch.device) -> bool:
     """Whether torch reports native bf16 arithmetic.
 
-    MPS counts as without: torch does not say which Apple GPUs compute in bf16, and some convert.
+    False on MPS: torch does not say which Apple GPUs compute in bf16 and which convert.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -114,8 +114,8 @@ def _has_bf16(device: torch.device) -> bool:
 def _product_seconds(
     device: torch.device, dtype: torch.dtype, width: int, most: float = 0.01
 ) -> float:
-    """Seconds of the fastest of 3 to 20 square products; 3 if those take over `most` seconds."""
-    # Not ones, with which a GPU uses less power and is faster than with a model's numbers.
+    """Seconds of the fastest of 3 to 20 square products; stops after 3 once `most` is exceeded."""
+    # Not ones: with them a GPU uses less power and is faster than with a model's numbers.
     x = torch.linspace(-1, 1, width * width, device=device).view(width, width).to(dtype)
     product = torch.empty_like(x)
     best, begun = math.inf, time.perf_counter()
@@ -131,12 +131,12 @@ def _product_seconds(
 
 
 def processor_kind() -> str:
-    """The instructions that torch's kernels use here, such as avx2, avx512 or avx512-bf16."""
+    """The CPU instructions that torch's kernels use: avx2, avx512, avx512-bf16 ..."""
     return torch.backends.cpu.get_cpu_capability().lower() + "-bf16" * bf16_is_native()
 
 
 def devices() -> tuple[str, ...]:
-    """The devices that are there: the CPU and every accelerator, such as "cuda:0"."""
+    """The devices of this machine: the CPU and every accelerator, such as "cuda:0"."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return ("cpu",)
@@ -147,11 +147,11 @@ def devices() -> tuple[str, ...]:
 def choose_device(name: str | torch.device = "auto", field: str = "device") -> torch.device:
     """The device of that name; "auto" is the accelerator if there is one, else the CPU.
 
-    An accelerator without a number gets this process's local rank. An absent device raises a
-    ConfigError that names `field` and lists what is there.
+    An accelerator without a number gets this process's local rank. A device that does not exist
+    raises a ConfigError that names `field` and lists the devices.
     """
-    there = devices()
-    kinds = dict.fromkeys(device.partition(":")[0] for device in there)
+    present = devices()
+    kinds = dict.fromkeys(device.partition(":")[0] for device in present)
     if str(name) == "auto":
         name = list(kinds)[-1]
     try:
@@ -162,14 +162,14 @@ def choose_device(name: str | torch.device = "auto", field: str = "device") -> t
         return torch.device("cpu")
     if device is not None and device.index is None:
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
-    if device is None or str(device) not in there:
-        allowed = ", ".join(dict.fromkeys(("auto", *kinds, *there)))
+    if device is None or str(device) not in present:
+        allowed = ", ".join(dict.fromkeys(("auto", *kinds, *present)))
         raise ConfigError(f"{field} = {str(name)!r}: must be one of {allowed} on this machine")
     return device
 
 
 def describe() -> dict[str, str | int | bool | None]:
-    """Commit and hardware, to stand beside a result; ask before the work, whose code it names."""
+    """Commit and hardware, for result files; call it before the work, whose code it names."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
@@ -188,10 +188,9 @@ def describe() -> dict[str, str | int | bool | None]:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, budget: float = 0.15) -> float:
-    """FLOPs per second of the fastest square product, on the threads of this process.
+    """FLOPs per second of the fastest square product on the threads of this process.
 
-    The widths double for about `budget` seconds: small products are too short to reach the peak,
-    and the first of a width is cold.
+    Tries ever larger widths for about `budget` seconds: small products do not reach the peak.
     """
     best, spent = 0.0, 0.0
     for width in _PEAK_WIDTHS["cpu" if device.type == "cpu" else "accelerator"]:
@@ -205,9 +204,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, budget: float = 0.15) 
 
 
 def peak_bytes() -> int:
-    """The most resident memory that this process ever held (Linux).
+    """Peak resident memory of this process (Linux).
 
-    Not ru_maxrss, which in a new process begins at the peak of the one that started it.
+    Not ru_maxrss, which a new process inherits from its parent.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))

@@ -1,4 +1,4 @@
-"""Worker processes that never outlive the work: one pool for all that runs in parallel."""
+"""The process pool for parallel work; its workers never outlive the work."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from types import FrameType
 
 @contextmanager
 def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, and at once where the block is left by an exception."""
+    """A pool whose processes end with this one, and at once if an exception leaves the block."""
     before = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, _start_worker, (os.getpid(),))
@@ -28,25 +28,22 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         for child in own:
             child.join(0.4)
             child.kill()
-        # Gives back the semaphores that they shared.
-        pool.shutdown()
+        pool.shutdown()  # frees the shared semaphores
         raise
     pool.shutdown()
 
 
 def _start_worker(parent: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the one that hands out the work obeys.
+    # Ctrl-C reaches every process of the terminal; the parent answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes share the cores among them already.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers use all cores already
     asked = threading.Event()
 
-    def leave(_number: int, _frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         asked.set()
-        # Unwinds the work, which removes its temporary folders.
-        sys.exit(1)
+        sys.exit(1)  # an exception, so that the work removes its temporary folders
 
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, stop)
 
     def watch() -> None:
         while os.getppid() == parent and not asked.wait(0.5):
@@ -56,5 +53,5 @@ def _start_worker(parent: int) -> None:
         time.sleep(0.3)
         os._exit(1)
 
-    # Of a parent that was killed nobody else tells a worker that waits for work.
+    # A worker that waits for work would not notice that its parent was killed.
     threading.Thread(target=watch, daemon=True).start()

@@ -143,7 +143,7 @@ def test_a_failing_tracker_ends_no_training(
     with caplog.at_level(logging.WARNING):
         assert len(list(train(make(*ALL)))) == 4
     warned = [record.getMessage() for record in caplog.records]
-    assert warned == [f"wandb tracks no more: ConnectionError: no network for {call}"]
+    assert warned == [f"tracker wandb is dropped: ConnectionError: no network for {call}"]
     assert fakes["trackio"].steps == fakes["tensorboard"].steps == [0, 1, 2, 3]
 
 

@@ -1,9 +1,9 @@
-"""Tokens on disk: memory-mapped files of ids, checked by their hash.
+"""Tokens on disk: memory-mapped files of ids with checksums.
 
     folder/
     ├── tokens-00000.bin ...    ids, little-endian uint16 (uint32 for more than 65536 ids)
-    ├── documents.bin           where each document starts, little-endian int64
-    └── index.json              sizes and hashes; written last, so that a folder with it is whole
+    ├── documents.bin           position of the first token of each document, little-endian int64
+    └── index.json              sizes and hashes; written last: a folder that has it is complete
 
 Every document starts with bos.
 """
@@ -28,7 +28,7 @@ from openmythos.files import load_json, save_json, write_atomically
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.bin"
 _STARTS = np.dtype("<i8")
-# Long documents are tokenised in pieces, and pieces in batches, to fill every core.
+# Long documents are tokenised in pieces and pieces in batches, to use all cores.
 _PIECE_CHARACTERS = 1 << 17
 _BATCH_CHARACTERS = 1 << 21
 _OPEN_FILES = 256
@@ -36,7 +36,7 @@ _OPEN_FILES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One file of ids as the index knows it."""
+    """Size and hash of one file of ids."""
 
     tokens: int
     sha256: str
@@ -44,7 +44,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """The content of index.json; ``tokenizer`` is the fingerprint of the one that was used."""
+    """The content of index.json; ``tokenizer`` is a fingerprint."""
 
     format_version: Literal[1] = 1
     dtype: Literal["uint16", "uint32"]
@@ -65,7 +65,7 @@ class ShardIndex:
 
 
 class TokenShards:
-    """The token stream of a folder that ``write_shards`` has written, or of several, joined."""
+    """The token stream of a folder written by ``write_shards``, or of several folders joined."""
 
     def __init__(
         self, index: ShardIndex, files: Sequence[Path], document_starts: NDArray[np.int64]
@@ -73,17 +73,17 @@ class TokenShards:
         self.index = index
         self.files = tuple(files)
         self.document_starts = document_starts
-        # Position of the first token of each shard, and of the end.
+        # First token of each shard, and the end.
         self._bounds = np.array(list(accumulate((s.tokens for s in index.shards), initial=0)))
         self._dtype = _little_endian(index.dtype)
         for path, entry in zip(self.files, index.shards, strict=True):
             _check_size(path, self._dtype, entry.tokens)
-        # A map keeps its file open, and a process may have about a thousand open files.
+        # A memory map keeps its file open, and a process may have about a thousand open files.
         self._tokens = lru_cache(maxsize=_OPEN_FILES)(self._map)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> "TokenShards":
-        """Map the files; ``verify`` reads them all once to compare hashes and ids."""
+        """Open a folder; ``verify`` reads all files to check hashes and ids."""
         folder = Path(folder)
         if not (folder / INDEX_FILE).is_file():
             raise ConfigError(f"{folder}: holds no finished token shards, {INDEX_FILE} is missing")
@@ -97,7 +97,7 @@ class TokenShards:
 
     @classmethod
     def join(cls, parts: Sequence["TokenShards"]) -> "TokenShards":
-        """Streams of one tokenizer one after the other."""
+        """Concatenate streams of the same tokenizer."""
         if len(parts) == 1:
             return parts[0]
         firsts = accumulate((len(part) for part in parts), initial=0)
@@ -150,7 +150,7 @@ class TokenShards:
         return result
 
     def require_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raise unless these are ids of this tokenizer."""
+        """Raise unless this tokenizer made the ids."""
         if fingerprint(tokenizer) != self.index.tokenizer:
             raise ConfigError("the token shards were written with another tokenizer")
 
@@ -158,10 +158,7 @@ class TokenShards:
         return _map(self.files[number], self._dtype, self.index.shards[number].tokens)
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
-        """Raise a ConfigError that names a file unless all are as they were written.
-
-        Each rank reads its share of the files.
-        """
+        """Raise a ConfigError that names a damaged file; each rank checks a share of the files."""
         if rank == 0:
             table = self.files[0].with_name(DOCUMENTS_FILE)
             _check_hash(table, self.document_starts, self.index.documents_sha256)
@@ -182,9 +179,9 @@ def write_shards(
     shard_tokens: int = 1 << 25,
     progress: Callable[[int], None] | None = None,
 ) -> TokenShards:
-    """Tokenise documents into a folder and open it; shards it held before are replaced.
+    """Tokenise documents into a folder, replacing earlier shards, and open it.
 
-    ``progress`` is told the bytes of text done so far. Interrupted, the folder does not open.
+    ``progress`` gets the bytes of text done so far. An interrupted folder does not open.
     """
     require_int("shard_tokens", shard_tokens, minimum=1)
     folder = Path(folder)
@@ -192,7 +189,8 @@ def write_shards(
     (folder / INDEX_FILE).unlink(missing_ok=True)
     for stale in folder.glob("tokens-*.bin"):
         stale.unlink()
-    writer = _Writer(folder, "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    writer = _Writer(folder, _little_endian(dtype), shard_tokens)
     starts: list[int] = []
     num_bytes = 0
     for batch in _batches(documents):
@@ -201,7 +199,7 @@ def write_shards(
             if is_start:
                 starts.append(writer.written)
                 ids.insert(0, tokenizer.bos_id)
-            writer.add(ids, shard_tokens)
+            writer.add(ids)
             num_bytes += len(piece.encode())
         if progress is not None:
             progress(num_bytes)
@@ -211,7 +209,7 @@ def write_shards(
     table = np.array(starts, dtype=_STARTS).tobytes()
     write_atomically(folder / DOCUMENTS_FILE, table)
     index = ShardIndex(
-        dtype=writer.dtype,
+        dtype=dtype,
         tokenizer=fingerprint(tokenizer),
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
@@ -225,38 +223,33 @@ def write_shards(
 
 
 class _Writer:
-    """Gathers ids and writes a file whenever there are enough for one."""
+    """Buffers ids and writes a file whenever there are enough for one."""
 
-    def __init__(self, folder: Path, dtype: Literal["uint16", "uint32"]) -> None:
-        self.dtype = dtype
+    def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.entries: list[ShardEntry] = []
-        self.written = 0
-        self._folder = folder
-        self._parts: list[NDArray[Any]] = []
-        self._gathered = 0
+        self.written = 0  # ids
+        self._folder, self._dtype = folder, dtype
+        self._size = shard_tokens * dtype.itemsize
+        self._buffer = bytearray()
 
-    def add(self, ids: list[int], shard_tokens: int) -> None:
-        rest = np.array(ids, dtype=_little_endian(self.dtype))
-        self.written += len(rest)
-        while len(rest):
-            part, rest = np.split(rest, [shard_tokens - self._gathered])
-            self._parts.append(part)
-            self._gathered += len(part)
-            if self._gathered == shard_tokens:
-                self.flush()
+    def add(self, ids: list[int]) -> None:
+        self._buffer += np.array(ids, dtype=self._dtype).tobytes()
+        self.written += len(ids)
+        while len(self._buffer) >= self._size:
+            self.flush()
 
     def flush(self) -> None:
-        if not self._parts:
-            return
-        data = np.concatenate(self._parts).tobytes()
-        write_atomically(self._folder / shard_name(len(self.entries)), data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        self.entries.append(ShardEntry(tokens=self._gathered, sha256=sha256))
-        self._parts, self._gathered = [], 0
+        """Write at most one file."""
+        data = bytes(self._buffer[: self._size])
+        del self._buffer[: self._size]
+        if data:
+            write_atomically(self._folder / shard_name(len(self.entries)), data)
+            tokens, sha256 = len(data) // self._dtype.itemsize, hashlib.sha256(data).hexdigest()
+            self.entries.append(ShardEntry(tokens=tokens, sha256=sha256))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces of text, each with whether it starts a document."""
+    """Batches of (piece of text, whether it starts a document)."""
     batch: list[tuple[str, bool]] = []
     size = 0
     for document in documents:
@@ -274,7 +267,7 @@ def _pieces(text: str) -> Iterator[tuple[int, str]]:
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         limit = start + _PIECE_CHARACTERS
-        # Behind a line break, where few tokens would have crossed the cut.
+        # After a line break if there is one: few tokens cross it.
         stop = text.rfind("\n", start, limit) + 1 or limit
         yield start, text[start:stop]
         start = stop
@@ -282,7 +275,7 @@ def _pieces(text: str) -> Iterator[tuple[int, str]]:
 
 
 def shard_name(number: int) -> str:
-    """The name of a folder's file of ids."""
+    """File name of a shard."""
     return f"tokens-{number:05d}.bin"
 
 

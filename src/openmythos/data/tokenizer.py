@@ -1,8 +1,7 @@
 """Text to token ids and back: bytes (no dependency) or byte-level BPE (extra ``bpe``).
 
-Both give back every text unchanged. ``bos`` stands before each document and is no text: nothing
-that a document says encodes to it, and it decodes to nothing. A run folder keeps its tokenizer as
-``tokenizer.json``.
+Both are lossless. ``bos`` precedes each document: no text encodes to it, and it decodes to nothing.
+A run folder keeps its tokenizer as ``tokenizer.json``.
 """
 
 import codecs
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 
-# GPT-4's split, changed for source code: the spaces after punctuation stay with it, and a line
-# break takes the blank lines and the indentation that follow, which saves a tenth of the tokens.
+# GPT-4's pre-tokenisation, changed for source code: punctuation takes the spaces after it, and a
+# line break takes the blank lines and indentation after it, which saves a tenth of the tokens.
 _SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
     r"|\p{N}{1,3}"
@@ -34,15 +33,15 @@ _SPLIT = (
     r"|\s+"
 )
 _BOS = "<|bos|>"
-# What public tokenizers call the token that starts a document, or lies between two, best first.
+# Names of the token that starts or separates documents in public tokenizers, best first.
 _BOS_NAMES = (_BOS, "<|begin_of_text|>", "<|begin_text|>", "<|endoftext|>", "<s>", "</s>")
-# Indentation, both line ends, a leading space and scripts of every UTF-8 length.
+# Text to check that a tokenizer is lossless: indentation, line ends, spaces, all UTF-8 lengths.
 _PROBE = " The caf\u00e9's\tcost:\r\n\n    12345 \u20ac \u6f22\u5b57 \U0001f642 <s>  "
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the rest of the package knows of a tokenizer."""
+    """The interface of a tokenizer."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -52,28 +51,28 @@ class Tokenizer(Protocol):
 
     @property
     def token_bytes(self) -> Sequence[bytes]:
-        """The UTF-8 bytes of each id; none for bos and other marks that are not text."""
+        """The UTF-8 bytes of each id; empty for bos and other special tokens."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without bos."""
+        """Ids of the text, without bos."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are not UTF-8 become U+FFFD."""
+        """The text; invalid UTF-8 becomes U+FFFD."""
         ...
 
     def serialized(self) -> str:
-        """The content of the file that load_tokenizer reads."""
+        """The content of tokenizer.json."""
         ...
 
     def save(self, folder: str | os.PathLike[str]) -> None: ...
 
 
 class _ByteLevel(ABC):
-    """What every tokenizer can do whose ids each stand for some bytes."""
+    """Base of tokenizers whose ids each stand for some bytes."""
 
     token_bytes: Sequence[bytes]
 
@@ -119,8 +118,8 @@ class BPETokenizer(_ByteLevel):
         if not found:
             raise ConfigError(f"{name}: has no token named any of {', '.join(_BOS_NAMES)}")
         bos, self.bos_id = found[0]
-        # A document that spells out "<|bos|>" must not become a document boundary, and files
-        # made for one model's batches may come with its padding and truncation.
+        # The text "<|bos|>" in a document must not become a document boundary. A file may also
+        # switch on padding and truncation.
         tokenizer.add_special_tokens([bos])
         tokenizer.encode_special_tokens = True
         tokenizer.no_padding()
@@ -132,7 +131,7 @@ class BPETokenizer(_ByteLevel):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn merges until vocab_size ids, or fewer where the texts have no more to merge."""
+        """Learn merges until there are vocab_size ids, or nothing is left to merge."""
         library = _import_tokenizers()
         byte_level = library.pre_tokenizers.ByteLevel
         tokenizer = library.Tokenizer(library.models.BPE())
@@ -154,7 +153,7 @@ class BPETokenizer(_ByteLevel):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "BPETokenizer":
-        """Read a ``tokenizer.json`` of Hugging Face."""
+        """Read a Hugging Face ``tokenizer.json``."""
         library = _import_tokenizers()
         text = _read(path)
         try:
@@ -175,9 +174,9 @@ class BPETokenizer(_ByteLevel):
 
 
 class StreamDecoder:
-    """Text of ids that come one by one; the texts joined equal ``decode`` of all ids.
+    """Decodes ids one at a time; the texts joined equal ``decode`` of all ids.
 
-    A character whose bytes are spread over several ids appears with the last of them.
+    A character whose bytes belong to several ids appears with the last of them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -188,14 +187,14 @@ class StreamDecoder:
         return self._decoder.decode(_bytes_of(self._token_bytes, token))
 
     def finish(self) -> str:
-        """What an unfinished character becomes; the decoder is then as new."""
+        """The replacement of an incomplete last character; resets the decoder."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a tokenizer file, or the one in a folder."""
+    """Read a tokenizer.json, given by its path or its folder."""
     file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
     text = _read(file)
     try:
@@ -208,13 +207,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Equal for two tokenizers exactly when one can read the other's ids."""
+    """sha256 of the serialized tokenizer: equal fingerprints mean equal ids."""
     return hashlib.sha256(tokenizer.serialized().encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """One id per UTF-8 byte: nothing to train, 257 ids."""
+    """One id per UTF-8 byte, and bos: 257 ids, nothing to train."""
 
     kind: Literal["bytes"] = "bytes"
 
@@ -238,7 +237,7 @@ class BPE:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFile:
-    """A tokenizer.json: Hugging Face's, or that of a run folder."""
+    """A tokenizer.json of Hugging Face or of a run folder."""
 
     kind: Literal["file"] = "file"
     path: str = ""
@@ -252,7 +251,7 @@ TokenizerChoice = Bytes | BPE | TokenizerFile
 
 
 def _bytes_of(table: Sequence[bytes], token: int) -> bytes:
-    # A negative id would quietly index from the end.
+    # A negative id would index from the end.
     if not 0 <= token < len(table):
         raise ValueError(f"token id {token}: the tokenizer has ids 0 to {len(table) - 1}")
     return table[token]
@@ -276,7 +275,7 @@ def _import_tokenizers() -> Any:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that GPT-2's byte-level BPE writes for each byte, as a key to the byte."""
+    """The byte of each character that GPT-2's byte-level BPE writes for a byte."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden: Iterator[int] = (value for value in range(256) if value not in set(visible))
     shifted = {chr(256 + number): value for number, value in enumerate(hidden)}
@@ -287,7 +286,7 @@ def _token_bytes(tokenizer: "tokenizers.Tokenizer", name: str) -> tuple[bytes, .
     alphabet = _byte_alphabet()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = tokenizer.get_added_tokens_decoder()
-    # Ids need not be gapless; those that no token has stay empty.
+    # Ids may have gaps, which stay empty.
     table = [b""] * (max(vocabulary.values()) + 1)
     for text, token in vocabulary.items():
         if token in added:

@@ -1,7 +1,6 @@
 """Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
 
-A tracker is told what is logged and no more. It must not cost a training: one that raises is named
-in a warning and left out from then on. Only the first rank tracks.
+A tracker cannot end a training: one that raises is dropped with a warning. Only rank 0 tracks.
 """
 
 import importlib
@@ -11,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from openmythos.config import ConfigError, needs, require
@@ -24,7 +22,7 @@ FILE = "tracking.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Tracked:
-    """A run as a tracker knows it: `id` stays the same when the run is resumed at `first_step`."""
+    """A run for a tracker: `id` stays the same when the run is resumed at `first_step`."""
 
     folder: Path
     id: str
@@ -34,7 +32,7 @@ class Tracked:
 
 @runtime_checkable
 class Sink(Protocol):
-    """A tracker at work."""
+    """An active tracker."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -43,7 +41,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBoard:
-    """Event files in RUN/tensorboard; `tensorboard --logdir runs` shows all runs below runs/."""
+    """Event files in RUN/tensorboard; `tensorboard --logdir runs` shows all runs in runs/."""
 
     kind: Literal["tensorboard"] = "tensorboard"
 
@@ -58,7 +56,7 @@ class TensorBoard:
 class Wandb:
     """A run of a Weights & Biases project; its local files are in RUN/wandb.
 
-    mode "auto" does what WANDB_MODE says, and is online without it.
+    mode "auto" follows WANDB_MODE, and is online without it.
     """
 
     kind: Literal["wandb"] = "wandb"
@@ -85,7 +83,7 @@ class Wandb:
             resume="allow",
             dir=str(run.folder),
             config=dict(run.config),
-            # Its capture of the terminal would record every redraw of the progress bar.
+            # Otherwise wandb records every redraw of the progress bar.
             settings=wandb.Settings(console="off"),
         )
         return _RunSink(started, lambda failed: started.finish(exit_code=int(failed)))
@@ -93,7 +91,7 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class Trackio:
-    """A run of a Trackio project: on this machine, or on the Hugging Face Space of that name."""
+    """A run of a Trackio project, on this machine or on the Hugging Face Space `space`."""
 
     kind: Literal["trackio"] = "trackio"
     project: str = "openmythos"
@@ -108,7 +106,7 @@ class Trackio:
     def start(self, run: Tracked) -> Sink:
         started = self.module().init(
             project=self.project,
-            # It resumes by name, and another run's folder may have had this one's.
+            # Trackio resumes by name, and an earlier run may have had a folder of this name.
             name=f"{run.folder.name}-{run.id}",
             space_id=self.space or None,
             config=dict(run.config),
@@ -123,7 +121,7 @@ Tracker = TensorBoard | Wandb | Trackio
 
 class _TensorBoardSink:
     def __init__(self, writer: Callable[..., Any], run: Tracked) -> None:
-        # What a crash made the run repeat would be drawn twice.
+        # Steps repeated after a crash replace the earlier ones.
         purge = run.first_step if run.first_step > 0 else None
         self._writer = writer(str(run.folder / "tensorboard"), purge_step=purge, flush_secs=10)
 
@@ -136,7 +134,7 @@ class _TensorBoardSink:
 
 
 class _RunSink:
-    """A run of wandb or of trackio, which speaks wandb's language."""
+    """A run of wandb, or of trackio, which has the same interface."""
 
     def __init__(self, run: Any, finish: Callable[[bool], None]) -> None:
         self._run, self._finish = run, finish
@@ -149,7 +147,7 @@ class _RunSink:
 
 
 class Trackers:
-    """All trackers of a run, each left out once it has failed; closed when the training ends."""
+    """All trackers of a run; a context manager that closes them. One that fails is dropped."""
 
     def __init__(
         self, chosen: tuple[Tracker, ...], folder: Path, first_step: int, config: Mapping[str, Any]
@@ -165,7 +163,7 @@ class Trackers:
             self._try(tracker.kind, partial(self._start, tracker, tracked))
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """The scalars of a logged step, see `metrics.scalars`."""
+        """Log the scalars of a step, see `metrics.scalars`."""
         values = scalars(metrics)
         for kind, sink in list(self._sinks.items()):
             self._try(kind, partial(sink.log, values, metrics["step"]))
@@ -173,12 +171,7 @@ class Trackers:
     def __enter__(self) -> "Trackers":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = kind is not None and issubclass(kind, Exception)
         for name, sink in list(self._sinks.items()):
             self._try(name, partial(sink.close, failed=failed))
@@ -192,11 +185,11 @@ class Trackers:
         except Exception as error:
             self._sinks.pop(kind, None)
             text = " ".join(str(error).split())
-            LOGGER.warning("%s tracks no more: %s: %s", kind, type(error).__name__, text)
+            LOGGER.warning("tracker %s is dropped: %s: %s", kind, type(error).__name__, text)
 
 
 def require_packages(chosen: tuple[Tracker, ...]) -> None:
-    """Raise a ConfigError that names the extra to install for a package that is not there."""
+    """Raise a ConfigError that names the extra to install if a package is missing."""
     for tracker in chosen:
         tracker.module()
 
@@ -204,16 +197,16 @@ def require_packages(chosen: tuple[Tracker, ...]) -> None:
 def _imported(module: str, needed: str, kind: str) -> Any:
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"tracker {kind} {needs(kind)}") from error
-    # A folder called wandb, which wandb itself makes, imports as an empty package.
+    except ImportError:
+        found = None
+    # A folder named wandb, which wandb creates, imports as a package without `init`.
     if not hasattr(found, needed):
         raise ConfigError(f"tracker {kind} {needs(kind)}")
     return found
 
 
 def _run_id(folder: Path, first_step: int) -> str:
-    """The id the run was tracked under so far; one from its first step is a new run."""
+    """The id of a resumed run; a new one for a run that starts at step 0."""
     path = folder / FILE
     if first_step > 0 and path.is_file():
         run_id = read_json(path).get("id")
