@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, REFERENCE, WORKLOADS, Contender, S, Workload, with_shape
+from figures import speed_ratios
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -416,7 +417,7 @@ def draw_figure(results: list[dict[str, Any]], path: Path) -> None:
         for figure, ratios in figures.items()
         for name, ratio in ratios.items()
     ]
-    figure = plots.speed_ratios(bars, reference="open-mythos 0.5.0")
+    figure = speed_ratios(bars, reference="open-mythos 0.5.0")
     plots.save_figure(figure, path, rows)
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from figures import cost_lines
 from rich.console import Console
 from rich.table import Table
 
@@ -144,7 +145,7 @@ def main() -> None:
             )
         }
     }
-    figure = plots.cost_lines(
+    figure = cost_lines(
         panels, y_labels=("KiB per token, 16 loops",), x_names=PRESETS, logarithmic=True
     )
     plots.save_figure(figure, options.out / "cache.png", rows)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from contenders import S
+from figures import cost_lines
 from rich.console import Console
 from torch import Tensor
 
@@ -250,7 +251,7 @@ def draw_figures(out: Path, milliseconds: Any, memory: Any, halted: Any) -> None
         "context, 4 loops": milliseconds["context"],
     }
     rows = _rows({**panels, "num_loops, training memory": memory})
-    figure = plots.cost_lines(
+    figure = cost_lines(
         {**panels, "num_loops, training step": memory},
         y_labels=("time [ms]", "time [ms]", "peak memory [MiB]"),
     )
@@ -259,7 +260,7 @@ def draw_figures(out: Path, milliseconds: Any, memory: Any, halted: Any) -> None
         "halted positions [%]": {"measured": halted["time of a loop"]},
         "loops used, of at most 16": milliseconds["exit"],
     }
-    figure = plots.cost_lines(
+    figure = cost_lines(
         panels, y_labels=("time of a loop, relative", "time per token [ms]"), logarithmic=False
     )
     plots.save_figure(figure, out / "stopping.png", _rows(panels))

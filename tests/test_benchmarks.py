@@ -15,6 +15,7 @@ import bench
 import cache as cache_benchmark
 import claims
 import contenders
+import figures
 import kills
 import loader as loader_benchmark
 import scaling
@@ -210,3 +211,35 @@ def test_the_loader_is_timed_within_the_step(tmp_path: Path) -> None:
     assert len(found["step_seconds"]) == len(found["batch_seconds"]) == 2
     assert 0 < found["share"] < 1
     assert found["alone_tokens_per_second"] * found["alone_median_seconds"] == pytest.approx(128)
+
+
+def test_speed_ratios_are_bars_from_each_panel() -> None:
+    panels = {
+        "S, 1 thread": {"forward": {"ours": 1.5, "peer": 0.9}, "decode": {"ours": 4.0}},
+        "M, 1 thread": {"forward": {"ours": 2.0, "peer": 1.1}, "decode": {"ours": 8.0}},
+    }
+    figure = figures.speed_ratios(panels, reference="theirs")
+    widths = [sorted(bar.get_width() for bar in axes.patches) for axes in figure.axes]
+    assert widths == [[0.9, 1.5, 4.0], [1.1, 2.0, 8.0]]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(panels)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "peer"]
+    with pytest.raises(ValueError, match="no bar"):
+        figures.speed_ratios({"S": {}}, reference="theirs")
+
+
+def test_cost_lines_have_a_panel_per_quantity() -> None:
+    panels = {"num_loops": {"time": {4: 8.0, 1: 2.0}}, "context": {"time": {256: 1.0, 512: 2.0}}}
+    figure = figures.cost_lines(panels, y_labels=("ms", "MiB"))
+    lines = [axes.lines[0] for axes in figure.axes]
+    assert [line.get_xydata().tolist() for line in lines] == [
+        [[1, 2], [4, 8]],
+        [[256, 1], [512, 2]],
+    ]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["ms", "MiB"]
+    assert {axes.get_xscale() for axes in figure.axes} == {"log"}
+    named_axis = figures.cost_lines(
+        {"preset": {"bytes": {0: 1.0, 1: 3.0}}}, y_labels=("KiB",), x_names=("1b", "3b")
+    )
+    assert [text.get_text() for text in named_axis.axes[0].get_xticklabels()] == ["1b", "3b"]
+    with pytest.raises(ValueError, match="no line"):
+        figures.cost_lines({"num_loops": {}}, y_labels=("ms",))

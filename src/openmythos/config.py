@@ -1,10 +1,11 @@
 """Strict configs: frozen keyword-only dataclasses from and to dicts; "a.b=c" overrides.
 
-It reads annotations and knows nothing of what is configured. A swappable part is a union of
-dataclasses told apart by ``kind: Literal["lti"] = "lti"``. A table that names its ``kind`` starts
-from that kind's own defaults; one that does not goes on from the default of its field.
+Types come from the annotations. A swappable part is a union of dataclasses, each with a tag such as
+``kind: Literal["lti"] = "lti"``. A table with a ``kind`` starts from the defaults of that kind; a
+table without one starts from the default of its field.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import operator
@@ -16,25 +17,30 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 
 _MISSING = dataclasses.MISSING
-_WANTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-_INT64 = 2**63  # what a tensor, a TOML file and most other programs can hold
-# No layer is wider, and none has more parts: sizes up to here multiply without overflow.
+_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_INT64 = 2**63
+# Limits on the width of a layer and on its number of parts, so that products do not overflow.
 MAX_WIDTH, MAX_PARTS = 2**20, 2**16
-_SHOWN = 200  # characters of a value in a message
-_IS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
+_SHOWN = 200  # characters of a value in an error message
+_BOUNDS = {
+    "above": operator.gt,
+    "at least": operator.ge,
+    "below": operator.lt,
+    "at most": operator.le,
+}
 
 
 class ConfigError(ValueError):
-    """Something a user wrote is wrong; the message is one line that says what is allowed."""
+    """Wrong user input; the message is one line that says what is allowed."""
 
 
 def needs(extra: str) -> str:
-    """Text of an error about packages that only an extra installs."""
+    """Error text for packages that only an extra installs."""
     return f"needs: pip install -e '.[{extra}]'"
 
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
-    """Raise a ConfigError naming field, value and what is allowed unless the condition holds."""
+    """Raise a ConfigError naming field, value and what is allowed, unless the condition holds."""
     if not condition:
         shown = repr(value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
@@ -65,10 +71,21 @@ def require_number(
 def _require_within(field: str, value: Any, wanted: type, bounds: Mapping[str, Any]) -> None:
     given = {word: bound for word, bound in bounds.items() if bound is not None}
     typed = isinstance(value, int | wanted) and not isinstance(value, bool)
-    # nan is the one number that differs from itself.
-    fits = typed and value == value and all(_IS[word](value, given[word]) for word in given)
+    # nan is not equal to itself.
+    fits = typed and value == value and all(_BOUNDS[word](value, given[word]) for word in given)
     limits = " and ".join(f"{word} {bound}" for word, bound in given.items())
-    require(fits, field, value, f"must be {_WANTED[wanted]}" + (f", {limits}" if limits else ""))
+    require(fits, field, value, f"must be {_TYPES[wanted]}" + (f", {limits}" if limits else ""))
+
+
+def unknown_name(noun: str, given: object, known: Iterable[str], *, as_listed: bool = False) -> str:
+    """Error text for an unknown name: the most similar known one, and all of them.
+
+    They are sorted unless `as_listed`.
+    """
+    names = list(known) if as_listed else sorted(known)
+    near = difflib.get_close_matches(str(given).lower(), names, n=1, cutoff=0.4)
+    hint = f", did you mean {near[0]!r}?" if near else ";"
+    return f"unknown {noun}{hint} known: {', '.join(names)}"
 
 
 def kinds(union: Any) -> dict[str, type]:
@@ -92,7 +109,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T: ...
 @overload
 def from_dict(cls: object, data: Any, path: str = "") -> Any: ...
 def from_dict(cls: Any, data: Any, path: str = "") -> Any:
-    """Build a dataclass or a member of a tagged union; nothing in ``data`` is ever ignored."""
+    """Build a dataclass or a member of a tagged union; nothing in ``data`` is ignored."""
     config = _build(cls, data, path)
     if _build(type(config), to_dict(config), path) != config:
         raise TypeError(f"{path or type(config).__name__}: does not survive to_dict and from_dict")
@@ -100,7 +117,7 @@ def from_dict(cls: Any, data: Any, path: str = "") -> Any:
 
 
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
-    """A new config with each "a.b=value" set in turn and the result validated once, at the end.
+    """A new config with each "a.b=value" set in turn; only the result must be valid.
 
     Naming another kind ("x.kind=add" or "x=add") replaces that part by the new kind's defaults.
     """
@@ -109,9 +126,41 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
         dotted, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r}: must be written path.to.field=value")
-        keys = [key.strip() for key in dotted.split(".")]
-        _assign(type(config), data, keys, text.strip(), "")
+        _assign(data, [key.strip() for key in dotted.split(".")], text.strip())
+        # Fill in the defaults of a new kind. A later override may still make the config valid.
+        with contextlib.suppress(ConfigError):
+            data = to_dict(from_dict(type(config), data))
     return from_dict(type(config), data)
+
+
+def _assign(table: dict[str, Any], keys: Sequence[str], text: str) -> None:
+    """Set one value in the nested dict of a config."""
+    for depth, key in enumerate(keys[:-1], 1):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{'.'.join(keys)}: {'.'.join(keys[:depth])} has no keys of its own")
+    key, value = keys[-1], _parse(text)
+    current = table.get(key)
+    if isinstance(value, str) and isinstance(current, dict) and "kind" in current:
+        table, key, current = current, "kind", current["kind"]
+    if isinstance(current, str) and key == "kind":
+        if value != current:
+            table.clear()
+    elif isinstance(current, str) and not isinstance(value, str):
+        value = text
+    table[key] = value
+
+
+def _parse(text: str) -> Any:
+    """The text as a TOML value, or itself."""
+    try:
+        table = tomllib.loads(f"v = {text}")
+    except ValueError:  # not TOML, or more digits than Python reads
+        return text
+    except RecursionError:
+        raise ConfigError(f"override ...={text[:20]}...: is nested too deeply") from None
+    # A line break in the text can end the value and start another key.
+    return table["v"] if len(table) == 1 else text
 
 
 def _plain(value: Any) -> Any:
@@ -123,7 +172,7 @@ def _plain(value: Any) -> Any:
 
 
 def _fields(cls: Any) -> dict[str, Any]:
-    """The default of each field that can be set, or _MISSING."""
+    """The default of each field of ``__init__``, or _MISSING."""
     return {
         field.name: field.default if field.default_factory is _MISSING else field.default_factory()
         for field in dataclasses.fields(cls)
@@ -131,67 +180,23 @@ def _fields(cls: Any) -> dict[str, Any]:
     }
 
 
-def _defaults(wanted: Any) -> dict[str, Any]:
-    """What can be left out of a table; nothing while the member of a union is not known."""
-    fields = _fields(wanted) if dataclasses.is_dataclass(wanted) else {}
-    return {name: _plain(default) for name, default in fields.items() if default is not _MISSING}
-
-
 def _is_tagged(wanted: Any) -> bool:
     if dataclasses.is_dataclass(wanted):
         return len(get_args(get_type_hints(wanted).get("kind"))) == 1
-    # Never `int | None`: a None that means "decided later" is no value a file can state.
+    # Never `int | None`: a None that means "decided later" cannot be written in a file.
     is_union = get_origin(wanted) in (Union, UnionType)
     return is_union and all(dataclasses.is_dataclass(member) for member in get_args(wanted))
-
-
-def _is_config(wanted: Any) -> bool:
-    return dataclasses.is_dataclass(wanted) or _is_tagged(wanted)
-
-
-def _is_dict(wanted: Any) -> bool:
-    return get_origin(wanted) is dict and get_args(wanted)[0] is str
 
 
 def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def unknown_name(noun: str, given: object, known: Iterable[str], *, as_listed: bool = False) -> str:
-    """Text of an error about a name that does not exist: the nearest that does, and all of them.
-
-    `as_listed` keeps the order of `known`, which else is sorted.
-    """
-    names = list(known) if as_listed else sorted(known)
-    near = difflib.get_close_matches(str(given).lower(), names, n=1, cutoff=0.4)
-    hint = f", did you mean {near[0]!r}?" if near else ";"
-    return f"unknown {noun}{hint} known: {', '.join(names)}"
-
-
-def _member(wanted: Any, table: Mapping[str, Any], path: str, default: object = _MISSING) -> Any:
-    """The class that a table describes."""
-    if not _is_tagged(wanted):
-        return wanted
-    members = kinds(wanted)
-    if "kind" in table:
-        kind = table["kind"]
-        known = isinstance(kind, str) and kind in members
-        require(known, _join(path, "kind"), kind, unknown_name("kind", kind, members))
-        return members[kind]
-    if len(members) > 1 and type(default) not in members.values():
-        raise ConfigError(f"{_join(path, 'kind')}: missing; known: {', '.join(sorted(members))}")
-    return type(default) if type(default) in members.values() else wanted
-
-
-def _check_key(cls: Any, key: object, path: str) -> None:
-    if key not in _fields(cls):
-        raise ConfigError(f"{_join(path, key)}: {unknown_name('key', key, _fields(cls))}")
-
-
 def _build(wanted: Any, data: Any, path: str, default: object = _MISSING) -> Any:
-    if _is_config(wanted):
+    """A value of the annotation ``wanted``; ``path`` leads every error message."""
+    if dataclasses.is_dataclass(wanted) or _is_tagged(wanted):
         return _build_config(wanted, data, path, default)
-    if _is_dict(wanted):
+    if get_origin(wanted) is dict and get_args(wanted)[0] is str:
         require(isinstance(data, Mapping), path, data, "must be a table")
         for key in data:
             require(isinstance(key, str), f"a key of {path}", key, "must be a string")
@@ -208,9 +213,8 @@ def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
         choices = get_args(wanted)
         # By type too: 1, 1.0 and True are equal.
         known = any(type(value) is type(choice) and value == choice for choice in choices)
-        require(
-            known, path, value, unknown_name("choice", value, map(str, choices), as_listed=True)
-        )
+        allowed = unknown_name("choice", value, map(str, choices), as_listed=True)
+        require(known, path, value, allowed)
     elif wanted is int:
         require_int(path, value)
         require(-_INT64 <= value < _INT64, path, value, "must be within -2**63 and 2**63 - 1")
@@ -221,28 +225,33 @@ def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
         except OverflowError:
             raise ConfigError(f"{path}: must be smaller, a float cannot hold it") from None
     elif wanted in (bool, str):
-        require(isinstance(value, wanted), path, value, f"must be {_WANTED[wanted]}")
+        require(isinstance(value, wanted), path, value, f"must be {_TYPES[wanted]}")
     else:
         raise TypeError(f"{path}: a config cannot hold {wanted}")
     return value
 
 
 def _build_config(wanted: Any, data: Any, path: str, default: object) -> Any:
-    tagged = _is_tagged(wanted)
-    if isinstance(data, str) and tagged:
+    members = kinds(wanted) if _is_tagged(wanted) else {}
+    if isinstance(data, str) and members:
         data = {"kind": data}
-    allowed = f"must be a table or one of {', '.join(sorted(kinds(wanted)))}" if tagged else ""
-    require(isinstance(data, Mapping), path or "config", data, allowed or "must be a table")
-    cls = _member(wanted, data, path, default)
+    allowed = f"must be a table or one of {', '.join(sorted(members))}"
+    allowed = allowed if members else "must be a table"
+    require(isinstance(data, Mapping), path or "config", data, allowed)
+    cls = _member(members, data, path, type(default)) if members else wanted
+    own = _fields(cls)
     for key in data:
-        _check_key(cls, key, path)
-    if type(default) is not cls or (tagged and "kind" in data):
-        default = _MISSING
-    hints, values = get_type_hints(cls), {}
-    for name, own in _fields(cls).items():
-        fallback = own if default is _MISSING else getattr(default, name)
-        here = _join(path, name)
-        values[name] = _build(hints[name], data[name], here, fallback) if name in data else fallback
+        if key not in own:
+            raise ConfigError(f"{_join(path, key)}: {unknown_name('key', key, own)}")
+    if type(default) is cls and not (members and "kind" in data):
+        own = {name: getattr(default, name) for name in own}
+    hints = get_type_hints(cls)
+    values = {
+        name: _build(hints[name], data[name], _join(path, name), own[name])
+        if name in data
+        else own[name]
+        for name in own
+    }
     missing = [_join(path, name) for name, value in values.items() if value is _MISSING]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: missing, must be given")
@@ -252,44 +261,17 @@ def _build_config(wanted: Any, data: Any, path: str, default: object) -> Any:
         raise ConfigError(_join(path, error)) from error
 
 
-def _assign(wanted: Any, table: dict[str, Any], keys: Sequence[str], text: str, path: str) -> None:
-    """Set one value in the nested plain dict of a config that may not be valid yet."""
-    key, deeper = keys[0], keys[1:]
-    value = _parse(text)
-    if _is_tagged(wanted) and keys == ["kind"]:
-        cls = _member(wanted, {"kind": value}, path)
-        if table.get("kind") != value:
-            table.clear()
-            table.update(_defaults(cls))
-        return
-    child, default = _child(wanted, table, key, path)
-    here = _join(path, key)
-    if _is_tagged(child) and isinstance(value, str) and not deeper:
-        deeper = ["kind"]
-    if not deeper:
-        text_wanted = child is str and not isinstance(value, str)
-        table[key] = text if text_wanted else _plain(_build(child, value, here, default))
-    elif _is_config(child) or _is_dict(child):
-        _assign(child, table.setdefault(key, _defaults(child)), deeper, text, here)
-    else:
-        raise ConfigError(f"{'.'.join([here, *deeper])}: {here} has no keys of its own")
-
-
-def _child(wanted: Any, table: Mapping[str, Any], key: str, path: str) -> tuple[Any, Any]:
-    """The annotation and the default of one key of a table."""
-    if _is_dict(wanted):
-        return get_args(wanted)[1], _MISSING
-    cls = _member(wanted, table, path)
-    _check_key(cls, key, path)
-    return get_type_hints(cls)[key], _fields(cls)[key]
-
-
-def _parse(text: str) -> Any:
-    try:
-        table = tomllib.loads(f"v = {text}")
-    except ValueError:  # no TOML, or more digits than Python reads
-        return text
-    except RecursionError:
-        raise ConfigError(f"override ...={text[:20]}...: is nested too deeply") from None
-    # A line break in the text can end the value and start another key.
-    return table["v"] if len(table) == 1 else text
+def _member(
+    members: Mapping[str, type], table: Mapping[str, Any], path: str, default: type
+) -> type:
+    """The class that a table describes, by its kind or else by the type of its default."""
+    if "kind" in table:
+        kind = table["kind"]
+        known = isinstance(kind, str) and kind in members
+        require(known, _join(path, "kind"), kind, unknown_name("kind", kind, members))
+        return members[kind]
+    if default in members.values():
+        return default
+    if len(members) > 1:
+        raise ConfigError(f"{_join(path, 'kind')}: missing; known: {', '.join(sorted(members))}")
+    return next(iter(members.values()))

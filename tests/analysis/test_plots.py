@@ -19,11 +19,9 @@ from matplotlib.lines import Line2D
 
 from openmythos.analysis.plots import (
     _apart,
-    cost_lines,
     loss_against_loops,
     loss_curve,
     save_figure,
-    speed_ratios,
 )
 from openmythos.analysis.run_plots import metric_curves
 from openmythos.config import ConfigError
@@ -215,35 +213,6 @@ def test_names_keep_apart_and_in_order(values: list[float]) -> None:
 def test_what_cannot_be_drawn_raises(draw: Callable[[], Figure], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw()
-
-
-def test_speed_ratios_are_bars_from_each_panel() -> None:
-    panels = {
-        "S, 1 thread": {"forward": {"ours": 1.5, "peer": 0.9}, "decode": {"ours": 4.0}},
-        "M, 1 thread": {"forward": {"ours": 2.0, "peer": 1.1}, "decode": {"ours": 8.0}},
-    }
-    figure = speed_ratios(panels, reference="theirs")
-    widths = [sorted(bar.get_width() for bar in axes.patches) for axes in figure.axes]
-    assert widths == [[0.9, 1.5, 4.0], [1.1, 2.0, 8.0]]
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(panels)
-    assert legend(figure) == ["ours", "peer"]
-    with pytest.raises(ValueError, match="no bar"):
-        speed_ratios({"S": {}}, reference="theirs")
-
-
-def test_cost_lines_have_a_panel_per_quantity() -> None:
-    panels = {"num_loops": {"time": {4: 8.0, 1: 2.0}}, "context": {"time": {256: 1.0, 512: 2.0}}}
-    figure = cost_lines(panels, y_labels=("ms", "MiB"))
-    lines = [axes.lines[0] for axes in figure.axes]
-    assert [points(line) for line in lines] == [[(1, 2), (4, 8)], [(256, 1), (512, 2)]]
-    assert [axes.get_ylabel() for axes in figure.axes] == ["ms", "MiB"]
-    assert {axes.get_xscale() for axes in figure.axes} == {"log"}
-    named_axis = cost_lines(
-        {"preset": {"bytes": {0: 1.0, 1: 3.0}}}, y_labels=("KiB",), x_names=("1b", "3b")
-    )
-    assert [text.get_text() for text in named_axis.axes[0].get_xticklabels()] == ["1b", "3b"]
-    with pytest.raises(ValueError, match="no line"):
-        cost_lines({"num_loops": {}}, y_labels=("ms",))
 
 
 def test_png_and_csv_lie_side_by_side(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The figures, in one style: data in, ``Figure`` out; nothing is computed, no window is opened.
+"""Figures in one style: data in, ``Figure`` out. Nothing is computed, no window is opened.
 
-The only file that knows matplotlib, which it imports when a figure is drawn: without that extra
-the module can still be imported.
+The only module that imports matplotlib, and only when a figure is drawn: without that extra the
+module can still be imported.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import matplotlib.figure
     import matplotlib.lines
 
-# Okabe and Ito's, which colour-blind readers can tell apart; their yellow is too faint for a line.
+# Of Okabe and Ito, for colour-blind readers; without their yellow, too faint for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-# One more than the colours: a colour that comes again has another marker.
+# One more than the colours, so that a repeated colour has another marker.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#595959"
 _STYLE: dict[str, Any] = {
@@ -45,14 +45,11 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": "black",
 }
 _DPI = 150
-# A smoothed point averages about the last twentieth of what came before it.
-_HORIZON = 0.05
+_HORIZON = 0.05  # a smoothed point averages about the last twentieth of the points before it
 _LOG_SPAN = 1000
 _MIN_Y_SPAN = 0.1
-# One line of text beside the axes, as a share of their height.
-_LABEL_HEIGHT = 0.065
-# In characters.
-_LEGEND_WIDTH = 80
+_LABEL_HEIGHT = 0.065  # of a line of text, as a share of the axes' height
+_LEGEND_WIDTH = 80  # characters
 
 
 def loss_curve(
@@ -61,9 +58,9 @@ def loss_curve(
     x_label: str = "training tokens",
     y_label: str = "cross-entropy [nats / token]",
 ) -> "matplotlib.figure.Figure":
-    """Every run's (x, loss) points as a faint line and smoothed exponentially as a bold one.
+    """(x, loss) of every run, as a faint line and exponentially smoothed as a bold one.
 
-    x is logarithmic where it spans three decades or more. A loss that is not finite leaves a gap.
+    x is logarithmic if it spans three decades or more. nan and inf leave a gap.
     """
     xs = [x for points in series.values() for x, _ in points]
     if not xs or not all(series.values()):
@@ -86,10 +83,10 @@ def loss_against_loops(
     trained_loops: float | int | None = None,
     y_label: str = "held-out bits per byte",
 ) -> "matplotlib.figure.Figure":
-    """Each curve's value by ``num_loops``, beside constants to compare with.
+    """Values against ``num_loops``, one curve per name, and constants to compare with.
 
-    The y axis holds every value and at least 0.1, lest noise look like an effect. A value that is
-    not finite leaves a gap.
+    The y axis spans at least 0.1, so that noise does not look like an effect. nan and inf leave a
+    gap.
     """
     loops = sorted({loop for curve in curves.values() for loop in curve})
     if not loops or not all(curves.values()):
@@ -112,107 +109,16 @@ def loss_against_loops(
     return figure
 
 
-def speed_ratios(
-    panels: Mapping[str, Mapping[str, Mapping[str, float | int]]], *, reference: str
-) -> "matplotlib.figure.Figure":
-    """Bars per panel, figure and contender: how many times as fast as the reference, log scale."""
-    if not panels or not all(panels.values()):
-        raise ValueError("panels: no bar to draw")
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
-
-    names = list(dict.fromkeys(n for bars in panels.values() for r in bars.values() for n in r))
-    colours = dict(zip(names, itertools.cycle(COLOURS), strict=False))
-    highest = max(x for bars in panels.values() for r in bars.values() for x in r.values())
-    lowest = min(x for bars in panels.values() for r in bars.values() for x in r.values())
-    with style():
-        figure = new_figure()
-        columns = min(2, len(panels))
-        rows = math.ceil(len(panels) / columns)
-        tall = 0.125 * (len(names) + 1) * max(map(len, panels.values()))
-        figure.set_size_inches(4.6 * columns + 1, max(3.1, tall) * rows + 0.9)
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, (title, bars) in zip(grid.flat, panels.items(), strict=False):
-            height = 0.8 / len(names)
-            for line, ratios in enumerate(bars.values()):
-                for place, name in enumerate(names):
-                    if name not in ratios:
-                        continue
-                    y = line + (place - (len(names) - 1) / 2) * height
-                    axes.barh(y, ratios[name], height, color=colours[name], label=name)
-                    text = f" {ratios[name]:.1f}x"
-                    axes.text(ratios[name], y, text, verticalalignment="center", fontsize=8)
-            axes.set_title(title, fontsize=10.5, loc="left")
-            axes.set_yticks(range(len(bars)), list(bars))
-            axes.axvline(1, color=GREY, linewidth=1.2)
-            axes.grid(visible=False, axis="y")
-            axes.set_xscale("log", base=2)
-            axes.set_xlim(min(1, lowest) / 1.3, highest * 1.7)
-            powers = [2.0**i for i in range(-6, 8) if lowest / 2 <= 2.0**i <= 1.5 * highest]
-            axes.xaxis.set_major_locator(FixedLocator(powers))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
-            axes.xaxis.set_minor_locator(NullLocator())
-        grid[0][0].invert_yaxis()
-        for unused in grid.flat[len(panels) :]:
-            figure.delaxes(unused)
-        figure.supxlabel(f"times as fast as {reference} (line: equal)", fontsize=11)
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        figure.legend(
-            list(unique.values()), list(unique), loc="outside upper left", ncols=2 * columns
-        )
-    return figure
-
-
-def cost_lines(
-    panels: Mapping[str, Mapping[str, Mapping[float | int, float | int]]],
-    *,
-    y_labels: Sequence[str],
-    x_names: Sequence[str] = (),
-    logarithmic: bool = True,
-) -> "matplotlib.figure.Figure":
-    """One panel per x quantity: lines of a cost against it, with a y label per panel.
-
-    `x_names` are written at x = 0, 1, ... in place of numbers.
-    """
-    if not panels or not all(panels.values()):
-        raise ValueError("panels: no line to draw")
-    from matplotlib.ticker import NullLocator, StrMethodFormatter
-
-    plain = StrMethodFormatter("{x:g}")
-    with style():
-        figure = new_figure()
-        figure.set_size_inches(4.2 * len(panels) + 0.6, 3.8)
-        row = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, label, (x_label, lines) in zip(row, y_labels, panels.items(), strict=True):
-            for look, (name, points) in zip(looks(), lines.items(), strict=False):
-                xs = sorted(points)
-                axes.plot(xs, [points[x] for x in xs], **look, linewidth=2, label=name)
-            xs = sorted({x for points in lines.values() for x in points})
-            if logarithmic:
-                axes.set_yscale("log", base=2)
-                axes.yaxis.set_major_formatter(plain)
-            if logarithmic and not x_names:
-                axes.set_xscale("log", base=2)
-            if not logarithmic:
-                axes.set_ylim(bottom=0)
-            axes.set_xticks(xs, list(x_names) if x_names else [f"{x:g}" for x in xs])
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xlabel(x_label)
-            axes.set_ylabel(label)
-            axes.legend(fontsize=9)
-    return figure
-
-
 def save_figure(
     figure: "matplotlib.figure.Figure", path: Path, rows: Sequence[Mapping[str, object]]
 ) -> None:
-    """Write the figure as PNG and, beside it, the rows it shows as CSV: both or neither.
+    """Write the figure as PNG and the rows that it shows as CSV: both files or neither.
 
-    The columns are the rows' keys in order of appearance; what a row lacks stays empty.
+    The columns are the rows' keys in order of appearance.
     """
     require(path.suffix == ".png", "path", str(path), "must end in .png")
     if not rows:
-        raise ValueError("rows: a figure is saved with what it shows")
+        raise ValueError("rows: a figure is saved with the rows that it shows")
     columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
     with replacing(path.with_suffix(".csv")) as table, replacing(path) as image:
         with open(table, "x", encoding="utf-8", newline="") as file:
@@ -220,18 +126,18 @@ def save_figure(
             writer.writeheader()
             writer.writerows(rows)
         with style():
-            # Without the version of matplotlib, so that equal pictures are equal files.
+            # Without matplotlib's version, so that equal figures are equal files.
             figure.savefig(image, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The look of every figure, while it is drawn."""
+    """Apply the style of the figures."""
     try:
         import matplotlib.style
     except ImportError as error:
         raise ConfigError(f"a figure {needs('plots')}") from error
-    # From matplotlib's defaults, not from the settings file of whoever draws.
+    # Starts from matplotlib's defaults, not from the user's settings file.
     with matplotlib.style.context(_STYLE, after_reset=True):
         yield
 
@@ -261,7 +167,7 @@ def draw_smoothed(
     look: Mapping[str, Any],
     name: str,
 ) -> "matplotlib.lines.Line2D":
-    """Points as a faint line and, in front, smoothed as a bold one; returns that."""
+    """Draw points as a faint line and smoothed as a bold one in front; returns the bold one."""
     values = [_finite(value) for _, value in points]
     positions = [x for x, _ in points]
     axes.plot(positions, values, color=look["color"], linewidth=0.8, alpha=0.4)
@@ -274,10 +180,10 @@ def draw_line(
     look: Mapping[str, Any],
     name: str,
 ) -> "matplotlib.lines.Line2D":
-    """Points smoothed, as a bold line; a single one, which has no line, as a marker."""
+    """Draw points smoothed, as a bold line; a single point as a marker."""
     values = [_finite(value) for _, value in points]
     marker = look.get("marker", "o") if sum(map(math.isfinite, values)) == 1 else ""
-    # Above the raw lines of all others, or theirs would hide it.
+    # In front of the raw lines of all other runs.
     bold = {"linewidth": 2, "zorder": 2.5, **look, "marker": marker}
     return axes.plot([x for x, _ in points], _smoothed(values), **bold, label=name)[0]
 
@@ -285,13 +191,13 @@ def draw_line(
 def smoothing_title(
     series: Iterable[Sequence[tuple[float | int, float | int]]],
 ) -> str:
-    """What a legend says of bold and faint lines: nothing where too few points leave them equal."""
+    """Legend title for bold and faint lines; "" if there are too few points to smooth."""
     longest = max(sum(math.isfinite(value) for _, value in points) for points in series)
     return "bold: smoothed, faint: raw" if longest * _HORIZON > 1 else ""
 
 
 def looks() -> Iterator[dict[str, Any]]:
-    """What tells lines apart: colour, marker and, once the colours are used up, dashes."""
+    """Colour, marker and, after all colours, dashes of successive lines."""
     markers = itertools.cycle(_MARKERS)
     for dashes in itertools.cycle(("-", "--", ":", "-.")):
         for colour in COLOURS:
@@ -299,7 +205,7 @@ def looks() -> Iterator[dict[str, Any]]:
 
 
 def tints(colour: str, count: int) -> list[tuple[float, float, float]]:
-    """A colour from pale to itself, in so many steps."""
+    """`count` tints of a colour, from pale to the colour itself."""
     from matplotlib.colors import to_rgb
 
     shares = [1 - 0.75 * (count - 1 - i) / max(1, count - 1) for i in range(count)]
@@ -308,7 +214,7 @@ def tints(colour: str, count: int) -> list[tuple[float, float, float]]:
 
 
 def _legend(figure: "matplotlib.figure.Figure", names: Iterable[str], title: str = "") -> None:
-    """Above the axes, where no data is, in as many columns as the names leave room for."""
+    """A legend above the axes, in as many columns as fit."""
     columns = max(1, _LEGEND_WIDTH // (max(map(len, names)) + 8))
     legend = figure.legend(
         loc="outside upper left", ncols=columns, title=title, alignment="left", columnspacing=1.5
@@ -321,19 +227,19 @@ def _finite(value: float | int) -> float:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential average whose horizon grows with what it has seen: no lag at the start."""
+    """Exponential average whose horizon grows with the number of values: no lag at the start."""
     smoothed: list[float] = []
-    average, seen = 0.0, 0
+    average, count = 0.0, 0
     for value in values:
         if math.isfinite(value):
-            average += (value - average) / max(1, _HORIZON * seen)
-            seen += 1
+            average += (value - average) / max(1, _HORIZON * count)
+            count += 1
         smoothed.append(average if math.isfinite(value) else math.nan)
     return smoothed
 
 
 def short_number(value: float | int, _position: object = None) -> str:
-    """1500000 as 1.5M; matplotlib's own formatter would write 1e9 as 1G."""
+    """1500000 as 1.5M, 1e9 as 1B."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:g}{letter}"
@@ -343,7 +249,7 @@ def short_number(value: float | int, _position: object = None) -> str:
 def _loop_axis(
     axes: "matplotlib.axes.Axes", loops: Sequence[int], marks: Sequence[float | int]
 ) -> None:
-    """Ticks at the powers of two within ``marks``; where those are too few, at ``loops``."""
+    """Ticks at the powers of two within ``marks``; if there are fewer than two, at ``loops``."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     powers = [2**i for i in range(int(max(marks)).bit_length()) if 2**i >= min(marks)]
@@ -362,7 +268,7 @@ def _y_range(values: Iterable[float | int]) -> tuple[float, float]:
 
 
 def _draw_references(axes: "matplotlib.axes.Axes", references: Mapping[str, float | int]) -> None:
-    """Dashed lines named beside the axes, the names moved apart where lines are close."""
+    """Dashed lines with names beside the axes; names of close lines are moved apart."""
     low, high = axes.get_ylim()
     names = sorted(references, key=lambda name: references[name])
     places = _apart([float(references[name]) for name in names], (high - low) * _LABEL_HEIGHT)
@@ -373,7 +279,7 @@ def _draw_references(axes: "matplotlib.axes.Axes", references: Mapping[str, floa
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Ascending values at least a gap apart: those too close are spread about their mean."""
+    """Move ascending values at least a gap apart; close ones are spread about their mean."""
     groups: list[list[float]] = []
     for value in values:
         groups.append([value])

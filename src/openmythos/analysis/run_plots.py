@@ -1,4 +1,4 @@
-"""Curves of training runs against each other: a panel per metric, in the style of `plots`."""
+"""Metrics of training runs, compared: a panel per metric, in the style of `plots`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,22 +15,19 @@ from openmythos.analysis.plots import (
     tints,
 )
 
-Figure = Any  # matplotlib's, which only `plots` knows
+Figure = Any  # matplotlib's, which only `plots` imports
 Points = Sequence[tuple[float, float]]
-# Of one run: a metric's values, or those of every item of a list by the item's number.
-Lines = Mapping[str, Points]
-# Inches of the figure's height: of a panel, and of a line of the legend.
-_PANEL, _LINE = 3.2, 0.23
+Lines = Mapping[str, Points]  # of one run and metric: one line, or one per item of a list
+_PANEL, _LINE = 3.2, 0.23  # height in inches of a panel and of a line of the legend
 
 
 def metric_curves(
     panels: Mapping[str, Mapping[str, Lines]], *, x_label: str, single: bool = False
 ) -> Figure:
-    """Per metric and run the (x, value) points as a faint line and smoothed as a bold one.
+    """(x, value) of each metric and run, as a faint line and smoothed as a bold one.
 
-    Of a list, such as a value per loop, each item is a line, the first the palest; those of the
-    first and the last are named. A run has the same colour in all panels, and one line of the
-    legend; `single` leaves that out.
+    A list, such as a value per loop, gets a line per item from pale to dark; the first and the last
+    are named. A run has one colour in all panels and one line of the legend, which `single` omits.
     """
     runs = list(dict.fromkeys(name for series in panels.values() for name in series))
     drawn = [p for series in panels.values() for lines in series.values() for p in lines.values()]
@@ -69,12 +66,12 @@ def metric_curves(
 
 
 def _draw(axes: Any, lines: Lines, look: Mapping[str, Any], name: str) -> Any:
-    """The lines of one run in one panel; returns the one that stands for the run."""
+    """Draw the lines of one run in one panel; returns the line for the legend."""
     if len(lines) == 1:
         return draw_smoothed(axes, next(iter(lines.values())), look, name)
     handle = None
     for tint, (item, points) in zip(tints(look["color"], len(lines)), lines.items(), strict=True):
-        # Raw lines of so many items would hide each other.
+        # Without raw lines: so many would hide each other.
         handle = draw_line(axes, points, {**look, "color": tint, "linewidth": 1.4}, name)
         if item in (next(iter(lines)), list(lines)[-1]):
             axes.annotate(

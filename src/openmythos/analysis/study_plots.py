@@ -1,6 +1,6 @@
-"""The figures of the studies: data in, figure out, in the style of `plots`.
+"""Figures of the studies, in the style of `plots`.
 
-Where there is a value per seed, the mean is drawn with the range.
+Values per seed are drawn as their mean and range.
 """
 
 import math
@@ -9,7 +9,8 @@ from typing import Any
 
 from openmythos.analysis.plots import GREY, looks, new_figure, style
 
-Figure = Any  # matplotlib's, which only `plots` knows
+Figure = Any  # matplotlib's, which only `plots` imports
+TRAINED = {"color": "#D9D9D9", "linewidth": 6, "zorder": 0.9}  # marks the trained range
 
 
 def hops_against_loops(
@@ -18,10 +19,7 @@ def hops_against_loops(
     *,
     trained_hops: int,
 ) -> Figure:
-    """Left: accuracy of one model by hops and num_loops. Right: the best of each arm by hops.
-
-    `lines` holds a value per seed: drawn are their mean and their range.
-    """
+    """Left: accuracy of one model by hops and num_loops. Right: the best of each arm by hops."""
     if not grid or not lines:
         raise ValueError("grid, lines: nothing to draw")
     hops, loops = sorted(grid), sorted({loop for row in grid.values() for loop in row})
@@ -43,7 +41,7 @@ def hops_against_loops(
         left.grid(visible=False)
         figure.colorbar(image, ax=left, label="accuracy [%]", pad=0.02)
         _mean_and_range(right, lines, 100)
-        right.axvline(trained_hops, color="#D9D9D9", linewidth=6, zorder=0.9)
+        right.axvline(trained_hops, **TRAINED)
         right.set_xlabel("hops (grey: longest trained; bands: min to max of seeds)", fontsize=10)
         right.set_ylabel("accuracy at the best num_loops [%]")
         right.set_ylim(-3, 103)
@@ -60,9 +58,9 @@ def loops_against_hops(
     trained_hops: int,
     spare: int,
 ) -> Figure:
-    """Left: loops used less hops, per rule; a line at `spare`, the most allowed. Right: accuracy.
+    """Left: loops used minus hops, per rule; a line at `spare`, the limit. Right: accuracy.
 
-    Of a value per seed the mean is drawn alone: the ranges of so many rules hide each other.
+    Means only: the ranges of so many rules would hide each other.
     """
     if not loops or not accuracies:
         raise ValueError("loops, accuracies: nothing to draw")
@@ -71,12 +69,10 @@ def loops_against_hops(
         for name, points in loops.items()
     }
     with style():
-        figure = new_figure()
-        figure.set_size_inches(11.0, 5.2)
-        left, right = figure.subplots(1, 2)
+        figure, (left, right) = _row(2, 11.0, 5.2, False)
         for axes, lines, scale in ((left, beyond, 1), (right, accuracies, 100)):
             _mean_and_range(axes, lines, scale, bands=False)
-            axes.axvline(trained_hops, color="#D9D9D9", linewidth=6, zorder=0.9)
+            axes.axvline(trained_hops, **TRAINED)
             axes.set_xlabel("hops (grey: the longest trained)")
         left.axhline(spare, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)))
         left.set_ylim(-17, 17)
@@ -99,17 +95,15 @@ def line_panels(
     ticks: bool = False,
     note: str = "",
 ) -> Figure:
-    """Side by side: lines of values against x, with titles; `percent` shows shares as percent.
+    """Panels side by side: lines of values against x; `percent` shows shares as percent.
 
-    ticks: where there are values, not between. note: a line below. A panel with other names than
-    the first has a legend of its own.
+    `ticks` puts ticks at the values only, `note` is a line below. A panel with other names than the
+    first has its own legend.
     """
     if not panels:
         raise ValueError("panels: nothing to draw")
     with style():
-        figure = new_figure()
-        figure.set_size_inches(4.2 * len(panels) + 0.6, 3.9)
-        row = figure.subplots(1, len(panels), sharey=percent or same_y, squeeze=False)[0]
+        figure, row = _row(len(panels), 4.2 * len(panels) + 0.6, 3.9, percent or same_y)
         for place, (axes, (title, lines)) in enumerate(zip(row, panels.items(), strict=True)):
             _mean_and_range(axes, lines, 100 if percent else 1)
             axes.set_title(title, fontsize=10.5, loc="left")
@@ -135,13 +129,11 @@ def dot_panels(
     x_label: str,
     y_label: str,
 ) -> Figure:
-    """Side by side: a dot per value by kind and category, categories in the order given."""
+    """Panels side by side: a dot per value, by kind and category."""
     if not panels:
         raise ValueError("panels: nothing to draw")
     with style():
-        figure = new_figure()
-        figure.set_size_inches(4.6 * len(panels) + 0.6, 3.9)
-        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        figure, row = _row(len(panels), 4.6 * len(panels) + 0.6, 3.9, True)
         for axes, (title, kinds) in zip(row, panels.items(), strict=True):
             _strips(axes, kinds, order, beside=False)
             axes.set_title(title, fontsize=10.5, loc="left")
@@ -159,15 +151,14 @@ def comparisons(
     x_label: str,
     change_label: str,
 ) -> Figure:
-    """A row per name. A panel per comparison: a dot per seed and their mean. Last panel: from what
-    a mean is (full) to what becomes of it (hollow), in the comparisons' colours."""
+    """A row per name. A panel per comparison: a dot per seed and their mean. Last panel: lines from
+    the mean before (full) to the mean after (hollow), in the comparisons' colours."""
     if not shares or not before_after:
         raise ValueError("shares, before_after: nothing to draw")
     places = {name: place for place, name in enumerate(order)}
     with style():
-        figure = new_figure()
-        figure.set_size_inches(2.5 * (len(shares) + 1) + 1.9, 0.3 * len(order) + 1.4)
-        row = figure.subplots(1, len(shares) + 1, sharey=True, squeeze=False)[0]
+        count = len(shares) + 1
+        figure, row = _row(count, 2.5 * count + 1.9, 0.3 * len(order) + 1.4, True)
         for axes, look, (title, values) in zip(row, looks(), shares.items(), strict=False):
             for name, dots in values.items():
                 at = places[name]
@@ -179,7 +170,7 @@ def comparisons(
         last = row[-1]
         for number, (look, values) in enumerate(zip(looks(), before_after.values(), strict=False)):
             for name, (before, after) in values.items():
-                # One below the other where a name has several.
+                # If a name has several, one below the other.
                 mine = [k for k, each in enumerate(before_after.values()) if name in each]
                 y = places[name] + 0.22 * (mine.index(number) - (len(mine) - 1) / 2)
                 last.plot([before, after], [y, y], color=look["color"], linewidth=1.5)
@@ -202,7 +193,7 @@ def stability(
     trained_loops: int,
 ) -> Figure:
     """Above: final loss and spectral radius of every run, by name and learning rate. Below, a panel
-    per rate: the size of the state by loops, a line per run; None is drawn at the top, hollow."""
+    per rate: the RMS of the state by loops, a line per run; None is a hollow mark at the top."""
     if not loss or not radii or not sizes:
         raise ValueError("loss, radii, sizes: nothing to draw")
     rates = sorted(sizes)
@@ -235,7 +226,7 @@ def stability(
         top = 30 * max(finite)
         for axes, rate in zip(panels, rates, strict=True):
             for place, (look, runs) in enumerate(zip(looks(), sizes[rate].values(), strict=False)):
-                width = 1.0 if place else 2.2  # the first is seen below another
+                width = 1.0 if place else 2.2  # so that the first shows behind another
                 for run in runs:
                     known = [(n, size) for n, size in sorted(run.items()) if size is not None]
                     axes.plot(*zip(*known, strict=True), color=look["color"], linewidth=width)
@@ -258,6 +249,13 @@ def stability(
     return figure
 
 
+def _row(count: int, width: float, height: float, sharey: bool) -> tuple[Figure, Any]:
+    """A figure with `count` panels side by side; size in inches."""
+    figure = new_figure()
+    figure.set_size_inches(width, height)
+    return figure, figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
+
+
 def _strips(
     axes: Any,
     groups: Mapping[str, Mapping[Any, Sequence[float | int]]],
@@ -265,7 +263,7 @@ def _strips(
     *,
     beside: bool = True,
 ) -> None:
-    """A dot per value in columns, those of one x beside each other by group or in one place."""
+    """A dot per value in a column per x; groups are beside each other or in one place."""
     width = 0.8 / len(groups) if beside else 0.5
     for place, (look, (name, points)) in enumerate(zip(looks(), groups.items(), strict=False)):
         middle = (place - (len(groups) - 1) / 2) * width if beside else 0.0
@@ -282,10 +280,10 @@ def _strips(
 
 
 def _log_x(axes: Any, xs: set[Any]) -> None:
-    """Whole numbers, such as loops, at powers of two and as they are written."""
-    whole = all(isinstance(x, int) for x in xs)
-    axes.set_xscale("log", base=2 if whole else 10)
-    if whole:
+    """A log axis; integers, such as loops, get ticks at powers of two."""
+    integers = all(isinstance(x, int) for x in xs)
+    axes.set_xscale("log", base=2 if integers else 10)
+    if integers:
         axes.xaxis.set_major_formatter("{x:g}")
 
 
@@ -296,7 +294,7 @@ def _mean_and_range(
     *,
     bands: bool = True,
 ) -> None:
-    """A line per name through the means of the values at each x, and their range."""
+    """A line per name through the means at each x, and a band for the range."""
     for look, (name, points) in zip(looks(), lines.items(), strict=False):
         xs = sorted(points)
         means = [scale * sum(points[x]) / len(points[x]) for x in xs]

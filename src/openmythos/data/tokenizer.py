@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 from openmythos.config import ConfigError, needs, require, require_int
 from openmythos.files import write_atomically
@@ -39,59 +39,38 @@ _BOS_NAMES = (_BOS, "<|begin_of_text|>", "<|begin_text|>", "<|endoftext|>", "<s>
 _PROBE = " The caf\u00e9's\tcost:\r\n\n    12345 \u20ac \u6f22\u5b57 \U0001f642 <s>  "
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """The interface of a tokenizer."""
+class Tokenizer(ABC):
+    """Text to ids and back; each id stands for some bytes."""
 
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def token_bytes(self) -> Sequence[bytes]:
-        """The UTF-8 bytes of each id; empty for bos and other special tokens."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, without bos."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text; invalid UTF-8 becomes U+FFFD."""
-        ...
-
-    def serialized(self) -> str:
-        """The content of tokenizer.json."""
-        ...
-
-    def save(self, folder: str | os.PathLike[str]) -> None: ...
-
-
-class _ByteLevel(ABC):
-    """Base of tokenizers whose ids each stand for some bytes."""
-
-    token_bytes: Sequence[bytes]
+    bos_id: int
+    token_bytes: Sequence[bytes]  # UTF-8 of each id; empty for bos and other special tokens
 
     @property
     def vocab_size(self) -> int:
         return len(self.token_bytes)
 
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without bos."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Iterable[int]) -> str:
+        """The text; invalid UTF-8 becomes U+FFFD."""
         joined = b"".join(_bytes_of(self.token_bytes, token) for token in ids)
         return joined.decode("utf-8", errors="replace")
 
     @abstractmethod
-    def serialized(self) -> str: ...
+    def serialized(self) -> str:
+        """The content of tokenizer.json."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json."""
         write_atomically(Path(folder) / TOKENIZER_FILE, self.serialized())
 
 
-class ByteTokenizer(_ByteLevel):
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0 to 255, and bos."""
 
     bos_id = 256
@@ -102,14 +81,11 @@ class ByteTokenizer(_ByteLevel):
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
     def serialized(self) -> str:
         return json.dumps({"kind": "bytes"}) + "\n"
 
 
-class BPETokenizer(_ByteLevel):
+class BPETokenizer(Tokenizer):
     """Byte-level BPE by the ``tokenizers`` library; make one by ``train`` or ``load``."""
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", name: str = "tokenizer") -> None:

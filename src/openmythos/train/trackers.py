@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 from openmythos.config import ConfigError, needs, require
 from openmythos.files import read_json, write_json
@@ -30,13 +30,11 @@ class Tracked:
     config: Mapping[str, Any]
 
 
-@runtime_checkable
-class Sink(Protocol):
-    """An active tracker."""
+class Sink(NamedTuple):
+    """An active tracker: `log(values, step)` and `close(failed)`."""
 
-    def log(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def close(self, *, failed: bool) -> None: ...
+    log: Callable[[Mapping[str, float], int], object]
+    close: Callable[[bool], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,16 @@ class TensorBoard:
         return _imported("torch.utils.tensorboard", "SummaryWriter", self.kind)
 
     def start(self, run: Tracked) -> Sink:
-        return _TensorBoardSink(self.module().SummaryWriter, run)
+        # Steps repeated after a crash replace the earlier ones.
+        purge = run.first_step if run.first_step > 0 else None
+        folder = str(run.folder / "tensorboard")
+        writer = self.module().SummaryWriter(folder, purge_step=purge, flush_secs=10)
+
+        def log(values: Mapping[str, float], step: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        return Sink(log, lambda _failed: writer.close())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +93,10 @@ class Wandb:
             # Otherwise wandb records every redraw of the progress bar.
             settings=wandb.Settings(console="off"),
         )
-        return _RunSink(started, lambda failed: started.finish(exit_code=int(failed)))
+        return Sink(
+            lambda values, step: started.log(dict(values), step=step),
+            lambda failed: started.finish(exit_code=int(failed)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,37 +123,13 @@ class Trackio:
             resume="allow",
             embed=False,
         )
-        return _RunSink(started, lambda _failed: started.finish())
+        return Sink(
+            lambda values, step: started.log(dict(values), step=step),
+            lambda _failed: started.finish(),
+        )
 
 
 Tracker = TensorBoard | Wandb | Trackio
-
-
-class _TensorBoardSink:
-    def __init__(self, writer: Callable[..., Any], run: Tracked) -> None:
-        # Steps repeated after a crash replace the earlier ones.
-        purge = run.first_step if run.first_step > 0 else None
-        self._writer = writer(str(run.folder / "tensorboard"), purge_step=purge, flush_secs=10)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self, *, failed: bool) -> None:
-        self._writer.close()
-
-
-class _RunSink:
-    """A run of wandb, or of trackio, which has the same interface."""
-
-    def __init__(self, run: Any, finish: Callable[[bool], None]) -> None:
-        self._run, self._finish = run, finish
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self, *, failed: bool) -> None:
-        self._finish(failed)
 
 
 class Trackers:
@@ -174,14 +160,14 @@ class Trackers:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = kind is not None and issubclass(kind, Exception)
         for name, sink in list(self._sinks.items()):
-            self._try(name, partial(sink.close, failed=failed))
+            self._try(name, partial(sink.close, failed))
 
     def _start(self, tracker: Tracker, tracked: Tracked) -> None:
         self._sinks[tracker.kind] = tracker.start(tracked)
 
-    def _try(self, kind: str, act: Callable[[], None]) -> None:
+    def _try(self, kind: str, action: Callable[[], object]) -> None:
         try:
-            act()
+            action()
         except Exception as error:
             self._sinks.pop(kind, None)
             text = " ".join(str(error).split())
