@@ -42,10 +42,11 @@ test-shapes: $(VENV)/.installed-dev  ## run tests of the layers with run-time ch
 	$(PYTEST) -m "not slow and not compile" --jaxtyping-packages=openmythos,beartype.beartype \
 		$(SHAPES) $(ARGS)
 
-lint: $(VENV)/.installed-dev  ## check style, formatting and which room imports which
+lint: $(VENV)/.installed-dev  ## check style, formatting, which room imports which, and words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python tools/plain_words.py
 
 # The peers pin old versions of torch or want packages that only their training scripts use.
 bench: $(BENCH)/.installed  ## time the models beside their peers; writes results/bench

@@ -161,7 +161,7 @@ def bench_rows(results: Path) -> Iterator[str]:
             claim,
             f"{ratio(figure, fp32)}. Compiled: {ratio(figure, compiled)}. With bf16 weights, "
             f"compiled: {ratio(figure, both)} "
-            "([not all that we asked of ourselves](docs/performance.md))",
+            "([some goals missed](docs/performance.md))",
             "same",
         )
     # The same on every processor.
@@ -240,28 +240,28 @@ def scale_rows(results: Path) -> Iterator[str]:
     steps = load(results, "scale/collectives.json")["messages_per_step"]["shards"]
     gathers = [f"{step['all_gathers']} all-gathers a step at {step['loops']}" for step in steps]
     yield row(
-        "several processes train as one does, with weights in shards, replicas, and experts that "
-        "ranks hold between them",
+        "several processes train as one does, with sharded weights, replicas, and expert "
+        "parallelism",
         f"20 steps on 2 and 4 processes: losses within {loss:.0e}, gradient norms within "
         f"{norm:.0e}; {gathers[0]} loop, {gathers[-1]} loops",
         "`python benchmarks/ranks_together.py` ([results](results/scale/two-ranks.json))",
     )
-    every, last, anew = (
+    every, last, checkpointed = (
         memory["by_loops"][mode] for mode in ("all loops", "last 4 loops", "recomputed")
     )
     yield row(
         "the memory of training does not grow with loops where the last few carry gradient",
         f"preset small, 2048 tokens: {last['4']['mib']:.0f}, {last['16']['mib']:.0f}, "
         f"{last['64']['mib']:.0f} MiB at 4, 16, 64 loops; {every['64']['mib']:.0f} at 64 with all, "
-        f"{anew['64']['mib']:.0f} with recomputed loops",
+        f"{checkpointed['64']['mib']:.0f} with activation checkpointing",
         "`python benchmarks/memory.py` ([results](results/scale/memory.json))",
     )
     ratios = {name: plan["ratio"] for name, plan in memory["plan"].items()}
     wide = [ratio for name, ratio in ratios.items() if name.startswith("fp32")]
     yield row(
-        "`openmythos plan` foretells the memory of training",
+        "`openmythos plan` estimates the memory of training",
         f"{min(wide):.0%} to {max(wide):.0%} of what is measured in fp32, alone and on two ranks; "
-        f"{ratios['bf16']:.0%} in bf16 on a CPU (kernels made at run time are not foretold)",
+        f"{ratios['bf16']:.0%} in bf16 on a CPU (kernels made at run time are not counted)",
         "same",
     )
     loader = load(results, "scale/loader.json")

@@ -2,12 +2,12 @@
 
     python benchmarks/memory.py
 
-Against the number of loops with all of them in the backward pass, with the last four, and with all
-recomputed; the loss by chunks of tokens against whole logits; what `openmythos plan` says against
-what is measured, alone and on two ranks. Every case is a process of its own, on one thread; memory
-is what training adds to the resident memory of the process, weights and optimizer included. Tensors
-are mapped one by one, so that holes between them do not count, and attention is torch's own kernel,
-whose memory is an accelerator's.
+Against the number of loops: backpropagation through all, through the last four, and activation
+checkpointing; the loss in chunks of tokens against full logits; the estimate of `openmythos plan`
+against measurement, on one process and on two ranks. Every case is a process of its own, on one
+thread; memory is what training adds to the resident memory of the process, weights and optimizer
+included. Each tensor is mapped on its own, so that fragmentation does not count, and attention is
+torch's own kernel, which needs as much memory as on an accelerator.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def in_a_process(case: Mapping[str, Any]) -> dict[str, float]:
 
 
 def planned(case: Mapping[str, Any]) -> float:
-    """MiB that `cost.training_memory`, on ranks with its parts in shards, foretells."""
+    """MiB that `cost.training_memory`, with its parts sharded over ranks, estimates."""
     dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
     ranks, batch = case.get("ranks", 1), case.get("batch", BATCH)
     config = presets.get("small")
@@ -131,7 +131,7 @@ def planned(case: Mapping[str, Any]) -> float:
         gpus=ranks, batch=batch // ranks, micro_batch=batch // ranks, checkpoint_loops=False
     )
     sharded = fit.device_memory(config, settings, CONTEXT, case["num_loops"])
-    # Measured in fp32: weights travel, and activations are, twice as wide.
+    # Measured in fp32: gathered weights and activations are twice as wide.
     wide = replace(
         sharded,
         gathered=2 * sharded.gathered,

@@ -3,8 +3,8 @@
     python benchmarks/ranks_together.py
 
 A tiny model whose recurrent layers have experts. collectives.json counts messages as they are
-called, on gloo, against the number of loops, with every weight in shards and with the experts held
-by one rank or the other; two-ranks.json has the losses and gradient norms of every step.
+called, on gloo, against the number of loops, with all weights sharded and with expert parallelism;
+two-ranks.json has the losses and gradient norms of every step.
 """
 
 import argparse

@@ -97,7 +97,7 @@ def against_context(rounds: int) -> dict[str, dict[int, float]]:
             cache = model.new_cache(1, context + 64)
             model(tokens, cache=cache)
             cache.advance(context)
-        # Not advanced: each step writes the same column anew.
+        # Not advanced: each step writes the same column again.
         decode[context] = torch.no_grad()(
             lambda cache=cache, tokens=tokens: model(tokens[:, :1], cache=cache)
         )

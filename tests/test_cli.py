@@ -194,7 +194,7 @@ def test_eval_of_other_text_leaves_the_held_out_figure(here: Path, call: Call) -
         assert (folder / "loops.png").is_file()
     assert (here / "run" / "eval.json").read_bytes() == kept
     result = call(*argv, "--out", "text/1.py")
-    assert_refused(result, "out = 'text/1.py': is no folder")
+    assert_refused(result, "out = 'text/1.py': is not a folder")
     assert "bits per byte" not in result.out
 
 

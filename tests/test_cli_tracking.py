@@ -153,7 +153,7 @@ def test_a_damaged_file_takes_no_other_run_down(
 def test_no_runs_and_no_folder(here: Path, call: Call) -> None:
     assert call("runs") == (0, "no runs yet: `openmythos train` makes runs/demo-1\n", "")
     assert json.loads(call("runs", "--json")[1]) == []
-    assert call("runs", "runs") == (2, "", "error: folder = 'runs': is no folder\n")
+    assert call("runs", "runs") == (2, "", "error: folder = 'runs': is not a folder\n")
     (here / "runs").mkdir()
     assert call("runs") == (0, "no run in runs\n", "")
     assert json.loads(call("runs", "--json")[1]) == []

@@ -153,7 +153,7 @@ def test_runs_and_prepared_folders_are_no_text(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="pipe: is no regular file"):
+    with pytest.raises(ConfigError, match="pipe: is not a regular file"):
         open_corpus([str(tmp_path / "pipe")])
 
 

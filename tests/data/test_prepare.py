@@ -319,5 +319,5 @@ def test_references_keep_to_what_they_saw(tmp_path: Path, straight: Path, corpus
     with pytest.raises(ConfigError, match="bpe: the prepared folder that this run reads is not"):
         references.shards("train", verify=False)
     prepare(wanted(corpus, held_out=0.1), BPE, tmp_path / "bpe")
-    with pytest.raises(ConfigError, match="bpe: was prepared anew since this run was made"):
+    with pytest.raises(ConfigError, match="bpe: was prepared again since this run was created"):
         references.shards("train", verify=False)

@@ -107,7 +107,7 @@ def test_only_held_out_text_and_newest_checkpoint_go_to_the_run_folder(run: Run)
     for data, step in ((("a.txt",), None), ((), 2)):
         with pytest.raises(ConfigError, match="holds what the newest checkpoint makes of"):
             report.report_folder(run, data, step, str(run.folder))
-    with pytest.raises(ConfigError, match=r"out = .*config.toml': is no folder"):
+    with pytest.raises(ConfigError, match=r"out = .*config.toml': is not a folder"):
         report.report_folder(run, (), None, str(run.folder / "config.toml"))
 
 

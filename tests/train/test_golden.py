@@ -1,4 +1,4 @@
-"""The losses of the tiny recipe as they were recorded; `make golden` records them anew."""
+"""The losses of the tiny recipe as they were recorded; `make golden` records new ones."""
 
 import json
 import os

@@ -162,7 +162,7 @@ def test_metrics_are_json_whatever_they_are(tmp_path: Path) -> None:
         assert found == {"step": 0, "loss": None, "norm": None, "rms": [1.5, None]}
         (entry,) = read_metrics(tmp_path)
         assert math.isnan(entry["loss"]) and math.isnan(scalars(entry)["rms/2"])
-        MetricsLog(tmp_path, 1)  # writes anew what it has read
+        MetricsLog(tmp_path, 1)  # writes again what it has read
 
 
 def test_scalars_and_their_choice() -> None:

@@ -142,7 +142,7 @@ class References:
         if not is_prepared(folder):
             raise ConfigError(f"{folder}: the prepared folder that this run reads is not there")
         if sha256_of(folder / PREPARED_FILE) != source.sha256:
-            raise ConfigError(f"{folder}: was prepared anew since this run was made")
+            raise ConfigError(f"{folder}: was prepared again since this run was created")
         return open_prepared(folder, side, verify=verify)
 
 

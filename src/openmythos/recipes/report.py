@@ -135,7 +135,7 @@ def report_folder(run: Run, data: Sequence[str], step: int | None, out: str = ""
     own = not data and newest
     if out:
         folder = Path(out)
-        require(folder.is_dir() or not folder.exists(), "out", out, "is no folder")
+        require(folder.is_dir() or not folder.exists(), "out", out, "is not a folder")
         allowed = "holds what the newest checkpoint makes of the held-out text"
         require(own or folder.resolve() != run.folder.resolve(), "out", out, allowed)
         return folder

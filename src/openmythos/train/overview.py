@@ -50,7 +50,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
 
     Links are followed, each folder once.
     """
-    require(folder.is_dir(), "folder", str(folder), "is no folder")
+    require(folder.is_dir(), "folder", str(folder), "is not a folder")
     seen: set[str] = set()
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
