@@ -16,7 +16,7 @@ import pytest
 from matplotlib.image import imread
 
 from openmythos import cli
-from openmythos.analysis import run_plots
+from openmythos.analysis import plots
 from openmythos.cli import jobs, screen, tracking
 from openmythos.cli.live import loss_so_far
 from openmythos.cli.progress import duration
@@ -205,13 +205,13 @@ def test_a_list_is_a_line_for_each_item_in_one_panel(
 ) -> None:
     make(here / "a", 6)
     drawn: list[Any] = []
-    original = run_plots.metric_curves
+    original = plots.metric_curves
 
     def kept(panels: Any, **options: Any) -> Any:
         drawn.append(panels)
         return original(panels, **options)
 
-    monkeypatch.setattr(run_plots, "metric_curves", kept)
+    monkeypatch.setattr(plots, "metric_curves", kept)
     assert call("plot", "a", "--metric", "norm", "loss")[0] == 0
     assert [(name, list(lines["a"])) for name, lines in drawn[0].items()] == [
         ("norm", ["1", "2"]),

@@ -20,10 +20,9 @@ from matplotlib.lines import Line2D
 from openmythos.analysis.plots import (
     _apart,
     loss_against_loops,
-    loss_curve,
+    metric_curves,
     save_figure,
 )
-from openmythos.analysis.run_plots import metric_curves
 from openmythos.config import ConfigError
 
 POINTS = [(1000 * (i + 1), 1.5 + 4 / (1 + i / 20) + 0.1 * (-1) ** i) for i in range(300)]
@@ -32,6 +31,12 @@ ROWS: list[dict[str, object]] = [
     {"run": "a, b", "num_loops": 1, "bpb": 0.1 + 0.2},
     {"run": "ü", "note": "new"},
 ]
+
+
+def loss_curve(series: Mapping[str, list[tuple[float, float]]]) -> Figure:
+    """One panel, with a line per run."""
+    panels = {"loss": {name: {"": points} for name, points in series.items()}}
+    return metric_curves(panels, x_label="training tokens")
 
 
 def texts(figure: Figure) -> list[str]:
@@ -90,7 +95,7 @@ def test_each_run_is_drawn_raw_and_smoothed() -> None:
     figure = loss_curve({"looped": POINTS, "control": POINTS[:50]})
     axes = figure.axes[0]
     assert axes.get_xlabel() == "training tokens"
-    assert axes.get_ylabel() == "cross-entropy [nats / token]"
+    assert axes.get_ylabel() == "loss"
     assert legend(figure) == ["looped", "control"]
     assert figure.legends[0].get_title().get_text() == "bold: smoothed, faint: raw"
     raw, smoothed, other_raw, other = axes.lines
@@ -203,7 +208,7 @@ def test_names_keep_apart_and_in_order(values: list[float]) -> None:
     ("draw", "message"),
     [
         (lambda: loss_curve({}), "no line"),
-        (lambda: loss_curve({"a": POINTS, "b": []}), "series of .300, 0. points: no line"),
+        (lambda: loss_curve({"a": POINTS, "b": []}), "panels: no line"),
         (lambda: loss_against_loops({}), "no line"),
         (lambda: loss_against_loops({"a": CURVE, "b": {}}), "curves of .5, 0. points: no line"),
         (lambda: loss_against_loops({"a": {0: 2.0, 1: 1.0}}), "num_loops = 0"),
@@ -262,14 +267,15 @@ def test_nothing_opens_a_window_or_touches_global_settings(tmp_path: Path) -> No
     script = """
 import sys
 from pathlib import Path
-from openmythos.analysis.plots import loss_against_loops, loss_curve, save_figure
+from openmythos.analysis.plots import loss_against_loops, metric_curves, save_figure
 assert "matplotlib" not in sys.modules
 import matplotlib
 matplotlib.rcParams["lines.linewidth"] = 9
 def settings():  # reading the backend would choose one and import pyplot
     return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
 before = settings()
-save_figure(loss_curve({"run": [(1, 2), (2, 1)]}), Path(sys.argv[1], "a.png"), [{"x": 1}])
+figure = metric_curves({"loss": {"run": {"": [(1, 2), (2, 1)]}}}, x_label="x")
+save_figure(figure, Path(sys.argv[1], "a.png"), [{"x": 1}])
 save_figure(loss_against_loops({"run": {1: 2}}), Path(sys.argv[1], "b.png"), [{"x": 1}])
 assert settings() == before
 assert "matplotlib.pyplot" not in sys.modules

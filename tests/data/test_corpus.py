@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from openmythos.config import ConfigError
-from openmythos.data.corpus import Corpus, compression_baselines, open_corpus
+from openmythos.data.corpus import Corpus, compression_baselines
 
 ROWS = [{"text": "first\r\n", "body": "eins"}, {"text": "zweiter: ä 漢", "body": "zwei"}]
 
@@ -48,7 +48,7 @@ def test_a_folder_is_read_sorted_without_what_is_hidden_or_no_text(
     (tmp_path / "empty.txt").touch()
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
     with caplog.at_level(logging.WARNING):
-        corpus = open_corpus([str(tmp_path)])
+        corpus = Corpus([str(tmp_path)])
         found = [document.name for document in corpus.documents()]
     assert found == ["part0/file0.py", "part0/file3.py", "part1/file1.py", "part2/file2.py"]
     assert [r.getMessage() for r in caplog.records] == [
@@ -59,24 +59,24 @@ def test_a_folder_is_read_sorted_without_what_is_hidden_or_no_text(
 def test_text_is_read_unchanged_but_for_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "dos.txt"
     path.write_bytes("\ufeffa\r\nb\rc\n ä".encode())
-    assert texts(open_corpus([str(path)])) == {"dos.txt": "a\r\nb\rc\n ä"}
+    assert texts(Corpus([str(path)])) == {"dos.txt": "a\r\nb\rc\n ä"}
 
 
 def test_globs(tmp_path: Path) -> None:
     write_files(tmp_path, 4)
     (tmp_path / "notes.md").write_text("notes")
     (tmp_path / "image.png").write_bytes(b"\xff")
-    assert set(texts(open_corpus([f"{tmp_path}/**/*1.py"]))) == {"part1/file1.py"}
-    assert set(texts(open_corpus([f"{tmp_path}/*.[mp]*"]))) == {"notes.md"}
-    assert len(texts(open_corpus([f"{tmp_path}/*"]))) == 5
+    assert set(texts(Corpus([f"{tmp_path}/**/*1.py"]))) == {"part1/file1.py"}
+    assert set(texts(Corpus([f"{tmp_path}/*.[mp]*"]))) == {"notes.md"}
+    assert len(texts(Corpus([f"{tmp_path}/*"]))) == 5
     with pytest.raises(ConfigError, match=r"\*\.txt': matches no file"):
-        open_corpus([f"{tmp_path}/*.txt"])
+        Corpus([f"{tmp_path}/*.txt"])
 
 
 def test_overlapping_sources_are_read_once(tmp_path: Path) -> None:
     write_files(tmp_path, 3)
     sources = [str(tmp_path), f"{tmp_path}/part0", f"{tmp_path}/part1/file1.py", f"{tmp_path}/*"]
-    assert len(list(open_corpus(sources).documents())) == 3
+    assert len(list(Corpus(sources).documents())) == 3
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -87,7 +87,7 @@ def test_jsonl(tmp_path: Path, packed: bool) -> None:
     expected = {f"{path.name}:{line}": row for line, row in zip((1, 3), ROWS, strict=True)}
     for source in (path, tmp_path):
         for field in ("text", "body"):
-            read = texts(open_corpus([str(source)], field=field))
+            read = texts(Corpus([str(source)], field=field))
             assert read == {name: row[field] for name, row in expected.items()}
 
 
@@ -107,7 +107,7 @@ def test_jsonl(tmp_path: Path, packed: bool) -> None:
 def test_jsonl_errors_name_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(ConfigError, match=rf"rows\.jsonl, line 2: {message}"):
-        open_corpus([str(tmp_path)])
+        Corpus([str(tmp_path)])
 
 
 def test_bad_rows_can_be_left_out_and_are_counted(
@@ -117,9 +117,9 @@ def test_bad_rows_can_be_left_out_and_are_counted(
     rows = [b'{"text": "fine %d"}' % number for number in range(9)]
     path.write_bytes(b"\n".join([*rows[:5], b'{"text": null}', b"{", *rows[5:]]))
     with pytest.raises(ConfigError, match="line 6"):
-        open_corpus([str(path)])
+        Corpus([str(path)])
     with caplog.at_level(logging.WARNING):
-        corpus = open_corpus([str(path)], skip_bad_rows=True)
+        corpus = Corpus([str(path)], skip_bad_rows=True)
         assert sorted(texts(corpus).values()) == [f"fine {number}" for number in range(9)]
     (record,) = caplog.records
     assert "skipped 2 rows; the first: " in record.getMessage() and "line 6" in record.getMessage()
@@ -131,14 +131,14 @@ def test_rows_are_known_by_any_spelling(tmp_path: Path, name: str) -> None:
     rows = b"\xef\xbb\xbf" + rows if name == "bom.jsonl" else rows
     (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith("GZ") else rows)
     for source in (tmp_path, tmp_path / name):
-        read = texts(open_corpus([str(source)]))
+        read = texts(Corpus([str(source)]))
         assert read == {f"{name}:{number + 1}": f"row {number}" for number in range(40)}
 
 
 def test_runs_and_prepared_folders_are_no_text(tmp_path: Path) -> None:
     """`--data .` works again where a run was made of it."""
     write_files(tmp_path, 4)
-    before = texts(open_corpus([str(tmp_path)]))
+    before = texts(Corpus([str(tmp_path)]))
     for name in (
         *("runs/tiny-1/config.toml", "runs/tiny-1/tokenizer.json", "runs/tiny-1/metrics.jsonl"),
         *("runs/tiny-1/checkpoints/step-00000001/config.json", "p/prepared.json"),
@@ -146,22 +146,22 @@ def test_runs_and_prepared_folders_are_no_text(tmp_path: Path) -> None:
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
-    assert texts(open_corpus([str(tmp_path)])) == before
+    assert texts(Corpus([str(tmp_path)])) == before
     with pytest.raises(ConfigError, match=r"p: no text found; read are plain UTF-8 text, \.jsonl"):
-        open_corpus([str(tmp_path / "p")])
+        Corpus([str(tmp_path / "p")])
 
 
 def test_what_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="pipe: is not a regular file"):
-        open_corpus([str(tmp_path / "pipe")])
+        Corpus([str(tmp_path / "pipe")])
 
 
 @pytest.mark.parametrize("name", ["text.txt.gz", "text.zst", "TEXT.ZIP"])
 def test_compressed_text_is_called_that(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(b"text", mtime=0))
     with pytest.raises(ConfigError, match=rf"{name}: is compressed; read are plain.*\.gz"):
-        open_corpus([str(tmp_path / name)])
+        Corpus([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: b"not gzip"])
@@ -169,27 +169,27 @@ def test_damaged_gzip_is_named(tmp_path: Path, damage: Any) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(damage(gzip.compress(b'{"text": "fine"}\n' * 100)))
     with pytest.raises(ConfigError, match=r"rows\.jsonl\.gz: (is damaged|cannot be read)"):
-        open_corpus([str(path)])
+        Corpus([str(path)])
 
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     for source in (path, tmp_path):
-        read = texts(open_corpus([str(source)], field="text"))
+        read = texts(Corpus([str(source)], field="text"))
         assert read == {f"rows.parquet:{n}": row["text"] for n, row in enumerate(ROWS, 1)}
     with pytest.raises(ConfigError, match="has no column 'content'; its columns: text, body"):
-        open_corpus([str(path)], field="content")
+        Corpus([str(path)], field="content")
 
 
 def test_parquet_errors_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 no table")
     with pytest.raises(ConfigError, match=r"rows\.parquet: is not a readable Parquet file"):
-        open_corpus([str(path)])
+        Corpus([str(path)])
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
     with pytest.raises(ConfigError, match=r"rows\.parquet, row 2: field 'text' is null"):
-        open_corpus([str(path)])
+        Corpus([str(path)])
 
 
 class FakeDatasets(ModuleType):
@@ -227,7 +227,7 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> FakeDatasets:
 def test_hugging_face(
     datasets: FakeDatasets, source: str, call: tuple[str, str | None, str, bool]
 ) -> None:
-    corpus = open_corpus([source])
+    corpus = Corpus([source])
     assert list(texts(corpus).values()) == [row["text"] for row in ROWS]
     assert set(datasets.calls) == {call}
 
@@ -236,19 +236,19 @@ def test_hugging_face_errors_are_one_line(
     datasets: FakeDatasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"^hf:missing: cannot be loaded: .* doesn't exist$"):
-        open_corpus(["hf:missing"])
+        Corpus(["hf:missing"])
     with pytest.raises(ConfigError, match="hf:name, row 1: has no field 'content'"):
-        open_corpus(["hf:name"], field="content")
+        Corpus(["hf:name"], field="content")
     for source in ("hf:", "hf:a:b:c:d"):
         with pytest.raises(ConfigError, match=r"must be written hf:NAME\[:CONFIG\]\[:SPLIT\]"):
-            open_corpus([source])
+            Corpus([source])
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[data\]'"):
-        open_corpus(["hf:name"])
+        Corpus(["hf:name"])
 
 
 def test_stdlib() -> None:
-    corpus = open_corpus(["stdlib"])
+    corpus = Corpus(["stdlib"])
     sizes = {document.name: len(document.text.encode()) for document in corpus.documents()}
     assert {"argparse.py", "asyncio/tasks.py"} <= sizes.keys()
     folders = {part for name in sizes for part in name.split("/")[:-1]}
@@ -263,7 +263,7 @@ def test_stdlib() -> None:
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/file.txt"])
 def test_missing_paths_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}: no such file or folder"):
-        open_corpus([str(tmp_path / name)])
+        Corpus([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize("data", [b"a\0b", b"caf\xe9", gzip.compress(b"text", mtime=0)])
@@ -271,41 +271,41 @@ def test_a_binary_file_given_by_name_is_refused(tmp_path: Path, data: bytes) -> 
     path = tmp_path / "file.txt"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=r"file\.txt: is not UTF-8 text"):
-        open_corpus([str(path)])
+        Corpus([str(path)])
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must name at least one source"):
-        open_corpus([])
+        Corpus([])
     (tmp_path / "empty.txt").touch()
     for source in (tmp_path, tmp_path / "empty.txt"):
         with pytest.raises(ConfigError, match=r"no text found; read are plain"):
-            open_corpus([str(source)])
+            Corpus([str(source)])
     (tmp_path / "image.png").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"no text found \(skipped 1 files that are not"):
-        open_corpus([str(tmp_path)])
+        Corpus([str(tmp_path)])
     (tmp_path / "letter.txt").write_text("a")
     with pytest.raises(ConfigError, match="1 bytes are too few to hold some out"):
-        open_corpus([str(tmp_path / "letter.txt")])
+        Corpus([str(tmp_path / "letter.txt")])
 
 
 def test_each_document_is_on_one_side(tmp_path: Path) -> None:
     write_files(tmp_path, 150)
-    corpus = open_corpus([str(tmp_path)])
+    corpus = Corpus([str(tmp_path)])
     train, held_out = names(corpus)
     assert len(train) + len(held_out) == 150
     assert not train & held_out
     assert 1 <= len(held_out) <= 15
-    assert names(corpus) == names(open_corpus([str(tmp_path)]))
+    assert names(corpus) == names(Corpus([str(tmp_path)]))
     text = b"".join(d.text.encode() for d in corpus.documents() if d.name in held_out)
     assert corpus.held_out_bytes() == text
 
 
 def test_adding_documents_moves_none(tmp_path: Path) -> None:
     write_files(tmp_path, 150)
-    train, held_out = names(open_corpus([str(tmp_path)]))
+    train, held_out = names(Corpus([str(tmp_path)]))
     write_files(tmp_path, 150, start=150)
-    more_train, more_held_out = names(open_corpus([str(tmp_path)]))
+    more_train, more_held_out = names(Corpus([str(tmp_path)]))
     assert train < more_train
     assert held_out < more_held_out
 
@@ -313,12 +313,12 @@ def test_adding_documents_moves_none(tmp_path: Path) -> None:
 def test_the_split_does_not_depend_on_where_the_folder_is(tmp_path: Path) -> None:
     for name in ("here", "there"):
         write_files(tmp_path / name, 60)
-    assert names(open_corpus([f"{tmp_path}/here"])) == names(open_corpus([f"{tmp_path}/there"]))
+    assert names(Corpus([f"{tmp_path}/here"])) == names(Corpus([f"{tmp_path}/there"]))
 
 
 def test_one_document_is_held_out_where_the_hash_takes_none(tmp_path: Path) -> None:
     write_files(tmp_path, 8)
-    train, held_out = names(open_corpus([str(tmp_path)], held_out=1e-9))
+    train, held_out = names(Corpus([str(tmp_path)], held_out=1e-9))
     assert (len(train), len(held_out)) == (7, 1)
 
 
@@ -326,7 +326,7 @@ def test_one_document_is_held_out_where_the_hash_takes_none(tmp_path: Path) -> N
 def test_few_documents_are_split_by_position(tmp_path: Path, count: int) -> None:
     for number in range(count):
         (tmp_path / f"{number}.txt").write_text("".join(chr(0x4E00 + n) for n in range(1000)))
-    corpus = open_corpus([str(tmp_path)], held_out=0.1)
+    corpus = Corpus([str(tmp_path)], held_out=0.1)
     train, held_out = list(corpus.train()), list(corpus.held_out())
     assert [len(d.text) for d in train] == [900] * count
     assert [len(d.text) for d in held_out] == [100] * count
@@ -336,7 +336,7 @@ def test_few_documents_are_split_by_position(tmp_path: Path, count: int) -> None
 
 def test_the_shortest_text_that_can_be_split(tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("ab")
-    corpus = open_corpus([str(tmp_path)])
+    corpus = Corpus([str(tmp_path)])
     assert [d.text for d in corpus.train()] == ["a"]
     assert [d.text for d in corpus.held_out()] == ["b"]
 
@@ -345,13 +345,13 @@ def test_limit_bytes(tmp_path: Path) -> None:
     write_files(tmp_path, 9)
     size = len("number = 0\n" * 5)
     for limit, count in ((1, 1), (size, 1), (size + 1, 2), (100 * size, 9)):
-        assert len(texts(open_corpus([str(tmp_path)], limit_bytes=limit))) == count
+        assert len(texts(Corpus([str(tmp_path)], limit_bytes=limit))) == count
 
 
 @pytest.mark.parametrize("arguments", [{"held_out": 0.0}, {"held_out": 0.5}, {"limit_bytes": 0}])
 def test_wrong_options_are_named(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(arguments))):
-        open_corpus(["stdlib"], **arguments)
+        Corpus(["stdlib"], **arguments)
 
 
 def test_compression_baselines() -> None:

@@ -142,5 +142,5 @@ def test_joined_streams_follow_one_another(sources: list[TokenShards]) -> None:
     assert joined.read(0, len(joined)).tolist() == tokens
     starts = [n for n, token in enumerate(tokens) if token == joined.bos_id]
     assert joined.document_starts.tolist() == starts
-    assert joined.num_documents == len(starts)
+    assert joined.index.num_documents == len(starts)
     assert joined.num_bytes == sum(each.num_bytes for each in sources)

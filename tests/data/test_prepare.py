@@ -13,7 +13,7 @@ import pytest
 
 from openmythos.config import ConfigError
 from openmythos.data import prepare as prepare_module
-from openmythos.data.corpus import open_corpus
+from openmythos.data.corpus import Corpus
 from openmythos.data.prepare import Progress, prepare
 from openmythos.data.prepared import Preparation, References, is_prepared, open_prepared
 from openmythos.data.shards import write_shards
@@ -91,9 +91,7 @@ def test_tokens_are_those_of_the_corpus_in_one_piece(
     """The parallel way against the plain one."""
     preparation = wanted(corpus, **changes)
     prepared = prepare(preparation, tokenizer, tmp_path / "made")
-    plain = open_corpus(
-        preparation.paths, held_out=0.2, limit_bytes=preparation.limit_bytes or None
-    )
+    plain = Corpus(preparation.paths, held_out=0.2, limit_bytes=preparation.limit_bytes or None)
     for side, documents in zip(SIDES, (plain.train(), plain.held_out()), strict=True):
         expected = write_shards(documents, tokenizer, tmp_path / side)
         found = open_prepared(tmp_path / "made", side, verify=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from openmythos.config import ConfigError
 from openmythos.data import shards as shards_module
-from openmythos.data.corpus import open_corpus
+from openmythos.data.corpus import Corpus
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, fingerprint
@@ -45,9 +45,9 @@ def test_round_trip(tmp_path: Path, tokenizer: Tokenizer, shard_tokens: int) -> 
     expected = stream(TEXTS, tokenizer)
     for shards in (written, TokenShards.open(tmp_path)):
         assert shards.read(0, len(shards)).tolist() == expected
-        assert shards.vocab_size == tokenizer.vocab_size
+        assert shards.index.vocab_size == tokenizer.vocab_size
         assert shards.bos_id == tokenizer.bos_id
-        assert shards.num_documents == len(TEXTS)
+        assert shards.index.num_documents == len(TEXTS)
         assert shards.num_bytes == sum(len(text.encode()) for text in TEXTS)
         starts = [place for place, token in enumerate(expected) if token == tokenizer.bos_id]
         assert shards.document_starts.tolist() == starts
@@ -84,7 +84,7 @@ def test_long_documents_are_cut_into_pieces_without_loss(
     done: list[int] = []
     shards = write_shards(documents(texts), ByteTokenizer(), tmp_path, progress=done.append)
     assert shards.read(0, len(shards)).tolist() == stream(texts, ByteTokenizer())
-    assert shards.num_documents == len(texts)
+    assert shards.index.num_documents == len(texts)
     assert done == sorted(done)
     assert len(done) > 2
     assert done[-1] == shards.num_bytes
@@ -217,7 +217,7 @@ def test_a_damaged_index_is_named(folder: Path, content: str) -> None:
 
 def test_a_corpus_becomes_shards_on_both_sides(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It was a dark and stormy night.\n" * 50)
-    corpus = open_corpus([str(tmp_path / "book.txt")], held_out=0.1)
+    corpus = Corpus([str(tmp_path / "book.txt")], held_out=0.1)
     train = write_shards(corpus.train(), ByteTokenizer(), tmp_path / "train")
     held_out = write_shards(corpus.held_out(), ByteTokenizer(), tmp_path / "held_out")
     assert train.num_bytes + held_out.num_bytes == 1600

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmythos.config import ConfigError, from_dict, to_dict
-from openmythos.data.corpus import open_corpus
+from openmythos.data.corpus import Corpus
 from openmythos.data.tokenizer import (
     BPE,
     BPETokenizer,
@@ -140,7 +140,7 @@ def test_indentation_is_one_token() -> None:
 
 
 def test_compression_of_unseen_source() -> None:
-    corpus = open_corpus(["stdlib"])
+    corpus = Corpus(["stdlib"])
     bpe = BPETokenizer.train((document.text for document in corpus.train()), 4096)
     text = corpus.held_out_bytes().decode()
     assert len(text.encode()) / len(bpe.encode(text)) >= 3.5

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import matplotlib.figure
     import matplotlib.lines
 
+Points = Sequence[tuple[float, float]]
+Lines = Mapping[str, Points]  # of one run and metric: one line, or one per item of a list
 # Of Okabe and Ito, for colour-blind readers; without their yellow, too faint for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # One more than the colours, so that a repeated colour has another marker.
@@ -50,30 +52,75 @@ _LOG_SPAN = 1000
 _MIN_Y_SPAN = 0.1
 _LABEL_HEIGHT = 0.065  # of a line of text, as a share of the axes' height
 _LEGEND_WIDTH = 80  # characters
+_PANEL, _LINE = 3.2, 0.23  # height in inches of a panel and of a line of the legend
 
 
-def loss_curve(
-    series: Mapping[str, Sequence[tuple[float | int, float | int]]],
-    *,
-    x_label: str = "training tokens",
-    y_label: str = "cross-entropy [nats / token]",
+def metric_curves(
+    panels: Mapping[str, Mapping[str, Lines]], *, x_label: str, single: bool = False
 ) -> "matplotlib.figure.Figure":
-    """(x, loss) of every run, as a faint line and exponentially smoothed as a bold one.
+    """(x, value) of each metric and run, as a faint line and smoothed as a bold one.
 
-    x is logarithmic if it spans three decades or more. nan and inf leave a gap.
+    A list, such as a value per loop, gets a line per item from pale to dark; the first and the last
+    are named. A run has one colour in all panels and one line of the legend, which `single` omits.
+    x is logarithmic if it spans three decades or more; nan and inf leave a gap.
     """
-    xs = [x for points in series.values() for x, _ in points]
-    if not xs or not all(series.values()):
-        raise ValueError(f"series of {[len(points) for points in series.values()]} points: no line")
+    runs = list(dict.fromkeys(name for series in panels.values() for name in series))
+    drawn = [p for series in panels.values() for lines in series.values() for p in lines.values()]
+    if not runs or not all(drawn):
+        raise ValueError("panels: no line to draw")
     with style():
-        figure, axes = new_axes(x_label, y_label)
-        for look, (name, points) in zip(looks(), series.items(), strict=False):
-            draw_smoothed(axes, points, look, name)
+        chosen = dict(zip(runs, looks(), strict=False))
+        figure = new_figure()
+        scalar = [
+            p for s in panels.values() for ls in s.values() if len(ls) == 1 for p in ls.values()
+        ]
+        title = smoothing_title(scalar) if scalar else ""
+        height = (0 if single else len(runs)) + (1 if title else 0)
+        figure.set_size_inches(7.5, _PANEL * len(panels) + _LINE * height + 0.3)
+        column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        handles: dict[str, Any] = {}
+        for axes, (metric, series) in zip(column, panels.items(), strict=True):
+            for name, lines in series.items():
+                handle = _draw_lines(axes, lines, chosen[name], name)
+                handles.setdefault(name, handle)
+            axes.set_ylabel(metric)
+        xs = [x for points in drawn for x, _ in points]
         if min(xs) > 0 and max(xs) >= _LOG_SPAN * min(xs):
-            axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(short_number)
-        _legend(figure, series, title=smoothing_title(series.values()))
+            column[-1].set_xscale("log")
+        column[-1].set_xlabel(x_label)
+        column[-1].xaxis.set_major_formatter(short_number)
+        if height:
+            shown = {} if single else handles
+            legend = figure.legend(
+                list(shown.values()),
+                list(shown),
+                loc="outside upper left",
+                title=title,
+                alignment="left",
+                fontsize=9,
+            )
+            legend.get_title().set_color(GREY)
     return figure
+
+
+def _draw_lines(axes: Any, lines: Lines, look: Mapping[str, Any], name: str) -> Any:
+    """Draw the lines of one run in one panel; returns the line for the legend."""
+    if len(lines) == 1:
+        return draw_smoothed(axes, next(iter(lines.values())), look, name)
+    handle = None
+    for tint, (item, points) in zip(tints(look["color"], len(lines)), lines.items(), strict=True):
+        # Without raw lines: so many would hide each other.
+        handle = draw_line(axes, points, {**look, "color": tint, "linewidth": 1.4}, name)
+        if item in (next(iter(lines)), list(lines)[-1]):
+            axes.annotate(
+                f"loop {item}",
+                points[-1],
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+    return handle
 
 
 def loss_against_loops(
@@ -105,7 +152,8 @@ def loss_against_loops(
         _draw_references(axes, references)
         if trained_loops is not None:
             _draw_trained_loops(axes, trained_loops)
-        _legend(figure, curves)
+        columns = max(1, _LEGEND_WIDTH // (max(map(len, curves)) + 8))
+        figure.legend(loc="outside upper left", ncols=columns, alignment="left", columnspacing=1.5)
     return figure
 
 
@@ -163,7 +211,7 @@ def new_axes(x_label: str, y_label: str) -> "tuple[matplotlib.figure.Figure, mat
 
 def draw_smoothed(
     axes: "matplotlib.axes.Axes",
-    points: Sequence[tuple[float | int, float | int]],
+    points: Points,
     look: Mapping[str, Any],
     name: str,
 ) -> "matplotlib.lines.Line2D":
@@ -176,7 +224,7 @@ def draw_smoothed(
 
 def draw_line(
     axes: "matplotlib.axes.Axes",
-    points: Sequence[tuple[float | int, float | int]],
+    points: Points,
     look: Mapping[str, Any],
     name: str,
 ) -> "matplotlib.lines.Line2D":
@@ -189,7 +237,7 @@ def draw_line(
 
 
 def smoothing_title(
-    series: Iterable[Sequence[tuple[float | int, float | int]]],
+    series: Iterable[Points],
 ) -> str:
     """Legend title for bold and faint lines; "" if there are too few points to smooth."""
     longest = max(sum(math.isfinite(value) for _, value in points) for points in series)
@@ -211,15 +259,6 @@ def tints(colour: str, count: int) -> list[tuple[float, float, float]]:
     shares = [1 - 0.75 * (count - 1 - i) / max(1, count - 1) for i in range(count)]
     red, green, blue = to_rgb(colour)
     return [(1 - s + s * red, 1 - s + s * green, 1 - s + s * blue) for s in shares]
-
-
-def _legend(figure: "matplotlib.figure.Figure", names: Iterable[str], title: str = "") -> None:
-    """A legend above the axes, in as many columns as fit."""
-    columns = max(1, _LEGEND_WIDTH // (max(map(len, names)) + 8))
-    legend = figure.legend(
-        loc="outside upper left", ncols=columns, title=title, alignment="left", columnspacing=1.5
-    )
-    legend.get_title().set_color(GREY)
 
 
 def _finite(value: float | int) -> float:

@@ -175,9 +175,8 @@ class Eval:
         run = Run.open(Path(self.folder))
         loops, data = _loop_counts(self.num_loops), flat(self.data)
         folder = report.report_folder(run, data, self.step, self.out)
-        found = evaluate(
-            run, loops, data, device=self.device, step=self.step, precision=self.precision
-        )
+        chosen = {"device": self.device, "step": self.step, "precision": self.precision}
+        found = evaluate(run, loops, data=data, **chosen)
         report.write_report(found, folder)
         OUT.print(f"\nWritten: {folder}/eval.json, loops.png, loops.csv")
 
@@ -242,7 +241,7 @@ class Demo:
             run = create(folder, config)
         if not train_with_bar(run, resume=False):
             return
-        found = evaluate(run, DEMO_LOOPS, (), device=device)
+        found = evaluate(run, DEMO_LOOPS, device=device)
         report.write_report(found, folder)
         engine = Engine(run.load_model(device), run.tokenizer)
         for num_loops in DEMO_SAMPLES:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -106,26 +107,11 @@ def _first_words(run: Run) -> str:
     return " ".join(line.strip("\ufffd").split()[:3])[:40]
 
 
-def evaluate(
-    run: Run,
-    loops: tuple[int, ...],
-    data: tuple[str, ...],
-    *,
-    device: str = "auto",
-    step: int | None = None,
-    precision: str = "auto",
-) -> LoopReport:
-    """Score held-out text, or `data`, and print bits per byte against loops."""
+def evaluate(run: Run, loops: tuple[int, ...], **options: Any) -> LoopReport:
+    """Score text as `report.evaluate` does, and print bits per byte against loops."""
     with Progress(OUT, "evaluating", unit="tokens") as progress:
-        found = report.evaluate(
-            run,
-            loops,
-            data=data,
-            device=device,
-            step=step,
-            precision=precision,
-            progress=lambda done, total: progress.update(done, total=total),
-        )
+        options["progress"] = lambda done, total: progress.update(done, total=total)
+        found = report.evaluate(run, loops, **options)
     table = Table("loops", "bits per byte", "perplexity per token", title=found.text)
     for loop, result in found.loops.items():
         table.add_row(str(loop), f"{result.bits_per_byte:.4f}", f"{result.perplexity:.2f}")

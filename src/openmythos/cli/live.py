@@ -1,11 +1,11 @@
 """One frame of `openmythos watch`: the state of a run, its progress and its newest metrics."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -87,8 +87,8 @@ def _numbers(metrics: Sequence[Metrics]) -> Table:
         "mfu": ("MFU", "{:.1%}".format),
     }
     cells += [(label, form(last[key])) for key, (label, form) in shown.items() if key in last]
-    table: Any = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 2))
     half = (len(cells) + 1) // 2
-    for left, right in zip(cells[:half], [*cells[half:], ("", "")], strict=False):
+    for left, right in itertools.zip_longest(cells[:half], cells[half:], fillvalue=("", "")):
         table.add_row(Text(left[0], style="dim"), left[1], Text(right[0], style="dim"), right[1])
     return table

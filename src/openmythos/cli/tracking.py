@@ -83,8 +83,7 @@ class Plot:
     """PNG file."""
 
     def run(self) -> None:
-        from openmythos.analysis import run_plots
-        from openmythos.analysis.plots import save_figure
+        from openmythos.analysis import plots
         from openmythos.cli.screen import OUT
         from openmythos.train.metrics import chosen_metrics, metric_names, scalars
 
@@ -98,7 +97,7 @@ class Plot:
         metrics = [_logged_metrics(run) for run in runs]
         known = list(dict.fromkeys(name for entries in metrics for name in metric_names(entries)))
         chosen = chosen_metrics(self.metric, known)
-        panels: dict[str, dict[str, dict[str, run_plots.Points]]] = {
+        panels: dict[str, dict[str, dict[str, plots.Points]]] = {
             _panel(name, chosen)[0]: {} for name in chosen
         }
         rows: list[dict[str, object]] = []
@@ -116,8 +115,8 @@ class Plot:
                 where = {} if self.x == "steps" else {self.x: x}
                 shown_values = {name: v[name] for name in chosen if name in v}
                 rows.append({"run": str(run), "step": entry["step"], **where, **shown_values})
-        figure = run_plots.metric_curves(panels, x_label=X_LABELS[self.x], single=len(runs) == 1)
-        save_figure(figure, out, rows)
+        figure = plots.metric_curves(panels, x_label=X_LABELS[self.x], single=len(runs) == 1)
+        plots.save_figure(figure, out, rows)
         OUT.print(f"Written: {out}, {out.with_suffix('.csv')}")
 
 

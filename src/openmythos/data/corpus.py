@@ -3,14 +3,13 @@
 ``sources`` reads the documents, ``shards`` turns their text into tokens.
 """
 
+import gzip
 import hashlib
 import logging
 import lzma
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from openmythos.config import ConfigError, require, require_int, require_number
 from openmythos.data.sources import READ, Document, Reader
@@ -19,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_SHARE = 0.25  # of the text, beyond which holding out whole documents is refused
 _SURVEY_BYTES = 1 << 26  # bytes read to choose the kind of split
-_PIECE = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +27,35 @@ class _Split:
 
 
 class Corpus:
-    """Can be read any number of times, always in the same order; empty documents are skipped.
+    """Documents of ``paths``; can be read any number of times, always in the same order.
+
+    Each path is a file (plain text; .jsonl, .ndjson, these as .gz, and .parquet hold a document per
+    row, in ``field``), a folder (without hidden files, files that are not text, run folders and
+    prepared folders), a glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set, streamed) or
+    ``stdlib`` (the source of Python's standard library). Reading stops after ``limit_bytes`` of
+    text. Empty documents are skipped. A row without text is an error; ``skip_bad_rows`` skips and
+    counts it.
 
     A document is held out if a hash of its name, in [0, 1), is below ``held_out``: adding documents
     never moves another one. If no hash is, the document with the lowest hash is held out. If that
     would hold out more than a quarter of the first 64 MiB of text, as with few documents, the end
-    of every document is held out instead.
+    of every document is held out instead. The constructor reads that much and raises all errors.
     """
 
     def __init__(
         self,
-        sources: Sequence[str],
+        paths: Sequence[str],
         *,
-        field: str,
-        held_out: float,
-        limit_bytes: int | None,
+        field: str = "text",
+        held_out: float = 0.04,
+        limit_bytes: int | None = None,
         skip_bad_rows: bool = False,
     ) -> None:
-        self._sources = tuple(sources)
+        require(len(paths) > 0, "paths", list(paths), "must name at least one source")
+        require_number("held_out", held_out, above=0, at_most=0.2)
+        if limit_bytes is not None:
+            require_int("limit_bytes", limit_bytes, minimum=1)
+        self._sources = tuple(paths)
         self._field = field
         self._held_out = held_out
         self._limit = math.inf if limit_bytes is None else limit_bytes
@@ -130,44 +139,13 @@ class Corpus:
         return _Split(by_position=by_position, name="" if chosen else lowest[1])
 
 
-def open_corpus(
-    paths: Sequence[str],
-    *,
-    field: str = "text",
-    held_out: float = 0.04,
-    limit_bytes: int | None = None,
-    skip_bad_rows: bool = False,
-) -> Corpus:
-    """A corpus of ``paths``, read up to 64 MiB to choose its split; errors are raised here.
-
-    Each path is a file (plain text; .jsonl, .ndjson, these as .gz, and .parquet hold a document per
-    row, in ``field``), a folder (without hidden files, files that are not text, run folders and
-    prepared folders), a glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set, streamed) or
-    ``stdlib`` (the source of Python's standard library). Reading stops after ``limit_bytes`` of
-    text. A row without text is an error; ``skip_bad_rows`` skips and counts it.
-    """
-    require(len(paths) > 0, "paths", list(paths), "must name at least one source")
-    require_number("held_out", held_out, above=0, at_most=0.2)
-    if limit_bytes is not None:
-        require_int("limit_bytes", limit_bytes, minimum=1)
-    return Corpus(
-        paths, field=field, held_out=held_out, limit_bytes=limit_bytes, skip_bad_rows=skip_bad_rows
-    )
-
-
 def compression_baselines(data: bytes) -> dict[str, float]:
     """Bits per byte of gzip and xz at their best level."""
     require(len(data) > 0, "data", data, "must not be empty")
-    packers: dict[str, Any] = {
-        "gzip-9": zlib.compressobj(9, wbits=31),
-        "xz-9": lzma.LZMACompressor(preset=9),
+    sizes = {
+        "gzip-9": len(gzip.compress(data, compresslevel=9)),
+        "xz-9": len(lzma.compress(data, preset=9)),
     }
-    sizes = dict.fromkeys(packers, 0)
-    for name, packer in packers.items():
-        # In pieces, so that Python can handle a signal in between.
-        for start in range(0, len(data), _PIECE):
-            sizes[name] += len(packer.compress(data[start : start + _PIECE]))
-        sizes[name] += len(packer.flush())
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from openmythos.config import ConfigError, require_int
-from openmythos.data.corpus import Corpus, open_corpus
+from openmythos.data.corpus import Corpus
 from openmythos.data.parts import Part, cut_into_parts, survey
 from openmythos.data.prepared import (
     ORIGIN_FILE,
@@ -109,7 +109,7 @@ def _make(
 ) -> None:
     if not (out / UNFINISHED / PREPARED_FILE).is_file():
         wanted = origin.preparation
-        corpus = open_corpus(
+        corpus = Corpus(
             wanted.paths,
             field=wanted.field,
             held_out=wanted.held_out,

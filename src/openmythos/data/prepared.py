@@ -29,7 +29,7 @@ SIDES = ("train", "held_out")
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What to prepare: the arguments of ``open_corpus``; limit_bytes = 0 means no limit.
+    """What to prepare: the arguments of ``Corpus``; limit_bytes = 0 means no limit.
 
     The corpus is cut into parts of about part_bytes, which are tokenised in parallel.
     """

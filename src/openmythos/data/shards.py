@@ -118,16 +118,8 @@ class TokenShards:
         return int(self._bounds[-1])
 
     @property
-    def vocab_size(self) -> int:
-        return self.index.vocab_size
-
-    @property
     def bos_id(self) -> int:
         return self.index.bos_id
-
-    @property
-    def num_documents(self) -> int:
-        return self.index.num_documents
 
     @property
     def num_bytes(self) -> int:
@@ -167,8 +159,10 @@ class TokenShards:
             tokens = _map(path, self._dtype, entry.tokens)
             _check_hash(path, tokens, entry.sha256)
             highest = int(tokens.max())
-            if highest >= self.vocab_size:
-                raise ConfigError(f"{path}: holds id {highest}, vocab_size is {self.vocab_size}")
+            if highest >= self.index.vocab_size:
+                raise ConfigError(
+                    f"{path}: holds id {highest}, vocab_size is {self.index.vocab_size}"
+                )
 
 
 def write_shards(

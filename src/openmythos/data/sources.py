@@ -108,7 +108,7 @@ class Reader:
         self._read: set[Path] = set()
 
     def read(self, source: str) -> Iterator[Document]:
-        """The documents of a source, as ``open_corpus`` describes it."""
+        """The documents of a source, as ``Corpus`` describes it."""
         if is_stream(source):
             name, rows = _hugging_face(source)
             yield from _documents(rows, self._field, name, f"{source}, row", self._bad)

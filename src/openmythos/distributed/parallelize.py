@@ -51,24 +51,18 @@ class Parallel:
 
     def mesh(self, device: str) -> DeviceMesh:
         """All ranks in the dimensions ("replicate", "shard"), or ("shard",) for one replica."""
-        shard = self._shard_size()
-        if self.replicate == 1:
-            return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
-        return init_device_mesh(
-            device, (self.replicate, shard), mesh_dim_names=("replicate", "shard")
-        )
+        return self._mesh(device, shard=self._shard_size())
 
     def expert_mesh(self, device: str) -> DeviceMesh:
-        """The same ranks in the dimensions ("replicate", "shard", "experts"), or the last two."""
+        """The same ranks with "shard" divided into ("shard", "experts")."""
         shard = self._shard_size()
-        allowed = f"must divide shard = {shard}"
-        require(shard % self.experts == 0, "experts", self.experts, allowed)
-        sizes, names = (shard // self.experts, self.experts), ("shard", "experts")
-        if self.replicate == 1:
-            return init_device_mesh(device, sizes, mesh_dim_names=names)
-        return init_device_mesh(
-            device, (self.replicate, *sizes), mesh_dim_names=("replicate", *names)
-        )
+        require(shard % self.experts == 0, "experts", self.experts, f"must divide shard = {shard}")
+        return self._mesh(device, shard=shard // self.experts, experts=self.experts)
+
+    def _mesh(self, device: str, **sizes: int) -> DeviceMesh:
+        if self.replicate > 1:
+            sizes = {"replicate": self.replicate, **sizes}
+        return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     def _shard_size(self) -> int:
         size = rank_and_world_size()[1]

@@ -197,6 +197,7 @@ def write_loss_curve(run: Run) -> None:
         raise ConfigError(f"{run.folder}: no step has been logged yet")
     losses = [entry["loss"] for entry in metrics]
     points = list(zip(tokens_seen(metrics), losses, strict=True))
-    figure = plots.loss_curve({"training": points})
+    panels = {"cross-entropy [nats / token]": {"training": {"": points}}}
+    figure = plots.metric_curves(panels, x_label="training tokens", single=True)
     rows = [{"tokens": tokens, "loss": loss} for tokens, loss in points]
     plots.save_figure(figure, run.folder / "loss.png", rows)

@@ -26,7 +26,7 @@ MAX_STEP_TOKENS = 2**28
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where text comes from; see `data.corpus.open_corpus` for what a path may be.
+    """Where text comes from; see `data.corpus.Corpus` for what a path may be.
 
     `held_out` is the share of documents never trained on, `field` the text column of JSONL and
     parquet, `limit_mb` > 0 stops reading a corpus (a streamed one, say) after that many megabytes;

@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 
 from openmythos.config import ConfigError, require, to_dict
-from openmythos.data.corpus import Corpus, open_corpus
+from openmythos.data.corpus import Corpus
 from openmythos.data.loader import Loader
 from openmythos.data.prepared import References
 from openmythos.data.shards import TokenShards, write_shards
@@ -61,7 +61,7 @@ LOG = logging.getLogger(__name__)
 def open_data(config: DataConfig) -> Corpus:
     """The corpus that a config names."""
     limit = round(config.limit_mb * 1e6) or None
-    return open_corpus(
+    return Corpus(
         config.paths,
         field=config.field,
         held_out=config.held_out,
