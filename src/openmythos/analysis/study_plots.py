@@ -3,6 +3,7 @@
 Values per seed are drawn as their mean and range.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,8 +21,6 @@ def hops_against_loops(
     trained_hops: int,
 ) -> Figure:
     """Left: accuracy of one model by hops and num_loops. Right: the best of each arm by hops."""
-    if not grid or not lines:
-        raise ValueError("grid, lines: nothing to draw")
     hops, loops = sorted(grid), sorted({loop for row in grid.values() for loop in row})
     with style():
         figure = new_figure()
@@ -62,8 +61,6 @@ def loops_against_hops(
 
     Means only: the ranges of so many rules would hide each other.
     """
-    if not loops or not accuracies:
-        raise ValueError("loops, accuracies: nothing to draw")
     beyond = {
         name: {hop: [used - hop for used in values] for hop, values in points.items()}
         for name, points in loops.items()
@@ -100,8 +97,6 @@ def line_panels(
     `ticks` puts ticks at the values only, `note` is a line below. A panel with other names than the
     first has its own legend.
     """
-    if not panels:
-        raise ValueError("panels: nothing to draw")
     with style():
         figure, row = _row(len(panels), 4.2 * len(panels) + 0.6, 3.9, percent or same_y)
         for place, (axes, (title, lines)) in enumerate(zip(row, panels.items(), strict=True)):
@@ -130,8 +125,6 @@ def dot_panels(
     y_label: str,
 ) -> Figure:
     """Panels side by side: a dot per value, by kind and category."""
-    if not panels:
-        raise ValueError("panels: nothing to draw")
     with style():
         figure, row = _row(len(panels), 4.6 * len(panels) + 0.6, 3.9, True)
         for axes, (title, kinds) in zip(row, panels.items(), strict=True):
@@ -153,8 +146,6 @@ def comparisons(
 ) -> Figure:
     """A row per name. A panel per comparison: a dot per seed and their mean. Last panel: lines from
     the mean before (full) to the mean after (hollow), in the comparisons' colours."""
-    if not shares or not before_after:
-        raise ValueError("shares, before_after: nothing to draw")
     places = {name: place for place, name in enumerate(order)}
     with style():
         count = len(shares) + 1
@@ -194,8 +185,6 @@ def stability(
 ) -> Figure:
     """Above: final loss and spectral radius of every run, by name and learning rate. Below, a panel
     per rate: the RMS of the state by loops, a line per run; None is a hollow mark at the top."""
-    if not loss or not radii or not sizes:
-        raise ValueError("loss, radii, sizes: nothing to draw")
     rates = sorted(sizes)
     with style():
         figure = new_figure()
@@ -215,38 +204,45 @@ def stability(
         right.set_ylabel("spectral radius rho (line: 1)")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
-        panels = [axes_of[name] for name in names]
         finite = [
             size
             for runs in sizes.values()
-            for by_loops in (run for each in runs.values() for run in each)
-            for size in by_loops.values()
+            for run in itertools.chain.from_iterable(runs.values())
+            for size in run.values()
             if size is not None
         ]
-        top = 30 * max(finite)
-        for axes, rate in zip(panels, rates, strict=True):
-            for place, (look, runs) in enumerate(zip(looks(), sizes[rate].values(), strict=False)):
-                width = 1.0 if place else 2.2  # so that the first shows behind another
-                for run in runs:
-                    known = [(n, size) for n, size in sorted(run.items()) if size is not None]
-                    axes.plot(*zip(*known, strict=True), color=look["color"], linewidth=width)
-                    if lost := [n for n in sorted(run) if run[n] is None]:
-                        hollow = {"color": look["color"], "markerfacecolor": "white"}
-                        axes.plot(lost, [top] * len(lost), look["marker"], **hollow)
+        low, top = 0.3 * min(finite), 30 * max(finite)
+        for number, (name, rate) in enumerate(zip(names, rates, strict=True)):
+            axes = axes_of[name]
+            _state_sizes(axes, sizes[rate], top)
             axes.axvline(trained_loops, color="#D9D9D9", linewidth=5, zorder=0.9)
-            axes.set_title(f"learning rate {rate:g}", fontsize=10.5, loc="left")
-            axes.set_yscale("log")
-            axes.set_ylim(0.3 * min(finite), 3 * top)
-            axes.set_xlabel("num_loops")
-            axes.tick_params(labelleft=axes is panels[0])
-            _log_x(axes, {n for runs in sizes[rate].values() for run in runs for n in run})
-        panels[0].set_ylabel("RMS of the state, a line per run")
-        figure.supxlabel(
-            f"Grey: mean loops in training ({trained_loops}). Hollow, at the top: overflows fp32.",
-            fontsize=9,
-            color=GREY,
+            axes.set_title(f"learning rate {name}", fontsize=10.5, loc="left")
+            axes.set_ylim(low, 3 * top)
+            axes.tick_params(labelleft=number == 0)
+        axes_of[names[0]].set_ylabel("RMS of the state, a line per run")
+        text = (
+            f"Grey: mean loops in training ({trained_loops}). Hollow, at the top: overflows fp32."
         )
+        figure.supxlabel(text, fontsize=9, color=GREY)
     return figure
+
+
+def _state_sizes(
+    axes: Any, runs: Mapping[str, Sequence[Mapping[int, float | None]]], top: float
+) -> None:
+    """A line per run against loops; None is a hollow mark at `top`."""
+    for place, (look, each) in enumerate(zip(looks(), runs.values(), strict=False)):
+        colour = look["color"]
+        width = 1.0 if place else 2.2  # so that the first shows behind another
+        for run in each:
+            known = [(n, size) for n, size in sorted(run.items()) if size is not None]
+            axes.plot(*zip(*known, strict=True), color=colour, linewidth=width)
+            if lost := [n for n in sorted(run) if run[n] is None]:
+                hollow = {"color": colour, "markerfacecolor": "white"}
+                axes.plot(lost, [top] * len(lost), look["marker"], **hollow)
+    axes.set_yscale("log")
+    axes.set_xlabel("num_loops")
+    _log_x(axes, {n for each in runs.values() for run in each for n in run})
 
 
 def _row(count: int, width: float, height: float, sharey: bool) -> tuple[Figure, Any]:
