@@ -112,7 +112,7 @@ class Plot:
                 else:
                     OUT.print(f"{run} has no {name}")
             for entry, x, v in zip(entries, xs, values, strict=True):
-                where = {} if self.x == "steps" else {self.x: x}
+                where: dict[str, float] = {} if self.x == "steps" else {self.x: x}
                 shown_values = {name: v[name] for name in chosen if name in v}
                 rows.append({"run": str(run), "step": entry["step"], **where, **shown_values})
         figure = plots.metric_curves(panels, x_label=X_LABELS[self.x], single=len(runs) == 1)

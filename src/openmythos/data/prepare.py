@@ -292,7 +292,8 @@ def _index_parts(out: Path, origin: Origin, entries: list[PartEntry]) -> None:
         write_atomically(unfinished / f"{side}-{DOCUMENTS_FILE}", joined.document_starts.tobytes())
         save_json(joined.index, unfinished / f"{side}-{INDEX_FILE}")
         hashes[side] = sha256_of(unfinished / f"{side}-{INDEX_FILE}")
-    prepared = Prepared(origin=origin, parts=tuple(entries), **hashes)
+    train, held_out = (hashes[side] for side in SIDES)
+    prepared = Prepared(origin=origin, parts=tuple(entries), train=train, held_out=held_out)
     save_json(prepared, unfinished / PREPARED_FILE)
 
 

@@ -118,7 +118,7 @@ def reduce_gradients(model: OpenMythos, on: bool) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients down to the norm `max_norm`; returns their norm before.
+    """Scale all gradients down if their norm exceeds `max_norm`; returns the norm before.
 
     One all-reduce gives the norm, since shards may be on several meshes and all replicas must use
     the same value.

@@ -25,7 +25,7 @@ LOCK_FILE = ".lock"
 BEAT = 5.0  # seconds between two writes
 SILENCE = 60.0  # seconds without a write after which a process elsewhere counts as dead
 State = Literal["running", "finished", "stopped", "failed", "dead", "new", "unknown"]
-# States that end by themselves in no other.
+# Final states: no process will change them unless the run is resumed.
 ENDED: tuple[State, ...] = ("finished", "stopped", "failed", "dead", "unknown")
 
 
