@@ -19,7 +19,7 @@ _MODULES = {
     "MythosConfig": "model.config",
     "MythosOutput": "model.mythos",
     "OpenMythos": "model.mythos",
-    "Sampling": "model.sampling",
+    "Sampling": "inference.sampling",
     "presets": "model",
 }
 

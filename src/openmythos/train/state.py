@@ -87,7 +87,7 @@ def _holder(run: Path) -> str:
     except ConfigError:
         found = None
     if found is None or found.status(time.time()) != "running":
-        return "another process is creating or training it"
+        return "another process is making or training it"
     where = "" if found.host == platform.node() else f" on {found.host}"
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.started))
     return f"process {found.pid}{where} is training it (since {since})"
