@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SEARCHED = ("src", "tests", "benchmarks", "examples", "docs", "README.md", "CONTRIBUTING.md")
+SEARCHED = (
+    "src",
+    "tests",
+    "benchmarks",
+    "examples",
+    "docs",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)
 # Pattern (case does not matter): what to write instead.
 BANNED = {
     r"\bin shards\b": "sharded",

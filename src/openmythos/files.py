@@ -85,20 +85,26 @@ def replacing(path: AnyPath) -> Iterator[Path]:
             os.close(directory)
 
 
-def sha256_of(path: AnyPath) -> str:
-    """The sha256 of a file, as hexadecimal digits."""
+@contextlib.contextmanager
+def reading(path: AnyPath) -> Iterator[None]:
+    """Turn an OSError into a ConfigError that names the file."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        yield
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def sha256_of(path: AnyPath) -> str:
+    """The sha256 of a file, as hexadecimal digits."""
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: AnyPath, language: str, parse: Callable[[str], Any]) -> Any:
+    with reading(path):
+        data = Path(path).read_bytes()
     try:
-        return parse(Path(path).read_bytes().decode())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        return parse(data.decode())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid {language}: {error}") from error
 

@@ -149,14 +149,14 @@ def test_compression_of_unseen_source() -> None:
 @pytest.mark.parametrize("bos", ["<|begin_of_text|>", "<|endoftext|>", "<s>", "</s>"])
 def test_bos_of_public_tokenizers(tmp_path: Path, bos: str) -> None:
     path = write_tokenizer(tmp_path, byte_level(["<|pad|>", bos]))
-    loaded = BPETokenizer.load(path)
+    loaded = load_tokenizer(path)
     assert loaded.bos_id == 1
     assert loaded.token_bytes[0] == loaded.token_bytes[1] == b""
     assert loaded.decode(loaded.encode(f"{SOURCE}{bos}")) == f"{SOURCE}{bos}"
 
 
 def test_begin_goes_before_end(tmp_path: Path) -> None:
-    loaded = BPETokenizer.load(write_tokenizer(tmp_path, byte_level(["</s>", "<s>"])))
+    loaded = load_tokenizer(write_tokenizer(tmp_path, byte_level(["</s>", "<s>"])))
     assert loaded.bos_id == 1
 
 
@@ -164,7 +164,7 @@ def test_padding_and_truncation_of_a_file_are_off(tmp_path: Path) -> None:
     made = byte_level(["<s>"])
     made.enable_padding(length=64)
     made.enable_truncation(8)
-    loaded = BPETokenizer.load(write_tokenizer(tmp_path, made))
+    loaded = load_tokenizer(write_tokenizer(tmp_path, made))
     assert loaded.decode(loaded.encode(SOURCE)) == SOURCE
     assert len(loaded.encode("a")) == 1
 
@@ -172,21 +172,21 @@ def test_padding_and_truncation_of_a_file_are_off(tmp_path: Path) -> None:
 def test_a_file_without_bos_is_refused(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path, byte_level([]))
     with pytest.raises(ConfigError, match=r"tokenizer\.json: has no token named any of"):
-        BPETokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_a_lossy_file_is_refused(tmp_path: Path) -> None:
     made = byte_level(["<s>"])
     made.normalizer = tokenizers.normalizers.Lowercase()
     with pytest.raises(ConfigError, match="is not lossless"):
-        BPETokenizer.load(write_tokenizer(tmp_path, made))
+        load_tokenizer(write_tokenizer(tmp_path, made))
 
 
 def test_a_file_of_another_scheme_is_refused(tmp_path: Path) -> None:
     vocabulary = {"<s>": 0, "\u2581the": 1}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     with pytest.raises(ConfigError, match="is not byte-level BPE's"):
-        BPETokenizer.load(write_tokenizer(tmp_path, made))
+        load_tokenizer(write_tokenizer(tmp_path, made))
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[1]", b"no json", b"\xff", b'{"kind": "byte"}'])

@@ -5,9 +5,7 @@ import logging
 import os
 import sys
 import traceback
-from typing import Annotated, NoReturn, get_args
-
-import tyro
+from typing import NoReturn
 
 from openmythos import __version__
 from openmythos.cli.commands import Demo, Eval, Export, Generate, Train
@@ -18,22 +16,10 @@ from openmythos.cli.plan import Plan, Presets
 from openmythos.cli.study import Study
 from openmythos.cli.tracking import Plot, Runs, Watch
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Presets, tyro.conf.subcommand("presets")]
-    | Annotated[Study, tyro.conf.subcommand("study")]
-    | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
-    | Annotated[Data, tyro.conf.subcommand("data")]
-    | Annotated[Runs, tyro.conf.subcommand("runs")]
-    | Annotated[Plot, tyro.conf.subcommand("plot")]
-    | Annotated[Watch, tyro.conf.subcommand("watch")]
+COMMANDS = (
+    *(Demo, Train, Generate, Eval, Export, Plan, Presets, Study),
+    *(Tokenizer, Data, Runs, Plot, Watch),
 )
-_NAMES = [get_args(member)[0].__name__.lower() for member in get_args(Command)]
 _DEBUG = "OPENMYTHOS_DEBUG"  # if 1, an error also prints its traceback
 
 
@@ -57,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        command = parse(Command, given, _NAMES)
+        command = parse(COMMANDS, given)
         # Imports torch, which takes seconds: only after the command line has been parsed.
         from openmythos.machine import keep_freed_memory
 

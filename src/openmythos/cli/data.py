@@ -152,10 +152,7 @@ class Check:
 class Data:
     """Turn text into tokens that any number of runs can train on."""
 
-    command: (
-        Annotated[Prepare, tyro.conf.subcommand("prepare")]
-        | Annotated[Check, tyro.conf.subcommand("check")]
-    )
+    command: Prepare | Check
 
     def run(self) -> None:
         self.command.run()

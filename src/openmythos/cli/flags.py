@@ -3,7 +3,9 @@
 tyro prints an error as a box of several lines; `parse` turns it into one line.
 """
 
+import functools
 import io
+import operator
 import re
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -48,8 +50,9 @@ def require_folder(field: str, path: str) -> None:
     require(present[0].is_dir(), field, path, f"{present[0]} is not a folder")
 
 
-def parse(command: Any, argv: list[str], names: list[str]) -> Any:
+def parse(commands: tuple[type, ...], argv: list[str]) -> Any:
     """The command that `argv` describes; raises a one-line ConfigError for bad flags."""
+    names = [command.__name__.lower() for command in commands]
     if argv and not argv[0].startswith("-") and argv[0] not in names:
         raise ConfigError(unknown_name(f"command {argv[0]!r}", argv[0], names))
     _refuse_empty(argv)
@@ -57,7 +60,7 @@ def parse(command: Any, argv: list[str], names: list[str]) -> Any:
     try:
         with redirect_stderr(box):
             return tyro.cli(
-                command,
+                functools.reduce(operator.or_, commands),
                 prog="openmythos",
                 description="Recurrent-depth transformers: train, sample, evaluate, plan.",
                 args=argv,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from openmythos.config import ConfigError, require_int
 from openmythos.data.sources import Document
 from openmythos.data.tokenizer import Tokenizer, fingerprint
-from openmythos.files import load_json, save_json, write_atomically
+from openmythos.files import load_json, reading, save_json, write_atomically
 
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.bin"
@@ -279,17 +279,13 @@ def _little_endian(dtype: str) -> np.dtype[Any]:
 
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     _check_size(path, dtype, count)
-    try:
+    with reading(path):
         return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(count,)))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _check_size(path: Path, dtype: np.dtype[Any], count: int) -> None:
-    try:
+    with reading(path):
         size = path.stat().st_size
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     wanted = count * dtype.itemsize
     if size != wanted:
         raise ConfigError(f"{path}: is damaged, {size} bytes instead of {wanted}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from openmythos.config import ConfigError, needs, require, require_int
-from openmythos.files import write_atomically
+from openmythos.files import reading, write_atomically
 
 if TYPE_CHECKING:
     import tokenizers
@@ -86,7 +86,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE by the ``tokenizers`` library; make one by ``train`` or ``load``."""
+    """Byte-level BPE by the ``tokenizers`` library; see ``train`` and ``load_tokenizer``."""
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", name: str = "tokenizer") -> None:
         named = {bos: tokenizer.token_to_id(bos) for bos in _BOS_NAMES}
@@ -127,17 +127,6 @@ class BPETokenizer(Tokenizer):
         tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "BPETokenizer":
-        """Read a Hugging Face ``tokenizer.json``."""
-        library = _import_tokenizers()
-        text = _read(path)
-        try:
-            tokenizer = library.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise ConfigError(f"{path}: is not a tokenizer file: {error}") from error
-        return cls(tokenizer, str(path))
-
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -170,16 +159,19 @@ class StreamDecoder:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a tokenizer.json, given by its path or its folder."""
+    """Read a tokenizer.json (ours or Hugging Face's), given by its path or its folder."""
     file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
-    text = _read(file)
+    with reading(file):
+        data = file.read_bytes()
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        text = data.decode()
+        if json.loads(text) == {"kind": "bytes"}:
+            return ByteTokenizer()
+        return BPETokenizer(_import_tokenizers().Tokenizer.from_str(text), str(file))
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"{file}: is not a tokenizer file: {error}") from error
-    if data == {"kind": "bytes"}:
-        return ByteTokenizer()
-    return BPETokenizer.load(file)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -231,15 +223,6 @@ def _bytes_of(table: Sequence[bytes], token: int) -> bytes:
     if not 0 <= token < len(table):
         raise ValueError(f"token id {token}: the tokenizer has ids 0 to {len(table) - 1}")
     return table[token]
-
-
-def _read(path: str | os.PathLike[str]) -> str:
-    try:
-        return Path(path).read_bytes().decode()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text") from error
 
 
 def _import_tokenizers() -> Any:
