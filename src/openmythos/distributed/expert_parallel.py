@@ -1,4 +1,4 @@
-"""Routed experts that ranks hold between them: rows travel to their expert and back.
+"""Routed experts split over ranks: rows are sent to the rank of their expert and back.
 
 Every `Parallel.experts` neighbouring ranks are an experts group. Rank i of a group holds the i-th
 part of each stack of experts; groups, and replicas of them, share that part by FSDP2 as all ranks
@@ -23,13 +23,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from openmythos import kernels
 from openmythos.config import ConfigError, require
 from openmythos.model.mythos import OpenMythos
+from openmythos.nn.dispatch import Dispatched
 from openmythos.nn.moe import MoELayer
 
 # Which mesh each parameter is to be sharded on, where that is not the others'.
 Placement = Callable[[nn.Parameter], ShardPlacementResult | None]
 
 
-class _Travel(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """Rows to other ranks, arriving by rank; their gradients go the way back."""
 
     @staticmethod
@@ -52,23 +53,25 @@ def _all_to_all(
     return out
 
 
-class GroupExchange:
-    """An `nn.moe.Exchange` among the ranks of a group, each with as many experts."""
+class AllToAllDispatcher:
+    """An `nn.dispatch.TokenDispatcher` among the ranks of a group, each with as many experts."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def __call__(
-        self, rows: Tensor, counts: Tensor, there: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def dispatch(self, rows: Tensor, counts: Tensor) -> Dispatched:
         to_others = counts.long().view(self._group.size(), -1)
         to_me = torch.empty_like(to_others)
         dist.all_to_all_single(to_me, to_others, group=self._group)
         sent, received = torch.stack((to_others.sum(dim=1), to_me.sum(dim=1))).tolist()
         local = torch.arange(to_me.shape[1], device=rows.device).repeat(len(to_me))
         expert = local.repeat_interleave(to_me.flatten())
-        come: Tensor = _Travel.apply(rows, sent, received, self._group)  # type: ignore[no-untyped-call]
-        back: Tensor = _Travel.apply(there(come, expert), received, sent, self._group)  # type: ignore[no-untyped-call]
+        come = _AllToAll.apply(rows, sent, received, self._group)  # type: ignore[no-untyped-call]
+        return Dispatched(come, expert, (sent, received))
+
+    def combine(self, results: Tensor, dispatched: Dispatched) -> Tensor:
+        sent, received = dispatched.sizes
+        back: Tensor = _AllToAll.apply(results, received, sent, self._group)  # type: ignore[no-untyped-call]
         return back
 
 
@@ -89,7 +92,7 @@ def split_experts(model: OpenMythos, mesh: DeviceMesh) -> Placement:
     names = tuple(name for name in mesh.mesh_dim_names or () if name != "experts")
     split = set()
     for layer in _layers(model):
-        layer.exchange = GroupExchange(group)
+        layer.dispatcher = AllToAllDispatcher(group)
         for name, weight in layer.experts.named_parameters():
             # All ranks come with the same weights: none need be sent.
             part = distribute_tensor(

@@ -1,11 +1,11 @@
-"""How a formula is computed: in its fast form, or as it is written down. Chosen here.
+"""How a formula is computed: in a fast form, or as it is written down.
 
-"auto" takes the fast form of this device where there is one. Fast forms have gradients, but no
-second derivatives and no place in `torch.func`. "reference" computes everything with plain torch
-operators, slowly: any dtype, derivatives of any order, `jvp`, `vmap`, Jacobians of the loop.
+One file per formula. In each, `reference()` is the formula in plain torch: any dtype, derivatives
+of any order, `jvp`, `vmap`. The function of the file's name chooses between it and the fast forms,
+which have first derivatives only and no place in `torch.func`.
 
-A file of this room has one formula: `reference()` is the formula, in any dtype; the function of the
-file's name computes it fast on the device at hand.
+Nothing outside this room asks for the kind of a device or for torch.compile, defines an
+`autograd.Function` or an operator, or holds a constant that was tuned.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from openmythos.config import require, unknown_name
 
@@ -31,11 +30,6 @@ def _checked(forms: str, name: str) -> str:
 
 
 _forms = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
-
-
-def reference() -> bool:
-    """Whether formulas are to be computed as they are written down."""
-    return _forms == "reference"
 
 
 @contextlib.contextmanager
@@ -57,13 +51,15 @@ def use(forms: Forms) -> Iterator[None]:
 class Tuned:
     """What was measured on a kind of device, or is assumed where nothing was.
 
-    `own_forms`: our norm, rotation, gated product and attention in blocks gain over torch's.
-    `chunk_tokens`: rows of logits that the loss makes at a time. `few_rows_per_expert`: below so
-    many routed rows per expert, experts are computed one by one in decoding. `stacks`: one product
-    of a stack of matrices gains over a product of each.
+    `own_forms`: our norm and rotation gain over torch's. `blocks`: causal attention of several
+    queries gains from being computed in blocks of queries. `chunk_tokens`: rows of logits that the
+    loss makes at a time. `few_rows_per_expert`: with at most so many routed rows per expert,
+    decoding computes experts one by one. `stacks`: one product of a stack of matrices gains over a
+    product of each.
     """
 
     own_forms: bool
+    blocks: bool
     chunk_tokens: int
     few_rows_per_expert: float
     stacks: bool
@@ -71,18 +67,17 @@ class Tuned:
 
 # CPU: measured on 2-core Zen 4, see docs/performance.md. Elsewhere: torch's own operators, and
 # chunks that keep a kernel busy with at most 1 GiB of fp32 logits per 32,768 words. Not measured.
-CPU = Tuned(own_forms=True, chunk_tokens=512, few_rows_per_expert=0.25, stacks=False)
-ACCELERATOR = Tuned(own_forms=False, chunk_tokens=8192, few_rows_per_expert=0.0, stacks=True)
+CPU = Tuned(own_forms=True, blocks=True, chunk_tokens=512, few_rows_per_expert=0.25, stacks=False)
+ACCELERATOR = Tuned(
+    own_forms=False, blocks=False, chunk_tokens=8192, few_rows_per_expert=0.0, stacks=True
+)
 
 
-def tuned(device: torch.device) -> Tuned:
-    """The constants for a device."""
+def fast(device: torch.device) -> Tuned | None:
+    """The constants of the fast forms on a device; None: compute the formula as it is written."""
+    if _forms == "reference":
+        return None
     return CPU if device.type == "cpu" else ACCELERATOR
-
-
-def own_form(x: Tensor) -> bool:
-    """Whether to compute with a form of our own rather than with torch's operators."""
-    return not reference() and tuned(x.device).own_forms
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,11 +34,18 @@ def orthogonalize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     x = x.to(dtype)
     if x.numel() == 0:
         return x
-    if kernels.reference():
+    tuned = kernels.fast(x.device)
+    if tuned is None:
         return reference(x)
-    if x.ndim == 3 and not kernels.tuned(x.device).stacks:
+    if x.ndim == 3 and not tuned.stacks:
         return torch.stack([_iterate(matrix) for matrix in x])
     return _iterate(x)
+
+
+def takes_stacks(device: torch.device) -> bool:
+    """Whether one call for a stack of matrices is faster there than one for each."""
+    tuned = kernels.fast(device)
+    return tuned is not None and tuned.stacks
 
 
 def _iterate(x: Tensor) -> Tensor:

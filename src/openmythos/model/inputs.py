@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from openmythos.inference.generation import check_are_ids
+from openmythos.kernels.cross_entropy import IGNORE
 from openmythos.model.config import MythosConfig
 from openmythos.nn.cache import KVCache
-from openmythos.nn.cross_entropy import IGNORE
 from openmythos.nn.layout import TokenLayout
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.loop_sampling import MOST_LOOPS

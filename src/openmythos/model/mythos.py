@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openmythos.config import require_int
 from openmythos.inference import generation
 from openmythos.inference.sampling import Sampling
+from openmythos.kernels.cross_entropy import linear_cross_entropy
 from openmythos.machine import choose_device
 from openmythos.model import storage
 from openmythos.model.config import MythosConfig
@@ -25,7 +26,6 @@ from openmythos.model.inputs import (
 )
 from openmythos.nn.block import Block
 from openmythos.nn.cache import CachePolicy, CacheSlot, ExactCache, KVCache
-from openmythos.nn.cross_entropy import linear_cross_entropy
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.moe import MoELayer, RouterStats
 from openmythos.nn.norm import RMSNorm

@@ -7,14 +7,15 @@ from torch import nn
 
 from openmythos.nn.cache import CacheSlot
 from openmythos.nn.experts import ExpertWeights
-from openmythos.nn.feed_forward import ReLU2, SwiGLU, TokenRows
+from openmythos.nn.feed_forward import FeedForwardLayer, ReLU2, RouterStats, SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import NO_DELTAS, Deltas
-from openmythos.nn.moe import MoE, MoELayer, RouterStats
+from openmythos.nn.moe import MoE
 from openmythos.nn.norm import RMSNorm
-from openmythos.types import Hidden, KeyValues, Mask, Tokens
+from openmythos.nn.view import LayerView
+from openmythos.types import Hidden, KeyValues, Mask
 
 Attention = LatentAttention | GroupedQueryAttention
 FeedForward = SwiGLU | ReLU2 | MoE
@@ -43,13 +44,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(dim, norm_eps)
         self.attention = attention.build(dim, norm_eps)
         self.feed_forward_norm = RMSNorm(dim, norm_eps)
-        self.feed_forward = feed_forward.build(dim)
-
-    def prepare(self, *, compiled: bool = False) -> ExpertWeights | None:
-        """What a caller that runs the layer many times makes once, for `expert_weights`."""
-        if isinstance(self.feed_forward, MoELayer):
-            return self.feed_forward.experts.weights(sum_gradients=not compiled)
-        return None
+        self.feed_forward: FeedForwardLayer = feed_forward.build(dim)
 
     def forward(
         self,
@@ -76,14 +71,14 @@ class Block(nn.Module):
         if last_only:
             x, normed, context = x[:, -1:], normed[:, -1:], context.last()
         x = x + self.attention(normed, visible, context, deltas)
-        batch, seq, _ = x.shape
-        rows = None
-        if self.training and slot is None:  # with a cache it is inference
-            row = torch.arange(batch, device=x.device).repeat_interleave(seq)
-            rows = TokenRows(row, batch)
-        tokens = self.feed_forward_norm(x).flatten(0, 1)
-        update, router = self._branch(tokens, rows, deltas, expert_weights)
-        return BlockOutput(x + update.view_as(x), kv, router)
+        view = LayerView(
+            context,
+            deltas=deltas,
+            expert_weights=expert_weights,
+            collects=self.training and slot is None,  # with a cache it is inference
+        )
+        update, router = self.feed_forward(self.feed_forward_norm(x), view)
+        return BlockOutput(x + update, kv, router)
 
     def _forward_active(
         self,
@@ -96,8 +91,7 @@ class Block(nn.Module):
     ) -> BlockOutput:
         """The same at active positions alone, moved to the front of their rows.
 
-        Rows are as long as the one with most active positions; what others have behind theirs is
-        computed with them and dropped, save that no expert sees it.
+        Rows are as long as the one with most active positions, and padded with halted ones.
         """
         # At least one, so that a row of none is no special case further down.
         longest = max(1, int(frozen.active.sum(dim=1).max()))
@@ -118,20 +112,14 @@ class Block(nn.Module):
             kv = frozen.kv.scatter(1, places, new)
             visible = kv if slot is None else slot.write(kv)
         packed = packed + self.attention(normed, visible, context, deltas)
+        view = LayerView(
+            context,
+            deltas=deltas,
+            expert_weights=expert_weights,
+            active=active,
+            collects=self.training and slot is None,
+        )
+        update, router = self.feed_forward(self.feed_forward_norm(packed), view)
         where = active.nonzero(as_tuple=True)
-        tokens = packed[where]
-        rows = TokenRows(where[0], len(x)) if self.training and slot is None else None
-        update, router = self._branch(self.feed_forward_norm(tokens), rows, deltas, expert_weights)
-        changed = (tokens + update).to(x.dtype)
+        changed = (packed + update)[where].to(x.dtype)
         return BlockOutput(x.index_put((where[0], columns[where]), changed), kv, router)
-
-    def _branch(
-        self,
-        tokens: Tokens,
-        rows: TokenRows | None,
-        deltas: Deltas,
-        expert_weights: ExpertWeights | None,
-    ) -> tuple[Tokens, RouterStats | None]:
-        if isinstance(self.feed_forward, MoELayer):
-            return self.feed_forward(tokens, rows, deltas, expert_weights)
-        return self.feed_forward(tokens, rows, deltas)

@@ -1,23 +1,82 @@
-"""Dense feed-forward layers. They act on flattened positions [tokens, dim]."""
+"""Feed-forward layers: their interface, and the dense ones."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openmythos import kernels
 from openmythos.config import MAX_WIDTH, require_int
-from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, as_autocast
-from openmythos.types import Tokens
+from openmythos.kernels.gated import gated_linear
+from openmythos.nn.experts import ExpertWeights
+from openmythos.nn.linear import Linear, per_row
+from openmythos.nn.view import LayerView
+from openmythos.types import Hidden
 
 
-class TokenRows(NamedTuple):
-    """Which sequence of the batch each flattened position came from."""
+class RouterStats(NamedTuple):
+    """Sums over the routed tokens of one or more calls: add two to join them."""
 
-    row: Tensor  # [tokens]
-    num_rows: int
+    counts: Tensor  # [num_experts] tokens sent to each expert
+    balance: Tensor  # sum over sequences of sum_i f_i P_i (1 = perfect balance)
+    z: Tensor  # sum over tokens of logsumexp(router logits)^2
+    sequences: Tensor  # number of summed sequences
+    tokens: Tensor  # number of summed tokens
+
+    def plus(self, other: "RouterStats | None") -> "RouterStats":
+        if other is None:
+            return self
+        return RouterStats(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def max_violation(self) -> Tensor:
+        """MaxVio = (largest load - mean load) / mean load (arXiv 2408.15664)."""
+        mean = self.counts.mean()
+        return (self.counts.max() - mean) / mean
+
+
+class FeedForwardLayer(nn.Module, ABC):
+    """A map of each position by itself. A layer runs many times per step, once per loop.
+
+    `forward(x, view)` returns the update [batch, seq, dim] that the block adds to its residual
+    stream, and router statistics or None. Of `view` it reads:
+
+    - `deltas`: pass them to every `nn.linear.Linear`; they change the maps in this loop;
+    - `active` [batch, seq], or None: positions with False are not computed, and their update is 0.
+      `only_active` does this for a layer that need not know of it;
+    - `collects`: return statistics, if the layer routes;
+    - `expert_weights`: what `shared_weights` returned before the loops, or None.
+
+    `forward` changes no state, so that it may be repeated under activation checkpointing.
+    """
+
+    @abstractmethod
+    def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]: ...
+
+    def shared_weights(self) -> ExpertWeights | None:
+        """What a caller that runs the layer many times makes once, for `view.expert_weights`."""
+        return None
+
+
+def only_active(
+    layer: FeedForwardLayer, x: Hidden, view: LayerView
+) -> tuple[Hidden, RouterStats | None]:
+    """Run a dense layer at the active positions of the view alone; the update of others is 0."""
+    assert view.active is not None
+    everywhere = replace(view, active=None)
+    if per_row(view.deltas):  # which packed positions would lose their rows
+        out = layer(x, everywhere)[0]
+        return torch.where(view.active[..., None], out, 0), None
+    places = view.active.flatten().nonzero()[:, 0]
+    packed = x.flatten(0, 1).index_select(0, places)
+    out = layer(packed[None], everywhere)[0][0]
+    return at_places(out, places, x.shape), None
+
+
+def at_places(rows: Tensor, places: Tensor, shape: torch.Size) -> Hidden:
+    """Zeros of `shape` [batch, seq, ...], with `rows` at `places` among all positions."""
+    return rows.new_zeros(shape).flatten(0, 1).index_copy(0, places, rows).view(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,33 +93,7 @@ class SwiGLU:
         return SwiGLULayer(dim, self.hidden_dim)
 
 
-def gated_product(gated: Tensor) -> Tensor:
-    """silu(g) * u of [g | u], outside of autograd."""
-    gate, up = gated.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-class _GatedLinear(torch.autograd.Function):
-    """y = W (silu(g) * u), keeping [g | u] alone; the product is made again for the gradient."""
-
-    @staticmethod
-    def forward(ctx, gated, weight):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(gated, weight)
-        return F.linear(gated_product(gated), weight)
-
-    @staticmethod
-    @kernels.first_order
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        gated, weight = ctx.saved_tensors
-        gate, up = gated.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        grad_weight = grad.t() @ (silu * up) if ctx.needs_input_grad[1] else None
-        grad_hidden = grad @ weight
-        grad_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
-        return torch.cat((grad_gate, grad_hidden.mul_(silu)), dim=-1), grad_weight
-
-
-class SwiGLULayer(nn.Module):
+class SwiGLULayer(FeedForwardLayer):
     """y = W_down (silu(g) * u) with [g | u] = W_gate_up x."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
@@ -68,18 +101,14 @@ class SwiGLULayer(nn.Module):
         self.gate_up = Linear(dim, 2 * hidden_dim, bias=False)
         self.down = Linear(hidden_dim, dim, bias=False)
 
-    def forward(
-        self, tokens: Tokens, rows: TokenRows | None, deltas: Deltas = NO_DELTAS
-    ) -> tuple[Tokens, None]:
-        gated = self.gate_up(tokens, deltas)
-        adapted = self.down.delta_key in deltas
-        # On every device, for its memory: the plain product keeps twice as much for its gradient.
-        if adapted or not torch.is_grad_enabled() or kernels.reference():
+    def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]:
+        if view.active is not None:
+            return only_active(self, x, view)
+        gated = self.gate_up(x, view.deltas)
+        if self.down.delta_key in view.deltas:
             gate, up = gated.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up, deltas), None
-        weight = as_autocast(self.down.weight)
-        out: Tensor = _GatedLinear.apply(gated, weight)  # type: ignore[no-untyped-call]
-        return out, None
+            return self.down(F.silu(gate) * up, view.deltas), None
+        return gated_linear(gated, self.down.weight), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +125,7 @@ class ReLU2:
         return ReLU2Layer(dim, self.hidden_dim)
 
 
-class ReLU2Layer(nn.Module):
+class ReLU2Layer(FeedForwardLayer):
     """y = W_down relu(W_up x)^2."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
@@ -104,7 +133,7 @@ class ReLU2Layer(nn.Module):
         self.up = Linear(dim, hidden_dim, bias=False)
         self.down = Linear(hidden_dim, dim, bias=False)
 
-    def forward(
-        self, tokens: Tokens, rows: TokenRows | None, deltas: Deltas = NO_DELTAS
-    ) -> tuple[Tokens, None]:
-        return self.down(F.relu(self.up(tokens, deltas)).square(), deltas), None
+    def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]:
+        if view.active is not None:
+            return only_active(self, x, view)
+        return self.down(F.relu(self.up(x, view.deltas)).square(), view.deltas), None

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from openmythos.config import MAX_PARTS, ConfigError, require, require_int, require_number
-from openmythos.nn.attention import AttentionLayer, Position, attend
-from openmythos.nn.layout import AttentionContext, rotate
+from openmythos.kernels.rope import rotate
+from openmythos.nn.attention import AttentionLayer, Position
+from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
 from openmythos.nn.norm import RMSNorm
 from openmythos.types import Hidden, KeyValues
@@ -84,13 +85,15 @@ class GroupedQueryAttentionLayer(AttentionLayer):
     def project_kv(
         self, x: Hidden, context: AttentionContext, deltas: Deltas = NO_DELTAS
     ) -> KeyValues:
-        key = rotate(self.key_norm(self._heads(self.key(x, deltas))), context)
+        key = self.key_norm(self._heads(self.key(x, deltas)))
+        key = rotate(key, context.cos, context.sin)
         return torch.cat((key.transpose(1, 2).flatten(2), self.value(x, deltas)), dim=-1)
 
     def forward(
         self, x: Hidden, kv: KeyValues, context: AttentionContext, deltas: Deltas = NO_DELTAS
     ) -> Hidden:
-        query = rotate(self.query_norm(self._heads(self.query(x, deltas))), context)
+        query = self.query_norm(self._heads(self.query(x, deltas)))
+        query = rotate(query, context.cos, context.sin)
         key, value = kv.to(query.dtype).chunk(2, dim=-1)
-        out = attend(query, self._heads(key), self._heads(value), context, self.head_dim**-0.5)
+        out = context.attend(query, self._heads(key), self._heads(value), self.head_dim**-0.5)
         return self.output(out.transpose(1, 2).flatten(2), deltas)

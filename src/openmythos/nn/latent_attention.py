@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from openmythos.config import MAX_PARTS, MAX_WIDTH, require, require_int, require_number
-from openmythos.nn.attention import AttentionLayer, Position, attend
-from openmythos.nn.layout import AttentionContext, rotate
+from openmythos.kernels.rope import rotate
+from openmythos.nn.attention import AttentionLayer, Position
+from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
 from openmythos.nn.norm import RMSNorm
 from openmythos.types import Hidden, KeyValues
@@ -96,7 +97,7 @@ class LatentAttentionLayer(AttentionLayer):
     ) -> KeyValues:
         down, split = self.kv_down(x, deltas), self.config.kv_latent_dim
         latent, key = down[..., :split], down[..., split:]
-        key = rotate(self.key_norm(key).unsqueeze(1), context).squeeze(1)
+        key = rotate(self.key_norm(key).unsqueeze(1), context.cos, context.sin).squeeze(1)
         return torch.cat((self.kv_latent_norm(latent), key), dim=-1)
 
     def _queries(
@@ -110,7 +111,7 @@ class LatentAttentionLayer(AttentionLayer):
             query = self.query(x, deltas)
         query = query.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
         query, split = self.query_norm(query), self.config.nope_head_dim
-        return query[..., :split], rotate(query[..., split:], context)
+        return query[..., :split], rotate(query[..., split:], context.cos, context.sin)
 
     def forward(
         self, x: Hidden, kv: KeyValues, context: AttentionContext, deltas: Deltas = NO_DELTAS
@@ -141,7 +142,7 @@ class LatentAttentionLayer(AttentionLayer):
         nope_key, value = expanded[..., : c.nope_head_dim], expanded[..., c.nope_head_dim :]
         rope_key = rope_key.unsqueeze(1).expand(-1, c.num_heads, -1, -1)
         key = torch.cat((nope_key, rope_key), dim=-1)
-        return attend(query, key, value, context, self.scale)
+        return context.attend(query, key, value, self.scale)
 
     def absorbed(
         self, nope: Tensor, rope: Tensor, kv: Tensor, context: AttentionContext, deltas: Deltas
@@ -149,27 +150,29 @@ class LatentAttentionLayer(AttentionLayer):
         """Attend to the latents themselves as one key-value head shared by all query heads."""
         c = self.config
         weight = self.kv_up.merged_weight(deltas).to(nope.dtype)
-        weight = weight.view(c.num_heads, -1, c.kv_latent_dim)
-        query = torch.cat((per_head(nope, weight[:, : c.nope_head_dim]), rope), dim=-1)
+        weight = weight.view(*weight.shape[:-2], c.num_heads, -1, c.kv_latent_dim)
+        query = torch.cat((per_head(nope, weight[..., : c.nope_head_dim, :]), rope), dim=-1)
         # The rotary part rides along as value and is cut off after: no copy of the latents.
         shared = kv.unsqueeze(1)
         batch, heads, seq, _ = query.shape
         if context.mask is None and not context.is_causal:
             # One query token sees every key, so its heads may stand as rows of one head.
             rows = query.transpose(1, 2).flatten(1, 2).unsqueeze(1)
-            mixed = attend(rows, shared, shared, context, self.scale)
+            mixed = context.attend(rows, shared, shared, self.scale)
             mixed = mixed.view(batch, seq, heads, mixed.shape[-1]).transpose(1, 2)
         else:
-            mixed = attend(query, shared, shared, context, self.scale)
-        value_up = weight[:, c.nope_head_dim :].transpose(1, 2)
+            mixed = context.attend(query, shared, shared, self.scale)
+        value_up = weight[..., c.nope_head_dim :, :].transpose(-2, -1)
         return per_head(mixed[..., : c.kv_latent_dim], value_up)
 
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
-    """x [batch, heads, seq, in] times weight [heads, in, out].
+    """x [batch, heads, seq, in] times weight [heads, in, out], or [batch, heads, in, out].
 
     With the heads as the batch of the product: broadcasting would copy the weight for every row.
     """
+    if weight.ndim == 4:
+        return x @ weight
     batch, heads, seq, _ = x.shape
     out = torch.bmm(x.transpose(0, 1).flatten(1, 2), weight)
     return out.view(heads, batch, seq, out.shape[-1]).transpose(0, 1)

@@ -5,19 +5,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openmythos.nn.rope import apply_rope, rope_tables
+from openmythos.kernels.attention import attention
 
 
 @dataclass(frozen=True)
 class AttentionContext:
     """Positions and masks of one forward pass: computed once, used by every layer in every loop."""
 
-    cos: Tensor | None  # [batch or 1, seq, rotary_dim]; None without rotary positions
+    cos: Tensor | None  # [batch or 1, 1, seq, rotary_dim]; None without rotary positions
     sin: Tensor | None
     mask: Tensor | None  # [batch or 1, 1, seq, total], True = may attend
     is_causal: bool  # the mask is the plain causal one and need not be built
     window: int = 0  # keys that the mask lets a query see at most; 0: unlimited
     packed: bool = False  # the queries are not the last of the keys
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """softmax(scale q k^T) v on [batch, heads, seq, head_dim]; keys may have fewer heads."""
+        return attention(
+            query,
+            key,
+            value,
+            mask=self.mask,
+            is_causal=self.is_causal,
+            window=self.window,
+            packed=self.packed,
+            scale=scale,
+        )
 
     def rows(self, start: int, stop: int) -> "AttentionContext":
         """The context of a slice of the batch."""
@@ -29,8 +42,9 @@ class AttentionContext:
 
     def last(self) -> "AttentionContext":
         """The context of the last query of every row."""
-        cos, sin = (None if x is None else x[:, -1:] for x in (self.cos, self.sin))
-        mask = None if self.mask is None else self.mask[:, :, -1:]
+        cos, sin, mask = (
+            None if x is None else x[:, :, -1:] for x in (self.cos, self.sin, self.mask)
+        )
         return AttentionContext(cos, sin, mask, False, self.window)
 
     def pick(self, columns: Tensor, total: int) -> "AttentionContext":
@@ -38,17 +52,17 @@ class AttentionContext:
         batch, picked = columns.shape
 
         def along(x: Tensor) -> Tensor:
-            index = columns[..., None].expand(-1, -1, x.shape[-1])
-            return x.expand(batch, -1, -1).gather(1, index)
+            index = columns[:, None, :, None].expand(-1, -1, -1, x.shape[-1])
+            return x.expand(batch, -1, -1, -1).gather(2, index)
 
         cos, sin = (None if x is None else along(x) for x in (self.cos, self.sin))
         if self.mask is not None:
-            mask = along(self.mask[:, 0])
+            mask = along(self.mask)
         elif self.is_causal:
-            mask = torch.arange(total, device=columns.device) <= columns[..., None]
+            mask = torch.arange(total, device=columns.device) <= columns[:, None, :, None]
         else:
-            mask = columns.new_ones(batch, picked, total, dtype=torch.bool)
-        return AttentionContext(cos, sin, mask[:, None], False, self.window, packed=True)
+            mask = columns.new_ones(batch, 1, picked, total, dtype=torch.bool)
+        return AttentionContext(cos, sin, mask, False, self.window, packed=True)
 
     def _take(self, rows: Tensor | slice) -> "AttentionContext":
         # What has no batch dimension of its own serves every row.
@@ -112,11 +126,20 @@ def attention_context(
     if rotary_dim == 0:
         return AttentionContext(None, None, mask, is_causal, window)
     cos, sin = rope_tables(layout.positions(), rotary_dim, base)
-    return AttentionContext(cos, sin, mask, is_causal, window)
+    return AttentionContext(cos.unsqueeze(1), sin.unsqueeze(1), mask, is_causal, window)
 
 
-def rotate(x: Tensor, context: AttentionContext) -> Tensor:
-    """Apply the context's rotation to x [batch, heads, seq, rotary_dim]."""
-    if context.cos is None or context.sin is None:
-        return x
-    return apply_rope(x, context.cos.unsqueeze(1), context.sin.unsqueeze(1))
+def rope_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of angle_i = position * base^(-2i/d), [*positions.shape, rotary_dim] fp32.
+
+    cos = [cos | cos],  sin = [-sin | sin]
+
+    Real tables rather than complex numbers: complex buffers lose their imaginary part under
+    `.to(dtype)` and make torch.compile recompile. Computed in every forward pass, so that no
+    checkpoint depends on a maximum length.
+    """
+    exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = base ** (-exponent / rotary_dim)
+    angle = positions.to(torch.float32).unsqueeze(-1) * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -1,7 +1,6 @@
 """Linear maps that can carry a low-rank delta."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -9,35 +8,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def as_autocast(x: Tensor) -> Tensor:
-    """x in the dtype that a matmul would run in here; functions of our own do not see autocast."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off for the device of x; some devices (meta) have none."""
-    device = x.device.type
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 where it is: half precision would not do."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class LowRank(NamedTuple):
-    """A low-rank change of a linear map: W + up @ down."""
+    """A low-rank change of a linear map: W + up @ down.
+
+    With a batch dimension every row of a batch has a change of its own, as rows that run different
+    loops do: down [batch, rank, in_features], up [batch, out_features, rank].
+    """
 
     down: Tensor  # [rank, in_features]
     up: Tensor  # [out_features, rank]
 
+    def times(self, x: Tensor) -> Tensor:
+        """up @ down @ x for x [..., in_features]; with a batch, rows of equally many positions."""
+        if self.down.ndim == 2:
+            return F.linear(F.linear(x, self.down), self.up)
+        rows = x.reshape(len(self.down), -1, x.shape[-1])
+        return (rows @ self.down.mT @ self.up.mT).view(*x.shape[:-1], self.up.shape[-2])
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        return LowRank(self.down.to(dtype), self.up.to(dtype))
+
 
 Deltas = Mapping[str, LowRank]
 NO_DELTAS: Deltas = {}
+
+
+def per_row(deltas: Deltas) -> bool:
+    """Whether the rows of the batch have deltas of their own."""
+    return any(delta.down.ndim == 3 for delta in deltas.values())
 
 
 class Linear(nn.Linear):
@@ -51,11 +49,12 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, deltas: Deltas = NO_DELTAS) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         delta = deltas.get(self.delta_key)
-        if delta is None:
-            return y
-        return y + F.linear(F.linear(x, delta.down), delta.up)
+        return y if delta is None else y + delta.times(x)
 
     def merged_weight(self, deltas: Deltas) -> Tensor:
-        """The weight [out_features, in_features] with its delta added, for paths that need W."""
+        """The weight [out_features, in_features] with its delta added, for paths that need W.
+
+        [batch, out_features, in_features] where each row of the batch has a delta of its own.
+        """
         delta = deltas.get(self.delta_key)
         return self.weight if delta is None else self.weight + delta.up @ delta.down

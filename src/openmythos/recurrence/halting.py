@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from openmythos.config import require_int, require_number
-from openmythos.nn.linear import at_least_fp32, no_autocast
+from openmythos.kernels.precision import at_least_fp32, no_autocast
 from openmythos.types import Hidden, LoopsPerToken, Mask, PerToken
 
 Scope = Literal["token", "prefix"]

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.config import require, require_number
-from openmythos.nn.linear import Linear, at_least_fp32
+from openmythos.kernels.precision import at_least_fp32
+from openmythos.nn.linear import Linear
 from openmythos.types import Hidden
 
 # The nearest bf16 number below 1 is 0.99609; anything up to here rounds to it or lower.

@@ -180,8 +180,7 @@ class RecurrentBlock(nn.Module):
         else:
             depths = [num_loops] * batch
         encoded, drive = self.entry(encoded)
-        compiled = self.layers._compiled_call_impl is not None
-        experts = [cast("Block", layer).prepare(compiled=compiled) for layer in self.layers]
+        experts = [cast("Block", layer).feed_forward.shared_weights() for layer in self.layers]
         # With a cache it is inference, whatever mode the module is in: see `OpenMythos.forward`.
         training = self.training and cache is None
         carry = self._start(encoded, positions, tracker is not None, training)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openmythos.nn.cross_entropy import IGNORE
+from openmythos.kernels.cross_entropy import IGNORE
 from openmythos.types import TokenIds
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from openmythos import kernels
-from openmythos.kernels.orthogonalize import orthogonalize
+from openmythos.kernels.orthogonalize import orthogonalize, takes_stacks
 
 
 class MuonStep(torch.optim.Optimizer):
@@ -87,7 +86,7 @@ def _together(weights: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
         key: Any = id(weight)
         if weight.ndim == 2 and isinstance(weight, DTensor):
             key = (weight.shape, weight.device_mesh, weight.placements)
-        elif weight.ndim == 2 and kernels.tuned(weight.device).stacks:
+        elif weight.ndim == 2 and takes_stacks(weight.device):
             key = weight.shape
         found.setdefault(key, []).append(weight)
     return list(found.values())

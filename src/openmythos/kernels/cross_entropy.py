@@ -10,24 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos import kernels
-from openmythos.nn.linear import as_autocast, at_least_fp32, no_autocast
+from openmythos.kernels.precision import as_autocast, at_least_fp32, no_autocast
 from openmythos.types import Hidden, Scalar, TokenIds
 
 IGNORE = -100
 
 
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The formula, on hidden [tokens, dim] and targets [tokens]."""
+    logits = at_least_fp32(F.linear(hidden, weight))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE)
+
+
 def linear_cross_entropy(hidden: Hidden, weight: Tensor, targets: TokenIds) -> Scalar:
     """Mean of -log softmax(W h)[target] in nats, over the targets that are not IGNORE.
 
-    weight [vocab, dim]. Equal to `F.cross_entropy(F.linear(hidden, weight).float(), targets)`;
-    under autocast the matmuls run in its dtype, softmax and sums in fp32 at least.
+    weight [vocab, dim]. Under autocast the products run in its dtype, softmax and sums in fp32 at
+    least. nan where no target counts.
     """
-    hidden, weight = as_autocast(hidden), as_autocast(weight)
-    flat, targets = hidden.flatten(0, -2), targets.flatten()
-    if kernels.reference():
-        logits = at_least_fp32(F.linear(flat, weight))
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE)
-    loss: Tensor = _LinearCrossEntropy.apply(flat, weight, targets)  # type: ignore[no-untyped-call]
+    flat, targets = as_autocast(hidden).flatten(0, -2), targets.flatten()
+    weight, tuned = as_autocast(weight), kernels.fast(hidden.device)
+    if tuned is None:
+        return reference(flat, weight, targets)
+    loss: Tensor = _LinearCrossEntropy.apply(flat, weight, targets, tuned.chunk_tokens)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -35,13 +40,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """With z = W h and p = softmax(z):  dL/dz = (p - onehot(target)) / count."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, targets, chunk):  # type: ignore[no-untyped-def]
         counted = targets != IGNORE
         wide = torch.promote_types(hidden.dtype, torch.float32)
         share = counted.to(wide) / counted.sum()
         targets = torch.where(counted, targets, 0)[:, None]
         loss = hidden.new_zeros((), dtype=wide)
-        chunk = kernels.tuned(hidden.device).chunk_tokens
         with_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if with_grad else None
@@ -75,4 +79,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.dtype), None
+        grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        return grad_hidden, (grad_weight * grad).to(ctx.dtype), None, None

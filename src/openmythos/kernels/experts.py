@@ -1,0 +1,329 @@
+"""Routed experts: each token through the SwiGLU networks that were chosen for it, dropless.
+
+The fast form sorts one row per token and choice by expert and computes grouped products. Only
+[gate | up] is kept for the backward pass, and the gradients of the weights are added up in place
+over all uses of the weights. A few decoded tokens on a CPU go expert by expert instead.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openmythos import kernels
+from openmythos.kernels import gated as gated_map
+from openmythos.kernels.precision import as_autocast
+
+# torch's grouped_mm knows no other.
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ExpertWeights(NamedTuple):
+    """The stacked weights in the dtype that they are used in; see `prepare`."""
+
+    gate_up: Tensor  # [num_experts, 2 * expert_dim, dim]
+    down: Tensor  # [num_experts, dim, expert_dim]
+    sums: "GradientSums | None" = None
+
+
+def prepare(gate_up: Tensor, down: Tensor) -> ExpertWeights:
+    """What `routed_experts` takes; made once where many calls, such as all loops, use the weights.
+
+    Cast as autocast would, which caches only what its own operators cast.
+    """
+    trained = gate_up.requires_grad and down.requires_grad and torch.is_grad_enabled()
+    gate_up, down = as_autocast(gate_up), as_autocast(down)
+    fast = kernels.fast(gate_up.device) is not None and not torch.compiler.is_compiling()
+    if not (trained and fast):
+        return ExpertWeights(gate_up, down)
+    sums = GradientSums()
+    return ExpertWeights(
+        _Collect.apply(gate_up, sums, 0),  # type: ignore[no-untyped-call]
+        _Collect.apply(down, sums, 1),  # type: ignore[no-untyped-call]
+        sums,
+    )
+
+
+def reference(
+    tokens: Tensor, row_weights: Tensor, chosen: Tensor, weights: ExpertWeights
+) -> Tensor:
+    """The formula: every expert on every token, weighted by 0 where it was not chosen."""
+    zeros = row_weights.new_zeros(*chosen.shape[:-1], len(weights.down))
+    shares = zeros.scatter(-1, chosen, row_weights)
+    out = torch.zeros_like(tokens)
+    for share, gate_up, down in zip(shares.unbind(-1), weights.gate_up, weights.down, strict=True):
+        out = out + share[..., None] * gated_map.reference(F.linear(tokens, gate_up), down)
+    return out
+
+
+def routed_experts(
+    tokens: Tensor, row_weights: Tensor, chosen: Tensor, weights: ExpertWeights
+) -> Tensor:
+    """sum_i row_weights_i W_down,i (silu(g_i) * u_i),  [g_i | u_i] = W_gate_up,i x, i chosen for x.
+
+    tokens [..., dim], row_weights and chosen [..., top_k]; [..., dim], in autocast's dtype.
+    """
+    tokens = as_autocast(tokens)
+    row_weights, tuned = row_weights.to(tokens.dtype), kernels.fast(tokens.device)
+    if tuned is None:
+        return reference(tokens, row_weights, chosen, weights)
+    few = tuned.few_rows_per_expert * len(weights.down)
+    if 0 < chosen.numel() <= few and not torch.is_grad_enabled():
+        operator = few_experts
+        if torch.compiler.is_compiling():
+            operator = torch.ops.openmythos.few_experts
+        return operator(tokens, row_weights, chosen, weights.gate_up, weights.down)
+    out: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
+        tokens.flatten(0, -2),
+        weights.gate_up,
+        weights.down,
+        *_sorted_rows(row_weights, chosen, len(weights.down)),
+        None if torch.compiler.is_compiling() else weights.sums,
+    )
+    return out.view(tokens.shape)
+
+
+# Few tokens, expert by expert
+
+
+torch.library.define(
+    "openmythos::few_experts",
+    "(Tensor tokens, Tensor row_weights, Tensor chosen, Tensor gate_up, Tensor down) -> Tensor",
+)
+
+
+def few_experts(
+    tokens: Tensor, row_weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`routed_experts` one by one, without gradient.
+
+    An operator of its own under torch.compile, which cannot follow the choice.
+    """
+    top_k, flat = chosen.shape[-1], tokens.flatten(0, -2)
+    each, out = flat.unbind(), torch.zeros_like(flat)
+    rows = [(expert, row // top_k) for row, expert in enumerate(chosen.flatten().tolist())]
+    gated = torch.stack([torch.mv(gate_up[expert], each[token]) for expert, token in rows])
+    gate, up = gated.chunk(2, dim=-1)
+    hidden = F.silu(gate).mul_(up).mul_(row_weights.reshape(-1, 1)).unbind()
+    totals = out.unbind()
+    for (expert, token), row in zip(rows, hidden, strict=True):
+        totals[token].addmv_(down[expert], row)
+    return out.view(tokens.shape)
+
+
+# Not a custom_op: that costs four times as much per call.
+torch.library.impl("openmythos::few_experts", "cpu", few_experts)
+
+
+@torch.library.register_fake("openmythos::few_experts")  # type: ignore[untyped-decorator]
+def _(tokens: Tensor, *_: Tensor) -> Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
+# Rows sorted by expert
+
+
+class SortedRows(NamedTuple):
+    """One row per token and choice, sorted by expert."""
+
+    weights: Tensor  # [rows] weight of each row in its token's sum
+    source: Tensor  # [rows] token of each row
+    place: Tensor  # [tokens, top_k] row of each choice
+    ends: Tensor  # [num_experts] where the rows of each expert end
+
+
+def count_rows(chosen: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs in chosen [rows]."""
+    counts = torch.zeros(num_experts, dtype=torch.int32, device=chosen.device)
+    return counts.scatter_add(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
+
+
+def _sorted_rows(row_weights: Tensor, chosen: Tensor, num_experts: int) -> SortedRows:
+    top_k, choices = chosen.shape[-1], chosen.flatten()
+    counts = count_rows(choices, num_experts)
+    order = choices.argsort()
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    rows = SortedRows(
+        weights=row_weights.flatten()[order],
+        source=order // top_k,
+        place=place.view(-1, top_k),
+        ends=counts.cumsum(0, dtype=torch.int32),
+    )
+    step = group_step(len(choices) // num_experts, row_weights.dtype, choices.device)
+    return rows if step == 1 else pad_groups(rows, counts, step)
+
+
+def group_step(mean: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Groups of `mean` rows are padded to multiples of this: a 16th to a 32nd of the mean.
+
+    A CPU's bf16 kernels are compiled for each shape anew, for longer than they run, and the sizes
+    of groups hardly ever repeat unless they are rounded.
+    """
+    compiled_anew = device.type == "cpu" and dtype != torch.float32
+    if not compiled_anew or torch.compiler.is_compiling():
+        return 1
+    return 1 << max(0, mean.bit_length() - 5)
+
+
+def pad_groups(rows: SortedRows, counts: Tensor, step: int) -> SortedRows:
+    """Pad each group to a multiple of `step`, with copies of token 0 of weight 0."""
+    sizes = (counts + step - 1) // step * step
+    ends = sizes.cumsum(0, dtype=torch.int32)
+    shift = (ends - sizes) - (rows.ends - counts)
+    moved = torch.arange(len(rows.source), device=ends.device) + shift.repeat_interleave(counts)
+    total = int(ends[-1])
+    return SortedRows(
+        weights=rows.weights.new_zeros(total).index_copy(0, moved, rows.weights),
+        source=rows.source.new_zeros(total).index_copy(0, moved, rows.source),
+        place=moved[rows.place],
+        ends=ends,
+    )
+
+
+# Grouped products
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, end) of each group of rows."""
+    return pairwise([0, *ends.tolist()])
+
+
+@torch.library.custom_op("openmythos::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows [ends[g-1], ends[g]) of x [rows, in] times weight[g]^T, weight [groups, out, in].
+
+    A custom operator because torch's grouped_mm refuses fp32 on meta tensors, hence under
+    torch.compile; in eager mode it costs nothing more.
+    """
+    if x.dtype not in _GROUPED_DTYPES:
+        return torch.cat([x[i:j] @ w.t() for (i, j), w in zip(_groups(ends), weight, strict=True)])
+    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+
+@grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("openmythos::grouped_outer", mutates_args=())
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Per group g of rows: left_g^T right_g, [groups, left_dim, right_dim]."""
+    if left.dtype not in _GROUPED_DTYPES:
+        return torch.stack([left[i:j].t() @ right[i:j] for i, j in _groups(ends)])
+    return F.grouped_mm(left.transpose(0, 1), right, offs=ends)
+
+
+@grouped_outer.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """out_t = sum over rows r of t:  w_r W_down h_r,  h = silu(g) * u,  [g | u] = W_gate_up x_t
+
+    Only [g | u] is kept: all else is made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+        ctx, tokens, gate_up, down, row_weights, source, place, ends, sums
+    ):
+        gated = grouped_linear(tokens.index_select(0, source), gate_up, ends)
+        gate, up = gated.chunk(2, dim=-1)
+        hidden = F.silu(gate).mul_(up).mul_(row_weights[:, None])
+        routed = grouped_linear(hidden, down, ends)
+        ctx.save_for_backward(tokens, gate_up, down, row_weights, source, place, ends, gated)
+        ctx.sums = sums
+        ctx.collectors = None if sums is None else (gate_up.grad_fn, down.grad_fn)
+        return _sum_choices(routed, place)
+
+    @staticmethod
+    @kernels.first_order
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        tokens, gate_up, down, row_weights, source, place, ends, gated = ctx.saved_tensors
+        gate, up = gated.chunk(2, dim=-1)
+        grad = grad.index_select(0, source)
+        grad_hidden = grouped_linear(grad, down.transpose(-2, -1), ends)
+        silu = F.silu(gate)
+        hidden = silu * up
+        grad_weights = (grad_hidden * hidden).sum(dim=-1)
+        grad_hidden.mul_(row_weights[:, None])
+        grad_down = _weight_gradient(ctx, 1, grad, hidden.mul_(row_weights[:, None]), ends)
+        grad_gated = torch.cat(
+            (torch.ops.aten.silu_backward(grad_hidden * up, gate), grad_hidden.mul_(silu)), dim=-1
+        )
+        grad_gate_up = _weight_gradient(ctx, 0, grad_gated, tokens.index_select(0, source), ends)
+        grad_rows = grouped_linear(grad_gated, gate_up.transpose(-2, -1), ends)
+        grad_tokens = _sum_choices(grad_rows, place)
+        return grad_tokens, grad_gate_up, grad_down, grad_weights, None, None, None, None
+
+
+def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
+    """Sum the top_k rows of each token, in a fixed order on every device."""
+    chosen = rows.index_select(0, place.flatten())
+    return chosen.view(*place.shape, rows.shape[-1]).sum(dim=1)
+
+
+# Gradients of weights that are used many times
+
+
+class GradientSums:
+    """Accumulates the gradients of the weights over all their uses, in place.
+
+    Autograd would make a whole gradient in every loop and add it to the last sum: for many experts
+    that is most of the memory traffic of a step. Each use instead adds its product to the sum here
+    and hands on nothing; `_Collect`, which autograd runs after the last of them, takes the sum.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, which: int, left: Tensor, right: Tensor, ends: Tensor) -> None:
+        """Add left_g^T right_g of each group g of rows to the gradient of weight `which`."""
+        total = self._sums.get(which)
+        if total is None:
+            self._sums[which] = grouped_outer(left, right, ends)
+        elif left.device.type == "cpu":
+            for (start, end), part in zip(_groups(ends), total, strict=True):
+                if end > start:
+                    torch.addmm(part, left[start:end].t(), right[start:end], out=part)
+        else:
+            total += grouped_outer(left, right, ends)
+
+    def take(self, which: int) -> Tensor | None:
+        return self._sums.pop(which, None)
+
+
+class _Collect(torch.autograd.Function):
+    """The identity, whose gradient is what `sums` holds beside what arrives."""
+
+    @staticmethod
+    def forward(ctx, weight, sums, which):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.sums, ctx.which = sums, which
+        return weight.view_as(weight)
+
+    @staticmethod
+    @kernels.first_order
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        total = ctx.sums.take(ctx.which)
+        if total is not None and grad is not None:
+            total = total + grad
+        return grad if total is None else total, None, None
+
+
+def _weight_gradient(
+    ctx: Any, which: int, left: Tensor, right: Tensor, ends: Tensor
+) -> Tensor | None:
+    """The gradient of gate_up (0) or down (1), or None where it has gone to the shared sums."""
+    if not ctx.needs_input_grad[1 + which]:
+        return None
+    if ctx.sums is None:
+        return grouped_outer(left, right, ends)
+    # A backward pass that asks for other gradients alone would leave the sum for the next one.
+    if torch._C._will_engine_execute_node(ctx.collectors[which]):
+        ctx.sums.add(which, left, right, ends)
+    return None

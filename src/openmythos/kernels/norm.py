@@ -1,0 +1,75 @@
+"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (arXiv 1910.07467)."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openmythos import kernels
+
+
+def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The formula, computed in fp32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return (y * weight).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., dim] normalised and times weight [dim], in the dtype of x."""
+    tuned = kernels.fast(x.device)
+    if tuned is None:
+        return reference(x, weight, eps)
+    # Torch's kernel, one piece on a GPU, refuses a weight of another dtype.
+    weight = weight.to(x.dtype)
+    if not tuned.own_forms or torch.compiler.is_compiling():
+        return F.rms_norm(x, weight.shape, weight, eps)
+    if not torch.is_grad_enabled():
+        return _norm(x, weight, eps)[0]
+    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+@functools.cache
+def _tensor(eps: float) -> Tensor:
+    return torch.tensor(eps, device="cpu", dtype=torch.float64)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y, 1 / sqrt(mean(x^2) + eps)), the latter [..., 1] in fp32 at least.
+
+    In few operators, eps a tensor for that: a decoded token meets dozens of norms.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = torch.addcmul(_tensor(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).mul_(weight).to(x.dtype), scale
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With s = 1 / sqrt(mean(x^2) + eps) and p = grad * x:
+
+    y = s w x,   dw = sum_rows s p,   dx = s w grad - x s^3 (p . w) / dim
+
+    Only x and s are kept. On a CPU torch's own is a chain of operators that keep three times that.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
+        y, scale = _norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @kernels.first_order
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight, scale = ctx.saved_tensors
+        shape, dim, dtype = x.shape, x.shape[-1], x.dtype
+        x, grad, scale = (t.to(scale.dtype).reshape(-1, t.shape[-1]) for t in (x, grad, scale))
+        wide = weight.to(scale.dtype)
+        product = grad * x
+        grad_weight = torch.mv(product.t(), scale[:, 0])
+        along = torch.mv(product, wide)[:, None].mul_(scale**3).mul_(1 / dim)
+        grad_x = torch.mul(grad, wide, out=product).mul_(scale).addcmul_(x, along, value=-1)
+        return grad_x.view(shape).to(dtype), grad_weight.to(weight.dtype), None

@@ -1,0 +1,42 @@
+"""Rotary positions on real numbers (Su et al. 2021, arXiv 2104.09864), in the half-split layout."""
+
+import torch
+from torch import Tensor
+
+from openmythos import kernels
+
+
+def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The formula, with tables in the dtype of x."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+
+
+def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Rotate each pair (x_i, x_{i + dim/2}) of x [batch, heads, seq, dim] by its angle.
+
+    Tables [batch or 1, 1, seq, dim] as of `nn.layout.rope_tables`; None: no rotary positions, and
+    x as it is.
+    """
+    if cos is None or sin is None:
+        return x
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    tuned = kernels.fast(x.device)
+    if tuned is None or not tuned.own_forms or not torch.is_grad_enabled():
+        return reference(x, cos, sin)
+    rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation, whose gradient turns back: nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return reference(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return reference(grad, cos, -sin), None, None

@@ -1,0 +1,54 @@
+"""Routed experts that are split over ranks: tokens are sent to their experts, results come back."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from openmythos.kernels.experts import ExpertWeights, count_rows, routed_experts
+from openmythos.kernels.precision import as_autocast
+
+
+class Dispatched(NamedTuple):
+    """The rows that a rank has received for its own experts."""
+
+    rows: Tensor  # [received, dim]
+    expert: Tensor  # [received], counted from the first expert of this rank
+    sizes: tuple[list[int], list[int]]  # rows sent to and received from each rank
+
+
+@runtime_checkable
+class TokenDispatcher(Protocol):
+    """Sends rows to the ranks of their experts, and the results back in the same order.
+
+    All ranks call it together, with no rows where they have none.
+    """
+
+    def dispatch(self, rows: Tensor, counts: Tensor) -> Dispatched:
+        """Send rows [rows, dim], sorted by expert, counts[i] of them for expert i of all."""
+        ...
+
+    def combine(self, results: Tensor, dispatched: Dispatched) -> Tensor:
+        """The results [rows, dim] for the rows that this rank has sent."""
+        ...
+
+
+def dispatched_experts(
+    tokens: Tensor,
+    row_weights: Tensor,
+    chosen: Tensor,
+    weights: ExpertWeights,
+    num_experts: int,
+    dispatcher: TokenDispatcher,
+) -> Tensor:
+    """`routed_experts` of num_experts experts, of which `weights` has this rank's."""
+    tokens = as_autocast(tokens)
+    choices, top_k = chosen.flatten(), chosen.shape[-1]
+    order = choices.argsort()
+    # One row per choice, so that their gradients are summed in a fixed order.
+    rows = tokens[:, None].expand(-1, top_k, -1).flatten(0, 1).index_select(0, order)
+    received = dispatcher.dispatch(rows, count_rows(choices, num_experts))
+    ones = received.rows.new_ones(len(received.rows), 1)
+    results = routed_experts(received.rows, ones, received.expert[:, None], weights)
+    back = dispatcher.combine(results, received).index_select(0, order.argsort())
+    back = back.view(*chosen.shape, back.shape[-1])
+    return (back * row_weights.to(back.dtype)[..., None]).sum(dim=1)
