@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import Tensor
 
 from openmythos.files import write_json
+from openmythos.kernels.attention import blockwise_attention
+from openmythos.kernels.cross_entropy import linear_cross_entropy
 from openmythos.machine import bf16_is_native, describe, processor_kind
-from openmythos.nn.blockwise import blockwise_attention
-from openmythos.nn.cross_entropy import linear_cross_entropy
 
 OUT = Console(highlight=False, markup=False)
 ROUNDS = 15

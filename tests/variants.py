@@ -27,6 +27,7 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy
+from openmythos.nn.view import LayerView
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.halting import Halting
 from openmythos.recurrence.injection import Injection
@@ -309,6 +310,11 @@ def tiny_model(config: MythosConfig, seed: int = 0, scale: float = 0.1) -> OpenM
         for tensor in (*model.parameters(), *model.buffers()):
             tensor += scale * torch.randn(tensor.shape, generator=generator, device="cpu")
     return model.to(here())
+
+
+def active_positions(x: Tensor, view: LayerView) -> int:
+    """How many positions a feed-forward layer computes, called with these."""
+    return x[..., 0].numel() if view.active is None else int(view.active.sum())
 
 
 def random_tokens(batch: int, seq: int = SEQ, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from variants import here
 
 from openmythos.config import ConfigError
-from openmythos.nn.attention import AttentionLayer, attend
+from openmythos.nn.attention import AttentionLayer
 from openmythos.nn.block import Attention, Block
 from openmythos.nn.cache import CacheSlot
 from openmythos.nn.feed_forward import SwiGLU
@@ -150,28 +150,6 @@ def test_positions_count_valid_tokens() -> None:
     assert TokenLayout(2, 3, here()).positions().tolist() == [[3, 4]]
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("value_dim", [4, 8, 10])
-@pytest.mark.parametrize("name", layouts(7, 3))
-def test_attend_equals_softmax_attention(name: str, value_dim: int, kv_heads: int) -> None:
-    layout = layouts(7, 3)[name]
-    total = layout.start + layout.seq
-    shapes = [(3, 4, layout.seq, 8), (3, kv_heads, total, 8), (3, kv_heads, total, value_dim)]
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    context = attention_context(layout, 0, 1e4, 3 if "chunk" in name else 0)
-    allowed = allowed_by_definition(layout, 3 if "chunk" in name else 0, 3)
-    out = attend(*inputs, context, 0.7)
-    expected = manual_attend(*inputs, allowed, 0.7)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    direction = torch.randn_like(out)
-    for got, wanted in zip(
-        torch.autograd.grad(out, inputs, direction),
-        torch.autograd.grad(expected, inputs, direction),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-
-
 def split(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The parts of a latent attention's query: without position and with it."""
     return query[..., :8], query[..., 8:]
@@ -234,6 +212,33 @@ def test_absorbed_equals_naive(name: str, layout_name: str, adapted: bool) -> No
         return out, *torch.autograd.grad(out, wrt, direction)
 
     torch.testing.assert_close(run(True), run(False), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize("layout_name", ["padded", "one_token"])
+@pytest.mark.parametrize("kind", get_args(Attention))
+def test_rows_with_deltas_of_their_own_equal_each_row_alone(
+    kind: type, layout_name: str, absorbed: bool
+) -> None:
+    """As rows of a batch have them that run different loops."""
+    config, layout = small(kind), layouts(6, 3)[layout_name]
+    layer, context = build(config), context_of(config, layout)
+    rows = [random_deltas(layer) for _ in range(3)]
+    deltas = {
+        key: LowRank(*(torch.stack(x) for x in zip(*(row[key] for row in rows), strict=True)))
+        for key in rows[0]
+    }
+    x = torch.randn(3, layout.seq, DIM, dtype=torch.double)
+    older = torch.randn(3, layout.start, layer.kv_width, dtype=torch.double)
+
+    def run(row: slice, deltas: Deltas) -> Tensor:
+        visible = context.rows(row.start, row.stop)
+        kv = torch.cat((older[row], layer.project_kv(x[row], visible, deltas)), dim=1)
+        return layer(x[row], kv, visible, deltas)
+
+    with path(layer, absorbed):
+        alone = torch.cat([run(slice(i, i + 1), rows[i]) for i in range(3)])
+        torch.testing.assert_close(run(slice(0, 3), deltas), alone, atol=1e-10, rtol=1e-10)
 
 
 def test_deltas_reach_every_map() -> None:

@@ -1,11 +1,21 @@
-"""Linear maps with a low-rank delta, and the norm."""
+"""Linear maps with a low-rank delta, dense feed-forward layers, and the norm."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from variants import members, name_of
 
-from openmythos.nn.feed_forward import SwiGLULayer
-from openmythos.nn.linear import NO_DELTAS, Linear, LowRank
+from openmythos.nn.block import FeedForward
+from openmythos.nn.feed_forward import ReLU2, SwiGLU, SwiGLULayer
+from openmythos.nn.layout import AttentionContext
+from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, LowRank
 from openmythos.nn.norm import RMSNorm
+from openmythos.nn.view import LayerView, NoCache
+
+VIEW = LayerView(AttentionContext(None, None, None, True), NoCache())
 
 
 def low_rank(rank: int = 2) -> LowRank:
@@ -74,59 +84,89 @@ def test_the_norm_keeps_the_dtype_of_its_input(dtype: torch.dtype) -> None:
     assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", [(3, 6), (2, 3, 6), (1, 6)])
-def test_the_gradient_of_the_norm_is_that_of_its_formula(shape: tuple[int, ...]) -> None:
-    norm = RMSNorm(6, eps=1e-3).double()
-    norm.weight.data.normal_()
-    x = torch.randn(shape, dtype=torch.double, requires_grad=True)
-
-    def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(norm, {"weight": weight}, (x,))
-
-    assert torch.autograd.gradcheck(normed, (x, norm.weight))
-    # What is kept is the input: a caller that changes nothing gets the same with and without it.
-    with torch.no_grad():
-        plain = norm(x)
-    assert plain.equal(norm(x))
-
-
 def test_a_norm_in_bf16_is_computed_in_fp32() -> None:
     norm, x = RMSNorm(64, eps=1e-6), torch.randn(5, 64)
     exact = norm(x.bfloat16().float())
     assert norm(x.bfloat16()).equal(exact.bfloat16())
 
 
-def test_swiglu_and_its_gradients_are_those_of_its_formula() -> None:
-    layer = SwiGLULayer(6, 10).double()
-    x = torch.randn(5, 6, dtype=torch.double, requires_grad=True)
-    names = ["gate_up.weight", "down.weight"]
+def per_row_deltas(layer: torch.nn.Module, batch: int) -> Deltas:
+    """A delta of its own for each row of a batch, for every linear map of the layer."""
+    deltas = {}
+    for name, part in layer.named_modules():
+        if isinstance(part, Linear):
+            part.delta_key = name
+            down = 0.3 * torch.randn(batch, 2, part.in_features)
+            deltas[name] = LowRank(down, 0.3 * torch.randn(batch, part.out_features, 2))
+    return deltas
 
-    def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        given = dict(zip(names, weights, strict=True))
-        return torch.func.functional_call(layer, given, (x, None))[0]
 
-    weights = [layer.gate_up.weight, layer.down.weight]
-    gate, up = (x @ layer.gate_up.weight.T).chunk(2, dim=-1)
-    expected = (torch.nn.functional.silu(gate) * up) @ layer.down.weight.T
-    torch.testing.assert_close(run(x, *weights), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(run(x, *weights), expected)
-    assert torch.autograd.gradcheck(run, (x, *weights))
-    # With a delta on the way out, which goes by other operators.
+def row_of(deltas: Deltas, row: int) -> Deltas:
+    return {key: LowRank(delta.down[row], delta.up[row]) for key, delta in deltas.items()}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_with_deltas_of_their_own_equal_each_row_alone(bias: bool) -> None:
+    layer = torch.nn.ModuleDict({"map": Linear(6, 4, bias=bias)})
+    deltas, x = per_row_deltas(layer, 3), torch.randn(3, 5, 6)
+    part = layer["map"]
+    alone = torch.cat([part(x[i : i + 1], row_of(deltas, i)) for i in range(3)])
+    torch.testing.assert_close(part(x, deltas), alone)
+    torch.testing.assert_close(part(x.flatten(0, 1), deltas), alone.flatten(0, 1))
+    merged = torch.stack([part.merged_weight(row_of(deltas, i)) for i in range(3)])
+    torch.testing.assert_close(part.merged_weight(deltas), merged)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("config", [SwiGLU(hidden_dim=10), ReLU2(hidden_dim=10)], ids=name_of)
+def test_dense_layers_with_deltas_of_each_row_equal_each_row_alone(
+    config: SwiGLU | ReLU2, masked: bool
+) -> None:
+    layer, x = config.build(6), torch.randn(3, 5, 6)
+    deltas, active = per_row_deltas(layer, 3), torch.rand(3, 5) < 0.6
+    out = layer(x, replace(VIEW, deltas=deltas, active=active if masked else None))[0]
+    for i in range(3):
+        alone = layer(x[i : i + 1], replace(VIEW, deltas=row_of(deltas, i)))[0]
+        wanted = alone * active[i, :, None] if masked else alone
+        torch.testing.assert_close(out[i : i + 1], wanted)
+
+
+@pytest.mark.parametrize("config", members(FeedForward), ids=name_of)
+def test_inactive_positions_get_no_update_and_no_gradient(config: Any) -> None:
+    layer = config.build(16)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, active = torch.randn(3, 5, 16, requires_grad=True), torch.rand(3, 5) < 0.6
+    out, _ = layer(x, replace(VIEW, active=active))
+    whole, _ = layer(x, VIEW)
+    torch.testing.assert_close(out, whole * active[..., None])
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    assert not grad[~active].any() and grad[active].any(dim=-1).all()
+    out, _ = layer(x, replace(VIEW, active=torch.zeros(3, 5, dtype=torch.bool)))
+    assert out.shape == x.shape and not out.any()
+
+
+def test_swiglu_is_its_formula_with_a_delta_on_the_way_out_too() -> None:
+    layer, x = SwiGLULayer(6, 10), torch.randn(2, 5, 6)
+
+    def formula(down: Tensor) -> Tensor:
+        gate, up = (x @ layer.gate_up.weight.T).chunk(2, dim=-1)
+        return (torch.nn.functional.silu(gate) * up) @ down.T
+
+    torch.testing.assert_close(layer(x, VIEW)[0], formula(layer.down.weight))
     layer.down.delta_key = "down"
-    delta = LowRank(torch.randn(2, 10, dtype=torch.double), torch.randn(6, 2, dtype=torch.double))
-    changed = layer(x, None, {"down": delta})[0]
-    merged = layer.down.weight + delta.up @ delta.down
-    torch.testing.assert_close(changed, (torch.nn.functional.silu(gate) * up) @ merged.T)
+    delta = LowRank(torch.randn(2, 10), torch.randn(6, 2))
+    changed = layer(x, replace(VIEW, deltas={"down": delta}))[0]
+    torch.testing.assert_close(changed, formula(layer.down.weight + delta.up @ delta.down))
 
 
 def test_swiglu_under_autocast_has_gradients_in_the_weights_dtype() -> None:
-    layer, x = SwiGLULayer(8, 16), torch.randn(5, 8, requires_grad=True)
-    layer(x, None)[0].square().sum().backward()
+    layer, x = SwiGLULayer(8, 16), torch.randn(1, 5, 8, requires_grad=True)
+    layer(x, VIEW)[0].square().sum().backward()
     exact = layer.down.weight.grad
     layer.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = layer(x, None)[0]
+        out = layer(x, VIEW)[0]
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
     found = layer.down.weight.grad

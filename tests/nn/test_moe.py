@@ -1,21 +1,22 @@
-"""Mixture of experts: the grouped path against Python loops, routing statistics, balance."""
+"""Mixture of experts against a loop over tokens and experts; routing statistics, balance."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from variants import here
 
 from openmythos.config import ConfigError
-from openmythos.nn.experts import SortedRows, grouped_linear, grouped_outer
-from openmythos.nn.feed_forward import TokenRows
+from openmythos.nn.dispatch import Dispatched
+from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import LowRank
-from openmythos.nn.moe import MoE, MoELayer, RouterStats, _filled_up, _inverse
+from openmythos.nn.moe import MoE, MoELayer, RouterStats
+from openmythos.nn.view import LayerView, NoCache
 
 pytestmark = pytest.mark.usefixtures("device")
 DIM, TOKENS = 16, 24
@@ -32,12 +33,20 @@ def build(**fields: Any) -> MoELayer:
     return layer
 
 
-def rows_of(*lengths: int) -> TokenRows:
-    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return TokenRows(row, len(lengths))
+CONTEXT = AttentionContext(None, None, None, True)
+LENGTHS = (10, 6, 8)
 
 
-ROWS = rows_of(10, 6, 8)
+def run(
+    layer: MoELayer, tokens: Tensor, lengths: tuple[int, ...] = (), **view: Any
+) -> tuple[Tensor, Any]:
+    """(output [tokens, dim], statistics) of sequences of these lengths, padded to one batch."""
+    x = pad_sequence(tokens.split(lengths or (len(tokens),)), batch_first=True)
+    active = torch.arange(x.shape[1]) < torch.tensor(lengths or (len(tokens),))[:, None]
+    given = {"active": active if lengths else None, "collects": True} | view
+    out, stats = layer(x, LayerView(CONTEXT, NoCache(), **given))
+    assert not out[~active].any()
+    return out[active], stats
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -68,7 +77,7 @@ def naive(layer: MoELayer, tokens: Tensor) -> Tensor:
 def assert_equals_naive(layer: MoELayer, tokens: Tensor) -> None:
     """Forward and every gradient."""
     wrt = [tokens, *layer.parameters()]
-    out, _ = layer(tokens, TokenRows(torch.zeros(len(tokens), dtype=torch.long), 1))
+    out, _ = run(layer, tokens)
     expected = naive(layer, tokens)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     direction = torch.randn_like(out)
@@ -80,25 +89,27 @@ def assert_equals_naive(layer: MoELayer, tokens: Tensor) -> None:
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
 
 
-def through_strangers(
-    rows: Tensor, counts: Tensor, there: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """As an exchange with others does, hands the rows over in another order than they came in."""
-    expert = torch.arange(len(counts)).repeat_interleave(counts)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    return there(rows[order], expert[order])[order.argsort()]
+class Shuffling:
+    """As an exchange with other ranks does, hands over rows in another order than they came in."""
+
+    def dispatch(self, rows: Tensor, counts: Tensor) -> Dispatched:
+        expert = torch.arange(len(counts)).repeat_interleave(counts)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        return Dispatched(rows[order], expert[order], (order.tolist(), []))
+
+    def combine(self, results: Tensor, dispatched: Dispatched) -> Tensor:
+        return results[torch.tensor(dispatched.sizes[0], dtype=torch.long).argsort()]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 24])
-def test_rows_that_are_exchanged_equal_naive(tokens: int) -> None:
-    torch.manual_seed(0)
+def test_dispatched_rows_equal_naive(tokens: int) -> None:
     layer = build()
-    layer.exchange = through_strangers
+    layer.dispatcher = Shuffling()
     x = torch.randn(tokens, DIM, requires_grad=True)
     if tokens:
         assert_equals_naive(layer, x)
         return
-    out, stats = layer(x, rows_of(0))
+    out, stats = run(layer, x, (0,))
     assert out.shape == (0, DIM) and out.requires_grad and stats is not None
     assert int(stats.counts.sum()) == 0
 
@@ -134,7 +145,7 @@ def test_experts_that_nobody_chooses(favourites: tuple[int, int]) -> None:
     layer.router.router_bias[list(favourites)] += 10
     tokens = torch.randn(TOKENS, DIM, requires_grad=True)
     assert_equals_naive(layer, tokens)
-    out, stats = layer(tokens, ROWS)
+    out, stats = run(layer, tokens, LENGTHS)
     expected = [TOKENS if i in favourites else 0 for i in range(6)]
     assert stats.counts.tolist() == expected
     out.sum().backward()
@@ -149,13 +160,13 @@ def test_no_tokens_at_all(shared: int) -> None:
     """Every position of a batch may have halted."""
     layer = build(num_shared_experts=shared)
     tokens = torch.randn(0, DIM, requires_grad=True)
-    out, stats = layer(tokens, rows_of(0, 0))
+    out, stats = run(layer, tokens, (0, 0))
     assert out.shape == (0, DIM)
     assert not any(field.any() for field in stats)
     (out.sum() + stats.balance + stats.z).backward()
     for parameter in layer.parameters():
         assert parameter.grad is not None and not parameter.grad.any()
-    joined = stats.plus(layer(torch.randn(TOKENS, DIM), ROWS)[1])
+    joined = stats.plus(run(layer, torch.randn(TOKENS, DIM), LENGTHS)[1])
     assert joined.counts.sum() == 2 * TOKENS and joined.balance.isfinite()
 
 
@@ -167,10 +178,10 @@ def test_one_token() -> None:
 def test_autocast_is_close_to_fp32(shared: int) -> None:
     layer = build(num_shared_experts=shared)
     tokens = torch.randn(TOKENS, DIM, requires_grad=True)
-    exact, exact_stats = layer(tokens, ROWS)
+    exact, exact_stats = run(layer, tokens, LENGTHS)
     with torch.autocast(here().type, dtype=torch.bfloat16):
-        out, stats = layer(tokens, ROWS)
-        assert layer.experts.weights().down.dtype == torch.bfloat16  # custom operators do not cast
+        out, stats = run(layer, tokens, LENGTHS)
+        assert layer.shared_weights().down.dtype == torch.bfloat16  # custom operators do not cast
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), exact, atol=0.05, rtol=0.05)
     # The router runs in fp32 anyhow, so nothing of it may change.
@@ -189,9 +200,9 @@ def test_a_bf16_layer_routes_in_fp32() -> None:
     tokens = torch.randn(TOKENS, DIM, dtype=torch.bfloat16)
     weights, _, scores, logits = layer.router(tokens)
     assert {t.dtype for t in (weights, scores, logits)} == {torch.float32}
-    out, stats = layer(tokens, ROWS)
+    out, stats = run(layer, tokens, LENGTHS, collects=False)
     assert out.dtype == torch.bfloat16 and stats is None
-    expected = layer.float()(tokens.float(), ROWS)[0]
+    expected = run(layer.float(), tokens.float(), LENGTHS)[0]
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
 
 
@@ -202,30 +213,30 @@ def test_counts_are_exact() -> None:
     layer = build(top_k=3)
     tokens = torch.randn(TOKENS, DIM)
     _, experts, _, _ = layer.router(tokens)
-    _, stats = layer(tokens, ROWS)
+    _, stats = run(layer, tokens, LENGTHS)
     assert stats.counts.tolist() == torch.bincount(experts.flatten(), minlength=6).tolist()
     assert stats.counts.sum() == TOKENS * 3
     assert stats.tokens == TOKENS and stats.sequences == 3
     assert all(len(set(chosen)) == 3 for chosen in experts.tolist())
 
 
-def test_statistics_come_in_training_only_and_change_no_state() -> None:
+def test_statistics_come_where_they_are_asked_for_and_change_no_state() -> None:
     layer = build()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     tokens = torch.randn(TOKENS, DIM)
-    trained, stats = layer(tokens, ROWS)
+    with_them, stats = run(layer, tokens, LENGTHS)
     assert stats is not None
-    evaluated, none = layer.eval()(tokens, ROWS)
-    assert none is None and evaluated.equal(trained)
+    without, none = run(layer, tokens, LENGTHS, collects=False)
+    assert none is None and without.equal(with_them)
     assert all(tensor.equal(before[name]) for name, tensor in layer.state_dict().items())
 
 
 def test_plus_adds_every_field() -> None:
     layer = build()
     tokens = torch.randn(TOKENS, DIM)
-    _, whole = layer(tokens, ROWS)
-    _, first = layer(tokens[:16], rows_of(10, 6))
-    _, second = layer(tokens[16:], rows_of(8))
+    _, whole = run(layer, tokens, LENGTHS)
+    _, first = run(layer, tokens[:16], (10, 6))
+    _, second = run(layer, tokens[16:], (8,))
     torch.testing.assert_close(tuple(first.plus(second)), tuple(whole))
     assert first.plus(None) is first
 
@@ -237,7 +248,7 @@ def test_balance_and_z_are_their_formulas(score: Any, top_k: int) -> None:
     layer = build(score=score, top_k=top_k)
     lengths = (7, 0, 1, 16)
     tokens = torch.randn(sum(lengths), DIM, requires_grad=True)
-    _, stats = layer(tokens, rows_of(*lengths))
+    _, stats = run(layer, tokens, lengths)
     balance, z = torch.zeros(()), torch.zeros(())
     for sequence in tokens.split(lengths):
         if not len(sequence):
@@ -265,7 +276,7 @@ def routed_to(logits: Tensor, **fields: Any) -> RouterStats:
     with torch.no_grad():
         layer.router.weight.copy_(torch.eye(DIM))
         layer.router.router_bias.zero_()
-    stats = layer(logits, rows_of(len(logits)))[1]
+    stats = run(layer, logits)[1]
     assert stats is not None
     return stats
 
@@ -296,7 +307,7 @@ def test_the_balance_loss_evens_out_the_load() -> None:
     optimizer = torch.optim.SGD([layer.router.weight], lr=1.0)
 
     def step() -> tuple[float, float]:
-        stats = layer(tokens, rows_of(256))[1]
+        stats = run(layer, tokens)[1]
         optimizer.zero_grad()
         stats.balance.backward()
         optimizer.step()
@@ -332,9 +343,9 @@ def test_router_bias_decides_who_is_chosen_not_the_weight(score: Any, normalize:
 def test_a_bias_that_changes_no_choice_changes_nothing() -> None:
     layer = build()
     tokens = torch.randn(TOKENS, DIM)
-    before = layer(tokens, ROWS)[0]
+    before = run(layer, tokens, LENGTHS)[0]
     layer.router.router_bias += 5.0
-    torch.testing.assert_close(layer(tokens, ROWS)[0], before)
+    torch.testing.assert_close(run(layer, tokens, LENGTHS)[0], before)
 
 
 def test_router_bias_is_a_buffer_without_gradient() -> None:
@@ -369,7 +380,7 @@ def test_updates_even_out_a_skewed_load(score: Any) -> None:
     common = 1.5 * torch.randn(DIM)
 
     def violation() -> float:
-        stats = layer(torch.randn(512, DIM) + common, rows_of(512))[1]
+        stats = run(layer, torch.randn(512, DIM) + common)[1]
         layer.update_router_bias(stats.counts)
         return stats.max_violation().item()
 
@@ -378,103 +389,15 @@ def test_updates_even_out_a_skewed_load(score: Any) -> None:
     assert sum(history[-20:]) / 20 < history[0] / 4
 
 
-# The grouped product
-
-
-def by_group(x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
-    starts = [0, *ends[:-1]]
-    pieces = [x[a:b] @ w.T for a, b, w in zip(starts, ends, weight, strict=True)]
-    return torch.cat(pieces)
-
-
-@pytest.mark.parametrize("ends", [[4, 9, 12], [0, 12, 12], [12, 12, 12], [0, 0, 12]])
-def test_grouped_products_are_products_per_group(ends: list[int]) -> None:
-    x, weight, left = torch.randn(12, 8), torch.randn(3, 16, 8), torch.randn(12, 16)
-    offsets = torch.tensor(ends, dtype=torch.int32)
-    torch.testing.assert_close(grouped_linear(x, weight, offsets), by_group(x, weight, ends))
-    starts = [0, *ends[:-1]]
-    outer = [left[a:b].T @ x[a:b] for a, b in zip(starts, ends, strict=True)]
-    torch.testing.assert_close(grouped_outer(left, x, offsets), torch.stack(outer))
-
-
-def test_the_operators_are_registered_properly() -> None:
-    """Schema and fake kernels, as torch.compile relies on them."""
-    x, weight = torch.randn(12, 8), torch.randn(3, 4, 8)
-    ends = torch.tensor([4, 9, 12], dtype=torch.int32)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(grouped_linear, (x, weight, ends), test_utils=tests)
-    torch.library.opcheck(grouped_outer, (x, torch.randn(12, 4), ends), test_utils=tests)
-
-
-def test_the_expanded_gradient_of_a_sum() -> None:
-    layer = build(num_shared_experts=0, top_k=1)
-    layer(torch.randn(TOKENS, DIM), ROWS)[0].sum().backward()
-    assert layer.experts.down.grad is not None and layer.experts.down.grad.isfinite().all()
-
-
-# Gradients summed over many uses of the weights
-
-
-def used_often(layer: MoELayer, tokens: Tensor, *, summed: bool) -> Tensor:
-    """Three passes of the layer, one after the other, with the same weights."""
-    weights = layer.experts.weights(sum_gradients=summed)
-    for _ in range(3):
-        tokens = tokens + layer(tokens, ROWS, expert_weights=weights)[0]
-    return tokens
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_summed_gradients_are_those_of_autograd(dtype: torch.dtype) -> None:
-    layer, tokens = build(), torch.randn(TOKENS, DIM)
-    wrt, found = list(layer.experts.parameters()), []
-    for summed in (False, True):
-        with torch.autocast(here().type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out = used_often(layer, tokens, summed=summed)
-        found.append(torch.autograd.grad(out.float().square().sum(), wrt))
-    for one, other in zip(*found, strict=True):
-        limit = 1e-5 if dtype == torch.float32 else 2e-2
-        assert float((one - other).norm()) <= limit * float(one.norm())
-
-
-def test_a_partial_backward_pass_leaves_nothing_for_the_next() -> None:
-    layer, tokens = build(), torch.randn(TOKENS, DIM, requires_grad=True)
-    out = used_often(layer, tokens, summed=True).square().sum()
-    torch.autograd.grad(out, tokens, retain_graph=True)
-    (found,) = torch.autograd.grad(out, layer.experts.down, retain_graph=True)
-    (again,) = torch.autograd.grad(out, layer.experts.down)
-    plain = used_often(layer, tokens, summed=False).square().sum()
-    (wanted,) = torch.autograd.grad(plain, layer.experts.down)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert again.equal(found)
-
-
-def test_frozen_experts_want_no_gradient() -> None:
-    layer, tokens = build(), torch.randn(TOKENS, DIM, requires_grad=True)
-    layer.experts.down.requires_grad_(False)
-    used_often(layer, tokens, summed=True).sum().backward()
-    assert layer.experts.down.grad is None and layer.experts.gate_up.grad is not None
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("num_tokens", [1, 2, 3])
-def test_few_tokens_go_expert_by_expert(num_tokens: int) -> None:
-    layer = build(num_experts=24, top_k=2).eval()
-    tokens = torch.randn(num_tokens, DIM)
-    assert layer._are_few(tokens) and not layer._are_few(torch.randn(4, DIM))
-    alone = layer(tokens, rows_of(num_tokens))[0]
-    many = layer(torch.cat((tokens, torch.randn(9, DIM))), rows_of(num_tokens + 9))[0]
-    torch.testing.assert_close(alone, many[:num_tokens])
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_counts_once(reentrant: bool) -> None:
     layer = build()
     tokens = torch.randn(TOKENS, DIM, requires_grad=True)
-    out, stats = layer(tokens, ROWS)
+    out, stats = run(layer, tokens, LENGTHS)
     (out.square().sum() + stats.balance).backward()
     expected = {name: p.grad.clone() for name, p in layer.named_parameters()}
     layer.zero_grad()
-    again, same = checkpoint(layer, tokens, ROWS, use_reentrant=reentrant)
+    again, same = checkpoint(run, layer, tokens, LENGTHS, use_reentrant=reentrant)
     (again.square().sum() + (0 if reentrant else same.balance)).backward()
     assert again.equal(out)
     assert all(a.equal(b) for a, b in zip(same, stats, strict=True))
@@ -502,36 +425,24 @@ def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -
         MoE(**fields)
 
 
-@pytest.mark.parametrize("step", [2, 8])
-def test_filled_up_groups_hold_the_same_rows(step: int) -> None:
-    experts = torch.randint(6, (40, 2))
-    counts = torch.bincount(experts.flatten(), minlength=6).int()
-    order = experts.flatten().argsort()
-    exact = SortedRows(
-        counts.cumsum(0).int(), order // 2, torch.rand(80), _inverse(order).view(40, 2)
+def test_positions_that_are_not_active_cost_nothing() -> None:
+    """Neither the router nor an expert sees them, and their gradient is exactly zero."""
+    layer, x = build(), torch.randn(3, 8, DIM, requires_grad=True)
+    active = torch.rand(3, 8) < 0.5
+    seen: list[int] = []
+    for part in (layer.router, layer.experts, layer.shared_expert.down):
+        part.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., 0].numel()))
+    layer.shared_expert.down.delta_key = "down"  # a map that is called as a module only with one
+    deltas = {"down": LowRank(torch.zeros(1, 8), torch.zeros(DIM, 1))}
+    out, stats = layer(
+        x, LayerView(CONTEXT, NoCache(), deltas=deltas, active=active, collects=True)
     )
-    filled = _filled_up(exact, counts, step)
-    sizes = filled.ends.diff(prepend=filled.ends.new_zeros(1))
-    assert (sizes % step == 0).all() and (sizes >= counts).all() and (sizes - counts < step).all()
-    owner = torch.searchsorted(filled.ends.long(), filled.place.flatten(), right=True)
-    assert owner.equal(experts.flatten())
-    for token in range(40):
-        for choice in range(2):
-            row, old = filled.place[token, choice], exact.place[token, choice]
-            assert filled.source[row] == exact.source[old] == token
-            assert filled.weights[row] == exact.weights[old]
-    assert filled.weights.sum() == pytest.approx(float(exact.weights.sum()))
-
-
-def test_groups_in_bf16_are_filled_up_to_round_sizes() -> None:
-    layer, tokens = build(top_k=2), torch.randn(400, DIM)
-    assert layer._group_step(tokens, 133) == 1
-    assert layer._group_step(tokens.bfloat16(), 133) == 8  # rows per expert
-    assert layer._group_step(tokens[:5].bfloat16(), 1) == 1
-    exact = layer(tokens, rows_of(400))[0]
-    with torch.autocast(here().type, dtype=torch.bfloat16):
-        found = layer(tokens, rows_of(400))[0]
-    torch.testing.assert_close(found.float(), exact, atol=0.05, rtol=0.05)
+    assert seen == [int(active.sum())] * 3 and stats.tokens == active.sum()
+    assert not out[~active].any()
+    whole, _ = layer(x, LayerView(CONTEXT, NoCache(), deltas=deltas))
+    torch.testing.assert_close(out[active], whole[active])
+    (grad,) = torch.autograd.grad(out.square().sum() + stats.balance + stats.z, x)
+    assert not grad[~active].any() and grad[active].any(dim=-1).all()
 
 
 def test_a_loop_may_have_a_router_of_its_own() -> None:
@@ -542,3 +453,28 @@ def test_a_loop_may_have_a_router_of_its_own() -> None:
     _, _, scores, logits = layer.router(tokens, {"router": own})
     torch.testing.assert_close(logits, tokens @ (layer.router.weight + own.down).T)
     assert not scores.allclose(layer.router(tokens)[2])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_of_a_batch_may_have_routers_of_their_own(masked: bool) -> None:
+    """Batched deltas, as of rows in different loops, equal each row alone."""
+    layer, x = build(), torch.randn(3, 5, DIM)
+    maps = {"router": layer.router, "up": layer.shared_expert.gate_up}
+    deltas = {}
+    for key, part in maps.items():
+        part.delta_key = key
+        down, up = torch.randn(3, 2, part.in_features), torch.randn(3, part.out_features, 2)
+        deltas[key] = LowRank(down, up)
+    active = torch.rand(3, 5) < 0.6 if masked else None
+    out, stats = layer(
+        x, LayerView(CONTEXT, NoCache(), deltas=deltas, active=active, collects=True)
+    )
+    joined = None
+    for row in range(3):
+        own = {key: LowRank(delta.down[row], delta.up[row]) for key, delta in deltas.items()}
+        seen = None if active is None else active[row : row + 1]
+        view = LayerView(CONTEXT, NoCache(), deltas=own, active=seen, collects=True)
+        alone, part = layer(x[row : row + 1], view)
+        torch.testing.assert_close(out[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+        joined = part.plus(joined)
+    torch.testing.assert_close(tuple(stats), tuple(joined))

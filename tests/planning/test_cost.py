@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -10,9 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from openmythos import ConfigError, MythosConfig, OpenMythos, presets
+from openmythos import ConfigError, MythosConfig, OpenMythos, kernels, presets
 from openmythos.config import apply_overrides
-from openmythos.nn import attention as attention_room
 from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.planning import cost
@@ -169,7 +169,7 @@ def test_a_window_saves_attention() -> None:
 @pytest.fixture
 def torch_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """The attention kernels of an accelerator, whose costs the plan states."""
-    monkeypatch.setattr(attention_room, "in_blocks", lambda query, context: False)
+    monkeypatch.setattr(kernels, "CPU", replace(kernels.CPU, blocks=False))
 
 
 def kept_bytes(

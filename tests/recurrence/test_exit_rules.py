@@ -11,6 +11,7 @@ from variants import (
     EXIT_RULES,
     SEQ,
     VOCAB,
+    active_positions,
     members,
     name_of,
     random_tokens,
@@ -170,7 +171,7 @@ def test_the_first_position_leaves_where_its_trajectory_says(rule: ExitRule) -> 
 def test_positions_that_left_stand_still_and_cost_no_feed_forward(rule: ExitRule) -> None:
     model, fed = tiny_model(tiny_config()), []
     model.recurrent.layers[0].feed_forward.register_forward_pre_hook(
-        lambda _, args: fed.append(len(args[0]))
+        lambda _, args: fed.append(active_positions(*args))
     )
     out = model(
         random_tokens(3), num_loops=LOOPS, exit_rule=rule, collect_loops=range(1, LOOPS + 1)

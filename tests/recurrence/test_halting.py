@@ -8,6 +8,7 @@ from torch import Tensor
 from variants import (
     DIM,
     SEQ,
+    active_positions,
     assert_gradients_close,
     gradients,
     members,
@@ -20,9 +21,9 @@ from openmythos.config import ConfigError
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention, FeedForward
-from openmythos.nn.feed_forward import TokenRows
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.moe import MoE
+from openmythos.nn.view import LayerView, NoCache
 from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.recurrence.halting import ACT, ACTHalting, HaltState
 from openmythos.recurrence.loop_embedding import LoopEmbedding
@@ -145,7 +146,7 @@ def test_halted_positions_stand_still_and_cost_no_feed_forward(
     model.train(training)
     fed: list[int] = []
     model.recurrent.layers[0].feed_forward.register_forward_pre_hook(
-        lambda _, args: fed.append(len(args[0]))
+        lambda _, args: fed.append(active_positions(*args))
     )
     num_loops = 24
     out = run(model, num_loops)
@@ -172,7 +173,6 @@ def naive_act(
     kvs: list[Tensor | None] = [None] * len(block.layers)
     cumulative = loops_used = ponder = torch.zeros(batch, seq)
     active = torch.ones(batch, seq, dtype=torch.bool)
-    rows = TokenRows(torch.arange(batch).repeat_interleave(seq), batch)
     loads = []
     for loop in range(num_loops):
         embedding, deltas = block.conditioning(loop)
@@ -183,11 +183,11 @@ def naive_act(
             kv = kv if old is None else torch.where(active[..., None], kv, old)
             kvs[index] = kv
             x = x + layer.attention(normed, kv, context, deltas)
-            tokens = layer.feed_forward_norm(x).flatten(0, 1)
-            x = x + layer.feed_forward(tokens, rows, deltas)[0].view_as(x)
+            normed = layer.feed_forward_norm(x)
+            x = x + layer.feed_forward(normed, LayerView(context, NoCache(), deltas=deltas))[0]
             if isinstance(layer.feed_forward.config, MoE):
-                _, experts, _, _ = layer.feed_forward.router(tokens[active.flatten()])
-                loads.append(experts.flatten().bincount(minlength=4))
+                chosen = layer.feed_forward.router(normed[active]).chosen
+                loads.append(chosen.flatten().bincount(minlength=4))
         state = torch.where(active[..., None], x, state)
         prob = (state @ block.halting.weight + block.halting.bias).sigmoid()
         prob = prob if loop + 1 >= config.min_loops else torch.zeros_like(prob)

@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from variants import VOCAB, random_tokens, tiny, tiny_config, tiny_model
+from variants import random_tokens, tiny, tiny_config, tiny_model
 
-from openmythos.kernels import CPU
+from openmythos.kernels.cross_entropy import IGNORE
 from openmythos.model.mythos import MythosLosses, OpenMythos
-from openmythos.nn.cross_entropy import IGNORE, linear_cross_entropy
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
@@ -32,55 +30,6 @@ def by_hand(logits: Tensor, targets: Tensor) -> Tensor:
     log_p = logits.double().log_softmax(dim=-1)
     picked = log_p.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
     return -picked[targets != IGNORE].mean()
-
-
-def readout_case(dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, readout weight and targets, some of them ignored."""
-    generator = torch.Generator().manual_seed(tokens)
-    hidden = torch.randn(2, tokens, 16, generator=generator).to(dtype)
-    weight = torch.randn(VOCAB, 16, generator=generator).to(dtype)
-    targets = torch.randint(0, VOCAB, (2, tokens), generator=generator)
-    ignored = torch.rand(2, tokens, generator=generator) < 0.4
-    return (
-        hidden.requires_grad_(),
-        weight.requires_grad_(),
-        targets.masked_fill(ignored, IGNORE),
-    )
-
-
-@pytest.mark.parametrize("tokens", [1, 12, CPU.chunk_tokens, CPU.chunk_tokens + 37])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_chunked_cross_entropy_equals_full_logits(dtype: torch.dtype, tokens: int) -> None:
-    hidden, weight, targets = readout_case(dtype, tokens)
-    targets[0, 0] = 3
-    found = linear_cross_entropy(hidden, weight, targets)
-    logits = F.linear(hidden, weight)
-    wide = logits.to(torch.promote_types(dtype, torch.float32)).flatten(0, 1)
-    wanted = F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.double(), by_hand(logits, targets), rtol=1e-5, atol=1e-5)
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    grads = torch.autograd.grad(3 * found, (hidden, weight))
-    for grad, other in zip(grads, torch.autograd.grad(3 * wanted, (hidden, weight)), strict=True):
-        assert grad.dtype == other.dtype
-        assert float((grad - other).norm()) <= tolerance * float(other.norm())
-
-
-def test_chunked_cross_entropy_follows_autocast() -> None:
-    hidden, weight, targets = readout_case(torch.float32, 40)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = linear_cross_entropy(hidden, weight, targets)
-        logits = F.linear(hidden, weight)
-    assert logits.dtype == torch.bfloat16 and found.dtype == torch.float32
-    wanted = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    (grad,) = torch.autograd.grad(found, weight)
-    assert grad.dtype == torch.float32
-
-
-def test_no_target_that_counts_is_nan_as_in_torch() -> None:
-    hidden, weight, _ = readout_case(torch.float32, 4)
-    assert linear_cross_entropy(hidden, weight, torch.full((2, 4), IGNORE)).isnan()
 
 
 def test_losses_are_those_of_the_logits() -> None:

@@ -1,0 +1,374 @@
+"""Every kernel: fast = reference, forward and every gradient; and what its reference can do."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, hessian, jvp, vmap
+from variants import here
+
+from openmythos import kernels
+from openmythos.kernels.attention import FEW_KEYS, attention
+from openmythos.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from openmythos.kernels.experts import (
+    GradientSums,
+    SortedRows,
+    count_rows,
+    group_step,
+    grouped_linear,
+    grouped_outer,
+    pad_groups,
+    prepare,
+    routed_experts,
+)
+from openmythos.kernels.gated import gated_linear
+from openmythos.kernels.norm import rms_norm
+from openmythos.kernels.rope import rotate
+from openmythos.nn.layout import rope_tables
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as a function of the tensors that it has gradients for, and their shapes.
+
+    `small`: small enough for finite differences and for bf16 where it is emulated.
+    """
+
+    run: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    small: bool = True
+
+    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(shape, generator=generator) for shape in self.shapes]
+        return [x.to(dtype).requires_grad_() for x in drawn]
+
+
+def causal(seq: int, total: int, window: int = 0) -> Tensor:
+    """[1, 1, seq, total]"""
+    query, key = torch.arange(total - seq, total)[:, None], torch.arange(total)
+    seen = key <= query
+    return (seen & (key > query - window) if window else seen)[None, None]
+
+
+def attend(
+    seq: int,
+    *,
+    start: int = 0,
+    kv_heads: int = 4,
+    window: int = 0,
+    mask: str = "",
+    value_dim: int = 4,
+    batch: int = 2,
+) -> Case:
+    """Attention of `seq` queries after `start` earlier keys."""
+    total = start + seq
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen = causal(seq, total, window)
+        if mask == "padded":
+            valid = torch.arange(total) >= torch.tensor([0, total // 2])[:, None]
+            itself = torch.arange(total) == torch.arange(start, total)[:, None]
+            seen = (seen & valid[:, None, None]) | itself
+        if mask == "documents":
+            document = torch.arange(total)[None] // torch.tensor([[37], [111]])
+            seen = seen & (document[:, None, start:, None] == document[:, None, None])
+        if mask == "packed":  # the queries stand anywhere among the keys
+            seen = torch.arange(total) <= torch.arange(total - seq)[:seq, None] // 2
+            seen = seen[None, None]
+        given: Any = {"mask": seen, "window": window, "packed": mask == "packed"}
+        if not (window or mask or start):
+            given = {"is_causal": seq > 1}
+        return attention(query, key, value, scale=0.3, **given)
+
+    heads = ((batch, 4, seq, 6), (batch, kv_heads, total, 6), (batch, kv_heads, total, value_dim))
+    return Case(run, heads, small=total < 10)
+
+
+def readout(tokens: int, ignored: bool = True) -> Case:
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        targets = torch.arange(2 * tokens).view(2, tokens) * 7 % len(weight)
+        if ignored:
+            targets[:, 1::3] = IGNORE
+        return linear_cross_entropy(hidden, weight, targets)
+
+    return Case(run, ((2, tokens, 16), (20, 16)), small=tokens < 20)
+
+
+def experts(
+    *shape: int, top_k: int = 2, num_experts: int = 4, uses: int = 1, unused: bool = False
+) -> Case:
+    """`uses` calls one after the other with the weights prepared once, as in a loop."""
+
+    def run(x: Tensor, row_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        weights = prepare(gate_up, down)
+        scores = torch.rand(*shape, num_experts, generator=torch.Generator().manual_seed(1))
+        if unused:
+            scores[..., 1] = -1.0
+        chosen = scores.topk(top_k).indices.to(x.device)
+        for _ in range(uses):
+            x = x + routed_experts(x, row_weights.sigmoid(), chosen, weights)
+        return x
+
+    small = math.prod(shape) < 100
+    stacks = ((num_experts, 16, 16), (num_experts, 16, 8))
+    return Case(run, ((*shape, 16), (*shape, top_k), *stacks), small)
+
+
+def rotated(x: Tensor) -> Tensor:
+    cos, sin = rope_tables(torch.arange(x.shape[-2]), x.shape[-1], 100.0)
+    return rotate(x, cos, sin)
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(x * torch.tensor([1e-2, 1.0, 1e2], dtype=x.dtype)[:, None], weight, 1e-3)
+
+
+CASES = {
+    "norm": Case(normed, ((2, 3, 6), (6,))),
+    "norm of one row": Case(lambda x, w: rms_norm(x, w, 1e-6), ((64,), (64,))),
+    "rotation": Case(rotated, ((2, 3, 5, 8),)),
+    "gated map": Case(gated_linear, ((2, 5, 16), (6, 8))),
+    "gated map of rows": Case(gated_linear, ((5, 16), (6, 8))),
+    "attention": attend(7),
+    "attention, one query": attend(1, start=5),
+    "attention, one key-value head": attend(7, kv_heads=1, value_dim=6),
+    "attention, two key-value heads": attend(3, start=3, kv_heads=2, value_dim=8),
+    "attention, window": attend(7, window=3),
+    "attention, padded": attend(5, start=2, mask="padded"),
+    "attention, packed queries": attend(3, start=6, mask="packed"),
+    "attention, two blocks": attend(65),
+    "attention, many keys": attend(FEW_KEYS + 70, batch=1),
+    "attention, blocks after keys": attend(150, start=90, window=100),
+    "attention, blocks in a window": attend(150, start=FEW_KEYS, window=7, batch=1),
+    "attention, padded blocks": attend(150, start=1, window=100, mask="padded"),
+    "attention, documents": attend(300, window=90, mask="documents"),
+    "cross-entropy": readout(5),
+    "cross-entropy, all count": readout(1, ignored=False),
+    "cross-entropy, two chunks": readout(kernels.CPU.chunk_tokens // 2 + 20),
+    "experts": experts(12),
+    "experts, batch": experts(2, 5, top_k=3),
+    "experts, one token of many": experts(1, num_experts=16),
+    "experts, none": experts(0),
+    "experts, one unused": experts(9, top_k=1, unused=True),
+    "experts, many uses": experts(8, uses=3),
+    "experts, large groups": experts(160),
+}
+SMALL = {name: case for name, case in CASES.items() if case.small}
+FIRST = {name: case for name, case in SMALL.items() if name != "experts, none"}
+DTYPES = [
+    pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}")
+    for name, case in CASES.items()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    if dtype == torch.float32 or case.small or name == "experts, large groups"
+]
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+def assert_fast_equals_reference(
+    case: Case, dtype: torch.dtype, run: Callable[..., Tensor]
+) -> None:
+    """Forward and every gradient, against the formula in fp64 on the same numbers."""
+    inputs = case.inputs(dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    with kernels.use("reference"):
+        wanted = case.run(*exact)
+        direction = torch.randn_like(wanted)
+        wanted_grads = torch.autograd.grad(wanted, exact, direction)
+    found = run(*inputs)
+    assert found.shape == wanted.shape
+    assert found.dtype == dtype or (found.ndim == 0 and dtype == torch.bfloat16)
+    grads = torch.autograd.grad(found, inputs, direction.to(found.dtype))
+    with torch.no_grad():
+        quiet = run(*inputs)
+    pairs = [(found, wanted), (quiet, wanted), *zip(grads, wanted_grads, strict=True)]
+    for one, other in pairs:
+        scale = float(other.norm()) + 1e-3 * max(1, other.numel()) ** 0.5
+        assert float((one.double() - other).norm()) <= TOLERANCE[dtype] * scale
+    assert all(one.dtype == dtype for one in grads)
+
+
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
+def test_fast_equals_reference(name: str, dtype: torch.dtype) -> None:
+    assert_fast_equals_reference(CASES[name], dtype, CASES[name].run)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SMALL)
+def test_compiled_equals_reference(name: str, backend: str) -> None:
+    run = torch.compile(CASES[name].run, backend=backend, fullgraph=True)
+    assert_fast_equals_reference(CASES[name], torch.float32, run)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_both_forms_are_as_exact_in_bf16(name: str) -> None:
+    """The reference in bf16 itself; against fp64 it is compared to the fast form above."""
+    with kernels.use("reference"):
+        assert_fast_equals_reference(CASES[name], torch.bfloat16, CASES[name].run)
+
+
+# What references can do
+
+
+@pytest.fixture
+def reference() -> Iterator[None]:
+    with kernels.use("reference"):
+        yield
+
+
+@pytest.mark.usefixtures("reference")
+@pytest.mark.parametrize("name", FIRST)
+def test_derivatives_of_the_reference(name: str) -> None:
+    """First ones both ways, and second ones, against finite differences."""
+    run, inputs = FIRST[name].run, FIRST[name].inputs(torch.float64)
+    torch.autograd.gradcheck(run, inputs, fast_mode=True, check_forward_ad=True)
+    torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.usefixtures("reference")
+@pytest.mark.parametrize("name", FIRST)
+def test_transforms_of_the_reference(name: str) -> None:
+    """torch.func: a batch by vmap, and jvp of grad = the second derivative of hvp."""
+    run, first, *others = FIRST[name].run, *FIRST[name].inputs(torch.float64)
+    stack = torch.stack((first, 2 * first)).detach()
+    both = vmap(lambda x: run(x, *others))(stack)
+    torch.testing.assert_close(both, torch.stack([run(x, *others) for x in stack]))
+
+    def value(x: Tensor) -> Tensor:
+        return run(x, *others).square().sum()
+
+    x, direction = first.detach(), torch.randn_like(first)
+    found = jvp(grad(value), (x,), (direction,))[1]
+    wanted = torch.autograd.functional.hvp(value, x, direction)[1]
+    torch.testing.assert_close(found, wanted)
+    assert hessian(value)(x[..., :0].sum() * x).shape == (*x.shape, *x.shape)
+
+
+# Cross-entropy
+
+
+def test_cross_entropy_follows_autocast() -> None:
+    hidden, weight = readout(40).inputs(torch.float32)
+    with torch.autocast(here().type, torch.bfloat16):
+        found = readout(40).run(hidden, weight)
+        logits = F.linear(hidden, weight)
+    assert logits.dtype == torch.bfloat16 and found.dtype == torch.float32
+    targets = torch.arange(80) * 7 % 20
+    counted = torch.arange(80) % 40 % 3 != 1
+    wanted = F.cross_entropy(logits.float().flatten(0, 1)[counted], targets[counted])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert torch.autograd.grad(found, weight)[0].dtype == torch.float32
+
+
+def test_no_target_that_counts_is_nan_as_in_torch() -> None:
+    hidden, weight = readout(4).inputs(torch.float32)
+    assert linear_cross_entropy(hidden, weight, torch.full((2, 4), IGNORE)).isnan()
+
+
+# Experts
+
+
+@pytest.mark.parametrize("ends", [[4, 9, 12], [0, 12, 12], [12, 12, 12], [0, 0, 12]])
+def test_grouped_products_are_products_per_group(ends: list[int]) -> None:
+    x, weight, left = torch.randn(12, 8), torch.randn(3, 16, 8), torch.randn(12, 16)
+    offsets, groups = (
+        torch.tensor(ends, dtype=torch.int32),
+        list(zip([0, *ends], ends, strict=False)),
+    )
+    pieces = [x[a:b] @ w.T for (a, b), w in zip(groups, weight, strict=True)]
+    torch.testing.assert_close(grouped_linear(x, weight, offsets), torch.cat(pieces))
+    outer = torch.stack([left[a:b].T @ x[a:b] for a, b in groups])
+    torch.testing.assert_close(grouped_outer(left, x, offsets), outer)
+
+
+def test_the_operators_are_registered_properly() -> None:
+    """Schema and fake kernels, as torch.compile relies on them."""
+    x, weight = torch.randn(12, 8), torch.randn(3, 4, 8)
+    ends = torch.tensor([4, 9, 12], dtype=torch.int32)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(grouped_linear, (x, weight, ends), test_utils=tests)
+    torch.library.opcheck(grouped_outer, (x, torch.randn(12, 4), ends), test_utils=tests)
+
+
+def test_gradients_are_summed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all uses of the weights; a partial backward pass leaves nothing for the next."""
+    case = experts(8, uses=3)
+    inputs = case.inputs(torch.float32)
+    added: list[int] = []
+    add = GradientSums.add
+    monkeypatch.setattr(GradientSums, "add", lambda *a: (added.append(a[1]), add(*a)))
+    out = case.run(*inputs).square().sum()
+    torch.autograd.grad(out, inputs[0], retain_graph=True)
+    assert not added
+    (found,) = torch.autograd.grad(out, inputs[3], retain_graph=True)
+    assert added == [1] * 3
+    (again,) = torch.autograd.grad(out, inputs[3])
+    assert again.equal(found)
+    with kernels.use("reference"):
+        plain = case.run(*inputs).square().sum()
+        (wanted,) = torch.autograd.grad(plain, inputs[3])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_experts_want_no_gradient() -> None:
+    inputs = experts(8, uses=3).inputs(torch.float32)
+    inputs[3].requires_grad_(False)
+    experts(8, uses=3).run(*inputs).sum().backward()
+    assert inputs[3].grad is None and inputs[2].grad is not None
+
+
+@torch.no_grad()
+def test_few_tokens_on_a_cpu_go_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the tuned constant says, not more, and not with gradient."""
+    grouped: list[int] = []
+    module = "openmythos.kernels.experts"
+    monkeypatch.setattr(f"{module}._sorted_rows", lambda *a: grouped.append(1) or sort(*a))
+    sort = __import__(module, fromlist=["_"])._sorted_rows
+    monkeypatch.setattr(kernels, "CPU", replace(kernels.CPU, few_rows_per_expert=0.25))
+    monkeypatch.setattr(kernels, "ACCELERATOR", kernels.CPU)
+    for tokens, many in ((1, False), (3, False), (4, True)):
+        grouped.clear()
+        case = experts(tokens, num_experts=24)
+        case.run(*case.inputs(torch.float32))
+        assert bool(grouped) == many
+
+
+@pytest.mark.parametrize("step", [2, 8])
+def test_padded_groups_hold_the_same_rows(step: int) -> None:
+    chosen = torch.randint(6, (40, 2))
+    counts = count_rows(chosen.flatten(), 6)
+    order = chosen.flatten().argsort()
+    ends = counts.cumsum(0).int()
+    exact = SortedRows(torch.rand(80), order // 2, order.argsort().view(40, 2), ends)
+    padded = pad_groups(exact, counts, step)
+    sizes = padded.ends.diff(prepend=padded.ends.new_zeros(1))
+    assert (sizes % step == 0).all() and (sizes >= counts).all() and (sizes - counts < step).all()
+    owner = torch.searchsorted(padded.ends.long(), padded.place.flatten(), right=True)
+    assert owner.equal(chosen.flatten())
+    assert padded.source[padded.place].equal(exact.source[exact.place])
+    assert padded.weights[padded.place].equal(exact.weights[exact.place])
+    assert padded.weights.sum() == pytest.approx(float(exact.weights.sum()))
+
+
+def test_groups_in_bf16_on_a_cpu_are_padded_to_round_sizes() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert group_step(133, torch.float32, cpu) == group_step(133, torch.bfloat16, cuda) == 1
+    assert group_step(133, torch.bfloat16, cpu) == 8  # rows per expert
+    assert group_step(1, torch.bfloat16, cpu) == 1
