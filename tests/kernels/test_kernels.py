@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, hessian, jvp, vmap
+from torch.func import grad, jvp, vmap
 from variants import here
 
 from openmythos import kernels
+from openmythos.kernels import experts as expert_kernels
 from openmythos.kernels.attention import FEW_KEYS, attention
 from openmythos.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from openmythos.kernels.experts import (
@@ -47,7 +48,7 @@ class Case:
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(shape, generator=generator) for shape in self.shapes]
+        drawn = [0.5 * torch.randn(shape, generator=generator) for shape in self.shapes]
         return [x.to(dtype).requires_grad_() for x in drawn]
 
 
@@ -84,7 +85,9 @@ def attend(
             seen = torch.arange(total) <= torch.arange(total - seq)[:seq, None] // 2
             seen = seen[None, None]
         given: Any = {"mask": seen, "window": window, "packed": mask == "packed"}
-        if not (window or mask or start):
+        if mask == "none":  # every query sees every key
+            given = {}
+        elif not (window or mask or start):
             given = {"is_causal": seq > 1}
         return attention(query, key, value, scale=0.3, **given)
 
@@ -93,11 +96,12 @@ def attend(
 
 
 def readout(tokens: int, ignored: bool = True) -> Case:
+    targets = torch.arange(2 * tokens).view(2, tokens) * 7 % 20
+    if ignored:
+        targets[:, 1::3] = IGNORE
+
     def run(hidden: Tensor, weight: Tensor) -> Tensor:
-        targets = torch.arange(2 * tokens).view(2, tokens) * 7 % len(weight)
-        if ignored:
-            targets[:, 1::3] = IGNORE
-        return linear_cross_entropy(hidden, weight, targets)
+        return linear_cross_entropy(hidden, weight, targets.to(hidden.device))
 
     return Case(run, ((2, tokens, 16), (20, 16)), small=tokens < 20)
 
@@ -107,14 +111,15 @@ def experts(
 ) -> Case:
     """`uses` calls one after the other with the weights prepared once, as in a loop."""
 
+    scores = torch.rand(*shape, num_experts, generator=torch.Generator().manual_seed(1))
+    if unused:
+        scores[..., 1] = -1.0
+    chosen = scores.topk(top_k).indices
+
     def run(x: Tensor, row_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         weights = prepare(gate_up, down)
-        scores = torch.rand(*shape, num_experts, generator=torch.Generator().manual_seed(1))
-        if unused:
-            scores[..., 1] = -1.0
-        chosen = scores.topk(top_k).indices.to(x.device)
         for _ in range(uses):
-            x = x + routed_experts(x, row_weights.sigmoid(), chosen, weights)
+            x = x + 0.3 * routed_experts(x, row_weights.sigmoid(), chosen.to(x.device), weights)
         return x
 
     small = math.prod(shape) < 100
@@ -139,6 +144,7 @@ CASES = {
     "gated map of rows": Case(gated_linear, ((5, 16), (6, 8))),
     "attention": attend(7),
     "attention, one query": attend(1, start=5),
+    "attention, no mask": attend(3, start=2, mask="none"),
     "attention, one key-value head": attend(7, kv_heads=1, value_dim=6),
     "attention, two key-value heads": attend(3, start=3, kv_heads=2, value_dim=8),
     "attention, window": attend(7, window=3),
@@ -169,7 +175,7 @@ DTYPES = [
     for dtype in (torch.float64, torch.float32, torch.bfloat16)
     if dtype == torch.float32 or case.small or name == "experts, large groups"
 ]
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
 def assert_fast_equals_reference(
@@ -188,7 +194,8 @@ def assert_fast_equals_reference(
     grads = torch.autograd.grad(found, inputs, direction.to(found.dtype))
     with torch.no_grad():
         quiet = run(*inputs)
-    pairs = [(found, wanted), (quiet, wanted), *zip(grads, wanted_grads, strict=True)]
+    wanted = wanted.detach()
+    pairs = [(found.detach(), wanted), (quiet, wanted), *zip(grads, wanted_grads, strict=True)]
     for one, other in pairs:
         scale = float(other.norm()) + 1e-3 * max(1, other.numel()) ** 0.5
         assert float((one.double() - other).norm()) <= TOLERANCE[dtype] * scale
@@ -258,7 +265,6 @@ def test_transforms_of_the_reference(name: str) -> None:
     found = jvp(grad(value), (x,), (direction,))[1]
     wanted = torch.autograd.functional.hvp(value, x, direction)[1]
     torch.testing.assert_close(found, wanted)
-    assert hessian(value)(x[..., :0].sum() * x).shape == (*x.shape, *x.shape)
 
 
 # Cross-entropy
@@ -336,18 +342,19 @@ def test_frozen_experts_want_no_gradient() -> None:
 
 @torch.no_grad()
 def test_few_tokens_on_a_cpu_go_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as the tuned constant says, not more, and not with gradient."""
-    grouped: list[int] = []
-    module = "openmythos.kernels.experts"
-    monkeypatch.setattr(f"{module}._sorted_rows", lambda *a: grouped.append(1) or sort(*a))
-    sort = __import__(module, fromlist=["_"])._sorted_rows
-    monkeypatch.setattr(kernels, "CPU", replace(kernels.CPU, few_rows_per_expert=0.25))
-    monkeypatch.setattr(kernels, "ACCELERATOR", kernels.CPU)
-    for tokens, many in ((1, False), (3, False), (4, True)):
-        grouped.clear()
+    """As many as the tuned constant says; the cases above compare the results."""
+    calls: list[int] = []
+    one_by_one = expert_kernels.few_experts
+    monkeypatch.setattr(
+        expert_kernels, "few_experts", lambda *a: (calls.append(len(a[0])), one_by_one(*a))[1]
+    )
+    tuned = replace(kernels.CPU, few_rows_per_expert=0.25)
+    monkeypatch.setattr(kernels, "CPU", tuned)
+    monkeypatch.setattr(kernels, "ACCELERATOR", tuned)
+    for tokens in (1, 3, 4):
         case = experts(tokens, num_experts=24)
         case.run(*case.inputs(torch.float32))
-        assert bool(grouped) == many
+    assert calls == [1, 3]
 
 
 @pytest.mark.parametrize("step", [2, 8])

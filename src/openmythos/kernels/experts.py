@@ -71,7 +71,7 @@ def routed_experts(
     if tuned is None:
         return reference(tokens, row_weights, chosen, weights)
     few = tuned.few_rows_per_expert * len(weights.down)
-    if 0 < chosen.numel() <= few and not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and 0 < chosen.numel() <= few:
         operator = few_experts
         if torch.compiler.is_compiling():
             operator = torch.ops.openmythos.few_experts

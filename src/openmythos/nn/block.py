@@ -14,7 +14,7 @@ from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import NO_DELTAS, Deltas
 from openmythos.nn.moe import MoE
 from openmythos.nn.norm import RMSNorm
-from openmythos.nn.view import LayerView
+from openmythos.nn.view import LayerView, NoCache
 from openmythos.types import Hidden, KeyValues, Mask
 
 Attention = LatentAttention | GroupedQueryAttention
@@ -73,6 +73,7 @@ class Block(nn.Module):
         x = x + self.attention(normed, visible, context, deltas)
         view = LayerView(
             context,
+            NoCache(),
             deltas=deltas,
             expert_weights=expert_weights,
             collects=self.training and slot is None,  # with a cache it is inference
@@ -114,6 +115,7 @@ class Block(nn.Module):
         packed = packed + self.attention(normed, visible, context, deltas)
         view = LayerView(
             context,
+            NoCache(),
             deltas=deltas,
             expert_weights=expert_weights,
             active=active,

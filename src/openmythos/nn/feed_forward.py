@@ -66,11 +66,11 @@ def only_active(
     assert view.active is not None
     everywhere = replace(view, active=None)
     if per_row(view.deltas):  # which packed positions would lose their rows
-        out = layer(x, everywhere)[0]
+        out = layer.forward(x, everywhere)[0]
         return torch.where(view.active[..., None], out, 0), None
     places = view.active.flatten().nonzero()[:, 0]
     packed = x.flatten(0, 1).index_select(0, places)
-    out = layer(packed[None], everywhere)[0][0]
+    out = layer.forward(packed[None], everywhere)[0][0]
     return at_places(out, places, x.shape), None
 
 

@@ -1,7 +1,7 @@
 """What a layer is given besides its input: positions, keys and values, and what a loop changes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.layout import AttentionContext
-from openmythos.nn.linear import NO_DELTAS, Deltas
+from openmythos.nn.linear import Deltas
 from openmythos.types import KeyValues, Mask
 
 
@@ -87,8 +87,8 @@ class LayerView:
     """
 
     context: AttentionContext
-    kv: KVView = NoCache()
-    deltas: Deltas = NO_DELTAS
+    kv: KVView
+    deltas: Deltas = field(default_factory=dict)
     expert_weights: ExpertWeights | None = None
     active: Mask | None = None
     collects: bool = False
