@@ -159,8 +159,8 @@ def _sorted_rows(row_weights: Tensor, chosen: Tensor, num_experts: int) -> Sorte
 def group_step(mean: int, dtype: torch.dtype, device: torch.device) -> int:
     """Groups of `mean` rows are padded to multiples of this: a 16th to a 32nd of the mean.
 
-    A CPU's bf16 kernels are compiled for each shape anew, for longer than they run, and the sizes
-    of groups hardly ever repeat unless they are rounded.
+    A CPU compiles its bf16 kernels for each shape, which takes longer than to run them, and the
+    sizes of groups hardly ever repeat unless they are rounded.
     """
     compiled_anew = device.type == "cpu" and dtype != torch.float32
     if not compiled_anew or torch.compiler.is_compiling():
