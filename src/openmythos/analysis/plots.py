@@ -11,16 +11,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openmythos.config import ConfigError, needs, require
 from openmythos.files import replacing
 
-if TYPE_CHECKING:
-    import matplotlib.axes
-    import matplotlib.figure
-    import matplotlib.lines
-
+Figure = Any  # matplotlib's
 Points = Sequence[tuple[float, float]]
 Lines = Mapping[str, Points]  # of one run and metric: one line, or one per item of a list
 # Of Okabe and Ito, for colour-blind readers; without their yellow, too faint for a line.
@@ -57,43 +53,42 @@ _PANEL, _LINE = 3.2, 0.23  # height in inches of a panel and of a line of the le
 
 def metric_curves(
     panels: Mapping[str, Mapping[str, Lines]], *, x_label: str, single: bool = False
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """(x, value) of each metric and run, as a faint line and smoothed as a bold one.
 
     A list, such as a value per loop, gets a line per item from pale to dark; the first and the last
     are named. A run has one colour in all panels and one line of the legend, which `single` omits.
     x is logarithmic if it spans three decades or more; nan and inf leave a gap.
     """
-    runs = list(dict.fromkeys(name for series in panels.values() for name in series))
-    drawn = [p for series in panels.values() for lines in series.values() for p in lines.values()]
+    runs = dict.fromkeys(name for series in panels.values() for name in series)
+    lines = [each for series in panels.values() for each in series.values()]
+    drawn = [points for each in lines for points in each.values()]
     if not runs or not all(drawn):
         raise ValueError("panels: no line to draw")
     with style():
-        chosen = dict(zip(runs, looks(), strict=False))
+        look_of = dict(zip(runs, looks(), strict=False))
+        # Too few points are hardly smoothed, and lists are drawn without raw lines.
+        scalars = [p for each in lines if len(each) == 1 for p in each.values()]
+        longest = max(map(_count_finite, scalars), default=0)
+        title = "bold: smoothed, faint: raw" if longest * _HORIZON > 1 else ""
         figure = new_figure()
-        scalar = [
-            p for s in panels.values() for ls in s.values() if len(ls) == 1 for p in ls.values()
-        ]
-        title = smoothing_title(scalar) if scalar else ""
         height = (0 if single else len(runs)) + (1 if title else 0)
         figure.set_size_inches(7.5, _PANEL * len(panels) + _LINE * height + 0.3)
         column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         handles: dict[str, Any] = {}
         for axes, (metric, series) in zip(column, panels.items(), strict=True):
-            for name, lines in series.items():
-                handle = _draw_lines(axes, lines, chosen[name], name)
+            for name, each in series.items():
+                handle = _draw_lines(axes, each, look_of[name], name)
                 handles.setdefault(name, handle)
             axes.set_ylabel(metric)
         xs = [x for points in drawn for x, _ in points]
         if min(xs) > 0 and max(xs) >= _LOG_SPAN * min(xs):
             column[-1].set_xscale("log")
         column[-1].set_xlabel(x_label)
-        column[-1].xaxis.set_major_formatter(short_number)
+        column[-1].xaxis.set_major_formatter(_short_number)
         if height:
-            shown = {} if single else handles
             legend = figure.legend(
-                list(shown.values()),
-                list(shown),
+                *([], []) if single else (list(handles.values()), list(handles)),
                 loc="outside upper left",
                 title=title,
                 alignment="left",
@@ -105,21 +100,18 @@ def metric_curves(
 
 def _draw_lines(axes: Any, lines: Lines, look: Mapping[str, Any], name: str) -> Any:
     """Draw the lines of one run in one panel; returns the line for the legend."""
-    if len(lines) == 1:
-        return draw_smoothed(axes, next(iter(lines.values())), look, name)
-    handle = None
-    for tint, (item, points) in zip(tints(look["color"], len(lines)), lines.items(), strict=True):
-        # Without raw lines: so many would hide each other.
-        handle = draw_line(axes, points, {**look, "color": tint, "linewidth": 1.4}, name)
-        if item in (next(iter(lines)), list(lines)[-1]):
-            axes.annotate(
-                f"loop {item}",
-                points[-1],
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
+    many, handle = len(lines) > 1, None
+    for tint, (item, points) in zip(_tints(look["color"], len(lines)), lines.items(), strict=True):
+        xs, values = [x for x, _ in points], [_finite(y) for _, y in points]
+        if not many:
+            axes.plot(xs, values, color=tint, linewidth=0.8, alpha=0.4)
+        # A single point has no line. Bold lines are in front of the raw lines of all runs.
+        bold = {**look, "marker": look["marker"] if _count_finite(points) == 1 else ""}
+        bold |= {"color": tint, "linewidth": 1.4 if many else 2, "zorder": 2.5, "label": name}
+        handle = axes.plot(xs, _smoothed(values), **bold)[0]
+        if many and item in (next(iter(lines)), list(lines)[-1]):
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"loop {item}", points[-1], **place, fontsize=8)
     return handle
 
 
@@ -129,7 +121,7 @@ def loss_against_loops(
     references: Mapping[str, float | int] = MappingProxyType({}),
     trained_loops: float | int | None = None,
     y_label: str = "held-out bits per byte",
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Values against ``num_loops``, one curve per name, and constants to compare with.
 
     The y axis spans at least 0.1, so that noise does not look like an effect. nan and inf leave a
@@ -142,7 +134,10 @@ def loss_against_loops(
     if min(marks) < 1:
         raise ValueError(f"num_loops = {min(marks)}: the log axis begins at 1")
     with style():
-        figure, axes = new_axes("num_loops", y_label)
+        figure = new_figure()
+        axes = figure.add_subplot()
+        axes.set_xlabel("num_loops")
+        axes.set_ylabel(y_label)
         for look, (name, curve) in zip(looks(), curves.items(), strict=False):
             values = [_finite(curve[loop]) for loop in sorted(curve)]
             axes.plot(sorted(curve), values, **look, linewidth=2, markersize=6, label=name)
@@ -151,15 +146,22 @@ def loss_against_loops(
         axes.set_ylim(_y_range(itertools.chain.from_iterable(shown)))
         _draw_references(axes, references)
         if trained_loops is not None:
-            _draw_trained_loops(axes, trained_loops)
+            axes.axvline(trained_loops, color="#D9D9D9", linewidth=6, zorder=0.9)
+            axes.text(
+                trained_loops,
+                1.01,
+                f"mean loops in training: {trained_loops:g}",
+                transform=axes.get_xaxis_transform(),
+                color=GREY,
+                horizontalalignment="center",
+                verticalalignment="bottom",
+            )
         columns = max(1, _LEGEND_WIDTH // (max(map(len, curves)) + 8))
         figure.legend(loc="outside upper left", ncols=columns, alignment="left", columnspacing=1.5)
     return figure
 
 
-def save_figure(
-    figure: "matplotlib.figure.Figure", path: Path, rows: Sequence[Mapping[str, object]]
-) -> None:
+def save_figure(figure: Figure, path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write the figure as PNG and the rows that it shows as CSV: both files or neither.
 
     The columns are the rows' keys in order of appearance.
@@ -190,7 +192,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure() -> "matplotlib.figure.Figure":
+def new_figure() -> Figure:
     """A figure without axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -198,50 +200,6 @@ def new_figure() -> "matplotlib.figure.Figure":
     figure = Figure()
     FigureCanvasAgg(figure)
     return figure
-
-
-def new_axes(x_label: str, y_label: str) -> "tuple[matplotlib.figure.Figure, matplotlib.axes.Axes]":
-    """A figure with one pair of axes."""
-    figure = new_figure()
-    axes = figure.add_subplot()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    return figure, axes
-
-
-def draw_smoothed(
-    axes: "matplotlib.axes.Axes",
-    points: Points,
-    look: Mapping[str, Any],
-    name: str,
-) -> "matplotlib.lines.Line2D":
-    """Draw points as a faint line and smoothed as a bold one in front; returns the bold one."""
-    values = [_finite(value) for _, value in points]
-    positions = [x for x, _ in points]
-    axes.plot(positions, values, color=look["color"], linewidth=0.8, alpha=0.4)
-    return draw_line(axes, points, look, name)
-
-
-def draw_line(
-    axes: "matplotlib.axes.Axes",
-    points: Points,
-    look: Mapping[str, Any],
-    name: str,
-) -> "matplotlib.lines.Line2D":
-    """Draw points smoothed, as a bold line; a single point as a marker."""
-    values = [_finite(value) for _, value in points]
-    marker = look.get("marker", "o") if sum(map(math.isfinite, values)) == 1 else ""
-    # In front of the raw lines of all other runs.
-    bold = {"linewidth": 2, "zorder": 2.5, **look, "marker": marker}
-    return axes.plot([x for x, _ in points], _smoothed(values), **bold, label=name)[0]
-
-
-def smoothing_title(
-    series: Iterable[Points],
-) -> str:
-    """Legend title for bold and faint lines; "" if there are too few points to smooth."""
-    longest = max(sum(math.isfinite(value) for _, value in points) for points in series)
-    return "bold: smoothed, faint: raw" if longest * _HORIZON > 1 else ""
 
 
 def looks() -> Iterator[dict[str, Any]]:
@@ -252,7 +210,7 @@ def looks() -> Iterator[dict[str, Any]]:
             yield {"color": colour, "marker": next(markers), "linestyle": dashes}
 
 
-def tints(colour: str, count: int) -> list[tuple[float, float, float]]:
+def _tints(colour: str, count: int) -> list[tuple[float, float, float]]:
     """`count` tints of a colour, from pale to the colour itself."""
     from matplotlib.colors import to_rgb
 
@@ -263,6 +221,10 @@ def tints(colour: str, count: int) -> list[tuple[float, float, float]]:
 
 def _finite(value: float | int) -> float:
     return float(value) if math.isfinite(value) else math.nan
+
+
+def _count_finite(points: Points) -> int:
+    return sum(math.isfinite(value) for _, value in points)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
@@ -277,7 +239,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def short_number(value: float | int, _position: object = None) -> str:
+def _short_number(value: float | int, _position: object = None) -> str:
     """1500000 as 1.5M, 1e9 as 1B."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
@@ -285,9 +247,7 @@ def short_number(value: float | int, _position: object = None) -> str:
     return f"{value:g}"
 
 
-def _loop_axis(
-    axes: "matplotlib.axes.Axes", loops: Sequence[int], marks: Sequence[float | int]
-) -> None:
+def _loop_axis(axes: Any, loops: Sequence[int], marks: Sequence[float | int]) -> None:
     """Ticks at the powers of two within ``marks``; if there are fewer than two, at ``loops``."""
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
@@ -306,7 +266,7 @@ def _y_range(values: Iterable[float | int]) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def _draw_references(axes: "matplotlib.axes.Axes", references: Mapping[str, float | int]) -> None:
+def _draw_references(axes: Any, references: Mapping[str, float | int]) -> None:
     """Dashed lines with names beside the axes; names of close lines are moved apart."""
     low, high = axes.get_ylim()
     names = sorted(references, key=lambda name: references[name])
@@ -331,16 +291,3 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
 def _spread(group: Sequence[float], gap: float) -> list[float]:
     lowest = sum(group) / len(group) - gap * (len(group) - 1) / 2
     return [lowest + i * gap for i in range(len(group))]
-
-
-def _draw_trained_loops(axes: "matplotlib.axes.Axes", trained_loops: float | int) -> None:
-    axes.axvline(trained_loops, color="#D9D9D9", linewidth=6, zorder=0.9)
-    axes.text(
-        trained_loops,
-        1.01,
-        f"mean loops in training: {trained_loops:g}",
-        transform=axes.get_xaxis_transform(),
-        color=GREY,
-        horizontalalignment="center",
-        verticalalignment="bottom",
-    )
