@@ -12,6 +12,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from openmythos.cli.flags import Changes, Device, RunFolder, Step, Texts, flat, shown
+from openmythos.cli.screen import OUT, print_heat_map, short, stream
 from openmythos.config import ConfigError, apply_overrides, require, require_int
 
 if TYPE_CHECKING:
@@ -126,7 +127,6 @@ class Generate:
     device: Device = "auto"
 
     def run(self) -> None:
-        from openmythos.cli.screen import OUT, stream
         from openmythos.inference.generation import Request
         from openmythos.inference.text import Engine
         from openmythos.train.run import Run
@@ -168,7 +168,6 @@ class Eval:
 
     def run(self) -> None:
         from openmythos.cli.jobs import evaluate
-        from openmythos.cli.screen import OUT
         from openmythos.recipes import report
         from openmythos.train.run import Run
 
@@ -192,7 +191,6 @@ class Export:
     device: Device = "cpu"
 
     def run(self) -> None:
-        from openmythos.cli.screen import OUT, short
         from openmythos.planning import cost
         from openmythos.train.run import Run
 
@@ -219,7 +217,6 @@ class Demo:
 
     def run(self) -> None:
         from openmythos.cli.jobs import create, evaluate, learn_hops, train_with_bar
-        from openmythos.cli.screen import OUT, print_heat_map, stream
         from openmythos.inference.generation import Request
         from openmythos.inference.text import Engine
         from openmythos.recipes import catalogue, report

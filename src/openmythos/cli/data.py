@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from openmythos.cli.flags import Texts, flat, require_folder, shown
+from openmythos.cli.progress import Progress, counted
+from openmythos.cli.screen import OUT
 from openmythos.config import ConfigError, require_int, require_number
 from openmythos.files import load_json
 
@@ -31,8 +33,6 @@ class Tokenizer:
     """Folder for tokenizer.json; use it with --set tokenizer.kind=file tokenizer.path=FOLDER."""
 
     def run(self) -> None:
-        from openmythos.cli.progress import Progress, counted
-        from openmythos.cli.screen import OUT
         from openmythos.data.tokenizer import BPE
         from openmythos.train.config import DataConfig
         from openmythos.train.run import open_data
@@ -83,8 +83,6 @@ class Prepare:
     """Skip and count rows that have no text; otherwise they are errors."""
 
     def run(self) -> None:
-        from openmythos.cli.progress import Progress
-        from openmythos.cli.screen import OUT
         from openmythos.data.prepare import prepare
         from openmythos.data.prepared import Preparation
         from openmythos.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -128,8 +126,6 @@ class Check:
     """Folder made by `openmythos data prepare`."""
 
     def run(self) -> None:
-        from openmythos.cli.progress import Progress
-        from openmythos.cli.screen import OUT
         from openmythos.data.prepared import (
             PREPARED_FILE,
             SIDES,
@@ -159,7 +155,6 @@ class Data:
 
 
 def _print(folder: Path, prepared: "Prepared") -> None:
-    from openmythos.cli.screen import OUT
     from openmythos.data.prepared import SIDES
 
     tokens, held_out = (sum(getattr(part, side) for part in prepared.parts) for side in SIDES)

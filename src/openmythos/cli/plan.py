@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
+from rich.table import Table
 
 from openmythos.cli.flags import Changes, flat, shown
+from openmythos.cli.screen import OUT, print_fit, print_plan, short
 from openmythos.config import apply_overrides, require_int, require_number, to_dict
 
 MAX_GIB = 2.0**20
@@ -35,7 +37,6 @@ class Plan:
     """Train with gradients through the last N loops of each sequence only (0: all)."""
 
     def run(self) -> None:
-        from openmythos.cli.screen import print_fit, print_plan
         from openmythos.model import presets
         from openmythos.planning import cost, fit
 
@@ -56,9 +57,6 @@ class Presets:
     """List the named model configs."""
 
     def run(self) -> None:
-        from rich.table import Table
-
-        from openmythos.cli.screen import OUT, short
         from openmythos.model import presets
         from openmythos.planning import cost
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 SILENCE, PAUSE = 10.0, 1.0  # most and least seconds between two lines
@@ -130,11 +130,8 @@ class Progress:
         done, total = self._done or 0, self._total
         if not done and not total:
             return ""
-        if self._unit == "MB":
-            done_text, total_text = f"{done / 1e6:.1f}", f"{(total or 0) / 1e6:.1f}"
-        else:
-            done_text, total_text = f"{done:,}", f"{total or 0:,}"
-        of = f"{done_text} of {total_text}" if total else done_text
+        counts = [done, total] if total else [done]
+        of = " of ".join(f"{n / 1e6:.1f}" if self._unit == "MB" else f"{n:,}" for n in counts)
         return f"{self._unit} {of}" if self._unit == "step" else f"{of} {self._unit}"
 
     def _left(self, now: float) -> float | None:
@@ -155,16 +152,8 @@ def counted(texts: Iterable[str], progress: Progress) -> Iterator[str]:
 
 
 def _bar(console: Console) -> Bar:
-    return Bar(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[amount]}"),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    fields = ("{task.description}", BarColumn(24), "{task.fields[amount]}", "{task.fields[text]}")
+    return Bar(*fields, TimeElapsedColumn(), "ETA", TimeRemainingColumn(), console=console)
 
 
 def duration(seconds: float) -> str:

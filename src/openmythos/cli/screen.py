@@ -1,22 +1,24 @@
-"""What the commands print: tables, streamed text, numbers in short form."""
+"""What the commands print: tables, streamed text, numbers in short form; imports no torch."""
 
 import os
 import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openmythos.distributed.ranks import launched
-from openmythos.inference.generation import Request
-from openmythos.inference.text import Engine
-from openmythos.planning import cost, fit
+if TYPE_CHECKING:
+    from openmythos.inference.generation import Request
+    from openmythos.inference.text import Engine
+    from openmythos.planning import cost, fit
 
 # Only rank 0 prints. rich must not colour the output, or read it as markup, and lines are not
 # wrapped in a file or a pipe.
 _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
-OUT = Console(highlight=False, markup=False, quiet=launched()[0] > 0, width=_WIDTH)
+_QUIET = os.environ.get("RANK", "0") != "0"
+OUT = Console(highlight=False, markup=False, quiet=_QUIET, width=_WIDTH)
 
 
 def print_heat_map(found: Mapping[int, Mapping[int, float]], trained_hops: int) -> None:
@@ -34,7 +36,7 @@ def print_heat_map(found: Mapping[int, Mapping[int, float]], trained_hops: int) 
         OUT.print(line)
 
 
-def stream(engine: Engine, prompt: str, request: Request) -> list[int]:
+def stream(engine: "Engine", prompt: str, request: "Request") -> list[int]:
     """Print the prompt and its continuation token by token; returns the loops of every token."""
     loops = []
     pieces = engine.stream(prompt, request)
@@ -47,7 +49,7 @@ def stream(engine: Engine, prompt: str, request: Request) -> list[int]:
     return loops
 
 
-def print_plan(name: str, plan: cost.Plan) -> None:
+def print_plan(name: str, plan: "cost.Plan") -> None:
     """What a config costs, in four blocks."""
     count, training = plan.parameters, plan.training
     parts = ("embedding", "prelude", "recurrent", "coda", "head")
@@ -83,14 +85,16 @@ def print_plan(name: str, plan: cost.Plan) -> None:
     )
 
 
-def print_fit(name: str, found: fit.Fit) -> None:
+def print_fit(name: str, found: "fit.Fit") -> None:
     """The memory of each device, and the settings that need it."""
+    from openmythos.planning.fit import USABLE
+
     memory, settings = found.memory, found.settings
     _print_table(
         "memory of each device",
         name,
         {part: _bytes(getattr(memory, part)) for part in vars(memory)},
-        {"total": _bytes(memory.total), f"usable ({fit.USABLE:.0%})": _bytes(found.usable)},
+        {"total": _bytes(memory.total), f"usable ({USABLE:.0%})": _bytes(found.usable)},
     )
     where = f"{settings.gpus} device{'s' if settings.gpus > 1 else ''}"
     result = f"fits {where} with"

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich import box
+from rich.table import Table
 
 from openmythos.cli.flags import Changes, Device, flat, shown
+from openmythos.cli.progress import Progress
+from openmythos.cli.screen import OUT
 from openmythos.config import ConfigError, require, require_int
 
 
@@ -34,11 +38,7 @@ class Study:
 
     def run(self) -> None:
         # Imported here: torch takes seconds, and flags are parsed without it.
-        from rich import box
-        from rich.table import Table
 
-        from openmythos.cli.progress import Progress
-        from openmythos.cli.screen import OUT
         from openmythos.studies import runner
 
         if self.list:

@@ -11,18 +11,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from rich import box
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from openmythos.cli.flags import RunFolder, shown
+from openmythos.cli.live import STYLES, frame
+from openmythos.cli.progress import duration
+from openmythos.cli.screen import OUT, short
 from openmythos.config import ConfigError, require, require_number
 from openmythos.files import load_toml
+from openmythos.train.metrics import (
+    Metrics,
+    MetricsTail,
+    chosen_metrics,
+    finite_or_none,
+    metric_names,
+    read_metrics,
+    scalars,
+    seconds_trained,
+    tokens_seen,
+)
+from openmythos.train.state import ENDED, read_state
 
 if TYPE_CHECKING:
-    from rich.panel import Panel
-
     from openmythos.train.config import RunConfig
-    from openmythos.train.metrics import Metrics, MetricsTail
     from openmythos.train.overview import RunSummary
 
 LEGEND_KEYS = 5  # config values that a line of the legend shows
@@ -44,8 +58,6 @@ class Runs:
     """Print a JSON list instead of a table."""
 
     def run(self) -> None:
-        from openmythos.cli.screen import OUT
-        from openmythos.train.metrics import finite_or_none
         from openmythos.train.overview import find_runs, summarize
 
         folders = [Path(folder) for folder in self.folders or ("runs",)]
@@ -84,8 +96,6 @@ class Plot:
 
     def run(self) -> None:
         from openmythos.analysis import plots
-        from openmythos.cli.screen import OUT
-        from openmythos.train.metrics import chosen_metrics, metric_names, scalars
 
         require(bool(self.runs), "runs", [], "must name at least one run folder")
         require(bool(self.metric), "metric", [], "must name at least one")
@@ -134,9 +144,6 @@ class Watch:
     def run(self) -> None:
         from rich.live import Live
 
-        from openmythos.cli.screen import OUT
-        from openmythos.train.metrics import MetricsTail
-
         require_number("every", self.every, above=0)
         run = Path(self.folder)
         _config(run)
@@ -156,12 +163,8 @@ class Watch:
                 return
 
 
-def _frame(run: Path, tail: "MetricsTail") -> tuple["Panel", bool]:
+def _frame(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
     """The frame to show, and whether it is the last one."""
-    from openmythos.cli.live import frame
-    from openmythos.cli.screen import OUT
-    from openmythos.train.state import ENDED, read_state
-
     # State before metrics, so that the last frame includes the last step.
     record = read_state(run)
     metrics = tail.read()
@@ -185,18 +188,14 @@ def _config(run: Path) -> "RunConfig":
     return load_toml(RunConfig, run / CONFIG_FILE)
 
 
-def _logged_metrics(run: Path) -> "list[Metrics]":
-    from openmythos.train.metrics import read_metrics
-
+def _logged_metrics(run: Path) -> list[Metrics]:
     metrics = read_metrics(run)
     if not metrics:
         raise ConfigError(f"{run}: no step has been logged yet")
     return metrics
 
 
-def _positions(x: str, run: Path, metrics: "list[Metrics]") -> list[float]:
-    from openmythos.train.metrics import seconds_trained, tokens_seen
-
+def _positions(x: str, run: Path, metrics: list[Metrics]) -> list[float]:
     if x == "steps":
         return [float(entry["step"]) for entry in metrics]
     needed = ("tokens",) if x == "tokens" else ("tokens", "tokens_per_second")
@@ -227,11 +226,6 @@ def _labels(runs: list[Path], configs: "list[RunConfig]") -> list[str]:
 
 def _print_summaries(summaries: "Sequence[RunSummary]") -> None:
     """A table, or on a narrow terminal a few lines per run."""
-    from rich import box
-
-    from openmythos.cli.live import STYLES
-    from openmythos.cli.screen import OUT
-
     rows = [_cells(summary) for summary in summaries]
     needed = sum(
         max(len(name), *(len(row[name]) for row in rows)) + 1 for name in list(rows[0])[1:]
@@ -256,9 +250,6 @@ def _print_summaries(summaries: "Sequence[RunSummary]") -> None:
 
 def _cells(s: "RunSummary") -> dict[str, str]:
     """A row of the table, by column."""
-    from openmythos.cli.progress import duration
-    from openmythos.cli.screen import short
-
     return {
         "run": s.folder,
         "state": s.state,
