@@ -6,7 +6,6 @@ of the table. Peers are imported only here and only when they take part.
 
 import inspect
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos import MythosConfig, OpenMythos
+from openmythos.inference import generation
+from openmythos.machine import Precision, autocast
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
@@ -121,9 +122,10 @@ class Contender(ABC):
 class Ours(Contender):
     """Trained in fp32 or under bf16 autocast; what is trained so is served with bf16 weights."""
 
-    def __init__(self, workload: Workload, precision: str, *, compiled: bool = False) -> None:
+    def __init__(self, workload: Workload, precision: Precision, *, compiled: bool = False) -> None:
         self.name = f"openmythos {precision}" + (" compiled" if compiled else "")
         self.loops, self.precision, self.compiled = workload.loops, precision, compiled
+        self.request = generation.Request(num_loops=workload.loops)
         self.served: OpenMythos | None = None
         self.model = OpenMythos(workload.config(), seed=0)
         if compiled:
@@ -140,13 +142,8 @@ class Ours(Contender):
                 self.served.compile_layers()
         return self.served
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.precision == "bf16":
-            return torch.autocast("cpu", dtype=torch.bfloat16)
-        return nullcontext()
-
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        with self._autocast():
+        with autocast(self.precision, tokens.device):
             return self.model.losses(tokens, targets, num_loops=self.loops).cross_entropy
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -155,13 +152,11 @@ class Ours(Contender):
     def prefill(self, tokens: Tensor, room: int) -> Any:
         (batch, seq), model = tokens.shape, self._served()
         cache = model.new_cache(batch, seq + room, num_loops=self.loops)
-        model(tokens, num_loops=self.loops, cache=cache, last_only=True)
-        cache.advance(seq)
+        generation.prefill(model, tokens, self.request, cache)
         return cache
 
     def decode(self, cache: Any, tokens: Tensor) -> None:
-        self._served()(tokens, num_loops=self.loops, cache=cache)
-        cache.advance(1)
+        generation.decode_one_token(self._served(), tokens[:, 0], self.request, cache)
 
     def cache_bytes(self, cache: Any) -> int:
         return cache.nbytes

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 
 from openmythos.data.loader import evaluation_windows
 from openmythos.data.shards import TokenShards
+from openmythos.inference.generation import Request, decode_one_token, prefill
 from openmythos.machine import autocast, choose_precision
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.cache import CachePolicy
+from openmythos.types import Logits, TokenIds
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,8 @@ def depth_sweep(
         for batch in evaluation_windows(shards, seq_len, batch_size=batch_size):
             targets = batch.targets.flatten().to(device)
             with autocast(chosen, device):
-                output = model(
-                    batch.tokens.to(device), num_loops=max(loops), collect_loops=tuple(loops)
-                )
-            by_loops = dict(zip(output.recurrence.collected, output.loop_logits, strict=True))
-            for num_loops in totals:
-                # Where all positions had halted before, further loops change nothing.
-                logits = by_loops.get(num_loops, output.logits)
+                by_loops = logits_by_loops(model, batch.tokens.to(device), loops)
+            for num_loops, logits in by_loops.items():
                 losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
                 totals[num_loops] += float((losses.cpu() * batch.weights.flatten()).sum())
             tokens += int(batch.weights.sum())
@@ -66,6 +63,16 @@ def depth_sweep(
     finally:
         model.train(was_training)
     return {loop: _likelihood(total, tokens, shards) for loop, total in totals.items()}
+
+
+def logits_by_loops(
+    model: OpenMythos, tokens: TokenIds, loops: Sequence[int], *, last_only: bool = False
+) -> dict[int, Logits]:
+    """Logits after each number of loops, all from one pass at the largest; see `forward`."""
+    out = model(tokens, num_loops=max(loops), collect_loops=tuple(loops), last_only=last_only)
+    found = dict(zip(out.recurrence.collected, out.loop_logits, strict=True))
+    # Where all positions had halted before, further loops change nothing.
+    return {n: found.get(n, out.logits) for n in loops}
 
 
 @torch.no_grad()
@@ -86,14 +93,11 @@ def decoded_loss(
     batch = next(iter(evaluation_windows(shards, window, batch_size=windows)))
     tokens, targets = batch.tokens.to(model.device), batch.targets.to(model.device)
     cache = model.new_cache(len(tokens), window, num_loops=num_loops, prefill=policy, decode=policy)
-    model(tokens[:, :half], num_loops=num_loops, cache=cache, last_only=True)
-    cache.advance(half)
-    cache.begin_decode()
+    request = Request(num_loops=num_loops)
+    prefill(model, tokens[:, :half], request, cache)
     total = 0.0
     for column in range(half, window):
-        token = tokens[:, column : column + 1]
-        logits = model(token, num_loops=num_loops, cache=cache).logits[:, 0]
-        cache.advance(1)
+        logits, _ = decode_one_token(model, tokens[:, column], request, cache)
         total += float(F.cross_entropy(logits, targets[:, column]))
     return total / half
 

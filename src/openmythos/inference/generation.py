@@ -113,6 +113,42 @@ def stream(
     return _stream(model, prompt, request, attention_mask)
 
 
+def prefill(
+    model: DecodableModel,
+    prompt: TokenIds,
+    request: Request,
+    cache: KVCache,
+    attention_mask: Mask | None = None,
+) -> tuple[NextLogits, LoopCounts]:
+    """Feed a prompt to an empty cache; as `next_logits`, of its last token."""
+    seq = prompt.shape[1]
+    chunk = request.prefill_chunk or seq
+    for start in range(0, seq, chunk):
+        mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
+        last = _next(model, prompt[:, start : start + chunk], request, cache, mask)
+    cache.begin_decode()
+    return last
+
+
+def decode_one_token(
+    model: DecodableModel, tokens: NextTokenIds, request: Request, cache: KVCache
+) -> tuple[NextLogits, LoopCounts]:
+    """Append a token to every row; as `next_logits`, of that token."""
+    return _next(model, tokens[:, None], request, cache, None)
+
+
+def _next(
+    model: DecodableModel, tokens: TokenIds, request: Request, cache: KVCache, mask: Mask | None
+) -> tuple[NextLogits, LoopCounts]:
+    return model.next_logits(
+        tokens,
+        num_loops=request.num_loops,
+        exit_rule=request.exit_rule,
+        attention_mask=mask,
+        cache=cache,
+    )
+
+
 def check_are_ids(name: str, ids: object) -> None:
     """Raise a ValueError unless `ids` is a tensor of token ids."""
     if not isinstance(ids, Tensor):
@@ -156,20 +192,7 @@ def _stream(
     ended = torch.zeros(batch, dtype=torch.bool, device="cpu")
     drawn = torch.zeros(batch, dtype=torch.long, device="cpu")
 
-    def run(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return model.next_logits(
-            tokens,
-            num_loops=request.num_loops,
-            exit_rule=request.exit_rule,
-            attention_mask=mask,
-            cache=cache,
-        )
-
-    chunk = request.prefill_chunk or seq
-    for start in range(0, seq, chunk):
-        mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
-        logits, loops = run(prompt[:, start : start + chunk], mask)
-    cache.begin_decode()
+    logits, loops = prefill(model, prompt, request, cache, attention_mask)
     for index in range(request.max_new_tokens):
         drawn = torch.where(ended, drawn, sample(logits, request.sampling, generator))
         ended = ended | torch.isin(drawn, stop_ids)
@@ -177,4 +200,4 @@ def _stream(
         yield DecodeStep(tokens, loops)
         if bool(ended.all()) or index + 1 == request.max_new_tokens:
             return
-        logits, loops = run(tokens[:, None], None)
+        logits, loops = decode_one_token(model, tokens, request, cache)
