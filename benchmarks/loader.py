@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from openmythos.config import to_dict
-from openmythos.data.loader import Batch, Loader
+from openmythos.data.loader import Batch, BatchSource, Loader
 from openmythos.files import write_json
 from openmythos.machine import describe, keep_freed_memory
 from openmythos.model.mythos import OpenMythos
@@ -33,7 +33,7 @@ OUT = Console(highlight=False, markup=False)
 class Timed(Loader):
     """The same loader; notes how long each batch takes, in seconds."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: BatchSource) -> None:
         vars(self).update(vars(loader))
         self.seconds: list[float] = []
 
@@ -49,7 +49,7 @@ def measure(recipe: RunConfig, steps: int, batches: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / "run", recipe)
         config = run.config.train
-        timed = Timed(run.loader(run.sources("train")))
+        timed = Timed(run.source())
         model = OpenMythos(run.config.model, seed=config.seed)
         stepping = Trainer(model, timed, config).steps()
         whole = []
@@ -57,7 +57,7 @@ def measure(recipe: RunConfig, steps: int, batches: int) -> dict[str, Any]:
             started = time.perf_counter()
             next(stepping)
             whole.append(time.perf_counter() - started)
-        alone = Timed(run.loader(run.sources("train")))
+        alone = Timed(run.source())
         for step in range(batches):
             alone.batch(step)
     tokens = config.batch_size * config.seq_len

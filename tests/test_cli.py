@@ -304,6 +304,34 @@ def test_a_run_is_exported_for_from_pretrained(here: Path, call: Call) -> None:
     )
 
 
+def test_a_task_is_learned_resumed_and_asked_like_text(here: Path, call: Call) -> None:
+    small = ["model.dim=32", "train.num_steps=3", "train.batch_size=4", "data.max_hops=4"]
+    made = call("train", "--recipe", "hops", "--device", "cpu", "--set", *small, "--out", "chains")
+    assert made.code == 0, made.err
+    assert "chains: k_hop, up to 4 hops" in made.out
+    assert "openmythos eval chains" in made.out and "generate" not in made.out
+    assert call("train", "--resume", "chains", "--set", "train.num_steps=5").code == 0
+    assert [metrics["step"] for metrics in read_metrics(here / "chains")] == [0, 2, 4]
+    assert read_metrics(here / "chains")[-1]["hops"] >= 2
+    asked = call("eval", "chains", "--num-loops", "2,4")
+    assert asked.code == 0 and "correct answers in %:" in asked.out
+    rows = json.loads(Path("chains/eval.json").read_text())["accuracy"]
+    assert {row["num_loops"] for row in rows} == {2, 4}
+    assert {row["hops"] for row in rows} == {1, 2, 3, 4, 5, 6, 8, 10, 12}
+    assert "chains" in call("runs", ".").out
+    assert call("export", "chains", "--out", "exported").code == 0
+    assert sorted(path.name for path in Path("exported").iterdir()) == [
+        *("config.json", "model.safetensors")
+    ]
+    assert_refused(call("generate", "chains"), "chains: was trained on a task, not on text")
+    assert_refused(
+        call("eval", "chains", "--data", "text"),
+        "data = ('text',): must not be given: the run learned a task",
+    )
+    new = ["train", "--recipe", "hops", "--data", "text", "--out", "x"]
+    assert_refused(call(*new), "data: recipe hops trains on a task, it reads no text")
+
+
 def test_plan_says_what_fits_and_how(call: Call) -> None:
     fits = call("plan", "1b", "--gpus", "8", "--memory", "80", "--batch", "8")
     assert fits.code == 0 and "1b fits 8 devices with:" in fits.out

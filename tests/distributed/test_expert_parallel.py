@@ -93,7 +93,7 @@ def starts_as_alone(folder: Path, model: Any, config: TrainConfig) -> bool:
     """Whether a model that gets its weights in shards has those of a process that is alone."""
     with torch.device("meta"):
         unmade = OpenMythos(model)
-    trainer = Trainer(unmade, trainer_of(folder / "shards", model, TRAIN).loader, config)
+    trainer = Trainer(unmade, trainer_of(folder / "shards", model, TRAIN).source, config)
     made = OpenMythos(model, seed=config.seed).state_dict()
     return all(
         torch.equal(full_tensor(x), made[name]) for name, x in unmade.state_dict().items()

@@ -17,7 +17,7 @@ from openmythos.eval.likelihood import Likelihood, depth_sweep
 from openmythos.recipes import report
 from openmythos.recipes.report import LoopReport
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.train.config import DataConfig, RunConfig, TrainConfig
+from openmythos.train.config import RunConfig, TextData, TrainConfig
 from openmythos.train.metrics import MetricsLog, read_metrics
 from openmythos.train.run import Run, train
 
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         (folder / "text" / f"{number}.txt").write_text(text)
     config = RunConfig(
         model=tiny_config(vocab_size=257, context=32),
-        data=DataConfig(paths=(str(folder / "text"),), held_out=0.1),
+        data=TextData(paths=(str(folder / "text"),), held_out=0.1),
         train=TrainConfig(
             num_steps=3,
             batch_size=4,

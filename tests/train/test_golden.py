@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from openmythos.recipes import catalogue
-from openmythos.train.config import DataConfig
+from openmythos.train.config import TextData
 from openmythos.train.run import Run, train
 
 GOLDEN = Path(__file__).with_name("golden_tiny.json")
@@ -32,7 +32,7 @@ def write_corpus(folder: Path) -> None:
 def test_golden_losses_of_the_tiny_recipe(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
     config = catalogue.get("tiny")
-    data = DataConfig(paths=(str(tmp_path / "text"),))
+    data = TextData(paths=(str(tmp_path / "text"),))
     config = replace(config, data=data, train=replace(config.train, device="cpu", precision="fp32"))
     losses = [metrics.loss for metrics in train(Run.create(tmp_path / "run", config))]
     if os.environ.get("UPDATE_GOLDEN"):

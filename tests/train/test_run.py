@@ -27,7 +27,7 @@ from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
 from openmythos.train import checkpoint
 from openmythos.train.checkpoint import latest_checkpoint, list_checkpoints
-from openmythos.train.config import DataConfig, RunConfig, TrainConfig
+from openmythos.train.config import RunConfig, TextData, TrainConfig
 from openmythos.train.guards import NoSpikes, Rollback
 from openmythos.train.metrics import MetricsLog, read_metrics
 from openmythos.train.optim import AdamW, Muon
@@ -48,7 +48,7 @@ def config_of(corpus: Path, **changes: Any) -> RunConfig:
     }
     return RunConfig(
         model=tiny_config(**parts),
-        data=DataConfig(paths=(str(corpus),)),
+        data=TextData(paths=(str(corpus),)),
         train=TrainConfig(**(usual | changes)),
     )
 
@@ -651,7 +651,7 @@ def test_damaged_shard_is_refused_by_name(run: Run, part: str) -> None:
 def test_a_prepared_folder_trains_as_its_text_does(tmp_path: Path, corpus: Path, run: Run) -> None:
     config = run.config
     prepare(Preparation(paths=config.data.paths), ByteTokenizer(), tmp_path / "prepared")
-    data = DataConfig(paths=(str(tmp_path / "prepared"),))
+    data = TextData(paths=(str(tmp_path / "prepared"),))
     other = Run.create(tmp_path / "other", replace(config, data=data, tokenizer=BPE()))
     assert other.tokenizer.serialized() == run.tokenizer.serialized()
     assert Run.open(other.folder).config == other.config
@@ -669,7 +669,7 @@ def test_what_preparation_decided_is_not_set_again(
 ) -> None:
     config = config_of(corpus)
     prepare(Preparation(paths=config.data.paths), ByteTokenizer(), tmp_path / "prepared")
-    data = DataConfig(paths=(str(tmp_path / "prepared"),), **changes)
+    data = TextData(paths=(str(tmp_path / "prepared"),), **changes)
     with pytest.raises(ConfigError, match=rf"data\.{next(iter(changes))} = .*: was decided when"):
         Run.create(tmp_path / "run", replace(config, data=data))
     assert not (tmp_path / "run").exists()
@@ -678,7 +678,7 @@ def test_what_preparation_decided_is_not_set_again(
 def test_shards_of_another_tokenizer_are_refused(run: Run) -> None:
     other = BPE(vocab_size=300).build(["loop state encoded halt " * 20])
     with pytest.raises(ConfigError, match="another tokenizer"):
-        replace(run, tokenizer=other).shards("train")
+        replace(run, text_tokenizer=other).shards("train")
 
 
 def test_metrics_are_logged_every_so_often_and_at_the_end(tmp_path: Path, corpus: Path) -> None:

@@ -15,7 +15,7 @@ from variants import tiny_config
 
 from openmythos.config import ConfigError, apply_overrides
 from openmythos.files import load_toml, save_toml
-from openmythos.train.config import DataConfig, RunConfig, TrainConfig
+from openmythos.train.config import RunConfig, TextData, TrainConfig
 from openmythos.train.run import Run, train
 from openmythos.train.trackers import TensorBoard, Tracker, Trackers, Trackio, Wandb
 
@@ -84,7 +84,7 @@ def make(tmp_path: Path) -> Callable[..., Run]:
         usual = {"num_steps": 4, "batch_size": 2, "seq_len": 16, "save_every": 2}
         config = RunConfig(
             model=tiny_config(vocab_size=257, context=16),
-            data=DataConfig(paths=(str(tmp_path / "text"),)),
+            data=TextData(paths=(str(tmp_path / "text"),)),
             train=TrainConfig(trackers=trackers, **(usual | changes)),
         )
         return Run.create(tmp_path / "run", config)

@@ -1,1 +1,1 @@
-"""Figures: of runs, of benchmarks, and of studies."""
+"""Figures of runs, benchmarks and studies; measures of stability and routing."""

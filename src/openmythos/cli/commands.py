@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from openmythos.train.run import Run
 
 DEFAULT_RECIPE = "demo"
+TEXT_LOOPS = "1,2,4,8,16"
 DEMO_LOOPS = (1, 2, 4, 8)
 DEMO_SAMPLES = (1, 8)
 DEMO_PROMPT = "def main("
@@ -27,10 +28,10 @@ DEMO_PROMPT = "def main("
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model on text into a new run folder, or go on with a run (--resume)."""
+    """Train a model on text or a task into a new run folder, or go on with a run (--resume)."""
 
     recipe: Annotated[str, shown("NAME", DEFAULT_RECIPE)] = ""
-    """Config to start from: tiny (seconds), demo (minutes) or small (an hour or two)."""
+    """Config to start from: tiny (seconds), demo (minutes), small (hours) or hops (a task)."""
     data: Texts = ()
     """Text files, folders, globs, .jsonl, .parquet, hf:NAME, stdlib (default); prepared folders."""
     set: Changes = ()
@@ -62,20 +63,25 @@ class Train:
         from openmythos.data.prepared import is_prepared
         from openmythos.distributed.ranks import launched
         from openmythos.recipes import catalogue
+        from openmythos.train.config import TextData
 
         allowed = "must be given when training on several ranks: all need the same folder"
         require(launched()[1] == 1 or bool(self.out), "out", self.out, allowed)
         config = catalogue.get(self.recipe or DEFAULT_RECIPE)
         if self.data:
+            if not isinstance(config.data, TextData):
+                raise ConfigError(f"data: recipe {self.recipe} trains on a task, it reads no text")
             config = replace(config, data=replace(config.data, paths=flat(self.data)))
         changed = apply_overrides(config, self._changes())
-        if changed.tokenizer != config.tokenizer and any(map(is_prepared, changed.data.paths)):
+        paths = changed.data.paths if isinstance(changed.data, TextData) else ()
+        if changed.tokenizer != config.tokenizer and any(map(is_prepared, paths)):
             raise ConfigError("tokenizer: cannot be chosen, a prepared folder has its own")
         return changed
 
     def _existing(self) -> "Run | None":
         """The run to go on with: that of --resume, or --out when torchrun restarts the command."""
-        from openmythos.train.run import CONFIG_FILE, Run
+        from openmythos.train.folder import CONFIG_FILE
+        from openmythos.train.run import Run
 
         if not self.resume:
             restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -136,8 +142,9 @@ class Generate:
         except UnicodeEncodeError:
             raise ConfigError("prompt: is not UTF-8 text") from None
         run = Run.open(Path(self.folder))
+        tokenizer = run.tokenizer
         model = run.load_model(self.device, step=self.step)
-        request = Request(max_new_tokens=self.max_new_tokens, stop_ids=(run.tokenizer.bos_id,))
+        request = Request(max_new_tokens=self.max_new_tokens, stop_ids=(tokenizer.bos_id,))
         num_loops = model.config.num_loops if self.num_loops is None else self.num_loops
         chosen = [f"exit_rule.kind={self.exit_rule}", f"num_loops={num_loops}"]
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
@@ -145,39 +152,46 @@ class Generate:
         request = apply_overrides(request, [*chosen, *flat(self.set)])
         if run.choose_precision(self.precision, model.device) == "bf16":
             model.bfloat16()
-        loops = stream(Engine(model, run.tokenizer), self.prompt, request)
+        loops = stream(Engine(model, tokenizer), self.prompt, request)
         if self.exit_rule != "fixed" and loops:
             OUT.print(f"\n[{sum(loops) / len(loops):.1f} of {request.num_loops} loops per token]")
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Bits per byte and perplexity of held-out text against the number of loops."""
+    """Bits per byte and perplexity of held-out text, or accuracy on a task, against loops."""
 
     folder: RunFolder
     data: Texts = ()
     """Text to score instead of the run's own held-out part."""
-    num_loops: Annotated[str, shown("N,N,...")] = "1,2,4,8,16"
+    num_loops: Annotated[str, shown("N,N,...", f"{TEXT_LOOPS}; of a task more")] = ""
     """Loop counts, separated by commas."""
     precision: Annotated[str, shown("KIND")] = "auto"
     """To compute in: fp32, bf16 or auto: bf16 where the device computes it natively."""
     step: Step = None
     device: Device = "auto"
     out: Annotated[str, shown("FOLDER", "the run folder; with --data or --step RUN/eval/...")] = ""
-    """Folder for eval.json, loops.png and loops.csv."""
+    """Folder for eval.json, loops.png and loops.csv; of a task hops.png and hops.csv."""
 
     def run(self) -> None:
-        from openmythos.cli.jobs import evaluate
-        from openmythos.recipes import report
+        from openmythos.cli.jobs import evaluate, evaluate_hops
+        from openmythos.recipes import report, task_report
+        from openmythos.train.config import TextData
         from openmythos.train.run import Run
 
-        run = Run.open(Path(self.folder))
-        loops, data = _loop_counts(self.num_loops), flat(self.data)
+        run, data = Run.open(Path(self.folder)), flat(self.data)
+        on_text = isinstance(run.config.data, TextData)
+        require(on_text or not data, "data", data, "must not be given: the run learned a task")
+        asked = self.num_loops or (TEXT_LOOPS if on_text else "")
+        loops = _loop_counts(asked) if asked else ()
         folder = report.report_folder(run, data, self.step, self.out)
         chosen = {"device": self.device, "step": self.step, "precision": self.precision}
-        found = evaluate(run, loops, data=data, **chosen)
-        report.write_report(found, folder)
-        OUT.print(f"\nWritten: {folder}/eval.json, loops.png, loops.csv")
+        if on_text:
+            report.write_report(evaluate(run, loops, data=data, **chosen), folder)
+        else:
+            task_report.write_report(evaluate_hops(run, loops, **chosen), folder)
+        name = "loops" if on_text else "hops"
+        OUT.print(f"\nWritten: {folder}/eval.json, {name}.png, {name}.csv")
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,7 @@ class Export:
 
     folder: RunFolder
     out: Annotated[str, shown("FOLDER")]
-    """Folder to create: config.json, model.safetensors, tokenizer.json."""
+    """Folder to create: config.json, model.safetensors, tokenizer.json (of text)."""
     step: Step = None
     device: Device = "cpu"
 
@@ -198,7 +212,8 @@ class Export:
         require(not out.exists(), "out", self.out, "exists already")
         model, step = run.load_checkpoint(self.device, step=self.step)
         model.save_pretrained(out)
-        run.tokenizer.save(out)
+        if run.text_tokenizer is not None:
+            run.text_tokenizer.save(out)
         size = short(cost.parameters(model.config).total)
         OUT.print(f"{out}: the model after {step} steps, {size}")
 
@@ -220,7 +235,7 @@ class Demo:
         from openmythos.inference.generation import Request
         from openmythos.inference.text import Engine
         from openmythos.recipes import catalogue, report
-        from openmythos.train.run import require_free
+        from openmythos.train.folder import require_free
 
         require_int("hops_steps", self.hops_steps, minimum=0)
         changes = [f"train.device={self.device}", *flat(self.set)]

@@ -34,14 +34,14 @@ class Tokenizer:
 
     def run(self) -> None:
         from openmythos.data.tokenizer import BPE
-        from openmythos.train.config import DataConfig
+        from openmythos.train.config import TextData
         from openmythos.train.run import open_data
 
         folder, wanted = Path(self.out), BPE(vocab_size=self.vocab_size)
         require_folder("out", self.out)
         if (folder / "tokenizer.json").exists():
             raise ConfigError(f"{folder}/tokenizer.json: exists already; choose another --out")
-        corpus = open_data(DataConfig(paths=flat(self.data) or ("stdlib",)))
+        corpus = open_data(TextData(paths=flat(self.data) or ("stdlib",)))
         with Progress(OUT, "reading the corpus", unit="MB") as progress:
             texts = counted((document.text for document in corpus.train()), progress)
             tokenizer = wanted.build(texts)

@@ -11,18 +11,19 @@ from rich.table import Table
 
 from openmythos.cli.interrupt import Interrupted, stop_training
 from openmythos.cli.progress import Progress
-from openmythos.cli.screen import OUT
+from openmythos.cli.screen import OUT, print_heat_map
 from openmythos.distributed.ranks import first_rank_does, launched, process_group, wait_for_file
+from openmythos.eval.accuracy import accuracy_map
 from openmythos.machine import choose_device
-from openmythos.model.mythos import OpenMythos
 from openmythos.planning import cost
-from openmythos.recipes import report
+from openmythos.recipes import catalogue, report, task_report
 from openmythos.recipes.report import LoopReport
-from openmythos.studies import depth_extrapolation
-from openmythos.studies.learning import Learning, accuracy_map, learn
-from openmythos.train.config import RunConfig
+from openmythos.recipes.task_report import HopsReport
+from openmythos.train.config import RunConfig, TaskData
+from openmythos.train.folder import CONFIG_FILE
 from openmythos.train.guards import Divergence
-from openmythos.train.run import CONFIG_FILE, Run, train
+from openmythos.train.run import Run, train
+from openmythos.train.task_source import task_trainer
 
 HOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 LOOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
@@ -41,6 +42,9 @@ def create(folder: Path, config: RunConfig) -> Run:
     if run is None:
         wait_for_file(folder / CONFIG_FILE)
         return Run.open(folder)
+    if isinstance(config.data, TaskData):
+        OUT.print(f"{folder}: {config.data.task.kind}, up to {config.data.max_hops} hops")
+        return run
     tokens, held_out = (len(run.shards(part, verify=False)) for part in ("train", "held_out"))
     OUT.print(
         f"{folder}: {tokens:,} training and {held_out:,} held-out tokens, "
@@ -94,7 +98,10 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
 def print_next(run: Run, prompt: str) -> None:
     """Print commands to go on with, ready to paste; `prompt` suits a model of Python's source."""
     name = quote(str(run.folder))
-    prompt = prompt if run.config.data.paths == ("stdlib",) else _first_words(run)
+    if isinstance(run.config.data, TaskData):
+        OUT.print(f"\nNext:  openmythos eval {name}", soft_wrap=True)
+        return
+    prompt = prompt if run.text.paths == ("stdlib",) else _first_words(run)
     OUT.print(f"\nNext:  openmythos generate {name} --prompt={quote(prompt)}", soft_wrap=True)
     OUT.print(f"       openmythos eval {name}", soft_wrap=True)
 
@@ -125,28 +132,40 @@ def evaluate(run: Run, loops: tuple[int, ...], **options: Any) -> LoopReport:
     return found
 
 
+def evaluate_hops(run: Run, loops: tuple[int, ...], **options: Any) -> HopsReport:
+    """Ask problems as `task_report.evaluate` does, and print accuracy by hops and loops."""
+    with Progress(OUT, "asking", unit="numbers of hops") as progress:
+        options["progress"] = lambda done, total: progress.update(done, total=total)
+        found = task_report.evaluate(run, loops, **options)
+    print_heat_map(found.accuracy, found.data.max_hops)
+    OUT.print(f"computed in {found.precision} on {found.device}")
+    return found
+
+
 def learn_hops(num_steps: int, device: str = "auto") -> Mapping[int, Mapping[int, float]]:
-    """Train the looped model of study depth-extrapolation; return accuracy by hops and loops."""
-    arm = next(arm for arm in depth_extrapolation.arms() if arm.name == depth_extrapolation.LOOPED)
-    assert isinstance(arm.learning, Learning)
-    learning = replace(arm.learning, num_steps=num_steps)
-    model = OpenMythos(arm.model, seed=0).to(choose_device(device))
+    """Train the model of recipe hops; return accuracy by hops and loops."""
+    recipe = catalogue.get("hops")
+    assert isinstance(recipe.data, TaskData)
+    train = replace(recipe.train, num_steps=num_steps, log_every=num_steps, device=device)
+    trainer = task_trainer(replace(recipe, train=train))
     OUT.print(
-        f"A model of {cost.parameters(arm.model).total:,} parameters learns to follow chains of up "
-        f"to {learning.max_hops} lookups, e0 r1 r2 ... -> r2(r1(e0)), in tables that it must "
+        f"A model of {cost.parameters(recipe.model).total:,} parameters learns to follow chains of "
+        f"up to {recipe.data.max_hops} lookups, e0 r1 r2 ... -> r2(r1(e0)), in tables that it must "
         "memorise.\nThen it is asked longer chains than it was trained on."
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model is slower on two (Zen 3: 24 s on one, 29 s on two)
     try:
         with Progress(OUT, "learning hops", total=num_steps) as progress:
-            for done in learn(model, arm.problems, learning, seed=0):
-                progress.update(done.step + 1, f"up to {done.reach} hops, loss {done.loss:.2f}")
+            for done in trainer.steps():
+                reached = f"up to {done.data['hops']:.0f} hops"
+                progress.update(done.step + 1, f"{reached}, loss {done.loss:.2f}")
     finally:
         torch.set_num_threads(threads)
     with Progress(OUT, "asking", total=len(HOPS_ASKED), unit="numbers of hops") as progress:
         found: dict[int, dict[int, float]] = {}
         for hops in HOPS_ASKED:
-            found |= accuracy_map(model, arm.problems, (hops,), LOOPS_ASKED, examples=100)
+            task, model = recipe.data.task, trainer.model
+            found |= accuracy_map(model, task, (hops,), LOOPS_ASKED, examples=100)
             progress.update(len(found))
     return found

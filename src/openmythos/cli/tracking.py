@@ -181,7 +181,7 @@ def _frame(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
 
 def _config(run: Path) -> "RunConfig":
     from openmythos.train.config import RunConfig
-    from openmythos.train.run import CONFIG_FILE
+    from openmythos.train.folder import CONFIG_FILE
 
     if not (run / CONFIG_FILE).is_file():
         raise ConfigError(f"{run}: is not the folder of a run: it has no {CONFIG_FILE}")

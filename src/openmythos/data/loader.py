@@ -4,9 +4,9 @@ Documents are packed: the token stream is cut into windows wherever they fall, a
 which document each token belongs to, so that attention can stop at their boundaries.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from openmythos.config import ConfigError, require, require_int
 from openmythos.data.mixture import Mixture
 from openmythos.data.shards import TokenShards
-from openmythos.types import PerToken, TokenIds
+from openmythos.types import NextLogits, PerToken, TokenIds
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,46 @@ class EvaluationBatch(Batch):
     weights: PerToken
 
 
-class Loader:
+class BatchSource(Protocol):
+    """What the trainer reads: batches that are a function of (seed, step, rank) and of `state`.
+
+    A source that learns nothing from the training, such as text, has no state. To resume, `load`
+    the state and ask for the next step.
+    """
+
+    seq_len: int  # tokens of the longest row
+    vocab_size: int
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0; only this rank's rows."""
+        ...
+
+    def loops(self, step: int) -> int | None:
+        """How many loops every row of a step runs; None: as the config of the training says."""
+        return None
+
+    def learned(self, step: int, last_logits: Callable[[TokenIds], NextLogits]) -> None:
+        """Hear that a step has been learned.
+
+        `last_logits` gives the model's logits at the last position [batch, vocab] of tokens
+        [batch, seq], with the loops of the step; all ranks must call it, or none.
+        """
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for metrics.jsonl."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Plain data, for a checkpoint."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        return None
+
+
+class Loader(BatchSource):
     """Windows of seq_len tokens in random order, a pure function of (seed, step, rank).
 
     The sources, one or several, take turns as ``Mixture`` says, by ``weights`` (none: each as often
@@ -78,6 +117,7 @@ class Loader:
             _Source(stream, seq_len, seed, number) for number, stream in enumerate(streams)
         ]
         self._bos_id = streams[0].bos_id
+        self.seq_len, self.vocab_size = seq_len, streams[0].index.vocab_size
         self._batch_size = batch_size
         self._rows = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.windows_per_epoch = tuple(source.windows_per_epoch for source in self._sources)
@@ -86,7 +126,6 @@ class Loader:
         require(given, "weights", list(weights), f"must be {len(streams)}, one for each source")
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0; only this rank's rows."""
         require_int("step", step, minimum=0)
         windows = [self._window(step * self._batch_size + row) for row in self._rows]
         return Batch(*_split(np.stack(windows), self._bos_id))

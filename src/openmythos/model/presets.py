@@ -23,6 +23,26 @@ from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_lora import LoopLoRA, NoLoopLoRA
 
 
+def hops() -> MythosConfig:
+    """One shared layer of width 64 between one layer before and one after, for `tasks.KHop`.
+
+    Attention sees 8 tokens, so that a layer alone cannot follow a chain. It is no preset by name.
+    """
+    feed_forward = SwiGLU(hidden_dim=168)
+    return MythosConfig(
+        vocab_size=26,
+        dim=64,
+        context=128,
+        num_loops=20,
+        attention=GroupedQueryAttention(num_heads=4, num_kv_heads=4, window=8),
+        feed_forward=feed_forward,
+        recurrent_feed_forward=feed_forward,
+        loop_lora=NoLoopLoRA(),
+        # From zero the curriculum starts a thousand steps later.
+        zero_init_outputs=False,
+    )
+
+
 def tiny() -> MythosConfig:
     """Bytes in, milliseconds per step: for tests and for trying out code."""
     return MythosConfig(

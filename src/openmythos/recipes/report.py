@@ -14,8 +14,9 @@ from openmythos.data.corpus import compression_baselines
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.eval.likelihood import Likelihood, depth_sweep
 from openmythos.files import read_json, write_json
+from openmythos.tasks.curriculum import TiedLoops
 from openmythos.train.checkpoint import latest_checkpoint, step_of
-from openmythos.train.config import DataConfig
+from openmythos.train.config import TextData
 from openmythos.train.metrics import finite_or_none, read_metrics, tokens_seen
 from openmythos.train.run import Run, open_data
 
@@ -103,6 +104,7 @@ def evaluate(
             progress=None if progress is None else lambda done: progress(done, len(shards) - 1),
         )
     scored = ", ".join(data) if data else HELD_OUT
+    assert not isinstance(config.loops, TiedLoops)  # those are of tasks
     mean_loops = float(config.loops.mean_loops)
     baselines, on = compression_baselines(text), str(model.device)
     return LoopReport(found, baselines, mean_loops, scored, step, chosen, on)
@@ -116,7 +118,7 @@ def _tokens(run: Run, data: Sequence[str]) -> Iterator[tuple[TokenShards, bytes]
         yield shards, decode_text(run, shards)
         return
     with TemporaryDirectory() as folder:
-        corpus = open_data(DataConfig(paths=tuple(data), field=run.config.data.field))
+        corpus = open_data(TextData(paths=tuple(data), field=run.text.field))
         shards = write_shards(corpus.documents(), run.tokenizer, folder)
         yield shards, "".join(document.text for document in corpus.documents()).encode()
 

@@ -4,13 +4,14 @@ import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from openmythos.analysis import study_plots
 from openmythos.data.loader import EvaluationBatch, evaluation_windows
+from openmythos.eval.likelihood import logits_by_loops
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.exit_rules import (
     ExitRule,
@@ -31,6 +32,9 @@ from openmythos.studies.study import (
     Study,
     Verdict,
     by_arm,
+    curve_of,
+    factors_of,
+    grid_of,
     percent,
     plus_minus,
 )
@@ -70,6 +74,7 @@ def arms() -> list[Arm]:
             task=task,
             learning=learning,
             why="halting that is trained",
+            factors={"data": "k-hop"},
             rates=(1.5e-3, 3e-3, 6e-3),
         )
         for weight in PONDER
@@ -82,9 +87,12 @@ def arms() -> list[Arm]:
         for weight in PONDER
     }
     return [
-        Arm(name=LOOPED, model=looped(), task=task, learning=learning),
+        Arm(name=LOOPED, model=looped(), task=task, learning=learning, factors={"data": "k-hop"}),
         *act,
-        *(Arm.on_text(name, model, on_text) for name, model in texts.items()),
+        *(
+            replace(Arm.on_text(name, model, on_text), factors={"data": TEXT})
+            for name, model in texts.items()
+        ),
     ]
 
 
@@ -117,10 +125,8 @@ def measure_text(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
             out = trained.model(batch.tokens, num_loops=cap, exit_rule=rule)
             losses[name] += nats(out.logits, batch)
             used[name] += float((out.recurrence.loops_used * batch.weights).sum())
-        out = trained.model(batch.tokens, num_loops=max(loops), collect_loops=loops)
-        by_loops = dict(zip(out.recurrence.collected, out.loop_logits, strict=True))
-        for n in loops:
-            fixed[str(n)] += nats(by_loops.get(n, out.logits), batch)
+        for n, logits in logits_by_loops(trained.model, batch.tokens, loops).items():
+            fixed[str(n)] += nats(logits, batch)
     return {
         "rules": {name: [losses[name] / count, used[name] / count] for name in asked},
         "fixed": {n: loss / count for n, loss in fixed.items()},
@@ -152,32 +158,47 @@ def measure_hops(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
             by_rule[name][str(hop)] = [accuracy(out.logits), float(used.mean())]
             pairs[name].append(torch.stack((torch.full_like(used, hop), used)))
         loops = tuple(n for n in FIXED if n <= cap)
-        out = model(batch.tokens, num_loops=max(loops), collect_loops=loops, last_only=True)
-        by_loops = dict(zip(out.recurrence.collected, out.loop_logits, strict=True))
-        fixed[str(hop)] = {str(n): accuracy(by_loops.get(n, out.logits)) for n in loops}
+        by_loops = logits_by_loops(model, batch.tokens, loops, last_only=True)
+        fixed[str(hop)] = {str(n): accuracy(logits) for n, logits in by_loops.items()}
     ranks = {name: spearman(*torch.cat(parts, dim=1)) for name, parts in pairs.items()}
     return {"rules": by_rule, "fixed": fixed, "spearman": ranks}
 
 
+class Stopped(NamedTuple):
+    """What a rule reaches, and at what cost."""
+
+    score: float  # accuracy; on text nats per token
+    loops: float
+
+
+def by_hops(run: RunResult, rule: str) -> dict[int, Stopped]:
+    return {int(hops): Stopped(*row) for hops, row in run.curve["rules"][rule].items()}
+
+
+def of_text(run: RunResult, rule: str) -> Stopped:
+    return Stopped(*run.curve["rules"][rule])
+
+
 def fit(result: RunResult) -> float:
     """Accuracy with all loops within the training range; on text, less loss with all loops."""
-    if result.arm.startswith(TEXT):
-        return -float(result.curve["rules"][ALL][0])
-    trained = [row[0] for hop, row in result.curve["rules"][ALL].items() if int(hop) <= 20]
+    if result.arm in text_arms():
+        return -of_text(result, ALL).score
+    trained = [row.score for hops, row in by_hops(result, ALL).items() if hops <= 20]
     return statistics.mean(trained)
 
 
+def text_arms() -> set[str]:
+    """The names of the arms that learn text."""
+    return {name for name, factors in factors_of(arms()).items() if factors["data"] == TEXT}
+
+
 def spearman(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Rank correlation, equals sharing their mean rank; 0 where one side does not vary."""
-    ranks = torch.stack([_ranks(left), _ranks(right)])
-    if bool((ranks.std(dim=1) == 0).any()):
+    """Rank correlation; 0 where one side does not vary."""
+    from scipy.stats import spearmanr  # takes most of a second to import
+
+    if any(bool((side == side[0]).all()) for side in (left, right)):
         return 0.0
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    below = (values[:, None] > values).sum(dim=1)
-    return below + (values[:, None] == values).sum(dim=1) / 2
+    return float(spearmanr(left.cpu(), right.cpu()).statistic)
 
 
 def summarise(
@@ -185,20 +206,19 @@ def summarise(
 ) -> dict[str, list[float]]:
     """Per quantity a value per seed: what a rule reaches, as a share of what the model of `without`
     with the same seed reaches with all loops, and the best fixed number of loops of equal cost."""
-    never_stops = {run.seed: run.curve["rules"][ALL] for run in without}
+    never_stops = {run.seed: by_hops(run, ALL) for run in without}
     names = ("accuracy", "share", "loops", "excess", "spearman", "fixed")
     found: dict[str, list[float]] = {name: [] for name in names}
     for run in runs:
-        rows = {int(hop): row for hop, row in run.curve["rules"][rule].items()}
-        every = {int(hop): row[0] for hop, row in never_stops[run.seed].items()}
-        loops = statistics.mean(row[1] for row in rows.values())
-        found["accuracy"].append(statistics.mean(row[0] for row in rows.values()))
-        found["share"].append(min(rows[h][0] / max(every[h], 1e-9) for h in rows))
+        rows, every = by_hops(run, rule), never_stops[run.seed]
+        loops = statistics.mean(row.loops for row in rows.values())
+        found["accuracy"].append(statistics.mean(row.score for row in rows.values()))
+        found["share"].append(min(rows[h].score / max(every[h].score, 1e-9) for h in rows))
         found["loops"].append(loops)
-        found["excess"].append(max(rows[h][1] - h for h in rows))
+        found["excess"].append(max(row.loops - hops for hops, row in rows.items()))
         found["spearman"].append(run.curve["spearman"][rule])
-        fixed = run.curve["fixed"]
-        affordable = [n for n in next(iter(fixed.values())) if int(n) <= loops]
+        fixed = grid_of(run.curve["fixed"])
+        affordable = [n for n in next(iter(fixed.values())) if n <= loops]
         best = max(
             (statistics.mean(row[n] for row in fixed.values()) for n in affordable), default=0.0
         )
@@ -210,11 +230,11 @@ def judge(results: Sequence[RunResult]) -> Finding:
     """Bar: some rule has, at every number of hops, 99% of what the looped model has with all loops,
     within 5 loops of the hops (means over seeds), and beats every fixed number of loops of equal
     cost."""
-    groups = by_arm(results)
+    groups, texts = by_arm(results), text_arms()
     table, passing, best_rule, best_gap = [], [], "", 0.0
     for arm, runs in groups.items():
         for rule in runs[0].curve["rules"]:
-            if arm.startswith(TEXT) or (rule == ALL and arm == LOOPED):
+            if arm in texts or (rule == ALL and arm == LOOPED):
                 continue
             found = summarise(runs, rule, groups[LOOPED])
             name = rule if arm == LOOPED else arm
@@ -237,9 +257,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
                     "of fixed loops at that cost [nats]": "-",
                 }
             )
-    table += [
-        row for arm, runs in groups.items() if arm.startswith(TEXT) for row in text_rows(runs)
-    ]
+    table += [row for arm, runs in groups.items() if arm in texts for row in text_rows(runs)]
     verdict: Verdict = "does not hold here"
     if passing:
         verdict = "holds"
@@ -261,10 +279,9 @@ def judge(results: Sequence[RunResult]) -> Finding:
 def text_rows(runs: Sequence[RunResult]) -> Iterator[dict[str, str]]:
     """What the rules of a text arm need and what the same loops give every token alike."""
     for rule in runs[0].curve["rules"]:
-        score = [run.curve["rules"][rule][0] for run in runs]
-        loops = [run.curve["rules"][rule][1] for run in runs]
+        score, loops = zip(*(of_text(run, rule) for run in runs), strict=True)
         fixed = [
-            min(nats for n, nats in run.curve["fixed"].items() if int(n) <= max(1, used))
+            min(nats for n, nats in curve_of(run.curve["fixed"]).items() if n <= max(1, used))
             for run, used in zip(runs, loops, strict=True)
         ]
         yield {
@@ -285,17 +302,18 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     lines: dict[str, dict[int, list[float]]] = {}
     points: dict[str, dict[int, list[float]]] = {}
     rows: list[dict[str, object]] = []
+    texts = text_arms()
     for arm, runs in by_arm(results).items():
         for rule in runs[0].curve["rules"]:
-            if arm.startswith(TEXT) or (rule == ALL and arm == LOOPED):
+            if arm in texts or (rule == ALL and arm == LOOPED):
                 continue
             name = rule if arm == LOOPED else arm
             for run in runs:
-                for hop, (accuracy, loops) in run.curve["rules"][rule].items():
-                    lines.setdefault(name, {}).setdefault(int(hop), []).append(loops)
-                    points.setdefault(name, {}).setdefault(int(hop), []).append(accuracy)
+                for hops, (accuracy, loops) in by_hops(run, rule).items():
+                    lines.setdefault(name, {}).setdefault(hops, []).append(loops)
+                    points.setdefault(name, {}).setdefault(hops, []).append(accuracy)
                     rows.append(
-                        {"rule": name, "seed": run.seed, "hops": int(hop)}
+                        {"rule": name, "seed": run.seed, "hops": hops}
                         | {"accuracy": accuracy, "loops": loops}
                     )
     figure = study_plots.loops_against_hops(lines, points, trained_hops=20, spare=SPARE)

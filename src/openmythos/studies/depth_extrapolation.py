@@ -5,15 +5,25 @@ from dataclasses import replace
 from typing import Any
 
 from openmythos.analysis import study_plots
+from openmythos.eval.accuracy import accuracy_map
+from openmythos.model import presets
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
-from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.injection import NoInjection
-from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies.learning import Learning, accuracy_map
-from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, percent
+from openmythos.studies.learning import Learning
+from openmythos.studies.study import (
+    Arm,
+    Finding,
+    RunResult,
+    Study,
+    Verdict,
+    by_arm,
+    grid_of,
+    percent,
+    to_json,
+)
 from openmythos.tasks import KHop
 
 HOPS = (5, 10, 15, 20, 25, 30, 40, 50, 60)
@@ -26,20 +36,9 @@ PADDED, SHORT = "looped, padded read-out", "looped, trained to 5"
 
 
 def looped(window: int = WINDOW) -> MythosConfig:
-    """One shared layer of width 64 between one layer before and one after."""
-    feed_forward = SwiGLU(hidden_dim=168)
-    return MythosConfig(
-        vocab_size=KHop().vocab_size,
-        dim=64,
-        context=128,
-        num_loops=20,
-        attention=GroupedQueryAttention(num_heads=4, num_kv_heads=4, window=window),
-        feed_forward=feed_forward,
-        recurrent_feed_forward=feed_forward,
-        loop_lora=NoLoopLoRA(),
-        # From zero the curriculum starts a thousand steps later.
-        zero_init_outputs=False,
-    )
+    """The model of recipe hops; a window of 0 sees all tokens."""
+    config = presets.hops()
+    return replace(config, attention=replace(config.attention, window=window))
 
 
 def stacked(layers: int, dim: int) -> MythosConfig:
@@ -66,6 +65,7 @@ def stack(name: str, layers: int, dim: int, why: str) -> Arm:
         task=KHop(),
         learning=Learning(num_steps=4800, loops=FixedLoops(mean_loops=1)),
         why=why,
+        factors={"depth": "stacked"},
         rates=(5e-4, 1e-3, 2e-3, 4e-3),
     )
 
@@ -121,19 +121,20 @@ def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     hops = (2, 4) if quick else tuple(hop for hop in HOPS if hop <= longest)
     loops = (1,) if arm.model.num_loops == 1 else (2, 6) if quick else LOOPS
     found = accuracy_map(model, arm.problems, hops, loops, examples=20 if quick else 400)
-    return {str(h): {str(t): share for t, share in row.items()} for h, row in found.items()}
+    return to_json(found)
 
 
 def fit(result: RunResult) -> float:
     """Mean accuracy within the training range, each number of hops at its best loops."""
     longest = result.settings["learning"]["max_hops"]
-    trained = [hops for hops in result.curve if int(hops) <= longest] or list(result.curve)[:1]
-    return sum(best(result, int(hops)) for hops in trained) / len(trained)
+    asked = grid_of(result.curve)
+    trained = [hops for hops in asked if hops <= longest] or list(asked)[:1]
+    return sum(best(result, hops) for hops in trained) / len(trained)
 
 
 def best(result: RunResult, hops: int, *, beyond_training: bool = False) -> float:
     """The highest accuracy at so many hops, over loops (only those never trained, if asked)."""
-    row = {int(loops): share for loops, share in result.curve.get(str(hops), {}).items()}
+    row = grid_of(result.curve).get(hops, {})
     if beyond_training:
         row = {loops: share for loops, share in row.items() if loops > TRAINED_LOOPS}
     return max(row.values(), default=0.0)
@@ -141,12 +142,12 @@ def best(result: RunResult, hops: int, *, beyond_training: bool = False) -> floa
 
 def shown(runs: Sequence[RunResult], hops: int) -> str:
     """Accuracy in percent with its interval; "-" where the form of the task has no such length."""
-    return percent([best(r, hops) for r in runs]) if str(hops) in runs[0].curve else "-"
+    return percent([best(r, hops) for r in runs]) if hops in grid_of(runs[0].curve) else "-"
 
 
 def flat(result: RunResult, hops: int) -> float:
     """Largest loss of accuracy at twice the loops that first reach 99% of the best, or beyond."""
-    row = {int(loops): share for loops, share in result.curve.get(str(hops), {}).items()}
+    row = grid_of(result.curve).get(hops, {})
     if not row:
         return 0.0
     top = max(row.values())
@@ -158,7 +159,7 @@ def flat(result: RunResult, hops: int) -> float:
 def judge(results: Sequence[RunResult]) -> Finding:
     """Bars: >= 99% at 30 hops and >= 95% at 60, mean over seeds, with loops never trained; within
     2 points at twice the loops needed; every stack below 30% at 30 hops."""
-    groups, controls = by_arm(results), {arm.name: arm.why for arm in arms()}
+    groups, known = by_arm(results), {arm.name: arm for arm in arms()}
     mean = {
         name: {hops: sum(best(r, hops) for r in runs) / len(runs) for hops in HOPS}
         for name, runs in groups.items()
@@ -167,7 +168,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     at_60 = sum(best(r, 60, beyond_training=True) for r in main) / len(main)
     at_30 = sum(best(r, 30, beyond_training=True) for r in main) / len(main)
     overthinking = max(flat(r, 30) for r in main)
-    stacks = {name: row[30] for name, row in mean.items() if "layers" in name}
+    stacks = {name: row[30] for name, row in mean.items() if known[name].factors.get("depth")}
     bars = {
         f"30 hops: {at_30:.1%} (bar 99%)": at_30 >= 0.99,
         f"60 hops: {at_60:.1%} (bar 95%)": at_60 >= 0.95,
@@ -184,7 +185,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     table = [
         {
             "arm": name,
-            "controls for": controls.get(name) or "-",
+            "controls for": known[name].why or "-",
             "parameters": f"{runs[0].parameters:,}",
             **{f"{hops} hops": shown(runs, hops) for hops in (10, 20, 30, 60)},
             "reaches": str(max((hops for hops in HOPS if mean[name][hops] >= 0.95), default=0)),
@@ -209,18 +210,18 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Hops against loops for the looped model, and best accuracy against hops for every arm."""
     groups = by_arm(results)
     rows = [
-        {"arm": r.arm, "seed": r.seed, "hops": int(h), "loops": int(t), "accuracy": share}
+        {"arm": r.arm, "seed": r.seed, "hops": hops, "loops": loops, "accuracy": share}
         for r in results
-        for h, row in r.curve.items()
-        for t, share in row.items()
+        for hops, row in grid_of(r.curve).items()
+        for loops, share in row.items()
     ]
-    main = groups[LOOPED]
+    main = [grid_of(run.curve) for run in groups[LOOPED]]
     grid = {
-        int(h): {int(t): sum(r.curve[h][t] for r in main) / len(main) for t in main[0].curve[h]}
-        for h in main[0].curve
+        hops: {loops: sum(found[hops][loops] for found in main) / len(main) for loops in row}
+        for hops, row in main[0].items()
     }
     lines = {
-        name: {int(h): [best(r, int(h)) for r in runs] for h in runs[0].curve}
+        name: {hops: [best(r, hops) for r in runs] for hops in grid_of(runs[0].curve)}
         for name, runs in groups.items()
     }
     return study_plots.hops_against_loops(grid, lines, trained_hops=20), rows

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from openmythos.analysis import study_plots
+from openmythos.eval.accuracy import accuracy_map
 from openmythos.eval.likelihood import depth_sweep
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
@@ -15,7 +16,7 @@ from openmythos.recurrence.injection import LTI, NoInjection
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import best, looped
-from openmythos.studies.learning import Learning, accuracy_map
+from openmythos.studies.learning import Learning
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -24,9 +25,13 @@ from openmythos.studies.study import (
     Verdict,
     as_sentence,
     by_arm,
+    curve_of,
     differs,
+    factors_of,
+    grid_of,
     percent,
     plus_minus,
+    to_json,
 )
 from openmythos.studies.text import RATES, TextRun, text_model, text_training
 from openmythos.tasks import KHop
@@ -56,24 +61,30 @@ def untied() -> MythosConfig:
 def arms() -> list[Arm]:
     training = text_training(FixedLoops(mean_loops=TRAINED))
     once = replace(training, loops=FixedLoops(mean_loops=1))
-
     hops = Learning(num_steps=1400, max_hops=10)
-    return [
+
+    on_text = [
         *(
             Arm.on_text(f"text, rank {r}", with_rank(text_model(LTI()), r, TRAINED), training)
             for r in RANKS
         ),
         # Its best rate lies higher.
         replace(Arm.on_text(UNTIED, untied(), once), rates=(*RATES, 8e-3, 16e-3)),
-        *(
-            Arm(
-                name=f"k-hop, rank {rank}",
-                model=with_rank(looped(), rank, 16),
-                task=KHop(),
-                learning=hops,
-            )
-            for rank in RANKS
-        ),
+    ]
+    on_hops = [
+        Arm(
+            name=f"k-hop, rank {rank}",
+            model=with_rank(looped(), rank, 16),
+            task=KHop(),
+            learning=hops,
+        )
+        for rank in RANKS
+    ]
+    layers = [*(f"rank {rank}" for rank in RANKS), "untied"]
+    return [
+        replace(arm, factors={"data": data, "layers": name})
+        for data, arms_on in (("text", on_text), ("k-hop", on_hops))
+        for arm, name in zip(arms_on, layers, strict=False)
     ]
 
 
@@ -83,15 +94,15 @@ def measure(trained: TextRun | OpenMythos, arm: Arm, quick: bool) -> dict[str, A
     if isinstance(trained, TextRun):
         loops = (1,) if arm.model.num_loops == 1 else LOOPS[:4] if quick else LOOPS
         found = depth_sweep(trained.model, trained.held_out, loops, seq_len=128, batch_size=16)
-        return {str(n): likelihood.nats_per_token for n, likelihood in found.items()}
+        return to_json({n: likelihood.nats_per_token for n, likelihood in found.items()})
     asked = ((2, 4), (2, 6)) if quick else (HOPS, HOP_LOOPS)
-    shares = accuracy_map(trained, arm.problems, *asked, examples=20 if quick else 400)
-    return {str(h): {str(t): share for t, share in row.items()} for h, row in shares.items()}
+    return to_json(accuracy_map(trained, arm.problems, *asked, examples=20 if quick else 400))
 
 
 def nats(result: RunResult, loops: int) -> float:
     """Held-out loss after so many loops; of the untied model, after its layers."""
-    return float(result.curve.get(str(loops), result.curve["1"]))
+    curve = curve_of(result.curve)
+    return curve.get(loops, curve[1])
 
 
 def fit(result: RunResult) -> float:
@@ -105,7 +116,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     Rank 8 must recover half of what sharing costs (rank 0 against untied), must not lose more
     than 0.02 nats at twice the trained loops, and must reach on k-hop what rank 0 does less 5
     points at 20 hops."""
-    groups = by_arm(results)
+    groups, factors = by_arm(results), factors_of(arms())
 
     def mean(name: str, loops: int) -> float:
         return statistics.mean(nats(run, loops) for run in groups[name])
@@ -141,7 +152,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     table = []
     for name, runs in groups.items():
         row = {"arm": name, "parameters": f"{runs[0].parameters:,}"}
-        on_text = name.startswith("text")
+        on_text = factors[name]["data"] == "text"
         for n, column in zip((1, TRAINED, 2 * TRAINED, 16), columns, strict=True):
             shown = on_text and (name != UNTIED or n == TRAINED)
             values = [nats(run, n) for run in runs] if shown else []
@@ -167,15 +178,16 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     text: dict[str, dict[float, list[float]]] = {}
     hops: dict[str, dict[float, list[float]]] = {}
     rows: list[dict[str, object]] = []
+    factors = factors_of(arms())
     for run in results:
-        name = run.arm.split(", ")[1]
-        if run.arm.startswith("text"):
-            for loops in (TRAINED,) if run.arm == UNTIED else map(int, run.curve):
+        name = factors[run.arm]["layers"]
+        if factors[run.arm]["data"] == "text":
+            for loops in (TRAINED,) if run.arm == UNTIED else curve_of(run.curve):
                 loss = nats(run, loops)
                 text.setdefault(name, {}).setdefault(loops, []).append(loss)
                 rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "nats": loss})
             continue
-        for count in map(int, run.curve):
+        for count in grid_of(run.curve):
             share = best(run, count)
             hops.setdefault(name, {}).setdefault(count, []).append(100 * share)
             rows.append({"arm": run.arm, "seed": run.seed, "hops": count, "accuracy": share})

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from openmythos.analysis import study_plots
+from openmythos.analysis.routing import chosen_experts, overlap
 from openmythos.data.loader import evaluation_windows
 from openmythos.eval.likelihood import depth_sweep
 from openmythos.model.config import MythosConfig
-from openmythos.model.mythos import OpenMythos
-from openmythos.nn.block import Block
 from openmythos.nn.feed_forward import SwiGLU
-from openmythos.nn.moe import MoE, MoELayer
+from openmythos.nn.moe import MoE
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import PoissonLoops
@@ -63,38 +62,6 @@ def arms() -> list[Arm]:
     return [Arm.on_text(name, config, training) for name, config in models.items()]
 
 
-def chosen_experts(model: OpenMythos, tokens: torch.Tensor) -> torch.Tensor:
-    """Which experts every position chooses in every loop, [loops, positions, top_k]."""
-    block = model.recurrent.layers[0]
-    assert isinstance(block, Block) and isinstance(block.feed_forward, MoELayer)
-    seen: list[torch.Tensor] = []
-    handle = block.feed_forward.router.register_forward_hook(
-        lambda _module, _inputs, output: seen.append(output[1])
-    )
-    try:
-        with torch.no_grad():
-            model.eval()(tokens, num_loops=LOOPS)
-    finally:
-        handle.remove()
-    return torch.stack(seen)
-
-
-def overlap(chosen: torch.Tensor) -> dict[str, float]:
-    """Mean Jaccard index of the sets of two loops of one token, and distinct experts / top_k."""
-    loops, _, top_k = chosen.shape
-    shape = (*chosen.shape[:2], int(chosen.max()) + 1)
-    member = torch.zeros(shape, dtype=torch.bool, device=chosen.device)
-    member = member.scatter(2, chosen, True)
-    jaccard = []
-    for one in range(loops):
-        for other in range(one + 1, loops):
-            both = (member[one] & member[other]).sum(dim=1)
-            either = (member[one] | member[other]).sum(dim=1)
-            jaccard.append(float((both / either).mean()))
-    union = member.any(dim=0).sum(dim=1) / top_k
-    return {"jaccard": statistics.mean(jaccard), "union_over_top_k": float(union.mean())}
-
-
 @torch.no_grad()
 def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
     """Held-out nats per token, load on held-out text, overlap between loops."""
@@ -102,7 +69,7 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
     curve: dict[str, Any] = {"nats": found[LOOPS].nats_per_token}
     if arm.name != DENSE:
         batch = next(iter(evaluation_windows(trained.held_out, 128, batch_size=2 if quick else 64)))
-        chosen = chosen_experts(trained.model, batch.tokens.to(trained.model.device))
+        chosen = chosen_experts(trained.model, batch.tokens.to(trained.model.device), LOOPS)
         load = torch.bincount(chosen.flatten(), minlength=EXPERTS.num_experts).float()
         curve["load"] = (load / load.mean()).tolist()
         curve["max_violation"] = float(load.max() / load.mean() - 1)

@@ -1,7 +1,7 @@
 """When does a small language model use its loops? One change at a time to a model that does."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,9 @@ from openmythos.studies.study import (
     Verdict,
     as_sentence,
     by_arm,
+    curve_of,
     plus_minus,
+    to_json,
 )
 from openmythos.studies.text import Text, TextLearning, TextRun, text_model, text_training
 from openmythos.train.config import TrainConfig
@@ -88,17 +90,17 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
     """Held-out nats per token by loops."""
     loops = LOOPS[:3] if quick else LOOPS
     found = depth_sweep(trained.model, trained.held_out, loops, seq_len=128, batch_size=16)
-    return {str(n): likelihood.nats_per_token for n, likelihood in found.items()}
+    return to_json({n: likelihood.nats_per_token for n, likelihood in found.items()})
 
 
 def best(run: RunResult) -> float:
     """Held-out loss at the best number of loops."""
-    return min(map(float, run.curve.values()))
+    return min(curve_of(run.curve).values())
 
 
 def gain(run: RunResult) -> float:
     """What the best number of loops saves against one loop."""
-    return float(run.curve["1"]) - best(run)
+    return curve_of(run.curve)[1] - best(run)
 
 
 def fit(result: RunResult) -> float:
@@ -128,7 +130,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         {
             "change": name,
             "parameters": f"{runs[0].parameters:,}",
-            "loss at 1 loop": plus_minus([float(run.curve["1"]) for run in runs]),
+            "loss at 1 loop": plus_minus([curve_of(run.curve)[1] for run in runs]),
             "loss at the best": plus_minus(list(map(best, runs))),
             "loops there": ", ".join(_best_loops(run) for run in runs),
             "gain": plus_minus(list(map(gain, runs))),
@@ -149,8 +151,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 
 def _best_loops(run: RunResult) -> str:
-    curve: Mapping[str, float] = run.curve
-    return min(curve, key=curve.__getitem__)
+    curve = curve_of(run.curve)
+    return str(min(curve, key=curve.__getitem__))
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
@@ -160,9 +162,9 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     lines: dict[str, dict[float, list[float]]] = {}
     for name, runs in groups.items():
         for run in runs:
-            for loops, loss in run.curve.items():
-                lines.setdefault(name, {}).setdefault(int(loops), []).append(float(loss))
-                rows.append({"arm": name, "seed": run.seed, "loops": int(loops), "nats": loss})
+            for loops, loss in curve_of(run.curve).items():
+                lines.setdefault(name, {}).setdefault(loops, []).append(loss)
+                rows.append({"arm": name, "seed": run.seed, "loops": loops, "nats": loss})
     own = [arm.name for arm in arms() if arm.name not in TABLE_ONLY]
     first = [BASE, *TAKES]
     panels = {

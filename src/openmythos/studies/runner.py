@@ -12,11 +12,9 @@ from typing import Any
 import torch
 
 from openmythos.analysis import plots
-from openmythos.config import ConfigError, apply_overrides, from_dict, unknown_name
+from openmythos.config import ConfigError, apply_overrides, unknown_name
 from openmythos.files import read_json, write_atomically, write_json
 from openmythos.machine import choose_device, describe, keep_freed_memory
-from openmythos.model.config import MythosConfig
-from openmythos.model.mythos import OpenMythos
 from openmythos.planning import cost
 from openmythos.processes import worker_pool
 from openmythos.studies import (
@@ -31,10 +29,10 @@ from openmythos.studies import (
     test_time_depth,
     what_makes_it_extrapolate,
 )
-from openmythos.studies.learning import Learning, learn
+from openmythos.studies.learning import Learning
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Trial, report_markdown
-from openmythos.studies.text import Text, TextLearning, flops_of_training, trained_on_text
-from openmythos.train.config import TrainConfig
+from openmythos.studies.text import Text, TextLearning, trained_on_text
+from openmythos.train.task_source import task_trainer
 
 # No run has it or one after it: rates are chosen on other data than the results are reported on.
 TRIAL_SEED = 1000
@@ -137,8 +135,7 @@ def judge_kept(study: Study, out: Path) -> Finding:
     """Judge the runs of out/results.json by the rule of today, and write report and figure anew.
 
     Nothing is trained. Every run must be of an arm of the study, at whatever learning rate it was
-    given. Trials that the study would not make today are kept, and the report says so. FLOPs of
-    runs on text with truncated backpropagation are computed anew from their settings.
+    given. Trials that the study would not make today are kept, and the report says so.
     """
     path = out / "results.json"
     if not path.exists():
@@ -150,9 +147,7 @@ def judge_kept(study: Study, out: Path) -> Finding:
     missing = sorted(arms.keys() - {run.arm for run in runs})
     if missing:
         raise ConfigError(f"{path}: has no run of {', '.join(map(repr, missing))}")
-    results = _in_order(
-        {(run.arm, run.seed): _with_flops(run) for run in runs}, list(arms.values())
-    )
+    results = _in_order({(run.arm, run.seed): run for run in runs}, list(arms.values()))
     notes = _older_trials(tried, list(arms.values()))
     return _concluded(out, study, read_json(path)["hardware"], results, tried, notes)
 
@@ -172,20 +167,6 @@ def _concluded(
     figure, rows = study.draw(results)
     plots.save_figure(figure, out / "figure.png", rows)
     return finding
-
-
-def _with_flops(run: RunResult) -> RunResult:
-    """With the FLOPs that training on text took, where only the last loops carried gradient.
-
-    There they were once counted wrongly. A task's depend on when its curriculum grew, too.
-    """
-    training = run.settings["learning"].get("train", {})
-    if not training.get("backprop_loops"):
-        return run
-    training = from_dict(TrainConfig, training)
-    model = from_dict(MythosConfig, run.settings["model"])
-    flops = flops_of_training(model, replace(training, seed=run.seed))
-    return replace(run, training_flops=flops)
 
 
 def _older_trials(tried: Sequence[Trial], arms: Sequence[Arm]) -> list[str]:
@@ -214,7 +195,8 @@ def run_arm(study: str, arm: Arm, seed: int, quick: bool, device: str = "auto") 
         assert isinstance(arm.task, Text)
         training = arm.learning.train
         with trained_on_text(arm.model, arm.task, training, seed, device) as trained:
-            curve, flops = get(study).measure(trained, arm, quick), float(trained.flops)
+            curve = get(study).measure(trained, arm, quick)
+            flops = sum(step.flops for step in trained.history)
     else:
         curve, flops = _learned(get(study), arm, seed, quick, device)
     return RunResult(
@@ -233,17 +215,15 @@ def _learned(
     study: Study, arm: Arm, seed: int, quick: bool, device: str
 ) -> tuple[dict[str, Any], float]:
     """(curve, training FLOPs) of an arm that learns a task."""
-    assert isinstance(arm.learning, Learning) and not isinstance(arm.task, Text)
-    model = OpenMythos(arm.model, seed=seed).to(choose_device(device))
-    measure, snapshots = study.measure, study.snapshots
+    assert isinstance(arm.learning, Learning)
+    trainer = task_trainer(arm.learning.config(arm.model, arm.problems, seed, device))
     steps, flops, by_step = arm.learning.num_steps, 0.0, {}
-    for progress in learn(model, arm.task, arm.learning, seed):
-        flops += progress.flops
-        done = progress.step + 1
-        if done * snapshots // steps > progress.step * snapshots // steps:
-            by_step[str(done)] = measure(model, arm, quick)
-            model.train()
-    curve = measure(model, arm, quick)
+    for metrics in trainer.steps():
+        flops += metrics.flops
+        done = metrics.step + 1
+        if done * study.snapshots // steps > metrics.step * study.snapshots // steps:
+            by_step[str(done)] = study.measure(trainer.model, arm, quick)
+    curve = study.measure(trainer.model, arm, quick)
     if by_step:
         curve["by_step"] = by_step
     return curve, flops

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 
 from openmythos.analysis import study_plots
+from openmythos.analysis.stability import spectral_radius
 from openmythos.data.loader import evaluation_windows
 from openmythos.recurrence.injection import (
     LTI,
     Add,
     Concat,
-    ConcatInjection,
     Injection,
-    LTIInjection,
     NoInjection,
 )
 from openmythos.recurrence.loop_sampling import Granularity, PoissonLoops
-from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm
+from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, factors_of
 from openmythos.studies.text import Text, TextLearning, TextRun, text_model
 from openmythos.train.config import TrainConfig
 from openmythos.train.optim import WSD, AdamW
@@ -54,6 +53,7 @@ def arms() -> list[Arm]:
     return [
         Arm(
             name=name_of(name, per, rate),
+            factors={"injection": name, "per": per},
             model=text_model(injection),
             task=Text(),
             learning=TextLearning(
@@ -82,26 +82,13 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
     return {
         "losses": [loss if math.isfinite(loss) else None for loss in losses],
         "largest_gradient": _finite(max(step.gradient_norm for step in trained.history)),
-        "radius": radius(trained),
+        "radius": _finite(spectral_radius(trained.model.recurrent.injection)),
         "state_rms": {str(n): _finite(size) for n, size in zip(loops, sizes, strict=True)},
     }
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def radius(trained: TextRun) -> float | None:
-    """rho of the linear map from one loop's state to the next loop's input."""
-    injection = trained.model.recurrent.injection
-    if isinstance(injection, LTIInjection):
-        return float(injection.discretize()[0].max())
-    if isinstance(injection, ConcatInjection):
-        weight = injection.state_map.weight
-        if not bool(weight.isfinite().all()):
-            return None
-        return float(torch.linalg.eigvals(weight.cpu()).abs().max())
-    return 1.0
 
 
 def final_loss(result: RunResult) -> float:
@@ -131,14 +118,23 @@ def rho(result: RunResult) -> float:
     return math.inf if radius is None else radius
 
 
+def state_rms(result: RunResult) -> dict[int, float | None]:
+    """Size of the state by loops; None where it is not finite."""
+    return {int(loops): size for loops, size in result.curve["state_rms"].items()}
+
+
 def overflows(result: RunResult) -> bool:
     """Whether the mean square of the state leaves fp32 at the most loops that were run."""
-    sizes = result.curve["state_rms"]
-    return sizes[max(sizes, key=int)] is None
+    sizes = state_rms(result)
+    return sizes[max(sizes)] is None
 
 
-def _of(results: Sequence[RunResult], injection: str, per: str = "") -> list[RunResult]:
-    return [r for r in results if r.arm.startswith(f"{injection}, per {per}")]
+def by_injection(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    factors = factors_of(arms())
+    return {
+        name: [run for run in results if factors[run.arm]["injection"] == name]
+        for name in INJECTIONS
+    }
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
@@ -146,16 +142,14 @@ def judge(results: Sequence[RunResult]) -> Finding:
     whose linear part is learned freely, at least a fifth of the runs have rho > 1 and a fifth
     overflow. Training: LTI never diverges, with every other injection at least a fifth of the runs
     do, and the best loss of LTI is within 2% of the best of any."""
-    runs_of = {name: _of(results, name) for name in INJECTIONS}
+    runs_of = by_injection(results)
     share = {name: statistics.mean(map(diverged, runs)) for name, runs in runs_of.items()}
     overflow = {name: sum(map(overflows, runs)) for name, runs in runs_of.items()}
     above = {name: sum(rho(run) > 1 for run in runs) for name, runs in runs_of.items()}
     largest = {name: max(map(rho, runs)) for name, runs in runs_of.items()}
-    groups = by_arm(results)
-    means = {name: statistics.mean(map(final_loss, runs)) for name, runs in groups.items()}
     best = {
-        name: min(loss for arm, loss in means.items() if arm.startswith(f"{name},"))
-        for name in INJECTIONS
+        name: min(statistics.mean(map(final_loss, same)) for same in by_arm(runs).values())
+        for name, runs in runs_of.items()
     }
     lti, concat, count = len(runs_of["LTI"]), len(runs_of["concat"]), len(results)
     bounded = largest["LTI"] < 1 and overflow["LTI"] == 0
@@ -189,11 +183,11 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def _table(results: Sequence[RunResult]) -> Iterator[dict[str, str]]:
     """A row per injection and learning rate."""
-    for name in INJECTIONS:
+    for name, same in by_injection(results).items():
         for rate in RATES:
-            runs = [run for run in _of(results, name) if run.rate == rate]
+            runs = [run for run in same if run.rate == rate]
             radii = sorted(map(rho, runs))
-            at = {n: [run.curve["state_rms"].get(str(n)) for run in runs] for n in (4, max(LOOPS))}
+            at = {n: [state_rms(run).get(n) for run in runs] for n in (4, max(LOOPS))}
             yield {
                 "injection": name,
                 "learning rate": f"{rate:g}",
@@ -218,16 +212,16 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     radii: dict[str, dict[float, list[float]]] = {}
     sizes: dict[float, dict[str, list[Mapping[int, float | None]]]] = {}
     rows: list[dict[str, object]] = []
-    for name in INJECTIONS:
-        for run in _of(results, name):
+    for name, runs in by_injection(results).items():
+        for run in runs:
             loss.setdefault(name, {}).setdefault(run.rate, []).append(final_loss(run))
             radii.setdefault(name, {}).setdefault(run.rate, []).append(rho(run))
-            by_loops = {int(n): size for n, size in run.curve["state_rms"].items()}
+            by_loops = state_rms(run)
             sizes.setdefault(run.rate, {}).setdefault(name, []).append(by_loops)
             rows.append(
                 {"arm": run.arm, "seed": run.seed, "final_loss": final_loss(run)}
                 | {"diverged": diverged(run), "radius": run.curve["radius"]}
-                | {f"state_rms_{n}": value for n, value in run.curve["state_rms"].items()}
+                | {f"state_rms_{n}": value for n, value in by_loops.items()}
             )
     return study_plots.stability(loss, radii, sizes, trained_loops=4), rows
 

@@ -7,9 +7,11 @@ goes on where it stopped and nothing is run twice.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from scipy.special import stdtrit
 
 from openmythos.config import ConfigError, from_dict, to_dict
 from openmythos.model.config import MythosConfig
@@ -21,8 +23,8 @@ from openmythos.train.config import TrainConfig
 # "premise not met": what the claim takes for granted is not so here (such as that sharing weights
 # costs something), so that it was not tested, whatever the other bars say.
 Verdict = Literal["holds", "holds in part", "does not hold here", "premise not met"]
-# Two-sided 95% quantiles of Student's t by degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+Curve = dict[int, float]  # by loops
+Grid = dict[int, Curve]  # by hops, then by loops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class Arm:
 
     Where `rates` names learning rates, each is tried with one step of `trial_share` and
     `trial_seeds` seeds that no run has; the runs take the one that fits best in the mean. Otherwise
-    they take the optimizer's own.
+    they take the optimizer's own. `factors` are what the arms differ in, by which a study groups
+    them.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Arm:
     task: Task | Text
     learning: Learning | TextLearning
     why: str = ""  # what this arm controls for
+    factors: dict[str, str] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     trial_share: int = 3
     trial_seeds: int = 1
@@ -103,7 +107,8 @@ class Arm:
             return replace(short, task=self.task.quick(), trial_seeds=1)
         assert isinstance(self.learning, Learning)
         first = max(2, self.learning.min_hops)
-        return self._changed(num_steps=3, max_hops=first + 1, first_hops=first, batch_size=4)
+        most = min(first + 1, self.learning.max_hops)
+        return self._changed(num_steps=3, max_hops=most, first_hops=first, batch_size=4)
 
     @property
     def _learned(self) -> Learning | TrainConfig:
@@ -184,7 +189,7 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of the 95% interval by Student's t; one value has none (nan)."""
     if len(values) < 2:
         return values[0], math.nan
-    quantile = _T95[len(values) - 2] if len(values) <= len(_T95) + 1 else 1.96
+    quantile = float(stdtrit(len(values) - 1, 0.975))
     return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -212,6 +217,26 @@ def plus_minus(values: Sequence[float], digits: int = 3) -> str:
 def as_sentence(statements: Mapping[str, bool]) -> str:
     """What was asked, each with whether it is so."""
     return "; ".join(f"{text} ({'yes' if so else 'no'})" for text, so in statements.items()) + "."
+
+
+def factors_of(arms: Iterable[Arm]) -> dict[str, dict[str, str]]:
+    """The factors of each arm, by its name: results do not hold them."""
+    return {arm.name: arm.factors for arm in arms}
+
+
+def curve_of(stored: Mapping[str, Any]) -> Curve:
+    """A curve by loops as results.json holds it."""
+    return {int(loops): float(value) for loops, value in stored.items()}
+
+
+def grid_of(stored: Mapping[str, Any]) -> Grid:
+    """A grid by hops and loops as results.json holds it."""
+    return {int(hops): curve_of(row) for hops, row in stored.items()}
+
+
+def to_json(grid: Mapping[int, Any]) -> dict[str, Any]:
+    """A curve or a grid, as JSON has it: its keys are strings."""
+    return {str(n): to_json(x) if isinstance(x, Mapping) else x for n, x in grid.items()}
 
 
 def by_arm(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 
 from openmythos.analysis import study_plots
+from openmythos.eval.likelihood import logits_by_loops
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import looped, stacked
-from openmythos.studies.learning import Learning, TiedLoops
+from openmythos.studies.learning import Learning
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, percent
 from openmythos.tasks import SystematicHops
+from openmythos.tasks.curriculum import TiedLoops
 from openmythos.tasks.split import Part
 from openmythos.train.optim import WSD, AdamW
+from openmythos.train.task_source import accuracy
 
 # 213 pairs of facts that are always alone; see `not_shown` for how this was found.
 TASK = SystematicHops(num_entities=25, num_relations=28, alone=0.105)
@@ -87,12 +90,9 @@ def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
         first = torch.unique(batch.tokens, dim=0, return_inverse=True)[1]
         order = torch.stack([(first == i).nonzero()[0, 0] for i in range(int(first.max()) + 1)])
         tokens, answers = (x[order].to(model.device) for x in (batch.tokens, batch.answers()))
-        out = model(tokens, num_loops=max(loops), collect_loops=loops, last_only=True)
-        by_loops = dict(zip(out.recurrence.collected, out.loop_logits, strict=True))
         found[part] = {"pairs": len(tokens)}
-        for loop in loops:
-            logits = by_loops.get(loop, out.logits)[:, 0]
-            found[part][str(loop)] = float((logits.argmax(dim=-1) == answers).float().mean())
+        for loop, logits in logits_by_loops(model, tokens, loops, last_only=True).items():
+            found[part][str(loop)] = float(accuracy(logits[:, 0], answers))
     return found
 
 

@@ -20,14 +20,17 @@ from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
 from openmythos.studies.study import (
     Arm,
+    Curve,
     Finding,
     RunResult,
     Study,
     Verdict,
     as_sentence,
     by_arm,
+    curve_of,
     mean_and_half_width,
     plus_minus,
+    to_json,
 )
 from openmythos.studies.text import TextRun, text_model, text_training
 
@@ -71,7 +74,7 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
         )
         for name, policy in POLICIES.items()
     }
-    by_loops = {str(n): likelihood.nats_per_token for n, likelihood in found.items()}
+    by_loops = to_json({n: likelihood.nats_per_token for n, likelihood in found.items()})
     return {"nats_by_loops": by_loops, "nats_by_policy": policies}
 
 
@@ -104,13 +107,14 @@ def fitted(curve: Mapping[int, float], law: str) -> dict[int, float]:
     return {int(n): float(value) for n, value in zip(loops, best[1], strict=True)}
 
 
-def curve_of(result: RunResult) -> dict[int, float]:
-    return {int(n): loss for n, loss in result.curve["nats_by_loops"].items()}
+def nats(result: RunResult) -> Curve:
+    """Held-out loss by loops."""
+    return curve_of(result.curve["nats_by_loops"])
 
 
 def fit(result: RunResult) -> float:
     """Less loss at the mean number of loops is better."""
-    return -_at_mean(curve_of(result))
+    return -_at_mean(nats(result))
 
 
 def _at_mean(curve: Mapping[int, float]) -> float:
@@ -120,8 +124,8 @@ def _at_mean(curve: Mapping[int, float]) -> float:
 
 def _added(result: RunResult, policy: str) -> float:
     """Nats that a cache policy costs over the exact one."""
-    nats: Mapping[str, float] = result.curve["nats_by_policy"]
-    return nats[policy] - nats["exact"]
+    by_policy: Mapping[str, float] = result.curve["nats_by_policy"]
+    return by_policy[policy] - by_policy["exact"]
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
@@ -132,7 +136,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     better than a power law, by more than the interval. Per-sequence sampling is better at 1 loop
     than per-batch."""
     groups = by_arm(results)
-    base = [curve_of(run) for run in groups[BASE]]
+    base = [nats(run) for run in groups[BASE]]
     last, middle = max(base[0]), min(8, max(base[0]))
     gain, half = mean_and_half_width([curve[1] - curve[middle] for curve in base])
     drift = statistics.mean(curve[last] - min(curve.values()) for curve in base)
@@ -142,8 +146,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     exponential, power = (statistics.mean(errors) for errors in laws.values())
     better, spread = mean_and_half_width([p - e for e, p in zip(*laws.values(), strict=True)])
     low = {
-        name: statistics.mean(curve_of(run)[1] for run in groups[name])
-        for name in (BASE, "per batch")
+        name: statistics.mean(nats(run)[1] for run in groups[name]) for name in (BASE, "per batch")
     }
     sure = half if half == half else 0.0
     errors = f"an exponential errs by {exponential:.4f}, a power law by {power:.4f}"
@@ -166,9 +169,9 @@ def judge(results: Sequence[RunResult]) -> Finding:
         {
             "arm": name,
             **{
-                f"{n} loop{'s' * (n > 1)}": plus_minus([curve_of(r)[n] for r in runs])
+                f"{n} loop{'s' * (n > 1)}": plus_minus([nats(r)[n] for r in runs])
                 for n in (1, 2, 4, 8, 32)
-                if n in curve_of(runs[0])
+                if n in nats(runs[0])
             },
             **{
                 f"cache: {policy}": plus_minus([_added(r, policy) for r in runs])
@@ -199,15 +202,15 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     laws: dict[str, dict[int, list[float]]] = {}
     rows: list[dict[str, object]] = []
     for run in results:
-        for loops, loss in curve_of(run).items():
-            above = loss - _at_mean(curve_of(run))
+        for loops, loss in nats(run).items():
+            above = loss - _at_mean(nats(run))
             by_loops.setdefault(run.arm, {}).setdefault(loops, []).append(above)
             rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "nats": loss})
         if run.arm == BASE:
             laws.setdefault("measured", {})
             for law in ("exponential", "power law"):
-                for loops, loss in fitted(curve_of(run), law).items():
-                    above = loss - _at_mean(curve_of(run))
+                for loops, loss in fitted(nats(run), law).items():
+                    above = loss - _at_mean(nats(run))
                     laws.setdefault(law, {}).setdefault(loops, []).append(above)
         for policy, loss in run.curve["nats_by_policy"].items():
             rows.append({"arm": run.arm, "seed": run.seed, "policy": policy, "nats": loss})

@@ -13,11 +13,10 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
-from openmythos.planning import cost
 from openmythos.recurrence.injection import Injection, NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
-from openmythos.recurrence.loop_sampling import LoopSampling, sample_loops
-from openmythos.train.config import DataConfig, RunConfig, TrainConfig
+from openmythos.recurrence.loop_sampling import LoopSampling
+from openmythos.train.config import RunConfig, TextData, TrainConfig
 from openmythos.train.optim import WSD, AdamW
 from openmythos.train.run import Run, train
 from openmythos.train.trainer import StepMetrics
@@ -30,7 +29,7 @@ class Text:
     """What is read: its first `data.limit_mb` megabytes, in tokens of a BPE made from them."""
 
     kind: Literal["text"] = "text"
-    data: DataConfig = field(default_factory=lambda: DataConfig(limit_mb=4.0, held_out=0.06))
+    data: TextData = field(default_factory=lambda: TextData(limit_mb=4.0, held_out=0.06))
     tokenizer: BPE = field(default_factory=lambda: BPE(vocab_size=1024))
 
     @property
@@ -53,7 +52,6 @@ class TextRun(NamedTuple):
     """What training on text leaves for a measure."""
 
     model: OpenMythos
-    flops: int | float  # of training
     history: tuple[StepMetrics, ...]
     held_out: TokenShards
 
@@ -101,23 +99,4 @@ def trained_on_text(
         config = RunConfig(model=model, tokenizer=text.tokenizer, data=text.data, train=training)
         run = Run.create(Path(folder) / "run", config)
         history = tuple(train(run))
-        flops = flops_of_training(model, training)
-        yield TextRun(run.load_model(device), flops, history, run.shards("held_out"))
-
-
-def flops_of_training(model: MythosConfig, training: TrainConfig) -> float:
-    """Of all steps; which sequence runs how many loops is a function of seed and step."""
-    per_token = cost.TrainingFlops(model, training.seq_len).per_token
-    counts = (
-        sample_loops(
-            training.loops,
-            training.curriculum,
-            batch=training.batch_size,
-            seed=training.seed,
-            step=step,
-            num_steps=training.num_steps,
-        )
-        for step in range(training.num_steps)
-    )
-    loops = (n for drawn in counts for n in drawn.tolist())
-    return training.seq_len * sum(per_token(n, training.backprop_loops) for n in loops)
+        yield TextRun(run.load_model(device), history, run.shards("held_out"))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from openmythos.analysis import study_plots
+from openmythos.eval.accuracy import accuracy_map
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
@@ -14,7 +15,7 @@ from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops, UniformLoops
 from openmythos.studies.depth_extrapolation import best, fit, looped
-from openmythos.studies.learning import Learning, accuracy_map
+from openmythos.studies.learning import Learning
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -22,9 +23,12 @@ from openmythos.studies.study import (
     Study,
     Verdict,
     by_arm,
+    factors_of,
+    grid_of,
     mean_and_half_width,
     percent,
     plus_minus,
+    to_json,
 )
 from openmythos.tasks import KHop
 
@@ -80,47 +84,37 @@ def arms() -> list[Arm]:
         ),
         "gradient: last 4 loops": replace(learning, backprop_loops=4),
     }
-    pairs = [(name, model, learning) for name, model in models.items()]
-    pairs += [(name, base, changed) for name, changed in learnings.items()]
     longer = replace(learning, num_steps=3 * learning.num_steps)
-    task = KHop()
-    found = [
-        Arm(name=name, model=model, task=task, learning=how, rates=RATES)
-        for name, model, how in pairs
-    ]
-    found += [
-        Arm(
-            name=name + FULL,
-            model=models[name],
-            task=task,
-            learning=learning,
-            rates=RATES,
-            trial_share=1,
+
+    def arm(change: str, how: Learning, training: str = "", **rest: Any) -> Arm:
+        return Arm(
+            name=change + training,
+            model=models.get(change, base),
+            task=KHop(),
+            learning=how,
+            factors={"change": change, "training": training},
+            **rest,
         )
-        for name in TRIED_IN_FULL
+
+    return [
+        *(arm(name, learning, rates=RATES) for name in models),
+        *(arm(name, how, rates=RATES) for name, how in learnings.items()),
+        *(arm(name, learning, FULL, rates=RATES, trial_share=1) for name in TRIED_IN_FULL),
+        *(arm(name, longer, LONGER).at_rate(rate) for name, rate in LONG.items()),
     ]
-    for name, rate in LONG.items():
-        long = Arm(name=name + LONGER, model=models[name], task=task, learning=longer)
-        found.append(long.at_rate(rate))
-    return found
 
 
 def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     """Accuracy by hops and loops."""
     hops, loops = ((2, 15), (2, 6)) if quick else (HOPS, LOOPS)
     found = accuracy_map(model, arm.problems, hops, loops, examples=20 if quick else 400)
-    return {str(h): {str(t): share for t, share in row.items()} for h, row in found.items()}
+    return to_json(found)
 
 
 def beyond(result: RunResult) -> float:
     """Mean accuracy beyond the training range, each number of hops at its best loops."""
-    asked = [hops for hops in BEYOND if str(hops) in result.curve]
+    asked = [hops for hops in BEYOND if hops in grid_of(result.curve)]
     return sum(best(result, hops) for hops in asked) / len(asked)
-
-
-def change_of(arm: str) -> str:
-    """What an arm changes, however it is trained."""
-    return arm.removesuffix(LONGER).removesuffix(FULL)
 
 
 def effects(results: Sequence[RunResult]) -> dict[str, list[float]]:
@@ -129,7 +123,7 @@ def effects(results: Sequence[RunResult]) -> dict[str, list[float]]:
     An arm whose rate was tried in full is compared with a base whose rate was, too; where it came
     to the rate that the arm had before, it is the same runs again, and left out.
     """
-    groups = by_arm(results)
+    groups, factors = by_arm(results), factors_of(arms())
     bases = {
         name: {run.seed: beyond(run) for run in groups[name]}
         for name in (BASE, BASE + FULL)
@@ -137,11 +131,11 @@ def effects(results: Sequence[RunResult]) -> dict[str, list[float]]:
     }
     found = {}
     for name, runs in groups.items():
-        change = change_of(name)
-        again = name.endswith(FULL) and runs[0].rate == groups[change][0].rate
+        change, in_full = factors[name]["change"], factors[name]["training"] == FULL
+        again = in_full and runs[0].rate == groups[change][0].rate
         if name == BASE or (again and change != BASE):
             continue
-        in_full = name.endswith(FULL) and change != BASE
+        in_full &= change != BASE
         base = bases[BASE + FULL if in_full else BASE]
         found[name] = [beyond(run) - base[run.seed] for run in runs if run.seed in base]
     return found
@@ -155,19 +149,19 @@ def costs(values: Sequence[float]) -> bool:
 
 def overthinking(runs: Sequence[RunResult]) -> tuple[float, float]:
     """Mean accuracy at LATE hops at each run's best number of loops, and at the most loops."""
-    asked = max(int(hops) for hops in runs[0].curve if int(hops) <= LATE)
-    rows = [run.curve[str(asked)] for run in runs]
+    asked = max(hops for hops in grid_of(runs[0].curve) if hops <= LATE)
+    rows = [grid_of(run.curve)[asked] for run in runs]
     at_best = statistics.mean(max(row.values()) for row in rows)
-    return at_best, statistics.mean(row[max(row, key=int)] for row in rows)
+    return at_best, statistics.mean(row[max(row)] for row in rows)
 
 
 class Changes(NamedTuple):
-    """What the changes do, told with their points: each stands in one place."""
+    """What each change does, told with its points: each stands in one place."""
 
-    needed: list[str]  # of CARRIES: costs in every comparison
-    faster: list[str]  # of CARRIES: costs at equal steps, not after more
-    harmless: list[float]  # of the others, their worst points
-    wrong: list[str]
+    needed: dict[str, str]  # of CARRIES: costs in every comparison
+    faster: dict[str, str]  # of CARRIES: costs at equal steps, not after more
+    harmless: dict[str, float]  # of the others, their worst points
+    wrong: dict[str, str]
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
@@ -175,11 +169,12 @@ def judge(results: Sequence[RunResult]) -> Finding:
     attention, must each cost more than 5 points (by the interval) in every comparison; no other
     change may cost more in any (in the mean). In part: one of the first does, and most of the
     others do not. The base at another rate is no claim."""
-    groups, changes = by_arm(results), effects(results)
+    groups, changes, factors = by_arm(results), effects(results), factors_of(arms())
     by_change: dict[str, dict[str, list[float]]] = {}
     for name, values in changes.items():
         if name != BASE + FULL:
-            by_change.setdefault(change_of(name), {})[name] = values
+            change, training = factors[name]["change"], factors[name]["training"]
+            by_change.setdefault(change, {})[training] = values
     found = _sorted_out(by_change)
     others = len(by_change) - len(CARRIES)
     verdict: Verdict = "does not hold here"
@@ -191,34 +186,34 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"{len(found.needed)} of {len(CARRIES)} parts needed; {len(found.wrong)} not as claimed."
     )
     if found.faster:
+        first = next(iter(found.faster))
         catches_up, full = (
             f"{100 * statistics.mean(best(run, BEYOND[-1]) for run in groups[name + LONGER]):.1f}%"
-            for name in (found.faster[0].split(" (")[0], FULL_ATTENTION)
+            for name in (first, FULL_ATTENTION)
         )
-        name = found.faster[0].split(" (")[0].split()[-1]
         brief = (
-            f"LTI is faster, not needed: {name} reaches {catches_up} with 3x steps, full attention "
-            f"{full}."
+            f"LTI is faster, not needed: {first.split()[-1]} reaches {catches_up} with 3x steps, "
+            f"full attention {full}."
         )
     return Finding(verdict, _sentence(found, groups, changes), _table(groups, changes), brief)
 
 
 def _sorted_out(by_change: Mapping[str, Mapping[str, Sequence[float]]]) -> Changes:
-    found = Changes([], [], [], [])
+    found = Changes({}, {}, {}, {})
     for change, arms_of in by_change.items():
-        told = f"{change} ({_points(change, arms_of)})"
+        told = f"{change} ({_points(arms_of)})"
         if change not in CARRIES:
             worst = min(map(statistics.mean, arms_of.values()))
             if worst < -TOLERANCE:
-                found.wrong.append(told)
+                found.wrong[change] = told
             else:
-                found.harmless.append(100 * worst)
+                found.harmless[change] = 100 * worst
         elif all(map(costs, arms_of.values())):
-            found.needed.append(told)
-        elif all(costs(v) for name, v in arms_of.items() if not name.endswith(LONGER)):
-            found.faster.append(told)
+            found.needed[change] = told
+        elif all(costs(v) for training, v in arms_of.items() if training != LONGER):
+            found.faster[change] = told
         else:
-            found.wrong.append(told)
+            found.wrong[change] = told
     return found
 
 
@@ -227,16 +222,17 @@ def _sentence(
     groups: Mapping[str, Sequence[RunResult]],
     changes: Mapping[str, Sequence[float]],
 ) -> str:
-    needed = ", ".join(found.needed) or "nothing"
+    needed = ", ".join(found.needed.values()) or "nothing"
     parts = [f"Needed, as claimed, also with 3 times the steps: {needed}"]
     if found.faster:
-        faster = ", ".join(found.faster)
+        faster = ", ".join(found.faster.values())
         parts.append(f"needed at equal steps alone, so that LTI is faster, not needed: {faster}")
     if found.harmless:
-        span = f"{min(found.harmless):+.0f} to {max(found.harmless):+.0f} points"
+        worst = found.harmless.values()
+        span = f"{min(worst):+.0f} to {max(worst):+.0f} points"
         parts.append(f"harmless, as claimed: {len(found.harmless)} changes ({span})")
     if found.wrong:
-        parts.append(f"not as claimed: {', '.join(found.wrong)}")
+        parts.append(f"not as claimed: {', '.join(found.wrong.values())}")
     sentence = f"Change beyond training in points. {'; '.join(parts)}."
     if BASE + FULL in changes:
         lost = [a - b for a, b in (overthinking(groups[name]) for name in (BASE, BASE + FULL))]
@@ -273,11 +269,11 @@ def _table(
     return table
 
 
-def _points(change: str, arms_of: Mapping[str, Sequence[float]]) -> str:
-    """What a change does in each comparison."""
-    where = {change: "", change + FULL: "at a rate tried in full ", change + LONGER: "3x steps "}
+def _points(arms_of: Mapping[str, Sequence[float]]) -> str:
+    """What a change does in each comparison, by the training."""
+    where = {"": "", FULL: "at a rate tried in full ", LONGER: "3x steps "}
     return ", ".join(
-        f"{where[name]}{100 * statistics.mean(values):+.0f}" for name, values in arms_of.items()
+        f"{where[how]}{100 * statistics.mean(values):+.0f}" for how, values in arms_of.items()
     )
 
 
@@ -286,27 +282,26 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
 
     An arm that is another's runs again is not drawn.
     """
-    groups, changes = by_arm(results), effects(results)
+    groups, changes, factors = by_arm(results), effects(results), factors_of(arms())
     rows = [
-        {"arm": r.arm, "seed": r.seed, "hops": int(h), "loops": int(t), "accuracy": share}
+        {"arm": r.arm, "seed": r.seed, "hops": hops, "loops": loops, "accuracy": share}
         for r in results
-        for h, row in r.curve.items()
-        for t, share in row.items()
+        for hops, row in grid_of(r.curve).items()
+        for loops, share in row.items()
     ]
     titles = {"": f"{STEPS} steps", FULL: f"{STEPS} steps, another rate", LONGER: "3x steps"}
     shares: dict[str, dict[str, list[float]]] = {title: {} for title in titles.values()}
     lost: dict[str, dict[str, tuple[float, float]]] = {title: {} for title in titles.values()}
     for name, runs in groups.items():
         if name == BASE or name in changes:
-            change = change_of(name)
-            title = titles[name.removeprefix(change)]
+            change, title = factors[name]["change"], titles[factors[name]["training"]]
             shares[title][change] = [100 * beyond(run) for run in runs]
             at_best, at_most = overthinking(runs)
             lost[title][change] = (100 * at_best, 100 * at_most)
     figure = study_plots.comparisons(
         shares,
         lost,
-        order=list(dict.fromkeys(map(change_of, groups))),
+        order=list(dict.fromkeys(factors[name]["change"] for name in groups)),
         x_label=f"accuracy at\n{BEYOND[0]} to {BEYOND[-1]} hops [%]",
         change_label=f"accuracy at {LATE} hops [%]:\nbest (full), {max(LOOPS)} loops (hollow)",
     )

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ class Counters(NamedTuple):
     """Of a run, besides its tensors.
 
     `passed` counts the batches that a rollback went past, `recent` holds the losses by which the
-    next one is known for a spike.
+    next one is known for a spike, `source` is the state of the data.
     """
 
     step: int = 0  # the next one
@@ -62,6 +63,7 @@ class Counters(NamedTuple):
     rollbacks: int = 0
     passed: int = 0
     recent: tuple[float, ...] = ()
+    source: Mapping[str, Any] = MappingProxyType({})
 
 
 class CheckpointWriter:
@@ -133,7 +135,8 @@ class CheckpointWriter:
             if rank:
                 return
             storage.write_config(config, temporary / storage.CONFIG_FILE)
-            write_json(counters._asdict(), temporary / TRAINING_FILE)
+            saved = counters._asdict() | {"source": dict(counters.source)}
+            write_json(saved, temporary / TRAINING_FILE)
             files = sorted(temporary.iterdir())
             write_json({file.name: sha256_of(file) for file in files}, temporary / CHECKSUMS_FILE)
             _sync(temporary)
@@ -243,11 +246,11 @@ def load_training(checkpoint: Path, model: OpenMythos, optimizers: Optimizers) -
 
 
 def _load_counters(path: Path) -> Counters:
-    saved = read_json(path)
+    saved = {"source": {}} | read_json(path)  # older versions had none
     for name in Counters._fields:
         if name not in saved:
             raise ConfigError(f"{path}: {name}: missing, must be given")
-    for name in Counters._fields[:-1]:
+    for name in ("step", "skipped", "rollbacks", "passed"):
         require_int(f"{path}: {name}", saved[name], minimum=0)
     recent = saved["recent"]
     require(isinstance(recent, list), f"{path}: recent", recent, "must be a list")

@@ -13,6 +13,8 @@ from openmythos.recurrence.loop_sampling import (
     NoCurriculum,
     PoissonLoops,
 )
+from openmythos.tasks import KHop, Task
+from openmythos.tasks.curriculum import HopCurriculum, TiedLoops
 from openmythos.train.guards import NoSpikes, Spikes
 from openmythos.train.loss import FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
@@ -25,7 +27,7 @@ MAX_STEP_TOKENS = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class TextData:
     """Where text comes from; see `data.corpus.Corpus` for what a path may be.
 
     `held_out` is the share of documents never trained on, `field` the text column of JSONL and
@@ -35,6 +37,7 @@ class DataConfig:
     are read at the shares of `weights`, one for each (none: each as often as it has tokens).
     """
 
+    kind: Literal["text"] = "text"
     paths: tuple[str, ...] = ("stdlib",)
     field: str = "text"
     held_out: float = 0.04
@@ -57,7 +60,7 @@ class DataConfig:
             allowed = "only prepared folders can be weighted, see `openmythos data prepare`"
             require(not self.weights, "data.weights", list(self.weights), allowed)
             return
-        usual = DataConfig()
+        usual = TextData()
         for name in ("field", "held_out", "limit_mb", "skip_bad_rows"):
             value = getattr(self, name)
             allowed = "was decided when the folder was prepared; leave it as it is"
@@ -65,11 +68,23 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskData(HopCurriculum):
+    """Problems of a task; every step draws new ones."""
+
+    kind: Literal["task"] = "task"
+    task: Task = field(default_factory=KHop)
+
+
+Data = TextData | TaskData
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train.
 
-    A step sees batch_size sequences of seq_len tokens, in micro-batches of micro_batch_size (0: all
-    at once). Loops are drawn from `loops` under `curriculum`; only the last backprop_loops of each
+    A step sees batch_size sequences of seq_len tokens (of a task: of as many as its problems have),
+    in micro-batches of micro_batch_size (0: all at once). Loops are drawn from `loops` under
+    `curriculum`, "tied" ones, of tasks alone, follow the hops; only the last backprop_loops of each
     sequence carry gradient (0: all). `mask_documents` keeps attention inside each packed document.
     precision "bf16" is autocast over fp32 weights; "auto" is bf16 where the device computes it
     natively, else fp32 (see `train.precision`). Of checkpoints the newest keep_checkpoints stay,
@@ -81,7 +96,7 @@ class TrainConfig:
     micro_batch_size: int = 0
     seq_len: int = 256
     seed: int = 0
-    loops: LoopSampling = field(default_factory=PoissonLoops)
+    loops: LoopSampling | TiedLoops = field(default_factory=PoissonLoops)
     curriculum: LoopCurriculum = field(default_factory=NoCurriculum)
     backprop_loops: int = 0
     loss: Loss = field(default_factory=FinalLoss)
@@ -143,13 +158,13 @@ class TrainConfig:
 class RunConfig:
     """Everything that a run is a function of.
 
-    The model's vocabulary follows the tokenizer: `model.vocab_size` is raised to it where it is
-    smaller, so that `model` alone need not know the text.
+    The model's vocabulary follows the tokenizer or the task: `model.vocab_size` is raised to it
+    where it is smaller, so that `model` alone need not know the data. A task needs no tokenizer.
     """
 
     model: MythosConfig = field(default_factory=MythosConfig)
     tokenizer: TokenizerChoice = field(default_factory=Bytes)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Data = field(default_factory=TextData)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -159,3 +174,10 @@ class RunConfig:
             self.train.seq_len,
             f"must be at most model.context = {self.model.context}",
         )
+        loops, curriculum = self.train.loops, self.train.curriculum
+        if isinstance(loops, TiedLoops):
+            allowed = "follows the hops of a task; of text choose another"
+            require(isinstance(self.data, TaskData), "train.loops.kind", loops.kind, allowed)
+            unchanged = isinstance(curriculum, NoCurriculum)
+            allowed = "must be none with tied loops"
+            require(unchanged, "train.curriculum.kind", curriculum.kind, allowed)

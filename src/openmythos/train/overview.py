@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from openmythos.config import ConfigError, require, to_dict
+from openmythos.data.tokenizer import TOKENIZER_FILE
 from openmythos.files import load_toml, read_json
 from openmythos.model.config import MythosConfig
 from openmythos.planning import cost
-from openmythos.train.config import RunConfig
+from openmythos.train.config import RunConfig, TaskData
+from openmythos.train.folder import CONFIG_FILE
 from openmythos.train.metrics import FILE as METRICS_FILE
 from openmythos.train.metrics import Metrics, read_metrics, recent_median
-from openmythos.train.run import CONFIG_FILE
 from openmythos.train.state import RunState, State, read_state
-
-MARKS = (CONFIG_FILE, "tokenizer.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +57,18 @@ def find_runs(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        if set(MARKS) <= set(files):
+        if CONFIG_FILE in files and (TOKENIZER_FILE in files or _learns_a_task(Path(path))):
             yield Path(path)
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def _learns_a_task(run: Path) -> bool:
+    """Whether the config says so; other programs have files of its name, too."""
+    try:
+        return isinstance(load_toml(RunConfig, run / CONFIG_FILE).data, TaskData)
+    except ConfigError:
+        return False
 
 
 def summarize(run: Path, now: float | None = None) -> RunSummary:
@@ -101,7 +108,10 @@ class _Parts:
 
     def read_evaluation(self, run: Path) -> None:
         if (run / "eval.json").is_file():
-            rows = read_json(run / "eval.json")["held_out"]
+            found = read_json(run / "eval.json")
+            if "accuracy" in found:  # of a task
+                return
+            rows = found["held_out"]
             best = min(rows, key=lambda row: _bits(row["bits_per_byte"]))
             self.best = {"bits_per_byte": best["bits_per_byte"], "loops": best["num_loops"]}
 

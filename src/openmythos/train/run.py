@@ -2,7 +2,7 @@
 
 RUN/
     config.toml                 everything that the run is a function of
-    tokenizer.json
+    tokenizer.json              of text; a task needs neither this nor tokens
     tokens/{train,held_out}/    memory-mapped shards; or
     tokens/prepared.json        the prepared folders that it reads instead, and their sha256
     metrics.jsonl               one object per logged step
@@ -14,9 +14,8 @@ RUN/
 
 import functools
 import logging
-import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ from filelock import FileLock
 
 from openmythos.config import ConfigError, require, to_dict
 from openmythos.data.corpus import Corpus
-from openmythos.data.loader import Loader
+from openmythos.data.loader import BatchSource, Loader
 from openmythos.data.prepared import References
 from openmythos.data.shards import TokenShards, write_shards
-from openmythos.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerFile, load_tokenizer
+from openmythos.data.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
 from openmythos.distributed.ranks import launched_here, rank_and_world_size, wait_for_files
 from openmythos.files import load_toml, save_toml
 from openmythos.machine import Precision, choose_device, choose_precision, slow_precision
@@ -44,21 +43,19 @@ from openmythos.train.checkpoint import (
     load_training,
     step_of,
 )
-from openmythos.train.config import DataConfig, RunConfig
+from openmythos.train.config import RunConfig, TaskData, TextData
+from openmythos.train.folder import CONFIG_FILE, new_folder, require_free
 from openmythos.train.metrics import MetricsLog
-from openmythos.train.state import LOCK_FILE, StateFile, lock
+from openmythos.train.state import StateFile, lock
+from openmythos.train.task_source import TaskSource, fitted
 from openmythos.train.trackers import Trackers, require_packages
 from openmythos.train.trainer import StepMetrics, Trainer
 
-CONFIG_FILE = "config.toml"
-# Where a new run lies until it is whole, and what may be there of one that is not.
-_UNFINISHED = ".unfinished"
-_PARTS = ("tokens", TOKENIZER_FILE, _UNFINISHED)
 Progress = Callable[[str, int], None]
 LOG = logging.getLogger(__name__)
 
 
-def open_data(config: DataConfig) -> Corpus:
+def open_data(config: TextData) -> Corpus:
     """The corpus that a config names."""
     limit = round(config.limit_mb * 1e6) or None
     return Corpus(
@@ -76,7 +73,21 @@ class Run:
 
     folder: Path
     config: RunConfig
-    tokenizer: Tokenizer
+    text_tokenizer: Tokenizer | None  # None: the run learns a task
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises a ConfigError for a run that learns a task."""
+        if self.text_tokenizer is None:
+            raise ConfigError(f"{self.folder}: was trained on a task, not on text")
+        return self.text_tokenizer
+
+    @property
+    def text(self) -> TextData:
+        """Where the text comes from; raises a ConfigError for a run that learns a task."""
+        if not isinstance(self.config.data, TextData):
+            raise ConfigError(f"{self.folder}: was trained on a task, not on text")
+        return self.config.data
 
     @classmethod
     def create(cls, folder: Path, config: RunConfig, progress: Progress | None = None) -> "Run":
@@ -90,16 +101,24 @@ class Run:
         choose_device(config.train.device, "train.device")
         with torch.device("meta"):
             OpenMythos(config.model)  # a model that cannot be built is refused before the work
-        with _new_folder(folder) as unfinished:
-            made = cls._make(unfinished, config, progress or (lambda _stage, _done: None))
+        with new_folder(folder) as unfinished:
+            if isinstance(config.data, TextData):
+                report = progress or (lambda _stage, _done: None)
+                made = cls._with_text(unfinished, config, config.data, report)
+            else:
+                made = cls(unfinished, fitted(config), None)
+            # Refuses a corpus shorter than one window, and ranks that cannot share a batch.
+            made.source(*rank_and_world_size())
+            save_toml(made.config, unfinished / CONFIG_FILE)
         return replace(made, folder=folder)
 
     @classmethod
-    def _make(cls, folder: Path, config: RunConfig, report: Progress) -> "Run":
-        prepared = References.of(config.data.paths)
-        config.data.require_honoured(prepared is not None)
+    def _with_text(cls, folder: Path, config: RunConfig, data: TextData, report: Progress) -> "Run":
+        """With a tokenizer and token shards, of at least one window."""
+        prepared = References.of(data.paths)
+        data.require_honoured(prepared is not None)
         if prepared is None:
-            corpus = open_data(config.data)
+            corpus = open_data(data)
             report("tokenizer", 0)
             tokenizer = config.tokenizer.build(document.text for document in corpus.train())
         else:
@@ -111,23 +130,19 @@ class Run:
             _write_tokens(corpus, tokenizer, folder / "tokens", report)
         else:
             prepared.save(folder / "tokens")
-        made = cls(folder, config, tokenizer)
-        rank, ranks = rank_and_world_size()
-        # Prepared text that is damaged makes no run; several ranks find it when they divide the
-        # reading, as training starts. A Loader refuses a corpus shorter than one window, and
-        # ranks that cannot share a batch.
-        verify = prepared is not None and ranks == 1
-        made.loader(made.sources("train", verify=verify), rank, ranks)
+            # Damaged text makes no run; several ranks find it when they divide the reading.
+            prepared.shards("train", verify=rank_and_world_size()[1] == 1)
         tokenizer.save(folder)
-        save_toml(config, folder / CONFIG_FILE)
-        return made
+        return cls(folder, config, tokenizer)
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
         """Open what `create` made."""
         if not (folder / CONFIG_FILE).is_file():
             raise ConfigError(f"{folder}: is not the folder of a run: it has no {CONFIG_FILE}")
-        return cls(folder, load_toml(RunConfig, folder / CONFIG_FILE), load_tokenizer(folder))
+        config = load_toml(RunConfig, folder / CONFIG_FILE)
+        on_text = isinstance(config.data, TextData)
+        return cls(folder, config, load_tokenizer(folder) if on_text else None)
 
     def shards(self, part: str, *, verify: bool = True) -> TokenShards:
         """Tokens of "train" or "held_out", verified against their checksums."""
@@ -145,9 +160,17 @@ class Run:
             shards.require_tokenizer(self.tokenizer)
         return found
 
-    def loader(self, sources: Sequence[TokenShards], rank: int = 0, world_size: int = 1) -> Loader:
-        """The batches of a rank."""
+    def source(
+        self, rank: int = 0, world_size: int = 1, *, verify: tuple[int, int] | None = None
+    ) -> BatchSource:
+        """The batches of a rank; of text after it has checked share (rank, ranks) of the files."""
         config = self.config.train
+        if isinstance(self.config.data, TaskData):
+            return TaskSource.of(self.config, rank, world_size)
+        sources = self.sources("train", verify=False)
+        if verify is not None:
+            for shards in sources:
+                shards.verify(*verify)
         return Loader(
             sources,
             seq_len=config.seq_len,
@@ -155,7 +178,7 @@ class Run:
             seed=config.seed,
             rank=rank,
             world_size=world_size,
-            weights=self.config.data.weights,
+            weights=self.text.weights,
         )
 
     def load_model(
@@ -191,57 +214,6 @@ class Run:
         if slow is not None:
             LOG.warning(slow)
         return chosen
-
-
-def require_free(folder: Path) -> None:
-    """Raise unless nothing is there, or an empty folder, or what an interrupted `create` left."""
-    if not folder.exists():
-        return
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    interrupted = _UNFINISHED in names and names <= {LOCK_FILE, *_PARTS}
-    if not folder.is_dir() or (names - {LOCK_FILE} and not interrupted):
-        other = f", or --resume {folder}" if CONFIG_FILE in names else ""
-        raise ConfigError(f"{folder}: exists already; choose another --out{other}")
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a place inside the folder to write to; at the end all of it moves into the folder.
-
-    The folder itself is never replaced: it may be a mount point, a link or ".".
-    """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / _UNFINISHED
-    with ExitStack() as stack:
-        stack.callback(lock(folder).release)
-        require_free(folder)
-        try:
-            _remove_parts(folder)
-            unfinished.mkdir()
-            yield unfinished
-            # config.toml comes last: it makes the folder a run.
-            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG_FILE):
-                path.rename(folder / path.name)
-            unfinished.rmdir()
-        except BaseException:
-            (folder / CONFIG_FILE).unlink(missing_ok=True)
-            _remove_parts(folder)
-            (folder / LOCK_FILE).unlink(missing_ok=True)
-            if made:
-                with suppress(OSError):
-                    folder.rmdir()
-            raise
-
-
-def _remove_parts(folder: Path) -> None:
-    """Of a run that is not whole; its mark goes last, by which it is known for one."""
-    for name in _PARTS:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress) -> None:
@@ -299,12 +271,9 @@ def _trainer(
     rank, world_size = rank_and_world_size()
     if rank == 0:
         require_packages(config.trackers)
-    sources = run.sources("train", verify=False)
     # Machines may have copies of their own.
-    for shards in sources:
-        shards.verify(*launched_here())
+    source = run.source(rank, world_size, verify=launched_here())
     wait_for_files()
-    loader = run.loader(sources, rank, world_size)
     found = list_checkpoints(run.folder) if resume else []
     if found:
         kind, trained = config.optimizer.kind, load_toml(RunConfig, run.folder / CONFIG_FILE).train
@@ -313,9 +282,9 @@ def _trainer(
     with torch.device("meta"):
         model = OpenMythos(run.config.model)
     kept = precision.read(run.folder) if found else None
-    trainer = Trainer(model, loader, config, stopping, kept)
+    trainer = Trainer(model, source, config, stopping, kept)
     if found:
-        trainer.counters = load_training(found[-1], trainer.model, trainer.optimizers)
+        trainer.go_on(load_training(found[-1], trainer.model, trainer.optimizers))
     if rank == 0:
         if resume and not found:
             told(f"{run.folder}: no checkpoint yet, training starts at step 0")

@@ -1,12 +1,12 @@
 """The training loop.
 
-A step is a function of (config, seed, step) and the state before it: data order, loops and noise
-are drawn from (seed, step), so a resumed run goes on exactly as the uninterrupted one.
+A step is a function of (config, seed, step) and the state before it: data, loops and noise are
+drawn from (seed, step), so a resumed run goes on exactly as the uninterrupted one.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from openmythos.config import require
-from openmythos.data.loader import Batch, Loader
+from openmythos.data.loader import Batch, BatchSource
 from openmythos.distributed.parallelize import clip_gradients, parallelize, reduce_gradients
 from openmythos.distributed.ranks import (
     full_tensor,
@@ -30,10 +30,12 @@ from openmythos.nn.moe import RouterStats
 from openmythos.planning.cost import TrainingFlops
 from openmythos.recurrence.injection import LTIInjection
 from openmythos.recurrence.loop_sampling import sample_loops
+from openmythos.tasks.curriculum import TiedLoops
 from openmythos.train.checkpoint import Counters
 from openmythos.train.config import TrainConfig
 from openmythos.train.loss import LossParts, training_loss
 from openmythos.train.precision import Dtypes, choose
+from openmythos.types import LoopCounts, NextLogits, TokenIds
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class StepMetrics:
     mean_loops: float
     tokens: int
     tokens_per_second: float
+    flops: float  # of all ranks, forward and backward
     balance: float
     max_violation: float  # of the busiest expert, over recurrent MoE layers
     ponder_cost: float
@@ -58,10 +61,12 @@ class StepMetrics:
     # By loop, means over the positions that run it; empty at steps that are not logged.
     state_rms: tuple[float, ...]
     residual: tuple[float, ...]  # |h' - h| / |h'|
+    data: Mapping[str, float]  # what the data say of themselves, such as the hops reached
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON gives it back."""
         found = asdict(self)
+        found |= found.pop("data")
         return {key: list(x) if isinstance(x, tuple) else x for key, x in found.items()}
 
 
@@ -70,7 +75,7 @@ class StepAbandoned(Exception):  # noqa: N818 - no error: training was asked to 
 
 
 class Trainer:
-    """Trains a model on a loader's batches from step `step` on.
+    """Trains a model on the batches of a source from step `step` on.
 
     A model on the meta device is initialised here, sharded, on `config.device`. Training ends after
     a step at which `stopping` was true on any rank. A single process checks it after every module
@@ -80,12 +85,12 @@ class Trainer:
     def __init__(
         self,
         model: OpenMythos,
-        loader: Loader,
+        source: BatchSource,
         config: TrainConfig,
         stopping: Callable[[], bool] | None = None,
         kept: Dtypes | None = None,
     ) -> None:
-        self.loader, self.config = loader, config
+        self.source, self.config = source, config
         self.rank, self.world_size = rank_and_world_size()
         # Where ranks run other loops, they would call the coda, and gather its weights, less often.
         fits = self.world_size == 1 or not config.loss.collect_loops or config.loops.per == "batch"
@@ -104,12 +109,15 @@ class Trainer:
             compiled=config.compile,
         )
         self.optimizers = config.optimizer.build(self.model, self.dtypes.muon_dtype)
+        vocab_size, allowed = model.config.vocab_size, f"the data need {source.vocab_size}"
+        require(source.vocab_size <= vocab_size, "model.vocab_size", vocab_size, allowed)
         self.counters = Counters()
         self.stopping = False  # as of the last step, whether some rank was asked to
         self.spiked = False  # whether the last step's loss was a spike
         self._asked_to_stop = stopping or (lambda: False)
         self._interruptible = stopping is not None and self.world_size == 1
-        self._flops = TrainingFlops(model.config, config.seq_len)
+        self._changing = False  # the weights: a step is no longer abandoned
+        self._flops = TrainingFlops(model.config, source.seq_len)
         self._peak = 0.0  # FLOPs per second of this rank, measured after the first step
 
     @property
@@ -132,12 +140,16 @@ class Trainer:
             for hook in hooks:
                 hook.remove()
 
+    def go_on(self, saved: Counters) -> None:
+        """Go on from a checkpoint whose weights have been loaded."""
+        self.counters = saved
+        self.source.load(saved.source)
+
     def roll_back(self, saved: Counters) -> None:
         """Go on from a checkpoint that has been loaded, with the data that follow the spike."""
         now = self.counters
-        self.counters = saved._replace(
-            rollbacks=now.rollbacks + 1, passed=now.passed + now.step - saved.step
-        )
+        passed = now.passed + now.step - saved.step
+        self.go_on(saved._replace(rollbacks=now.rollbacks + 1, passed=passed))
         self.spiked = False
 
     def run_step(self) -> StepMetrics:
@@ -145,33 +157,22 @@ class Trainer:
         c = self.config
         # Noise of the initial state; nothing else in a step draws from the global generator.
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 1_009 + self.rank) % 2**63)
-        batch = self.loader.batch(self.step + self.counters.passed)
-        loops = sample_loops(
-            c.loops,
-            c.curriculum,
-            batch=c.batch_size,
-            seed=c.seed,
-            step=self.step,
-            num_steps=c.num_steps,
-        )
-        all_loops, rows = loops, len(batch.tokens)
-        loops = loops[self.rank * rows : (self.rank + 1) * rows]
+        place = self.step + self.counters.passed
+        batch, all_loops = self.source.batch(place), self._loops(place)
+        rows = len(batch.tokens)
+        loops = all_loops[self.rank * rows : (self.rank + 1) * rows]
         self.model.train()
         self.model.recurrent.watched = self.logs(self.step)
         parts, router, sizes = self._backward(batch, loops)
-        stop = parts.total.new_tensor(float(self._asked_to_stop()))
+        stop = torch.tensor(float(self._asked_to_stop()), device=parts.total.device)
         *means, stop = mean_over_ranks([*parts, stop])
         parts, self.stopping = LossParts(*means), bool(stop > 0)
-        norm = clip_gradients(self.model.parameters(), c.clip_norm)
         scale = c.schedule.scale(self.step, c.num_steps)
-        counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
-        # Of numbers that all ranks share, so that all skip or none.
-        finite = bool(parts.total.isfinite() & norm.isfinite())
-        if finite:
-            self.optimizers.step(scale, self.step / c.num_steps)
-            self.model.update_router_bias(counts)
-        self.model.zero_grad(set_to_none=True)
+        norm, finite = self._update(parts, router, scale)
         state_rms, residual = self._by_loop(sizes, int(all_loops.max()))
+        self.source.learned(place, lambda tokens: self._last_logits(tokens, loops))
+        self._changing = False
+        flops = batch.tokens.shape[1] * self._flops_per_token(all_loops)
         elapsed = time.perf_counter() - started
         violations = [float(stats.max_violation()) for stats in router.values()]
         return StepMetrics(
@@ -183,16 +184,61 @@ class Trainer:
             mean_loops=float(all_loops.float().mean()),
             tokens=batch.tokens.numel() * self.world_size,
             tokens_per_second=batch.tokens.numel() * self.world_size / elapsed,
+            flops=flops,
             balance=float(parts.balance),
             max_violation=max(violations, default=0.0),
             ponder_cost=float(parts.ponder_cost),
             max_decay=self._max_decay(),
             skipped=self.counters.skipped + (not finite),
             rollbacks=self.counters.rollbacks,
-            mfu=self._mfu(self._step_flops(all_loops) / self.world_size / elapsed),
+            mfu=self._mfu(flops / self.world_size / elapsed),
             state_rms=state_rms,
             residual=residual,
+            data=self.source.metrics(),
         )
+
+    def _update(
+        self, parts: LossParts, router: Mapping[str, RouterStats], scale: float
+    ) -> tuple[Tensor, bool]:
+        """(norm of the gradients, whether it and the loss are finite; else nothing is changed)."""
+        norm = clip_gradients(self.model.parameters(), self.config.clip_norm)
+        counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
+        # Of numbers that all ranks share, so that all skip or none.
+        finite = bool(parts.total.isfinite() & norm.isfinite())
+        self._changing = True
+        if finite:
+            self.optimizers.step(scale, self.step / self.config.num_steps)
+            self.model.update_router_bias(counts)
+        self.model.zero_grad(set_to_none=True)
+        return norm, finite
+
+    def _loops(self, place: int) -> LoopCounts:
+        """Of every row of all ranks."""
+        c = self.config
+        if isinstance(c.loops, TiedLoops):
+            loops = self.source.loops(place)
+            assert loops is not None
+            return torch.full((c.batch_size,), loops)
+        return sample_loops(
+            c.loops,
+            c.curriculum,
+            batch=c.batch_size,
+            seed=c.seed,
+            step=self.step,
+            num_steps=c.num_steps,
+        )
+
+    @torch.no_grad()
+    def _last_logits(self, tokens: TokenIds, loops: LoopCounts) -> NextLogits:
+        """After the step, with the loops that this rank's rows ran in it."""
+        self.model.eval()
+        with autocast(self.dtypes.model, self.device):
+            out = self.model(tokens.to(self.device), num_loops=self._as_one(loops), last_only=True)
+        return out.logits[:, 0]
+
+    def _as_one(self, loops: LoopCounts) -> LoopCounts | int:
+        """One number suffices where all rows agree, and spares sorting the batch."""
+        return loops if self.config.loops.per == "sequence" else int(loops[0])
 
     def _ask_everywhere(self) -> list[RemovableHandle]:
         """Hooks on every module: forward and backward pass leave the step if training is to stop.
@@ -201,7 +247,7 @@ class Trainer:
         """
 
         def ask(*_: object) -> None:
-            if self._asked_to_stop():
+            if not self._changing and self._asked_to_stop():
                 raise StepAbandoned
 
         def ask_both_ways(_module: nn.Module, _inputs: object, output: object) -> None:
@@ -225,7 +271,9 @@ class Trainer:
         recent = c.recent
         if spikes.window and not self.spiked and math.isfinite(metrics.loss):
             recent = (*recent, metrics.loss)[-spikes.window :]
-        self.counters = c._replace(step=c.step + 1, skipped=metrics.skipped, recent=recent)
+        self.counters = c._replace(
+            step=c.step + 1, skipped=metrics.skipped, recent=recent, source=self.source.state()
+        )
 
     def _mfu(self, rate: float) -> float:
         """The share of the peak that a rank's FLOPs per second are.
@@ -242,10 +290,9 @@ class Trainer:
         self._peak = max(self._peak, rate)
         return rate / self._peak
 
-    def _step_flops(self, loops: Tensor) -> float:
-        """Of all ranks; every sequence has its own number of loops."""
-        per_token = (self._flops.per_token(n, self.config.backprop_loops) for n in loops.tolist())
-        return self.config.seq_len * sum(per_token)
+    def _flops_per_token(self, loops: LoopCounts) -> float:
+        """Summed over rows, each with its own number of loops."""
+        return sum(self._flops.per_token(n, self.config.backprop_loops) for n in loops.tolist())
 
     def _by_loop(
         self, sizes: list[Tensor], longest: int
@@ -272,8 +319,6 @@ class Trainer:
         router: dict[str, RouterStats] = {}
         sums: list[Tensor] | None = None
         sizes: list[Tensor] = []
-        # One number suffices where all agree, and spares sorting the batch.
-        per_sequence = c.loops.per == "sequence"
         for start in pieces:
             rows = slice(start, start + size)
             targets = batch.targets[rows].to(self.device)
@@ -285,7 +330,7 @@ class Trainer:
                 losses = self.model.losses(
                     batch.tokens[rows].to(self.device),
                     targets,
-                    num_loops=loops[rows] if per_sequence else int(loops[start]),
+                    num_loops=self._as_one(loops[rows]),
                     backprop_loops=c.backprop_loops,
                     documents=documents,
                     collect_loops=c.loss.collect_loops,

@@ -1,0 +1,66 @@
+"""The folder of a new run: whole, or not there."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from openmythos.config import ConfigError
+from openmythos.data.tokenizer import TOKENIZER_FILE
+from openmythos.train.state import LOCK_FILE, lock
+
+CONFIG_FILE = "config.toml"
+# Where a new run lies until it is whole, and what may be there of one that is not.
+_UNFINISHED = ".unfinished"
+_PARTS = ("tokens", TOKENIZER_FILE, _UNFINISHED)
+
+
+def require_free(folder: Path) -> None:
+    """Raise unless nothing is there, or an empty folder, or what an interrupted `create` left."""
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    interrupted = _UNFINISHED in names and names <= {LOCK_FILE, *_PARTS}
+    if not folder.is_dir() or (names - {LOCK_FILE} and not interrupted):
+        other = f", or --resume {folder}" if CONFIG_FILE in names else ""
+        raise ConfigError(f"{folder}: exists already; choose another --out{other}")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a place inside the folder to write to; at the end all of it moves into the folder.
+
+    The folder itself is never replaced: it may be a mount point, a link or ".".
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / _UNFINISHED
+    with ExitStack() as stack:
+        stack.callback(lock(folder).release)
+        require_free(folder)
+        try:
+            _remove_parts(folder)
+            unfinished.mkdir()
+            yield unfinished
+            # config.toml comes last: it makes the folder a run.
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+                path.rename(folder / path.name)
+            unfinished.rmdir()
+        except BaseException:
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+            _remove_parts(folder)
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+
+def _remove_parts(folder: Path) -> None:
+    """Of a run that is not whole; its mark goes last, by which it is known for one."""
+    for name in _PARTS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

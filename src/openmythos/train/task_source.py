@@ -1,0 +1,162 @@
+"""Batches of a task, whose problems grow longer as the shorter ones are mastered."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from openmythos.config import require
+from openmythos.data.loader import Batch, BatchSource
+from openmythos.distributed.ranks import mean_over_ranks
+from openmythos.model.mythos import OpenMythos
+from openmythos.tasks import Task, TaskBatch
+from openmythos.tasks.curriculum import HopCurriculum, TiedLoops
+from openmythos.train.config import RunConfig, TaskData
+from openmythos.train.trainer import Trainer
+from openmythos.types import NextLogits, TokenIds
+
+# The running accuracy at the start and after each growth: neither mastered nor hopeless.
+_UNKNOWN = 0.5
+
+
+class _Drawn(NamedTuple):
+    """What a step asks."""
+
+    step: int
+    hops: int
+    problems: TaskBatch  # this rank's
+    loops: int | None
+
+
+class TaskSource(BatchSource):
+    """Problems of a task under a curriculum; a step asks problems of one number of hops.
+
+    A batch is a function of (seed, step, rank) and of the steps at which the curriculum grew, which
+    are the state. All draws come from one stream of random numbers, whose length per step depends
+    on the hops: to go back, or to resume, it is drawn again from the first step on.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        curriculum: HopCurriculum,
+        *,
+        batch_size: int,
+        seed: int,
+        loops: TiedLoops | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """`batch_size` is that of all ranks; `loops` None: the trainer draws them."""
+        fits = batch_size % world_size == 0
+        require(fits, "batch_size", batch_size, f"must divide by world_size = {world_size}")
+        self.seq_len, self.vocab_size = longest(task, curriculum), task.vocab_size
+        self._task, self._curriculum, self._tied = task, curriculum, loops
+        self._batch_size, self._seed = batch_size, seed
+        self._rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self._reached = [(0, curriculum.first_hops)]  # (first step, reach from there on)
+        self._accuracy = _UNKNOWN
+        self._rewind()
+
+    @classmethod
+    def of(cls, config: RunConfig, rank: int = 0, world_size: int = 1) -> "TaskSource":
+        """The batches of a run that learns a task."""
+        data, train = config.data, config.train
+        assert isinstance(data, TaskData)
+        return cls(
+            data.task,
+            data,
+            batch_size=train.batch_size,
+            seed=train.seed,
+            loops=train.loops if isinstance(train.loops, TiedLoops) else None,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    @property
+    def reach(self) -> int:
+        """The most hops that are asked."""
+        return self._reached[-1][1]
+
+    def batch(self, step: int) -> Batch:
+        """The problems of a step; each is a document of its own."""
+        tokens, targets, _ = self._draw(step).problems
+        return Batch(tokens, targets, torch.zeros_like(tokens))
+
+    def loops(self, step: int) -> int | None:
+        return self._draw(step).loops
+
+    def learned(self, step: int, last_logits: Callable[[TokenIds], NextLogits]) -> None:
+        """Follow the accuracy at the longest problems, and grow where they are mastered."""
+        drawn, reach = self._draw(step), self.reach
+        if reach == self._curriculum.max_hops or drawn.hops < 0.75 * reach:
+            return
+        right = accuracy(last_logits(drawn.problems.tokens), drawn.problems.answers())
+        (right,) = mean_over_ranks([right])
+        self._accuracy = 0.8 * self._accuracy + 0.2 * float(right)
+        if self._accuracy > self._curriculum.mastery:
+            self._reached.append((step + 1, min(reach + 2, self._curriculum.max_hops)))
+            self._accuracy = _UNKNOWN
+
+    def metrics(self) -> dict[str, float]:
+        return {"hops": self.reach}
+
+    def state(self) -> dict[str, Any]:
+        return {"reached": [list(pair) for pair in self._reached], "accuracy": self._accuracy}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._reached = [(int(step), int(hops)) for step, hops in state["reached"]]
+        self._accuracy = float(state["accuracy"])
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._generator = torch.Generator().manual_seed(self._seed + 1)
+        self._drawn: _Drawn | None = None
+
+    def _draw(self, step: int) -> _Drawn:
+        if self._drawn is not None and step < self._drawn.step:
+            self._rewind()
+        while self._drawn is None or self._drawn.step < step:
+            self._drawn = self._next(0 if self._drawn is None else self._drawn.step + 1)
+        return self._drawn
+
+    def _next(self, step: int) -> _Drawn:
+        generator = self._generator
+        reach = next(hops for first, hops in reversed(self._reached) if first <= step)
+        hops = int(torch.randint(self._curriculum.min_hops, reach + 1, (), generator=generator))
+        problems = self._task.sample(self._batch_size, hops, generator)
+        loops = None
+        if self._tied is not None:
+            loops = hops + int(torch.randint(self._tied.extra + 1, (), generator=generator))
+        return _Drawn(step, hops, TaskBatch(*(x[self._rows] for x in problems)), loops)
+
+
+def longest(task: Task, curriculum: HopCurriculum) -> int:
+    """Tokens of a problem of the most hops."""
+    return task.sample(1, curriculum.max_hops, torch.Generator()).tokens.shape[1]
+
+
+def fitted(config: RunConfig) -> RunConfig:
+    """With the vocabulary and the sequence length that the task needs."""
+    data, model = config.data, config.model
+    assert isinstance(data, TaskData)
+    vocab_size = max(model.vocab_size, data.task.vocab_size)
+    return replace(
+        config,
+        model=replace(model, vocab_size=vocab_size),
+        train=replace(config.train, seq_len=longest(data.task, data)),
+    )
+
+
+def task_trainer(config: RunConfig) -> Trainer:
+    """Ready for the first step of a run that learns a task, without a run folder."""
+    with torch.device("meta"):
+        model = OpenMythos(config.model)
+    return Trainer(model, TaskSource.of(config), config.train)
+
+
+def accuracy(last_logits: NextLogits, answers: Tensor) -> Tensor:
+    """The share of problems whose likeliest next token [batch] is the answer."""
+    return (last_logits.argmax(dim=-1) == answers.to(last_logits.device)).float().mean()
