@@ -28,7 +28,9 @@ from openmythos.analysis import plots
 from openmythos.files import write_json
 from openmythos.machine import describe, keep_freed_memory, peak_bytes, processor_kind
 from openmythos.nn.layout import TokenLayout, attention_context
+from openmythos.recurrence import schedule
 from openmythos.recurrence.exit_rules import StateChangeExit
+from openmythos.recurrence.schedule import LoopPlan
 
 LOOPS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
@@ -148,7 +150,8 @@ def against_halted_share(rounds: int) -> dict[str, dict[float, float]]:
     @torch.no_grad()
     def run(share: float | None, loops: int) -> None:
         tracker: Any = None if share is None else _Halted(share, batch, seq)
-        model.recurrent(encoded, context, layout.positions(), num_loops=loops, tracker=tracker)
+        plan = LoopPlan(num_loops=loops, exits=tracker)
+        schedule.run(model.recurrent, encoded, context, layout.positions(), plan)
 
     keys = [(share, loops) for share in (None, *SHARES) for loops in (1, 9)]
     found = interleaved({key: functools.partial(run, *key) for key in keys}, rounds)

@@ -19,6 +19,7 @@ from openmythos.inference.sampling import Sampling
 from openmythos.inference.text import Engine
 from openmythos.nn.cache import ExactCache
 from openmythos.recurrence.exit_rules import StateChangeExit
+from openmythos.recurrence.initial_state import NormalState, ZeroState
 from openmythos.studies.learning import Learning
 from openmythos.tasks import KHop
 from openmythos.tasks.curriculum import TiedLoops
@@ -85,9 +86,9 @@ def test_text_is_scored_on_the_device_of_the_model(
         assert scored(moved(small()), shards) == pytest.approx(expected, rel=1e-4)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("state_init", ["zeros", "normal"])
+@pytest.mark.parametrize("state_init", [ZeroState(), NormalState()])
 def test_text_is_generated_on_the_device_of_the_model(
-    monkeypatch: pytest.MonkeyPatch, state_init: str
+    monkeypatch: pytest.MonkeyPatch, state_init: Any
 ) -> None:
     expected = told(small(state_init=state_init))
     with second_device(monkeypatch):

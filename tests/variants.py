@@ -30,10 +30,10 @@ from openmythos.nn.cache import CachePolicy
 from openmythos.nn.view import LayerView
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.halting import Halting
+from openmythos.recurrence.initial_state import StateInit, ZeroState
 from openmythos.recurrence.injection import Injection
 from openmythos.recurrence.loop_embedding import LoopEmbeddings
 from openmythos.recurrence.loop_lora import LoopLoRAs
-from openmythos.recurrence.recurrent_block import StateInit
 
 VOCAB, DIM, SEQ = 50, 32, 12
 
@@ -125,9 +125,9 @@ def tiny_config(**parts: Any) -> MythosConfig:
         "loop_lora": members(LoopLoRAs)[0],
     }
     usual |= parts
-    wanted = usual.pop("state_init", "zeros")
+    wanted = usual.pop("state_init", ZeroState())
     refused: ConfigError | None = None
-    for state_init in (wanted, *get_args(StateInit)):
+    for state_init in (wanted, *members(StateInit)):
         try:
             return MythosConfig(**usual, state_init=state_init)
         except ConfigError as error:
@@ -213,13 +213,27 @@ AXES: dict[str, list[Any]] = {
     "feed_forward": members(FeedForward),
     "loop_embedding": variations(LoopEmbeddings),
     "loop_lora": variations(LoopLoRAs),
-    "state_init": list(get_args(StateInit)),
+    "state_init": members(StateInit),
     "prelude_layers": [0, 1],
     "recurrent_layers": [1, 2],
     "coda_layers": [1, 0],
     "prelude_norm": [True, False],
     "tie_embeddings": [True, False],
 }
+
+
+# Options that change what stands around the layers: in combinations that occur in public models.
+OPTIONS: list[dict[str, Any]] = [
+    {"block_norms": ("input", "branch"), "loop_norm": "weighted", "final_norm": False},
+    {
+        "block_norms": ("input", "sum"),
+        "loop_norm": "plain",
+        "readout_norm": True,
+        "embed_scale": 3.0,
+    },
+    {"block_norms": ("branch",), "logit_scale": 0.5},
+    {"block_norms": ("sum",), "logit_softcap": 4.0, "readout_norm": True},
+]
 
 
 def _variant_id(parts: Mapping[str, Any]) -> str:
@@ -240,14 +254,21 @@ def _usual(part: Any) -> Any:
 _MEMBERS = {name: [v for v in values if v == _usual(v)] for name, values in AXES.items()}
 _OTHERS = [(name, name_of(v)) for name, vs in AXES.items() for v in vs if v != _usual(v)]
 
+
+def _with_options(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """More rows, in which each of the options occurs once with some of the others."""
+    step = len(rows) // len(OPTIONS)
+    return [*rows, *(row | option for row, option in zip(rows[::step], OPTIONS, strict=False))]
+
+
 _ALL = cover("variants", AXES)
-VARIANTS = [tiny_config(**parts) for parts in _ALL]
-VARIANT_IDS = [_variant_id(parts) for parts in _ALL]
+VARIANTS = [tiny_config(**parts) for parts in _with_options(_ALL)]
+VARIANT_IDS = [_variant_id(parts) for parts in _with_options(_ALL)]
 # For what costs more and depends less on details: every pair of members, and every other variation
 # of a member once.
 _FEW = cover("few", _MEMBERS, _OTHERS)
-FEW_VARIANTS = [tiny_config(**parts) for parts in _FEW]
-FEW_VARIANT_IDS = [_variant_id(parts) for parts in _FEW]
+FEW_VARIANTS = [tiny_config(**parts) for parts in _with_options(_FEW)]
+FEW_VARIANT_IDS = [_variant_id(parts) for parts in _with_options(_FEW)]
 
 # Every combination of members of the unions that decide what a position can see or when it stops.
 COMBINATIONS = [
@@ -275,6 +296,7 @@ RULE_VARIANTS = [
     (tiny_config(**{name: parts[name] for name in AXES}), parts["rule"]) for parts in _RULE_PARTS
 ]
 RULE_VARIANT_IDS = [f"{name_of(parts['rule'])}, {_variant_id(parts)}" for parts in _RULE_PARTS]
+COVERS = {"variants": _ALL, "few": _FEW, "rules": _RULE_PARTS}
 
 
 class OnDevice(TorchFunctionMode):
@@ -345,7 +367,7 @@ def assert_gradients_close(found: Mapping[str, Tensor], wanted: Mapping[str, Ten
 def pin() -> None:
     """Write the combinations to variants.json, one a line."""
     parts = []
-    for name, rows in (("variants", _ALL), ("few", _FEW), ("rules", _RULE_PARTS)):
+    for name, rows in COVERS.items():
         axes = list(rows[0])
         lines = [json.dumps([name_of(row[axis]) for axis in axes]) for row in rows]
         text = ",\n    ".join(lines)

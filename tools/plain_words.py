@@ -59,7 +59,6 @@ UNMENDED = {
     "docs/results.md",
     "src/openmythos/cli/jobs.py",
     "src/openmythos/cli/study.py",
-    "src/openmythos/model/init.py",
     "src/openmythos/planning/cost.py",
     "src/openmythos/planning/fit.py",
     "src/openmythos/studies/expert_routing.py",

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from openmythos.inference.sampling import Sampling
     from openmythos.model import presets
     from openmythos.model.config import MythosConfig
-    from openmythos.model.mythos import MythosOutput, OpenMythos
+    from openmythos.model.mythos import OpenMythos
+    from openmythos.model.outputs import MythosOutput
 
 __all__ = ["ConfigError", "MythosConfig", "MythosOutput", "OpenMythos", "Sampling", "presets"]
 __version__ = "0.1.0"
@@ -17,7 +18,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "ConfigError": "config",
     "MythosConfig": "model.config",
-    "MythosOutput": "model.mythos",
+    "MythosOutput": "model.outputs",
     "OpenMythos": "model.mythos",
     "Sampling": "inference.sampling",
     "presets": "model",

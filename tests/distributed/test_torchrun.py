@@ -112,7 +112,7 @@ def test_ranks_without_a_common_folder_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "--recipe", "tiny", "--data", "text.txt"]) == 2
-    assert "out = '': must be given to several ranks" in capsys.readouterr().err
+    assert "out = '': must be given when training on several ranks" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from openmythos.eval.likelihood import Likelihood, depth_sweep
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.halting import ACT, Halting
+from openmythos.recurrence.initial_state import NormalState, ZeroState
 
 SEQ = 16
 CONFIG = tiny_config(vocab_size=257, context=SEQ)
@@ -57,7 +58,7 @@ def check(found: dict[int, Likelihood], model: OpenMythos, shards: TokenShards) 
 
 
 @pytest.mark.parametrize("halting", members(Halting), ids=lambda halting: halting.kind)
-@pytest.mark.parametrize("state_init", ["zeros", "normal"])
+@pytest.mark.parametrize("state_init", [ZeroState(), NormalState()])
 def test_one_sweep_equals_each_number_of_loops(
     shards: TokenShards, halting: Any, state_init: Any
 ) -> None:

@@ -25,7 +25,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
-from openmythos.recurrence.recurrent_block import RecurrentBlock
+from openmythos.recurrence.loop import RecurrentBlock
 
 CPU = torch.device("cpu")
 TOKENS, TARGETS = random_tokens(2, 6), random_tokens(2, 6, seed=1)
@@ -88,22 +88,20 @@ def loop_map(block: RecurrentBlock, config: MythosConfig, seq: int) -> Callable[
     context: AttentionContext = attention_context(
         layout, a.rotary_dim(config.dim), a.rope_base, a.window
     )
-    drive = block.injection.prepare(torch.randn(1, seq, config.dim, dtype=torch.float64))
+    encoded = torch.randn(1, seq, config.dim, dtype=torch.float64)
+    first, inputs = block.start(encoded, context, layout.positions())
 
     def step(state: Tensor) -> Tensor:
-        x = block.injection(state[None], drive)
-        for layer in block.layers:
-            x = layer(x, context).x
-        return x[0]
+        return block.step(first._replace(hidden=state[None]), inputs, 0)[0].hidden[0]
 
     return step
 
 
 def test_jacobians_of_the_loop() -> None:
     config, seq = tiny_config(recurrent_feed_forward=MoE(num_experts=4, expert_dim=16)), 3
-    step = loop_map(tiny_model(config).double().recurrent, config, seq)
     states = torch.randn(2, seq, config.dim, dtype=torch.float64)
     with kernels.use("reference"):
+        step = loop_map(tiny_model(config).double().recurrent, config, seq)
         found = vmap(jacrev(step))(states)
     wanted = torch.stack([torch.autograd.functional.jacobian(step, state) for state in states])
     torch.testing.assert_close(found, wanted)

@@ -252,7 +252,7 @@ def test_a_shared_cache_shows_earlier_tokens_as_their_last_writer_left_them(
         logits.append(model(tokens[:, part], num_loops=num_loops, cache=cache).logits)
         cache.advance(part.stop - part.start)
         for layer in range(2):
-            slots = [cache.recurrent_slot(layer, loop).storage for loop in range(num_loops)]
+            slots = [cache.recurrent(layer, 1, loop).storage for loop in range(num_loops)]
             final = [slots[policy.last_writer(policy.slot(i), num_loops)].clone() for i in range(5)]
             for slot, seen in zip(slots, final, strict=True):
                 slot[:, part] = seen[:, part]
@@ -266,7 +266,7 @@ def test_prefill_with_fewer_loops_than_decode_repeats_the_last_loops_keys_and_va
     model(tokens[:, :8], num_loops=2, cache=cache)
     cache.advance(8)
     for layer in range(2):
-        first, last, *others = [cache.recurrent_slot(layer, i).storage[:, :8] for i in range(5)]
+        first, last, *others = [cache.recurrent(layer, 1, i).storage[:, :8] for i in range(5)]
         assert not torch.equal(first, last)
         assert all(torch.equal(other, last) for other in others)
     assert torch.isfinite(model(tokens[:, 8:9], num_loops=5, cache=cache).logits).all()
@@ -294,7 +294,7 @@ def test_loops_that_no_position_ran_are_filled_after_an_early_exit(halting: Halt
     rule = StateChangeExit(threshold=10.0)
     out = model(random_tokens(2), num_loops=6, cache=cache, exit_rule=rule)
     assert (out.recurrence.loops_used == 1).all()
-    slots = [cache.recurrent_slot(0, loop).storage for loop in range(6)]
+    slots = [cache.recurrent(0, 1, loop).storage for loop in range(6)]
     assert slots[0][:, :SEQ].abs().sum() > 0
     assert all(torch.equal(slot, slots[0]) for slot in slots)
 
@@ -317,7 +317,7 @@ def test_the_forward_pass_does_not_advance_the_cache(halting: Halting) -> None:
 
 
 def storage_of(cache: KVCache, loop: int) -> Tensor:
-    return cache.recurrent_slot(0, loop).storage
+    return cache.recurrent(0, 1, loop).storage
 
 
 @few_variants

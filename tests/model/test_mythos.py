@@ -44,6 +44,7 @@ from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.exit_rules import KLExit, StateChangeExit
 from openmythos.recurrence.halting import ACT
+from openmythos.recurrence.initial_state import NormalState
 from openmythos.recurrence.injection import NoInjection
 
 CONTEXT = 2 * SEQ
@@ -108,7 +109,7 @@ def model() -> OpenMythos:
             {"attention": {"kind": "latent", "kv_latent": 8}},
             "attention.kv_latent: unknown key, did you mean 'kv_latent_dim'?",
         ),
-        ({"state_init": "zero"}, "state_init = 'zero': unknown choice, did you mean 'zeros'?"),
+        ({"state_init": "zero"}, "state_init.kind = 'zero': unknown kind, did you mean 'zeros'?"),
         (
             {"injection": {"kind": "none"}},
             'state_init = \'zeros\': must be "encoded" with injection "none"',
@@ -279,7 +280,7 @@ def test_too_long_and_empty_inputs_are_refused(model: OpenMythos) -> None:
     message = f"20 tokens and 5 new ones are longer than the context of {CONTEXT}"
     with pytest.raises(ValueError, match=message):
         # Before the first token, not in the middle of the stream.
-        model.stream(random_tokens(1, 20), max_new_tokens=5)
+        stream(model, random_tokens(1, 20), Request(max_new_tokens=5))
     assert model.generate(random_tokens(1, 20), max_new_tokens=4).shape == (1, 4)
 
 
@@ -330,7 +331,7 @@ def test_last_only_is_the_last_of_all(coda_layers: int, padded: bool, window: in
     )
     assert last.logits.shape == (2, 1, VOCAB)
     torch.testing.assert_close(last.logits, full.logits[:, -1:])
-    torch.testing.assert_close(last.loop_logits[0], full.loop_logits[0][:, -1:])
+    torch.testing.assert_close(last.loop_logits[1], full.loop_logits[1][:, -1:])
     caches = [model.new_cache(2, SEQ + 1, num_loops=3) for _ in range(2)]
     for cache, only in zip(caches, (False, True), strict=True):
         model(tokens, num_loops=3, attention_mask=mask, cache=cache, last_only=only)
@@ -552,13 +553,13 @@ def test_padded_prompts_generate_as_alone(model: OpenMythos) -> None:
 
 
 def test_generation_in_training_mode_is_that_of_eval_mode_and_restores_it() -> None:
-    model = tiny_model(tiny_config(state_init="normal", halting=ACT()))
+    model = tiny_model(tiny_config(state_init=NormalState(), halting=ACT()))
     prompt = random_tokens(2)
     expected = model.generate(prompt, max_new_tokens=5)
     model.train()
     assert torch.equal(model.generate(prompt, max_new_tokens=5), expected)
     assert all(module.training for module in model.modules())
-    steps = model.stream(prompt, max_new_tokens=5)
+    steps = stream(model, prompt, Request(max_new_tokens=5))
     next(steps)
     steps.close()  # type: ignore[attr-defined]
     assert all(module.training for module in model.modules())
@@ -568,7 +569,7 @@ def test_generation_in_training_mode_is_that_of_eval_mode_and_restores_it() -> N
 
 
 def test_threads_may_generate_with_a_model_in_training() -> None:
-    model, prompt = tiny_model(tiny_config(state_init="normal")), random_tokens(2)
+    model, prompt = tiny_model(tiny_config(state_init=NormalState())), random_tokens(2)
     rule = StateChangeExit(threshold=0.12)
     expected = model.generate(prompt, max_new_tokens=4, exit_rule=rule)
     model.train()
@@ -596,7 +597,7 @@ def test_nothing_is_made_on_the_default_device_but_the_draw(model: OpenMythos) -
     """
     prompt, mask = random_tokens(2), torch.arange(SEQ) >= torch.tensor([[3], [0]])
     configs = [
-        {"state_init": "normal", "halting": ACT(bias_init=-1.0), "coda_layers": 2},
+        {"state_init": NormalState(), "halting": ACT(bias_init=-1.0), "coda_layers": 2},
         {"recurrent_feed_forward": MoE(num_experts=4, expert_dim=16)},
         {"attention": GroupedQueryAttention(num_heads=4, num_kv_heads=2, window=4)},
     ]
@@ -637,7 +638,7 @@ def test_a_gpu_decodes_and_trains_as_a_cpu(config: MythosConfig) -> None:
 
 
 def test_generation_keeps_no_graph(model: OpenMythos) -> None:
-    steps = model.stream(random_tokens(1), max_new_tokens=2)
+    steps = stream(model, random_tokens(1), Request(max_new_tokens=2))
     for _ in steps:
         assert torch.is_grad_enabled()
     tokens = model.generate(random_tokens(1), max_new_tokens=2)

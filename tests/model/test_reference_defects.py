@@ -28,6 +28,7 @@ from variants import (
 )
 
 from openmythos.config import ConfigError, from_dict
+from openmythos.inference.generation import Request, stream
 from openmythos.inference.sampling import Sampling
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
@@ -37,6 +38,7 @@ from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT, NoHalting
+from openmythos.recurrence.initial_state import NormalState
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
@@ -101,7 +103,7 @@ def test_c_halting_weights_sum_to_one_when_the_loops_run_out() -> None:
     model = tiny_model(tiny_config(halting=ACT(bias_init=-4.0)))
     for num_loops in (1, 2, 4):
         out = model(random_tokens(3), num_loops=num_loops, collect_loops=range(1, num_loops + 1))
-        total = torch.stack(out.recurrence.halt_weights).sum(0)
+        total = torch.stack([*out.recurrence.halt_weights.values()]).sum(0)
         torch.testing.assert_close(total, torch.ones(3, SEQ), atol=1e-6, rtol=0)
 
 
@@ -207,9 +209,9 @@ def test_e_prefill_with_fewer_loops_keeps_the_tokens_in_every_loops_cache() -> N
     model(tokens[:, :8], num_loops=2, cache=cache)
     cache.advance(8)
     for loop in range(4):
-        slot = cache.recurrent_slot(0, loop)
+        slot = cache.recurrent(0, 1, loop)
         assert slot.start == 8 and slot.storage[:, :8].any(dim=-1).all()
-    leaf = [cache.recurrent_slot(0, loop).storage for loop in range(4)]
+    leaf = [cache.recurrent(0, 1, loop).storage for loop in range(4)]
     before = model(tokens[:, 8:9], num_loops=4, cache=cache).logits
     leaf[3][:, :8] += 0.5
     assert not torch.equal(model(tokens[:, 8:9], num_loops=4, cache=cache).logits, before)
@@ -340,7 +342,7 @@ def test_i_text_beyond_the_context() -> None:
     with pytest.raises(ValueError, match=f"longer than the context of {SEQ}"):
         model(random_tokens(1, SEQ + 1))
     with pytest.raises(ValueError, match=f"longer than the context of {SEQ}"):
-        model.stream(random_tokens(1), max_new_tokens=1)
+        stream(model, random_tokens(1), Request(max_new_tokens=1))
 
 
 @pytest.mark.parametrize("num_loops", [0, -1, 2.5, True])
@@ -386,7 +388,7 @@ def test_i_generation_can_stop_and_be_repeated() -> None:
 
 def test_i_generation_in_training_mode() -> None:
     """Reference: what is random in training stays random in generation."""
-    model = tiny_model(tiny_config(state_init="normal")).train()
+    model = tiny_model(tiny_config(state_init=NormalState())).train()
     one, two = (model.generate(random_tokens(2), max_new_tokens=5) for _ in range(2))
     assert torch.equal(one, two) and model.training
 

@@ -14,12 +14,12 @@ from variants import here
 from openmythos.config import ConfigError
 from openmythos.nn.attention import AttentionLayer
 from openmythos.nn.block import Attention, Block
-from openmythos.nn.cache import CacheSlot
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention, LatentAttentionLayer
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, LowRank
+from openmythos.nn.view import Cached, Halting, LayerView, NoCache
 
 DIM, EPS = 32, 1e-6
 pytestmark = pytest.mark.usefixtures("device")
@@ -345,17 +345,18 @@ def test_cached_keys_and_values_give_the_whole_pass(name: str, chunk: int, padde
     block = Block(DIM, config, SwiGLU(hidden_dim=8), EPS).double().eval()
     valid = torch.arange(seq) >= torch.tensor([0, 4])[:, None] if padded else None
     x = torch.randn(batch, seq, DIM, dtype=torch.double)
-    whole = block(x, context_of(config, TokenLayout(seq, 0, here(), valid)))
+    kept = Halting(NoCache(), None)
+    whole, _ = block(x, LayerView(context_of(config, TokenLayout(seq, 0, here(), valid)), kept))
     storage = torch.zeros(batch, seq, block.attention.kv_width, dtype=torch.double)
     outputs = []
     for start in range(0, seq, chunk):
         seen = None if valid is None else valid[:, : start + chunk]
         context = context_of(config, TokenLayout(chunk, start, here(), seen))
-        slot = CacheSlot(storage, start, True)
-        outputs.append(block(x[:, start : start + chunk], context, slot=slot).x)
+        view = LayerView(context, Cached(storage, start, chunk))
+        outputs.append(block(x[:, start : start + chunk], view)[0])
     real = slice(None) if valid is None else valid
-    torch.testing.assert_close(torch.cat(outputs, dim=1)[real], whole.x[real])
-    torch.testing.assert_close(storage, whole.kv)
+    torch.testing.assert_close(torch.cat(outputs, dim=1)[real], whole[real])
+    torch.testing.assert_close(storage, kept.kv)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

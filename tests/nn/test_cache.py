@@ -1,5 +1,6 @@
 """The cache: which loop writes which slot, what survives until decoding, and who moves `length`."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -11,7 +12,6 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention, Block
 from openmythos.nn.cache import (
     CachePolicy,
-    CacheSlot,
     ExactCache,
     FirstLoopCache,
     GroupedLoopCache,
@@ -22,6 +22,7 @@ from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.layout import TokenLayout, attention_context
+from openmythos.nn.view import Cached, LayerView
 
 POLICIES = [*(policy() for policy in get_args(CachePolicy)), GroupedLoopCache(group=3)]
 WIDTH, BATCH, CAPACITY = 5, 2, 8
@@ -49,9 +50,8 @@ def run_loops(cache: KVCache, seq: int, loops: int, mark: float = 0.0) -> None:
     """Write `mark + loop` as every number of `seq` tokens, as the recurrent layers would."""
     for loop in range(loops):
         for layer in range(cache.layers[1]):
-            slot = cache.recurrent_slot(layer, loop)
-            if slot.writes:
-                slot.write(torch.full((cache.batch, seq, WIDTH), mark + loop))
+            kv = torch.full((cache.batch, seq, WIDTH), mark + loop)
+            cache.recurrent(layer, seq, loop).update(lambda: kv)  # noqa: B023
 
 
 @pytest.mark.parametrize("num_loops", [1, 2, 3, 4, 7])
@@ -94,27 +94,27 @@ def test_begin_decode_keeps_what_decode_reads(
     cache = make(prefill=prefill, decode=decode, num_loops=num_loops)
     run_loops(cache, 3, num_loops)
     cache.advance(3)
-    held = {loop: cache.recurrent_slot(0, loop).storage.clone() for loop in range(num_loops)}
+    held = {loop: cache.recurrent(0, 1, loop).storage.clone() for loop in range(num_loops)}
     cache.begin_decode()
     for loop in range(num_loops):
         source = decode.last_writer(decode.slot(loop), num_loops)
         for layer in range(2):
-            slot = cache.recurrent_slot(layer, loop)
+            slot = cache.recurrent(layer, 1, loop)
             assert slot.storage.equal(held[source])
             assert slot.start == 3 and slot.writes == decode.writes(loop)
     assert cache.length == 3
-    before = [cache.recurrent_slot(0, loop).storage.clone() for loop in range(num_loops)]
+    before = [cache.recurrent(0, 1, loop).storage.clone() for loop in range(num_loops)]
     cache.begin_decode()  # is done once
-    after = [cache.recurrent_slot(0, loop).storage for loop in range(num_loops)]
+    after = [cache.recurrent(0, 1, loop).storage for loop in range(num_loops)]
     assert all(a.equal(b) for a, b in zip(after, before, strict=True))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=name)
 def test_begin_decode_copies_nothing_where_the_policy_stays(policy: CachePolicy) -> None:
     cache = make(prefill=policy, decode=policy)
-    before = cache.recurrent_slot(0, 3).storage.data_ptr()
+    before = cache.recurrent(0, 1, 3).storage.data_ptr()
     cache.begin_decode()
-    assert cache.recurrent_slot(0, 3).storage.data_ptr() == before
+    assert cache.recurrent(0, 1, 3).storage.data_ptr() == before
 
 
 def test_exact_prefill_lets_decode_choose_a_loop() -> None:
@@ -128,7 +128,7 @@ def test_exact_prefill_lets_decode_choose_a_loop() -> None:
         run_loops(cache, 3, 5)
         cache.advance(3)
         cache.begin_decode()
-        read = [cache.recurrent_slot(1, loop).storage[0, 0, 0].item() for loop in range(5)]
+        read = [cache.recurrent(1, 1, loop).storage[0, 0, 0].item() for loop in range(5)]
         assert read == seen
 
 
@@ -158,45 +158,46 @@ def test_nbytes_is_the_formula(
 
 def test_layers_and_loops_do_not_share_storage() -> None:
     cache = make()
-    slots = [cache.prelude_slot(0), cache.coda_slot(0)]
-    slots += [cache.recurrent_slot(layer, loop) for layer in range(2) for loop in range(4)]
-    for index, slot in enumerate(slots):
-        slot.write(torch.full((BATCH, 2, WIDTH), float(index)))
-    for index, slot in enumerate(slots):
-        assert slot.read(2).eq(index).all() and slot.read(2).shape == (BATCH, 2, WIDTH)
-        assert not slot.storage[:, 2:].any()
+    views = [cache.prelude(0, 2), cache.coda(0, 2)]
+    views += [cache.recurrent(layer, 2, loop) for layer in range(2) for loop in range(4)]
+    for index, view in enumerate(views):
+        view.update(lambda: torch.full((BATCH, 2, WIDTH), float(index)))  # noqa: B023
+    for index, view in enumerate(views):
+        assert view.storage[:, :2].eq(index).all()
+        assert not view.storage[:, 2:].any()
 
 
-def test_a_slot_returns_all_columns_up_to_its_own() -> None:
+def test_a_view_shows_all_columns_up_to_its_own() -> None:
     cache = make()
     first, second = torch.randn(BATCH, 3, WIDTH), torch.randn(BATCH, 2, WIDTH)
-    assert cache.prelude_slot(0).write(first).equal(first)
+    assert cache.prelude(0, 3).update(lambda: first).equal(first)
     cache.advance(3)
-    slot = cache.prelude_slot(0)
-    assert slot.start == 3
-    assert slot.write(second).equal(torch.cat((first, second), dim=1))
-    assert slot.write(-second).equal(torch.cat((first, -second), dim=1))  # the next loop
-    assert slot.read(2).equal(torch.cat((first, -second), dim=1))
+    view = cache.prelude(0, 2)
+    assert view.start == 3
+    assert view.update(lambda: second).equal(torch.cat((first, second), dim=1))
+    assert view.update(lambda: -second).equal(torch.cat((first, -second), dim=1))  # the next loop
+    reading = replace(view, writes=False)
+    assert reading.update(lambda: 1 / 0).equal(torch.cat((first, -second), dim=1))
 
 
-def test_a_block_projects_only_where_the_slot_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_projects_only_where_the_view_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LatentAttention(num_heads=2, kv_latent_dim=WIDTH - 2, rope_head_dim=2)
     block = Block(16, config, SwiGLU(hidden_dim=8), 1e-6)
     storage, x = torch.randn(BATCH, CAPACITY, WIDTH), torch.randn(BATCH, 2, 16)
     layout = TokenLayout(2, 3, x.device)
     context = attention_context(layout, 2, 10_000.0, 0)
     with torch.no_grad():
-        written = block(x, context, slot=CacheSlot(storage, 3, True))
-        assert storage[:, 3:5].equal(written.kv)
-        monkeypatch.delattr(type(block.attention), "project_kv")
-        reused = block(x, context, slot=CacheSlot(storage, 3, False))
-    assert reused.kv.equal(written.kv) and reused.x.equal(written.x)
+        written, _ = block(x, LayerView(context, Cached(storage, 3, 2)))
+        stored = block.attention.project_kv(block.attention_norm(x), context)
+        assert storage[:, 3:5].equal(stored)
+        monkeypatch.setattr(type(block.attention), "project_kv", None)
+        reused, _ = block(x, LayerView(context, Cached(storage, 3, 2, writes=False)))
+    assert reused.equal(written) and storage[:, 3:5].equal(stored)
 
 
 def test_a_low_precision_cache_shows_what_it_stored() -> None:
     kv = torch.randn(BATCH, 2, WIDTH)
-    slot = make(like=torch.empty(0, dtype=torch.bfloat16)).prelude_slot(0)
-    visible = slot.write(kv)
+    visible = make(like=torch.empty(0, dtype=torch.bfloat16)).prelude(0, 2).update(lambda: kv)
     assert visible.dtype == torch.bfloat16 and visible.equal(kv.to(torch.bfloat16))
 
 
@@ -209,14 +210,14 @@ def test_loops_that_were_not_run_hold_the_last_one_that_was(
     cache = make(prefill=policy, decode=policy, num_loops=5)
     run_loops(cache, 3, 5, mark=10)
     cache.advance(3)
-    older = [cache.recurrent_slot(0, loop).storage[:, :3].clone() for loop in range(5)]
+    older = [cache.recurrent(0, 1, loop).storage[:, :3].clone() for loop in range(5)]
     run_loops(cache, 2, loops_run, mark=20)
-    last = cache.recurrent_slot(0, loops_run - 1).storage[:, 3:5].clone()
-    ran = [cache.recurrent_slot(0, loop).storage[:, 3:5].clone() for loop in range(loops_run)]
+    last = cache.recurrent(0, 1, loops_run - 1).storage[:, 3:5].clone()
+    ran = [cache.recurrent(0, 1, loop).storage[:, 3:5].clone() for loop in range(loops_run)]
     cache.fill_unrun_loops(loops_run, 2)
     for loop in range(5):
         for layer in range(2):
-            storage = cache.recurrent_slot(layer, loop).storage
+            storage = cache.recurrent(layer, 1, loop).storage
             assert storage[:, :3].equal(older[loop])
             assert storage[:, 3:5].equal(ran[loop] if loop < loops_run else last)
             assert not storage[:, 5:].any()

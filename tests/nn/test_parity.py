@@ -34,6 +34,8 @@ from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.layout import TokenLayout, attention_context
 from openmythos.nn.moe import MoE
 from openmythos.nn.norm import RMSNorm
+from openmythos.nn.view import LayerView, NoCache
+from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injection import NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 
@@ -111,7 +113,8 @@ class PlainTransformer(nn.Module):
         context = attention_context(layout, a.rotary_dim(DIM), a.rope_base, a.window)
         x = self.embed(tokens)
         for index, block in enumerate(self.blocks):
-            x = block(x, context, slot=None if cache is None else cache.prelude_slot(index)).x
+            kv = NoCache() if cache is None else cache.prelude(index, tokens.shape[1])
+            x, _ = block(x, LayerView(context, kv))
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.head(self.norm(x))
@@ -377,7 +380,7 @@ def looped(attention: Attention, recurrent: FeedForward, prelude: int, coda: int
         recurrent_feed_forward=recurrent,
         injection=NoInjection(),
         loop_lora=NoLoopLoRA(),
-        state_init="encoded",
+        state_init=EncodedState(),
         prelude_norm=False,
         tie_embeddings=False,
         zero_init_outputs=False,

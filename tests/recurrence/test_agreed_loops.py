@@ -33,9 +33,9 @@ def test_loops_without_rows_change_nothing(config: MythosConfig) -> None:
     model = tiny_model(config)
     for backprop_loops in (0, 1):
         wanted, wanted_gradients = trained(model, backprop_loops)
-        model.recurrent.agree = lambda loops: max(loops, 5)
+        model.recurrent.sync_num_loops = lambda loops: max(loops, 5)
         found, found_gradients = trained(model, backprop_loops)
-        model.recurrent.agree = None
+        model.recurrent.sync_num_loops = None
         torch.testing.assert_close(found, wanted)
         assert_gradients_close(
             {name: found_gradients[name] for name in wanted_gradients}, wanted_gradients
@@ -51,7 +51,7 @@ def test_positions_stop_when_the_others_have() -> None:
         said.append(number)
         return max(number, int(len(said) < 10))
 
-    model.recurrent.agree = others
+    model.recurrent.sync_num_loops = others
     found = model(tokens, num_loops=12)
     assert said[-1] == 0 and len(said) == 10
     torch.testing.assert_close(found.logits, wanted.logits)

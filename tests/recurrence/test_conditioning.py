@@ -131,7 +131,7 @@ def test_the_embedding_is_added_to_the_state_of_its_loop() -> None:
     expected = torch.zeros_like(plain)
     decay, _ = model.recurrent.injection.discretize()
     table = tiny_model(config).recurrent.conditioning.embedding.table
-    for loop, state in enumerate(out.recurrence.states):
+    for loop, state in enumerate(out.recurrence.states.values()):
         expected = decay * expected + plain + table[min(loop, 2)]
         torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
 

@@ -20,6 +20,7 @@ from variants import (
 )
 
 from openmythos.config import ConfigError
+from openmythos.inference.generation import Request, stream
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.exit_rules import (
     ArgmaxExit,
@@ -68,7 +69,7 @@ def test_criteria_by_their_definitions() -> None:
     ]
     assert {type(rule) for rule, _ in cases} == {type(rule) for rule in ALL_RULES}
     for rule, expected in cases:
-        assert torch.equal(rule.stays(seen), expected), rule
+        assert torch.equal(rule.converged(seen), expected), rule
         assert isinstance(rule, FixedExit) or expected.any(), rule
 
 
@@ -139,7 +140,7 @@ def test_prefix_scope_does_not_wait_for_padding() -> None:
 
 def states_and_logits(model: OpenMythos, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     out = model(tokens, num_loops=LOOPS, collect_loops=range(1, LOOPS + 1))
-    return out.recurrence.states, out.loop_logits
+    return [*out.recurrence.states.values()], [*out.loop_logits.values()]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
@@ -154,7 +155,7 @@ def test_the_first_position_leaves_where_its_trajectory_says(rule: ExitRule) -> 
     for loop, (previous, state) in enumerate(pairwise(states)):
         if rule.needs_logits and loop == 0:
             continue
-        stays = rule.stays(LoopView(previous, state, logits[loop - 1], logits[loop]))[:, 0]
+        stays = rule.converged(LoopView(previous, state, logits[loop - 1], logits[loop]))[:, 0]
         streak = torch.where(stays, streak + 1, 0)
         leaves = (streak >= rule.patience) & (expected == LOOPS)
         expected = torch.where(leaves, loop + 1, expected)
@@ -176,7 +177,7 @@ def test_positions_that_left_stand_still_and_cost_no_feed_forward(rule: ExitRule
     out = model(
         random_tokens(3), num_loops=LOOPS, exit_rule=rule, collect_loops=range(1, LOOPS + 1)
     )
-    used, states = out.recurrence.loops_used, out.recurrence.states
+    used, states = out.recurrence.loops_used, [*out.recurrence.states.values()]
     assert fed == [int((used > loop).sum()) for loop in range(int(used.max()))]
     for loop in range(1, len(states)):
         assert torch.equal(states[loop][used <= loop], states[loop - 1][used <= loop])
@@ -205,7 +206,9 @@ def test_the_fixed_rule_is_no_rule() -> None:
 def test_generation_reports_and_saves_loops() -> None:
     model, prompt = tiny_model(tiny_config()), random_tokens(1, 6)
     for rule in RULES:
-        steps = list(model.stream(prompt, max_new_tokens=5, num_loops=LOOPS, exit_rule=rule))
+        steps = list(
+            stream(model, prompt, Request(max_new_tokens=5, num_loops=LOOPS, exit_rule=rule))
+        )
         loops = torch.cat([step.loops_used for step in steps])
         assert loops.min() >= 1 and loops.max() <= LOOPS
         assert loops.float().mean() < LOOPS, rule

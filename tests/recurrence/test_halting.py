@@ -24,10 +24,12 @@ from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.moe import MoE
 from openmythos.nn.view import LayerView, NoCache
+from openmythos.recurrence import schedule
 from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.recurrence.halting import ACT, ACTHalting, HaltState
+from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.loop_embedding import LoopEmbedding
-from openmythos.recurrence.recurrent_block import RecurrentBlock, RecurrentOutput
+from openmythos.recurrence.schedule import LoopPlan, RecurrentOutput
 
 
 def run(
@@ -38,7 +40,8 @@ def run(
     context, positions = causal(model.config)
     last = int(torch.as_tensor(num_loops).max())
     loops = range(1, last + 1)
-    return model.recurrent(encoded, context, positions, num_loops=num_loops, collect=loops)
+    plan = LoopPlan(num_loops=num_loops, collect=loops)
+    return schedule.run(model.recurrent, encoded, context, positions, plan)
 
 
 def causal(config: MythosConfig) -> tuple[AttentionContext, Tensor]:
@@ -108,13 +111,13 @@ def test_weights_sum_to_one(act: ACT, num_loops: int | tuple[int, ...], training
     model = tiny_model(tiny_config(halting=act)).train(training)
     loops = num_loops if isinstance(num_loops, int) else torch.tensor(num_loops)
     out = run(model, loops)
-    weights = [torch.nn.functional.pad(w, (0, 0, 0, 3 - len(w))) for w in out.halt_weights]
+    weights = [torch.nn.functional.pad(w, (0, 0, 0, 3 - len(w))) for w in out.halt_weights.values()]
     total = torch.stack(weights).sum(0)
     torch.testing.assert_close(total, torch.ones(3, SEQ), atol=1e-6, rtol=0)
     assert all((weight >= 0).all() for weight in weights)
     # What the coda gets is the weighted sum of the states.
     mixed = torch.zeros(3, SEQ, DIM)
-    for weight, state in zip(out.halt_weights, out.states, strict=True):
+    for weight, state in zip(out.halt_weights.values(), out.states.values(), strict=True):
         mixed[: len(state)] += weight[..., None] * state
     state = out.state if out.order is None else out.state[out.order]
     torch.testing.assert_close(state, mixed, rtol=1e-4, atol=1e-5)
@@ -126,7 +129,9 @@ def test_weights_are_those_of_the_formula() -> None:
     out = run(model, 5)
     halting = model.recurrent.halting
     cumulative, active = torch.zeros(3, SEQ), torch.ones(3, SEQ, dtype=torch.bool)
-    for loop, (weight, state) in enumerate(zip(out.halt_weights, out.states, strict=True)):
+    for loop, (weight, state) in enumerate(
+        zip(out.halt_weights.values(), out.states.values(), strict=True)
+    ):
         p = (state @ halting.weight + halting.bias).sigmoid()
         crosses = (cumulative + p > 0.99) | (loop == len(out.states) - 1)
         expected = torch.where(crosses, 1 - cumulative, p) * active
@@ -152,11 +157,12 @@ def test_halted_positions_stand_still_and_cost_no_feed_forward(
     out = run(model, num_loops)
     used = out.loops_used
     assert used.max() < num_loops and len(used.unique()) > 1
-    for loop in range(1, len(out.states)):
+    states, weights = [*out.states.values()], [*out.halt_weights.values()]
+    for loop in range(1, len(states)):
         halted = used <= loop
-        assert torch.equal(out.states[loop][halted], out.states[loop - 1][halted])
-        assert (out.states[loop][~halted] != out.states[loop - 1][~halted]).any(dim=-1).all()
-        assert (out.halt_weights[loop][halted] == 0).all()
+        assert torch.equal(states[loop][halted], states[loop - 1][halted])
+        assert (states[loop][~halted] != states[loop - 1][~halted]).any(dim=-1).all()
+        assert (weights[loop][halted] == 0).all()
     # In training every rank must run the same loops, at inference nobody waits.
     loops_run = num_loops if training else int(used.max())
     assert fed == [int((used > loop).sum()) for loop in range(loops_run)]
@@ -261,7 +267,7 @@ def test_min_loops_is_kept_and_reached(min_loops: int) -> None:
     assert (run(model, 6).loops_used == min_loops).all()
     # Fewer loops than the minimum: the last one still gets all the weight.
     out = run(model, 1)
-    torch.testing.assert_close(out.halt_weights[0], torch.ones(3, SEQ))
+    torch.testing.assert_close(out.halt_weights[1], torch.ones(3, SEQ))
 
 
 @pytest.mark.parametrize("bias_init", [-6.0, -2.0, 0.5])
@@ -270,7 +276,7 @@ def test_first_probabilities_come_from_the_bias(bias_init: float) -> None:
     model = OpenMythos(tiny_config(halting=ACT(bias_init=bias_init)), seed=0).eval()
     prob = model.recurrent.halting.halt_prob(torch.randn(2, 3, DIM))
     torch.testing.assert_close(prob, torch.tensor(bias_init).sigmoid().expand(2, 3))
-    weight = run(model, 3).halt_weights[0]
+    weight = run(model, 3).halt_weights[1]
     torch.testing.assert_close(weight, prob[:1, :1].expand(3, SEQ))
 
 
@@ -291,7 +297,7 @@ def test_weights_sum_to_one_for_positions_stopped_by_an_exit_rule() -> None:
     out = model(random_tokens(3), num_loops=8, exit_rule=rule, collect_loops=range(1, 9))
     used = out.recurrence.loops_used
     assert used.max() < 8
-    total = torch.stack(out.recurrence.halt_weights).sum(0)
+    total = torch.stack([*out.recurrence.halt_weights.values()]).sum(0)
     torch.testing.assert_close(total, torch.ones(3, SEQ), atol=1e-6, rtol=0)
     assert torch.isfinite(out.logits).all()
 

@@ -13,6 +13,7 @@ from variants import SEQ, members, name_of, random_tokens, tiny_config, tiny_mod
 
 from openmythos.config import ConfigError
 from openmythos.model.mythos import OpenMythos
+from openmythos.recurrence.initial_state import NormalState, StateInit, ZeroState
 from openmythos.recurrence.injection import (
     LARGEST_MAX_DECAY,
     LTI,
@@ -23,7 +24,6 @@ from openmythos.recurrence.injection import (
     LTIInjection,
     NoInjection,
 )
-from openmythos.recurrence.recurrent_block import StateInit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LTIS = variations(LTI)
@@ -49,7 +49,7 @@ def numbers(dtype: torch.dtype) -> st.SearchStrategy[float]:
     )
 
 
-@pytest.mark.parametrize("max_decay", [0.5, LARGEST_MAX_DECAY])
+@pytest.mark.parametrize("max_decay", [0.5, LARGEST_MAX_DECAY, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(st.data())
 def test_decay_is_below_one_for_any_parameters(
@@ -144,11 +144,11 @@ def test_initial_decay_is_the_configured_one(config: LTI, init_decay: float) -> 
         torch.testing.assert_close(gain / (1 - decay), torch.ones(32), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("state_init", get_args(StateInit))
+@pytest.mark.parametrize("state_init", [kind() for kind in get_args(StateInit)])
 @pytest.mark.parametrize("config", LTIS, ids=name_of)
 @torch.no_grad()
 def test_without_residual_branches_the_loop_is_the_linear_system(
-    config: LTI, state_init: str
+    config: LTI, state_init: StateInit
 ) -> None:
     """h_T = decay^T h_0 + (1 - decay^T) / (1 - decay) gain B e: A is applied once per loop."""
     shape = {"prelude_layers": 0, "coda_layers": 0, "recurrent_layers": 2}
@@ -161,9 +161,9 @@ def test_without_residual_branches_the_loop_is_the_linear_system(
     tokens, num_loops = random_tokens(2), 7
     encoded = model.recurrent.prelude_norm(model.embed(tokens))
     drive = model.recurrent.injection.prepare(encoded)
-    initial = model.recurrent._initial_state(encoded, torch.arange(SEQ)[None], False)
+    initial = state_init.draw(encoded, torch.arange(SEQ)[None], fresh=False)
     power = drive.decay**num_loops
-    solution = power * initial + (1 - power) / (1 - drive.decay) * drive.forced
+    solution = power * initial + (1 - power) / (1 - drive.decay) * drive.input_term
     state = model(tokens, num_loops=num_loops).recurrence.state
     torch.testing.assert_close(state, solution, rtol=1e-4, atol=1e-5)
 
@@ -204,16 +204,16 @@ def test_baselines() -> None:
     assert isinstance(concat.prepare(encoded), Drive)
 
 
-@pytest.mark.parametrize("state_init", ["zeros", "normal"])
-def test_no_injection_needs_the_encoded_state(state_init: str) -> None:
-    with pytest.raises(ConfigError, match=f"state_init = '{state_init}': must be \"encoded\""):
+@pytest.mark.parametrize("state_init", [ZeroState(), NormalState()])
+def test_no_injection_needs_the_encoded_state(state_init: StateInit) -> None:
+    with pytest.raises(ConfigError, match=f"state_init = '{state_init.kind}': must be \"encoded\""):
         replace(tiny_config(), injection=NoInjection(), state_init=state_init)
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"max_decay": 1.0}, "max_decay = 1.0: must be a number, above 0 and at most 0.996"),
+        ({"max_decay": 0.997}, "max_decay = 0.997: must be a number, above 0 and at most 0.996"),
         ({"max_decay": 0.0}, "max_decay = 0.0"),
         ({"init_decay": 0.99}, "init_decay = 0.99: must be below max_decay = 0.99"),
         ({"init_decay": 0.0}, "init_decay = 0.0: must be a number, at least 1e-06"),

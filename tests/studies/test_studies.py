@@ -21,6 +21,7 @@ from openmythos.config import ConfigError
 from openmythos.files import read_json
 from openmythos.model.inputs import token_layout
 from openmythos.nn.layout import attention_context
+from openmythos.nn.view import LayerView
 from openmythos.planning import cost
 from openmythos.studies import adaptive_computation as adaptive
 from openmythos.studies import depth_extrapolation as depth
@@ -68,7 +69,7 @@ def test_a_stack_is_a_plain_transformer() -> None:
     attention = model.config.attention
     context = attention_context(layout, attention.rotary_dim(32), 10_000.0, depth.WINDOW)
     for layer in (*model.prelude, *model.recurrent.layers, *model.coda):
-        x = layer(x, context).x
+        x, _ = layer(x, LayerView(context))
     torch.testing.assert_close(out.logits, model.norm(x) @ model.head_weight.T)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from variants import random_tokens, tiny, tiny_config, tiny_model
 
 from openmythos.kernels.cross_entropy import IGNORE
-from openmythos.model.mythos import MythosLosses, OpenMythos
+from openmythos.model.mythos import OpenMythos
+from openmythos.model.outputs import MythosLosses
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
@@ -41,7 +42,7 @@ def test_losses_are_those_of_the_logits() -> None:
     )
     order = output.recurrence.order
     assert order is not None
-    for loss, logits in zip(losses.by_loop, output.loop_logits, strict=True):
+    for loss, logits in zip(losses.by_loop.values(), output.loop_logits.values(), strict=True):
         wanted = by_hand(logits, TARGETS[order][: len(logits)])
         torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="targets: has shape"):
@@ -52,7 +53,7 @@ def test_final_loss_without_extras_is_cross_entropy_alone() -> None:
     model = tiny_model(tiny_config(recurrent_feed_forward=tiny(SwiGLU)))
     output = run(model, 3, FinalLoss())
     parts = training_loss(output, FinalLoss(), model.config)
-    assert output.by_loop == []
+    assert output.by_loop == {}
     assert torch.equal(parts.total, output.cross_entropy)
     assert float(parts.balance) == float(parts.z) == float(parts.ponder_cost) == 0
 

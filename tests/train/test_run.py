@@ -24,6 +24,7 @@ from openmythos.data.prepared import Preparation
 from openmythos.data.tokenizer import BPE, ByteTokenizer
 from openmythos.files import load_toml, save_toml
 from openmythos.recurrence.halting import ACT
+from openmythos.recurrence.initial_state import NormalState
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
 from openmythos.train import checkpoint
 from openmythos.train.checkpoint import latest_checkpoint, list_checkpoints
@@ -109,7 +110,7 @@ def names(folder: Path) -> list[str]:
 VARIANTS: list[dict[str, Any]] = [
     {"optimizer": AdamW()},
     {"optimizer": Muon()},
-    {"optimizer": Muon(), "model": {"state_init": "normal"}},
+    {"optimizer": Muon(), "model": {"state_init": NormalState()}},
     {"model": {"halting": ACT()}, "micro_batch_size": 2},
     # Few shapes, and small: a CPU compiles its bf16 kernels for each, or emulates them.
     {

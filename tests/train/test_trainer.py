@@ -18,6 +18,7 @@ from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE, MoELayer
 from openmythos.planning import cost
 from openmythos.recurrence.halting import ACT, Halting
+from openmythos.recurrence.initial_state import NormalState, ZeroState
 from openmythos.recurrence.injection import Injection
 from openmythos.recurrence.loop_sampling import (
     FixedLoops,
@@ -166,7 +167,7 @@ def test_bf16_is_close_to_fp32_and_keeps_fp32_weights(shards: TokenShards) -> No
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("state_init", ["zeros", "normal"])
+@pytest.mark.parametrize("state_init", [ZeroState(), NormalState()])
 @pytest.mark.parametrize("loops", [FixedLoops(mean_loops=3), PER_SEQUENCE], ids=name_of)
 def test_checkpointed_loops_change_nothing(
     shards: TokenShards, loops: Any, state_init: Any
@@ -244,7 +245,7 @@ def test_seeds_differ(shards: TokenShards) -> None:
 
 
 def test_global_generator_decides_nothing(shards: TokenShards) -> None:
-    model = replace(MODEL, state_init="normal")
+    model = replace(MODEL, state_init=NormalState())
     torch.manual_seed(1)
     first = losses(train(shards, model))
     torch.manual_seed(2)
@@ -341,7 +342,8 @@ def test_sizes_of_the_states_are_those_of_the_loops(shards: TokenShards) -> None
     )
     assert len(metrics.state_rms) == len(metrics.residual) == int(loops.max())
     with torch.no_grad():
-        found = model(batch.tokens, num_loops=4, collect_loops=(1, 2, 3, 4)).recurrence.states
+        output = model(batch.tokens, num_loops=4, collect_loops=(1, 2, 3, 4))
+    found = [*output.recurrence.states.values()]
     states = [torch.zeros_like(found[0]), *found]
     for loop, (rms, residual) in enumerate(
         zip(metrics.state_rms, metrics.residual, strict=True), start=1

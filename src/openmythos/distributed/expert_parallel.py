@@ -100,7 +100,7 @@ def split_experts(model: OpenMythos, mesh: DeviceMesh) -> Placement:
             )
             setattr(layer.experts, name, nn.Parameter(part))
             split.add(layer.experts.get_parameter(name))
-    model.recurrent.agree = functools.partial(_largest, group=group)
+    model.recurrent.sync_num_loops = functools.partial(_largest, group=group)
     others = mesh[names]
     info = (
         FSDPMeshInfo(others, shard_mesh_dim=0)

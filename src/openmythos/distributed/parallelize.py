@@ -105,9 +105,12 @@ def parallelize(
         if place is not None:
             average_over_all(units)
         register_fsdp_forward_method(model, "losses")
+        register_fsdp_forward_method(model.recurrent, "scheduled")
     if next(model.parameters()).is_meta:
         model.to_empty(device=device)
-        init_weights(model, model.config, torch.Generator().manual_seed(seed))
+        zero_outputs = model.config.zero_init_outputs
+        generator = torch.Generator().manual_seed(seed)
+        init_weights(model, zero_outputs=zero_outputs, generator=generator)
     return model
 
 

@@ -70,9 +70,7 @@ def logits_by_loops(
 ) -> dict[int, Logits]:
     """Logits after each number of loops, all from one pass at the largest; see `forward`."""
     out = model(tokens, num_loops=max(loops), collect_loops=tuple(loops), last_only=last_only)
-    found = dict(zip(out.recurrence.collected, out.loop_logits, strict=True))
-    # Where all positions had halted before, further loops change nothing.
-    return {n: found.get(n, out.logits) for n in loops}
+    return {loop: out.loop_logits[loop] for loop in loops}
 
 
 @torch.no_grad()

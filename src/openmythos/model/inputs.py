@@ -1,19 +1,24 @@
-"""What a call of the model is given: refused where it cannot be run, placed where it stands."""
+"""The arguments of a call of the model: checked, and turned into positions and masks."""
 
 import operator
 from collections.abc import Collection
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from openmythos.config import require_int
 from openmythos.inference.generation import check_are_ids
 from openmythos.kernels.cross_entropy import IGNORE
 from openmythos.model.config import MythosConfig
 from openmythos.nn.cache import KVCache
-from openmythos.nn.layout import TokenLayout
-from openmythos.recurrence.exit_rules import ExitRule
+from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
+from openmythos.nn.view import KVView, LayerView
+from openmythos.recurrence.exit_rules import ExitTracker
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
+from openmythos.recurrence.schedule import LoopPlan
+from openmythos.types import Hidden, LoopCounts, TokenIds
 
 
 def whole_number(value: Any) -> Any:
@@ -28,13 +33,92 @@ def whole_number(value: Any) -> Any:
         return value
 
 
-def check_loops(
-    num_loops: Any,
-    tokens: Tensor,
-    cache: KVCache | None,
-    exit_rule: ExitRule | None,
-    *,
-    training: bool,
+CollectLoops = Collection[int] | Literal["all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """The checked arguments of one pass, and what every layer needs to know of them."""
+
+    tokens: TokenIds
+    layout: TokenLayout
+    context: AttentionContext
+    num_loops: int | LoopCounts
+    backprop_loops: int
+    collect: Collection[int]
+    cache: KVCache | None
+    initial_state: Hidden | None
+    training: bool
+
+    @classmethod
+    def check(  # noqa: PLR0913
+        cls,
+        config: MythosConfig,
+        tokens: Tensor,
+        *,
+        in_training: bool,
+        num_loops: SupportsIndex | Tensor | None,
+        backprop_loops: int,
+        collect_loops: CollectLoops,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        initial_state: Tensor | None = None,
+        has_exits: bool = False,
+    ) -> "ModelInputs":
+        """See `OpenMythos.forward`; raises a ValueError that names what cannot be run."""
+        layout = token_layout(config, tokens, attention_mask, documents, cache)
+        training = in_training and cache is None  # with a cache it is inference
+        if has_exits and training:
+            raise ValueError("exit_rule: is for inference; call model.eval() first")
+        loops = config.num_loops if num_loops is None else num_loops
+        loops = _check_loops(loops, tokens, cache, has_exits=has_exits)
+        require_int("backprop_loops", backprop_loops, minimum=0)
+        shape = (*tokens.shape, config.dim)
+        if initial_state is not None and initial_state.shape != shape:
+            raise ValueError(
+                f"initial_state: has shape {list(initial_state.shape)}, must be {list(shape)}"
+            )
+        attention = config.attention
+        return cls(
+            tokens=tokens,
+            layout=layout,
+            context=attention_context(
+                layout, attention.rotary_dim(config.dim), attention.rope_base, attention.window
+            ),
+            num_loops=loops,
+            backprop_loops=backprop_loops,
+            collect=_check_collected(collect_loops, loops),
+            cache=cache,
+            initial_state=initial_state,
+            training=training,
+        )
+
+    def view(self, kv: KVView, *, collects: bool = True) -> LayerView:
+        """What a layer outside the loop sees; in training it may collect router statistics."""
+        return LayerView(self.context, kv, collects=collects and self.training)
+
+    def loop_plan(self, exits: ExitTracker | None) -> LoopPlan:
+        return LoopPlan(
+            num_loops=self.num_loops,
+            backprop_loops=self.backprop_loops,
+            cache=self.cache,
+            exits=exits,
+            collect=self.collect,
+            initial_state=self.initial_state,
+        )
+
+    def sorted_rows(self, order: Tensor | None) -> "ModelInputs":
+        """With the rows in this order (None: as they are)."""
+        return self if order is None else replace(self, context=self.context.select(order))
+
+    def rows(self, count: int) -> "ModelInputs":
+        """Of the first rows alone."""
+        return replace(self, context=self.context.rows(0, count))
+
+
+def _check_loops(
+    num_loops: Any, tokens: Tensor, cache: KVCache | None, *, has_exits: bool
 ) -> int | Tensor:
     """num_loops, if these tokens [batch, seq] can be run through so many."""
     loops = whole_number(num_loops)
@@ -45,7 +129,7 @@ def check_loops(
                 f"num_loops = {loops.tolist()}: must be one whole number >= 1 for each of the "
                 f"{tokens.shape[0]} sequences"
             )
-        if cache is not None or exit_rule is not None:
+        if cache is not None or has_exits:
             raise ValueError(
                 "num_loops: one number per sequence goes with neither a cache nor an exit rule"
             )
@@ -56,12 +140,10 @@ def check_loops(
         raise ValueError(
             f"num_loops = {loops}: the cache was made for at most {cache.num_loops} loops"
         )
-    if exit_rule is not None and training:
-        raise ValueError("exit_rule: is for inference; call model.eval() first")
     return loops
 
 
-def check_collected(collect: Any, num_loops: int | Tensor) -> Collection[int]:
+def _check_collected(collect: Any, num_loops: int | Tensor) -> Collection[int]:
     """The loop counts of `collect_loops`, if a pass of num_loops loops comes by them."""
     if collect == "all":
         return range(1, MOST_LOOPS + 1)
@@ -140,11 +222,15 @@ def _check_ids(tokens: Tensor, vocab_size: int) -> None:
         raise ValueError(f"tokens: id {found} is outside the vocabulary of {vocab_size} tokens")
 
 
-def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """Refuse targets that are neither a token's id nor IGNORE.
+def check_targets(targets: Tensor, tokens: Tensor, vocab_size: int) -> None:
+    """Raise a ValueError for targets that are neither a token's id nor IGNORE.
 
     On an accelerator the gather of the loss refuses them, in the device's own words.
     """
+    if targets.shape != tokens.shape:
+        raise ValueError(
+            f"targets: has shape {list(targets.shape)}, the tokens have {list(tokens.shape)}"
+        )
     check_are_ids("targets", targets)
     found = _outside(targets.where(targets != IGNORE, 0), vocab_size) if len(targets) else None
     if found is not None:

@@ -19,6 +19,7 @@ from openmythos.nn.feed_forward import ReLU2, SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
+from openmythos.recurrence.initial_state import NormalState
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_lora import LoopLoRA, NoLoopLoRA
 
@@ -254,7 +255,7 @@ def _parcae(*, dim: int, layers: int) -> MythosConfig:
         recurrent_feed_forward=ReLU2(hidden_dim=4 * dim),
         injection=LTI(discretization="euler", input_map="dense"),
         loop_lora=NoLoopLoRA(),
-        state_init="normal",
+        state_init=NormalState(),
         tie_embeddings=False,
     )
 

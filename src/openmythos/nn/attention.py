@@ -27,6 +27,7 @@ class AttentionLayer(nn.Module, ABC):
     `rope_base`, `window` (0: unlimited) and `build(dim, norm_eps)`.
     """
 
+    residual_outputs: tuple[str, ...] = ("output.weight",)
     kv_width: int  # numbers that a cache stores per token
 
     @abstractmethod

@@ -1,127 +1,92 @@
-"""One pre-norm layer: attention and feed-forward around a residual stream."""
+"""One transformer layer."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, cast
 
-import torch
 from torch import nn
 
-from openmythos.nn.cache import CacheSlot
 from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.feed_forward import FeedForwardLayer, ReLU2, RouterStats, SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
-from openmythos.nn.layout import AttentionContext
-from openmythos.nn.linear import NO_DELTAS, Deltas
 from openmythos.nn.moe import MoE
 from openmythos.nn.norm import RMSNorm
-from openmythos.nn.view import LayerView, NoCache
-from openmythos.types import Hidden, KeyValues, Mask
+from openmythos.nn.view import LayerView
+from openmythos.types import Hidden
 
 Attention = LatentAttention | GroupedQueryAttention
 FeedForward = SwiGLU | ReLU2 | MoE
 
 
-class BlockOutput(NamedTuple):
-    x: Hidden
-    kv: KeyValues  # of this call's own tokens, whatever older ones they attended to
-    router: RouterStats | None
-
-
-class Frozen(NamedTuple):
-    """Positions that have halted: their keys and values stay as they were, their x is not used."""
-
-    active: Mask
-    kv: KeyValues
+# Where a norm stands around a branch f: on its input, on its output, on the sum of both.
+NormPlace = Literal["input", "branch", "sum"]
 
 
 class Block(nn.Module):
-    """x = x + Attention(norm(x));  x = x + FeedForward(norm(x))."""
+    """x = x + attention(norm(x));  x = x + feed_forward(norm(x)).
+
+    `norms` says where norms stand around each branch f:
+
+    input           x + f(n x)          pre-norm, the default
+    input, branch   x + m(f(n x))       Ouro, Gemma 2
+    input, sum      m(x + f(n x))       Huginn
+    branch          x + n(f(x))         OLMo 2
+    sum             n(x + f(x))         post-norm
+    """
 
     def __init__(
-        self, dim: int, attention: Attention, feed_forward: FeedForward, norm_eps: float
+        self,
+        dim: int,
+        attention: Attention,
+        feed_forward: FeedForward,
+        norm_eps: float,
+        norms: tuple[NormPlace, ...] = ("input",),
     ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(dim, norm_eps)
+
+        def norm(place: NormPlace) -> nn.Module:
+            return RMSNorm(dim, norm_eps) if place in norms else nn.Identity()
+
+        self.attention_norm = norm("input")
         self.attention = attention.build(dim, norm_eps)
-        self.feed_forward_norm = RMSNorm(dim, norm_eps)
+        self.attention_branch_norm = norm("branch")
+        self.attention_sum_norm = norm("sum")
+        self.feed_forward_norm = norm("input")
         self.feed_forward: FeedForwardLayer = feed_forward.build(dim)
+        self.feed_forward_branch_norm = norm("branch")
+        self.feed_forward_sum_norm = norm("sum")
 
     def forward(
-        self,
-        x: Hidden,
-        context: AttentionContext,
-        *,
-        slot: CacheSlot | None = None,
-        frozen: Frozen | None = None,
-        deltas: Deltas = NO_DELTAS,
-        expert_weights: ExpertWeights | None = None,
-        last_only: bool = False,
-    ) -> BlockOutput:
-        """x [batch, seq, dim]; last_only computes the output of the last position alone."""
-        if frozen is not None and not bool(frozen.active.all()):
-            assert not last_only  # a coda's option; what halts is in the loop
-            return self._forward_active(x, context, slot, frozen, deltas, expert_weights)
-        normed = self.attention_norm(x)
-        if slot is not None and not slot.writes:
-            visible = slot.read(x.shape[1])
-            kv = visible[:, slot.start :]
-        else:
-            kv = self.attention.project_kv(normed, context, deltas)
-            visible = kv if slot is None else slot.write(kv)
-        if last_only:
-            x, normed, context = x[:, -1:], normed[:, -1:], context.last()
-        x = x + self.attention(normed, visible, context, deltas)
-        view = LayerView(
-            context,
-            NoCache(),
-            deltas=deltas,
-            expert_weights=expert_weights,
-            collects=self.training and slot is None,  # with a cache it is inference
-        )
-        update, router = self.feed_forward(self.feed_forward_norm(x), view)
-        return BlockOutput(x + update, kv, router)
+        self, x: Hidden, view: LayerView, *, last_only: bool = False
+    ) -> tuple[Hidden, RouterStats | None]:
+        """(x [batch, seq, dim], router statistics if the view collects them).
 
-    def _forward_active(
-        self,
-        x: Hidden,
-        context: AttentionContext,
-        slot: CacheSlot | None,
-        frozen: Frozen,
-        deltas: Deltas,
-        expert_weights: ExpertWeights | None,
-    ) -> BlockOutput:
-        """The same at active positions alone, moved to the front of their rows.
-
-        Rows are as long as the one with most active positions, and padded with halted ones.
+        last_only: keys and values of all positions, but the output of the last one alone.
         """
-        # At least one, so that a row of none is no special case further down.
-        longest = max(1, int(frozen.active.sum(dim=1).max()))
-        order = (~frozen.active).to(torch.int8).argsort(dim=1, stable=True)
-        columns = order[:, :longest]
-        active = frozen.active.gather(1, columns)
-        packed = x.gather(1, columns[..., None].expand(-1, -1, x.shape[2]))
-        start = 0 if slot is None else slot.start
-        context = context.pick(columns, start + x.shape[1])
-        normed = self.attention_norm(packed)
-        if slot is not None and not slot.writes:
-            visible = slot.read(x.shape[1])
-            kv = visible[:, slot.start :]
-        else:
-            places = columns[..., None].expand(-1, -1, frozen.kv.shape[2])
-            new = self.attention.project_kv(normed, context, deltas)
-            new = torch.where(active[..., None], new, frozen.kv.gather(1, places))
-            kv = frozen.kv.scatter(1, places, new)
-            visible = kv if slot is None else slot.write(kv)
-        packed = packed + self.attention(normed, visible, context, deltas)
-        view = LayerView(
-            context,
-            NoCache(),
-            deltas=deltas,
-            expert_weights=expert_weights,
-            active=active,
-            collects=self.training and slot is None,
-        )
-        update, router = self.feed_forward(self.feed_forward_norm(packed), view)
-        where = active.nonzero(as_tuple=True)
-        changed = (packed + update)[where].to(x.dtype)
-        return BlockOutput(x.index_put((where[0], columns[where]), changed), kv, router)
+        normed = self.attention_norm(x)
+        project = self.attention.project_kv
+        kv = view.kv.update(lambda: project(normed, view.context, view.deltas))
+        if last_only:
+            x, normed, view = x[:, -1:], normed[:, -1:], view.last(kv)
+        update = self.attention(normed, kv, view.context, view.deltas)
+        x = self.attention_sum_norm(x + self.attention_branch_norm(update))
+        update, router = self.feed_forward(self.feed_forward_norm(x), view)
+        return self.feed_forward_sum_norm(x + self.feed_forward_branch_norm(update)), router
+
+
+LayerStats = list[RouterStats | None]
+
+
+class Layers(nn.ModuleList):
+    """Several layers, one after the other, each with its own view."""
+
+    def shared_weights(self) -> list[ExpertWeights | None]:
+        """What the layers' experts make once for many calls: see `LayerView.expert_weights`."""
+        return [cast("Block", layer).feed_forward.shared_weights() for layer in self]
+
+    def forward(self, x: Hidden, views: Sequence[LayerView]) -> tuple[Hidden, LayerStats]:
+        stats: LayerStats = []
+        for layer, view in zip(self, views, strict=True):
+            x, router = layer(x, view)
+            stats.append(router)
+        return x, stats

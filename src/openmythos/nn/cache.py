@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openmythos.config import require_int
+from openmythos.nn.view import Cached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +85,6 @@ class GroupedLoopCache:
 CachePolicy = ExactCache | LastLoopCache | FirstLoopCache | GroupedLoopCache
 
 
-@dataclass(frozen=True)
-class CacheSlot:
-    """One layer's storage in one loop, seen from one forward pass."""
-
-    storage: Tensor  # [batch, capacity, kv_width]
-    start: int
-    writes: bool
-
-    def write(self, kv: Tensor) -> Tensor:
-        """Store kv [batch, seq, kv_width] at the current position; return everything up to it."""
-        end = self.start + kv.shape[1]
-        self.storage[:, self.start : end] = kv
-        # A view would let autograd and later loops see this storage change under them only when
-        # gradients are on; the cache is for inference, where the view costs nothing.
-        return self.storage[:, :end]
-
-    def read(self, seq: int) -> Tensor:
-        return self.storage[:, : self.start + seq]
-
-
 class KVCache:
     """Preallocated keys and values for a batch, with the validity and position of every column.
 
@@ -158,14 +139,21 @@ class KVCache:
         """Bytes of all keys and values held."""
         return sum(t.nbytes for t in (self._prelude, self._coda, *self._recurrent, *self._probes))
 
-    def prelude_slot(self, layer: int) -> CacheSlot:
-        return CacheSlot(self._prelude[layer], self.length, True)
+    def prelude(self, layer: int, seq: int) -> Cached:
+        """A prelude layer's view of the next `seq` tokens and all earlier ones."""
+        return Cached(self._prelude[layer], self.length, seq)
 
-    def coda_slot(self, layer: int) -> CacheSlot:
-        return CacheSlot(self._coda[layer], self.length, True)
+    def coda(self, layer: int, seq: int) -> Cached:
+        return Cached(self._coda[layer], self.length, seq)
 
-    def probe_slot(self, layer: int, loop: int) -> CacheSlot:
-        return CacheSlot(self._probes[layer][loop], self.length, True)
+    def probe(self, layer: int, seq: int, loop: int) -> Cached:
+        """A coda layer's view where it reads the state after `loop`, for an exit rule."""
+        return Cached(self._probes[layer][loop], self.length, seq)
+
+    def recurrent(self, layer: int, seq: int, loop: int) -> Cached:
+        """A recurrent layer's view in that loop."""
+        storage = self._recurrent[layer][self.policy.slot(loop)]
+        return Cached(storage, self.length, seq, self.policy.writes(loop))
 
     def keep_probes(self) -> None:
         """Keep keys and values of the coda for every loop, not only for the last.
@@ -190,10 +178,6 @@ class KVCache:
             last = storage[loops_run - 1, :, self.length : end]
             storage[loops_run:, :, self.length : end] = last
         self._probed = end
-
-    def recurrent_slot(self, layer: int, loop: int) -> CacheSlot:
-        storage = self._recurrent[layer][self.policy.slot(loop)]
-        return CacheSlot(storage, self.length, self.policy.writes(loop))
 
     def fill_unrun_loops(self, loops_run: int, seq: int) -> None:
         """Give the loops that were not run for the current tokens the last run loop's K/V."""

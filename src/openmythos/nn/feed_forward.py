@@ -58,6 +58,9 @@ class FeedForwardLayer(nn.Module, ABC):
         """What a caller that runs the layer many times makes once, for `view.expert_weights`."""
         return None
 
+    def update_router_bias(self, counts: Tensor) -> None:
+        """Balance the load after a step, with its `RouterStats.counts`; a dense layer has none."""
+
 
 def only_active(
     layer: FeedForwardLayer, x: Hidden, view: LayerView
@@ -89,12 +92,18 @@ class SwiGLU:
     def __post_init__(self) -> None:
         require_int("hidden_dim", self.hidden_dim, minimum=1, maximum=MAX_WIDTH)
 
+    def kept_numbers(self, dim: int, *, cast: bool) -> tuple[int, int]:
+        """Per token kept for the backward pass: in the dtype of autocast, and in fp32."""
+        return 2 * self.hidden_dim, 0
+
     def build(self, dim: int) -> "SwiGLULayer":
         return SwiGLULayer(dim, self.hidden_dim)
 
 
 class SwiGLULayer(FeedForwardLayer):
     """y = W_down (silu(g) * u) with [g | u] = W_gate_up x."""
+
+    residual_outputs = ("down.weight",)
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -121,12 +130,18 @@ class ReLU2:
     def __post_init__(self) -> None:
         require_int("hidden_dim", self.hidden_dim, minimum=1, maximum=MAX_WIDTH)
 
+    def kept_numbers(self, dim: int, *, cast: bool) -> tuple[int, int]:
+        """Per token kept for the backward pass: in the dtype of autocast, and in fp32."""
+        return 2 * self.hidden_dim, 0
+
     def build(self, dim: int) -> "ReLU2Layer":
         return ReLU2Layer(dim, self.hidden_dim)
 
 
 class ReLU2Layer(FeedForwardLayer):
     """y = W_down relu(W_up x)^2."""
+
+    residual_outputs = ("down.weight",)
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()

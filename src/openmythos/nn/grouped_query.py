@@ -58,6 +58,16 @@ class GroupedQueryAttention:
     def kv_width(self, dim: int) -> int:
         return 2 * self.num_kv_heads * (dim // self.num_heads)
 
+    def multiply_adds_per_key(self, dim: int) -> int:
+        """Of a query with one key and one value over all heads."""
+        return 2 * dim
+
+    def kept_numbers(self, dim: int) -> int:
+        """Numbers per token that a layer keeps for its backward pass, beside its normed input."""
+        # Query, keys and values, output by head and joined; qk_norm keeps its inputs.
+        width = self.kv_width(dim)
+        return 3 * dim + width + self.qk_norm * (dim + width // 2)
+
     def build(self, dim: int, norm_eps: float) -> "GroupedQueryAttentionLayer":
         return GroupedQueryAttentionLayer(self, dim, norm_eps)
 

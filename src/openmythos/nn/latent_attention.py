@@ -60,6 +60,17 @@ class LatentAttention:
     def kv_width(self, dim: int) -> int:
         return self.kv_latent_dim + self.rope_head_dim
 
+    def multiply_adds_per_key(self, dim: int) -> int:
+        """Of a query with one key and one value over all heads, on the naive path."""
+        return self.num_heads * (self.nope_head_dim + self.rope_head_dim + self.value_head_dim)
+
+    def kept_numbers(self, dim: int) -> int:
+        """Numbers per token that a layer keeps for its backward pass, beside its normed input."""
+        query = self.nope_head_dim + self.rope_head_dim
+        # Values are padded to the width of the keys; latents are kept before and after norms.
+        per_head = 2 * query + 2 * max(query, self.value_head_dim) + self.value_head_dim
+        return self.num_heads * per_head + 2 * (self.q_latent_dim + self.kv_width(dim))
+
     def build(self, dim: int, norm_eps: float) -> "LatentAttentionLayer":
         return LatentAttentionLayer(self, dim, norm_eps)
 

@@ -18,6 +18,7 @@ from openmythos.config import MAX_PARTS, MAX_WIDTH, require, require_int, requir
 from openmythos.kernels.precision import at_least_fp32, no_autocast
 from openmythos.nn.dispatch import TokenDispatcher, dispatched_experts
 from openmythos.nn.experts import Experts, ExpertWeights
+from openmythos.nn.facts import Fill, constant, multiply_adds
 from openmythos.nn.feed_forward import FeedForwardLayer, RouterStats, SwiGLULayer, at_places
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, per_row
 from openmythos.nn.view import LayerView
@@ -71,6 +72,15 @@ class MoE:
         for name in ("bias_rate", "balance_weight", "z_weight"):
             require_number(name, getattr(self, name), at_least=0, at_most=1e6)
 
+    def kept_numbers(self, dim: int, *, cast: bool) -> tuple[int, int]:
+        """Per token kept for the backward pass: in the dtype of autocast, and in fp32.
+
+        gate and up of each chosen expert and of the shared ones; the router's fp32 scores, logits
+        and what the balance loss makes of them, and its input where that was cast.
+        """
+        narrow = 2 * (self.top_k + self.num_shared_experts) * self.expert_dim
+        return narrow, 4 * self.num_experts + (dim if cast else 0)
+
     def build(self, dim: int) -> "MoELayer":
         require(dim % ALIGNMENT == 0, "dim", dim, f"must be a multiple of {ALIGNMENT} with experts")
         return MoELayer(self, dim)
@@ -94,12 +104,16 @@ class Router(Linear):
     A linear map, so that a LoopLoRA may give every loop a router of its own.
     """
 
+    decays = False
     router_bias: Tensor
 
     def __init__(self, config: MoE, dim: int) -> None:
         super().__init__(dim, config.num_experts, bias=False)
         self.config = config
         self.register_buffer("router_bias", torch.zeros(config.num_experts))
+
+    def fills(self) -> dict[str, Fill]:
+        return {"router_bias": constant(0.0)}
 
     def forward(  # type: ignore[override]
         self, tokens: Tokens, deltas: Deltas = NO_DELTAS
@@ -140,6 +154,18 @@ class MoELayer(FeedForwardLayer):
             else None
         )
         self.dispatcher: TokenDispatcher | None = None
+
+    residual_outputs = ("experts.down",)
+
+    def multiply_adds(self) -> int:
+        """The router, the chosen experts and the shared one."""
+        rest = self.router.weight.numel() + self.active_weights()
+        return rest + (0 if self.shared_expert is None else multiply_adds(self.shared_expert))
+
+    def active_weights(self) -> int:
+        """Weights of the routed experts that one token meets."""
+        stacks = self.experts.parameters()
+        return sum(x.numel() for x in stacks) // self.config.num_experts * self.config.top_k
 
     def shared_weights(self) -> ExpertWeights:
         return self.experts.weights()

@@ -7,7 +7,7 @@ memory of training is an estimate, the rest is exact.
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal, assert_never
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,12 +16,10 @@ from openmythos import kernels
 from openmythos.config import require_int
 from openmythos.model.config import MAX_SIZE, MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.block import Attention, FeedForward
+from openmythos.nn.block import FeedForward
 from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
-from openmythos.nn.feed_forward import ReLU2, SwiGLU
-from openmythos.nn.grouped_query import GroupedQueryAttention
-from openmythos.nn.latent_attention import LatentAttention
-from openmythos.nn.moe import MoE, MoELayer
+from openmythos.nn.facts import multiply_adds
+from openmythos.nn.moe import MoELayer
 
 Optimizer = Literal["adamw", "muon"]
 FP32 = 4
@@ -147,7 +145,7 @@ def parameters(config: MythosConfig) -> ParameterCount:
     lora = model.recurrent.conditioning.lora
     return ParameterCount(
         total=total,
-        active=total - routed + sum(map(_chosen, mixtures)),
+        active=total - routed + sum(mixture.active_weights() for mixture in mixtures),
         embedding=_numel(model.embed),
         prelude=_numel(model.prelude),
         recurrent=_numel(model.recurrent),
@@ -275,11 +273,6 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _chosen(mixture: MoELayer) -> int:
-    """Weights of the experts that one token is routed to."""
-    return _numel(mixture.experts) // mixture.config.num_experts * mixture.config.top_k
-
-
 def _matrix_numel(model: OpenMythos) -> int:
     layers = (model.prelude, model.recurrent.layers, model.coda)
     return sum(p.numel() for part in layers for p in part.parameters() if p.ndim >= 2)
@@ -287,46 +280,17 @@ def _matrix_numel(model: OpenMythos) -> int:
 
 def _flops(config: MythosConfig, context: int) -> tuple[float, float]:
     """(once, per loop), per token."""
-    model = on_meta(config)
-    recurrent = model.recurrent
-    once = _maps(model.prelude) + _maps(model.coda) + config.vocab_size * config.dim
-    per_loop = _maps(recurrent.layers)
-    lora = recurrent.conditioning.lora
-    if lora is not None:
-        per_loop += _numel(lora) // lora.num_loops
-    for name, parameter in recurrent.injection.named_parameters():
-        # An input_map is applied in `prepare`, before the loops; a vector is no matrix product.
-        if parameter.ndim == 2 and name.startswith("input_map"):
-            once += parameter.numel()
-        elif parameter.ndim == 2:
-            per_loop += parameter.numel()
-    window = min(config.attention.window or context, context)
+    model, c = on_meta(config), config
+    recurrent, lora = model.recurrent, model.recurrent.conditioning.lora
+    once = sum(map(multiply_adds, (model.prelude, model.coda))) + c.vocab_size * c.dim
+    once += recurrent.injection.maps_once()
+    per_loop = multiply_adds(recurrent.layers) + recurrent.injection.maps_per_loop()
+    per_loop += 0 if lora is None else lora.multiply_adds()
+    window = min(c.attention.window or context, context)
     visible = window - window**2 / (2 * context)
-    attention = visible * _pair_maps(config.attention, config.dim)
-    outer = config.prelude_layers + config.coda_layers
-    return 2 * (once + outer * attention), 2 * (per_loop + config.recurrent_layers * attention)
-
-
-def _maps(layers: nn.Module) -> int:
-    """Multiply-adds per token outside attention: one per weight that a token meets."""
-    count = 0
-    for module in layers.modules():
-        if isinstance(module, nn.Linear):
-            count += _numel(module)
-        elif isinstance(module, MoELayer):
-            count += _chosen(module)
-    return count
-
-
-def _pair_maps(attention: Attention, dim: int) -> int:
-    """Multiply-adds of a query with one key and one value, over all heads."""
-    match attention:
-        case LatentAttention(nope_head_dim=nope, rope_head_dim=rope, value_head_dim=value):
-            return attention.num_heads * (nope + rope + value)
-        case GroupedQueryAttention():
-            return 2 * dim
-        case _:
-            assert_never(attention)
+    attention = visible * c.attention.multiply_adds_per_key(c.dim)
+    outer = c.prelude_layers + c.coda_layers
+    return 2 * (once + outer * attention), 2 * (per_loop + c.recurrent_layers * attention)
 
 
 def _layer_bytes(config: MythosConfig, feed_forward: FeedForward, size: int) -> int:
@@ -334,34 +298,7 @@ def _layer_bytes(config: MythosConfig, feed_forward: FeedForward, size: int) -> 
 
     Residual stream (inputs of both norms) in fp32, their outputs in the dtype of `size` bytes.
     """
-    kept = 2 * config.dim + _attention_numbers(config.attention, config.dim)
-    wide = 2 * config.dim
-    match feed_forward:
-        case SwiGLU(hidden_dim=hidden):  # gate, up
-            kept += 2 * hidden
-        case ReLU2(hidden_dim=hidden):  # relu, its square
-            kept += 2 * hidden
-        case MoE():  # gate and up of each chosen expert, a SwiGLU of the shared ones
-            per_unit = 2 * (feed_forward.top_k + feed_forward.num_shared_experts)
-            kept += per_unit * feed_forward.expert_dim
-            # The router reads fp32: scores, logits and what the balance loss makes of them.
-            wide += 4 * feed_forward.num_experts + (config.dim if size < FP32 else 0)
-        case _:
-            assert_never(feed_forward)
-    return kept * size + wide * FP32
-
-
-def _attention_numbers(attention: Attention, dim: int) -> int:
-    """Numbers per token that fused attention and the maps around it keep."""
-    width = attention.kv_width(dim)
-    match attention:
-        case LatentAttention(num_heads=heads, value_head_dim=value):
-            query = attention.nope_head_dim + attention.rope_head_dim
-            # Values are padded to the width of the keys; latents are kept before and after norms.
-            per_head = 2 * query + 2 * max(query, value) + value
-            return heads * per_head + 2 * (attention.q_latent_dim + width)
-        case GroupedQueryAttention():
-            # query, keys and values, output by head and joined; qk_norm keeps its inputs.
-            return 3 * dim + width + attention.qk_norm * (dim + width // 2)
-        case _:
-            assert_never(attention)
+    narrow, wide = feed_forward.kept_numbers(config.dim, cast=size < FP32)
+    norms = 2 * len(config.block_norms) * config.dim
+    narrow += norms + config.attention.kept_numbers(config.dim)
+    return narrow * size + (norms + wide) * FP32

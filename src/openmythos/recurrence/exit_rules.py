@@ -4,9 +4,10 @@ They work for any model, trained for it or not. A position that has stopped keep
 keys and values, and costs no feed-forward compute in later loops.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,20 +41,21 @@ class FixedExit:
     """Never leaves early: num_loops decides."""
 
     kind: Literal["fixed"] = "fixed"
-    needs_logits = False
+    needs_logits: ClassVar[bool] = False
 
-    def stays(self, view: LoopView) -> Mask:
+    def converged(self, view: LoopView) -> Mask:
         return torch.zeros(view.state.shape[:2], dtype=torch.bool, device=view.state.device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Converging:
-    """Common to all rules: the criterion must hold `patience` loops in a row, after `min_loops`.
+class _Converging(ABC):
+    """A position leaves when it has converged in `patience` loops in a row, after `min_loops`.
 
     `scope` "prefix" lets a position leave only together with or after all positions before it:
     an answer position may sit still while the chain that it waits for is being resolved upstream.
     """
 
+    needs_logits: ClassVar[bool]
     min_loops: int = 1
     patience: int = 1
     scope: Scope = "token"
@@ -61,9 +63,10 @@ class _Converging:
     def __post_init__(self) -> None:
         require_int("min_loops", self.min_loops, minimum=1)
         require_int("patience", self.patience, minimum=1)
-        for field in fields(self):
-            if field.name in ("threshold", "max_entropy"):
-                require_number(field.name, getattr(self, field.name), above=0)
+
+    @abstractmethod
+    def converged(self, view: LoopView) -> Mask:
+        """[batch, seq] whether a further loop would change little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,11 @@ class StateChangeExit(_Converging):
     threshold: float = 0.03
     needs_logits = False
 
-    def stays(self, view: LoopView) -> Mask:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("threshold", self.threshold, above=0)
+
+    def converged(self, view: LoopView) -> Mask:
         change = (view.state - view.previous).float().norm(dim=-1)
         return change < self.threshold * view.state.float().norm(dim=-1)
 
@@ -87,7 +94,11 @@ class KLExit(_Converging):
     threshold: float = 5e-4
     needs_logits = True
 
-    def stays(self, view: LoopView) -> Mask:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("threshold", self.threshold, above=0)
+
+    def converged(self, view: LoopView) -> Mask:
         return _kl(view) < self.threshold
 
 
@@ -100,7 +111,12 @@ class KLEntropyExit(_Converging):
     max_entropy: float = 3.0
     needs_logits = True
 
-    def stays(self, view: LoopView) -> Mask:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("threshold", self.threshold, above=0)
+        require_number("max_entropy", self.max_entropy, above=0)
+
+    def converged(self, view: LoopView) -> Mask:
         assert view.logits is not None
         log_p = F.log_softmax(view.logits.float(), dim=-1)
         entropy = -(log_p.exp() * log_p).sum(dim=-1)
@@ -115,7 +131,7 @@ class ArgmaxExit(_Converging):
     patience: int = 5
     needs_logits = True
 
-    def stays(self, view: LoopView) -> Mask:
+    def converged(self, view: LoopView) -> Mask:
         assert view.logits is not None and view.previous_logits is not None
         return view.logits.argmax(dim=-1) == view.previous_logits.argmax(dim=-1)
 
@@ -162,8 +178,8 @@ class ExitTracker:
         logits = self._readout(view.output, loop) if rule.needs_logits else None
         # The first loop has nothing to compare its logits with.
         if not rule.needs_logits or self._logits is not None:
-            stays = rule.stays(LoopView(view.previous, view.state, self._logits, logits))
-            self._streak = torch.where(stays, self._streak + 1, 0)
+            converged = rule.converged(LoopView(view.previous, view.state, self._logits, logits))
+            self._streak = torch.where(converged, self._streak + 1, 0)
         self._logits = logits
         if loop + 1 < rule.min_loops:
             return active

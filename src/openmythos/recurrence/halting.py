@@ -1,20 +1,54 @@
-"""When a position stops looping: learned halting (ACT), and exit rules for any model at inference.
+"""Learned halting: a position stops looping when the model says so.
 
-A position that has stopped keeps its state and its keys and values, and costs no feed-forward
-compute in later loops.
+A halted position keeps its state and its keys and values, and costs no feed-forward compute in
+later loops. Stopping rules for models that were not trained to halt are in `exit_rules`.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openmythos.config import require_int, require_number
 from openmythos.kernels.precision import at_least_fp32, no_autocast
-from openmythos.types import Hidden, LoopsPerToken, Mask, PerToken
+from openmythos.nn.facts import Fill, constant
+from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Mask, PerToken, Scalar
 
-Scope = Literal["token", "prefix"]
+
+class HaltingLayer(nn.Module, ABC):
+    """Interface of learned halting.
+
+    The loop carries `halt`, a tree of tensors [batch, seq, ...] that only the layer reads: it may
+    be cut along the batch, or gathered at some positions, between loops.
+    """
+
+    decays = False
+
+    @abstractmethod
+    def start(self, state: Hidden) -> Any:
+        """`halt` before the first loop, for an initial state [batch, seq, dim]."""
+
+    @abstractmethod
+    def update(
+        self, halt: Any, active: Mask, state: Hidden, loop: int | LoopCounts
+    ) -> tuple[Any, Mask]:
+        """(halt, active) after a loop that has left `state` at the active positions."""
+
+    @abstractmethod
+    def finish(
+        self, halt: Any, state: Hidden, loops_used: LoopsPerToken
+    ) -> tuple[Hidden, PerToken]:
+        """(what the coda reads, ponder cost [batch, seq]) if the loops end here."""
+
+    @abstractmethod
+    def cumulative(self, halt: Any) -> PerToken:
+        """The sum of the weights of the loops so far, at most 1."""
+
+    @abstractmethod
+    def loss(self, ponder_cost: Scalar) -> Scalar:
+        """What halting adds to the training loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +97,7 @@ class HaltState(NamedTuple):
     last_weight: PerToken  # weight of the last loop that ran
 
 
-class ACTHalting(nn.Module):
+class ACTHalting(HaltingLayer):
     """halt_prob p = sigmoid(w h + b), read from the state that a loop has produced.
 
     halt_weight = p                       while sum(p) <= threshold
@@ -78,6 +112,9 @@ class ACTHalting(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(1))
 
+    def fills(self) -> dict[str, Fill]:
+        return {"weight": constant(0.0), "bias": constant(self.config.bias_init)}
+
     def start(self, state: Hidden) -> HaltState:
         wide = torch.promote_types(state.dtype, torch.float32)
         zeros = state.new_zeros(state.shape[:2], dtype=wide)
@@ -90,11 +127,13 @@ class ACTHalting(nn.Module):
             return (wide @ self.weight.to(wide.dtype) + self.bias.to(wide.dtype)).sigmoid()
 
     def update(
-        self, halt: HaltState, active: Mask, state: Hidden, loop: int
+        self, halt: HaltState, active: Mask, state: Hidden, loop: int | LoopCounts
     ) -> tuple[HaltState, Mask]:
-        """Weigh the state of this loop at active positions; return who goes on."""
         prob = self.halt_prob(state)
-        if loop + 1 < self.config.min_loops:
+        early = loop + 1 < self.config.min_loops
+        if isinstance(early, Tensor):
+            prob = prob.masked_fill(early[:, None], 0)
+        elif early:
             prob = prob * 0
         remainder = 1 - halt.cumulative
         halts = active & (halt.cumulative + prob > self.config.threshold)
@@ -109,7 +148,13 @@ class ACTHalting(nn.Module):
     def finish(
         self, halt: HaltState, state: Hidden, loops_used: LoopsPerToken
     ) -> tuple[Hidden, PerToken]:
-        """(output, ponder) if the loops end here: the last one gets the weight still missing."""
+        """The last loop gets the weight that is still missing."""
         missing = 1 - halt.cumulative
         output = halt.output + missing.unsqueeze(-1).to(state.dtype) * state
         return output, loops_used + halt.last_weight + missing
+
+    def cumulative(self, halt: HaltState) -> PerToken:
+        return halt.cumulative
+
+    def loss(self, ponder_cost: Scalar) -> Scalar:
+        return self.config.ponder_weight * ponder_cost

@@ -1,9 +1,14 @@
-"""Noise that is a function of (seed, position, feature): the random initial state at inference."""
+"""h_0: zeros, the encoded input, or noise that at inference is a function of the position alone."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from openmythos.config import require_number
+from openmythos.types import Hidden
 
 _LOW_32 = 0xFFFFFFFF
 # Odd, so that neighbouring positions and features start far apart.
@@ -21,12 +26,14 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def position_noise(positions: Tensor, dim: int, *, seed: int = 0) -> Tensor:
+def position_noise(
+    positions: Tensor, dim: int, *, seed: int = 0, truncate: float = math.inf
+) -> Tensor:
     """Standard normal numbers [*positions.shape, dim] in fp32, on the device of positions.
 
     A number depends on its position, its feature and the seed alone: the same in any batch, prefill
     or cache, at the cost of the tokens asked for. No generator and no table, hence no wait for the
-    device. Numbers lie within 5.3 standard deviations.
+    device. None is further than `truncate` from 0, and none further than 5.3.
     """
     feature = torch.arange(dim, device=positions.device)
     start = (seed * _SEED) & _LOW_32
@@ -35,4 +42,67 @@ def position_noise(positions: Tensor, dim: int, *, seed: int = 0) -> Tensor:
     bits = _mix(_mix(by_position[..., None] ^ by_feature) ^ start) >> 9
     # 23 bits, in the middle of their interval: never -1 or 1, which would be infinite.
     uniform = (2 * bits + 1).float() * 2.0**-23 - 1
+    uniform *= math.erf(truncate / math.sqrt(2))
     return torch.erfinv(uniform).mul_(math.sqrt(2))
+
+
+class InitialState(Protocol):
+    """Interface of the initial states."""
+
+    def draw(self, encoded: Hidden, positions: Tensor, *, fresh: bool) -> Hidden:
+        """h_0 for the prelude's output [batch, seq, dim] at positions [batch or 1, seq].
+
+        `fresh`: new random numbers, as in training; otherwise equal in every call.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroState:
+    """h_0 = 0."""
+
+    kind: Literal["zeros"] = "zeros"
+
+    def draw(self, encoded: Hidden, positions: Tensor, *, fresh: bool) -> Hidden:
+        return torch.zeros_like(encoded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedState:
+    """h_0 = e: the prelude's output, normed if the prelude has a norm."""
+
+    kind: Literal["encoded"] = "encoded"
+
+    def draw(self, encoded: Hidden, positions: Tensor, *, fresh: bool) -> Hidden:
+        return encoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalState:
+    """h_0 ~ N(0, scale * 2 / (5 dim)), as in Huginn (arXiv 2502.05171) and Parcae (2604.12946).
+
+    `truncate` > 0 leaves out what is more than so many standard deviations from 0 (Huginn: 3). At
+    inference the noise is a function of the position: the same logits in any batch or cache.
+    """
+
+    kind: Literal["normal"] = "normal"
+    scale: float = 1.0
+    truncate: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_number("scale", self.scale, above=0, at_most=1e6)
+        require_number("truncate", self.truncate, at_least=0, at_most=100)
+
+    def draw(self, encoded: Hidden, positions: Tensor, *, fresh: bool) -> Hidden:
+        std = (self.scale * 2 / (5 * encoded.shape[-1])) ** 0.5
+        if not fresh:
+            limit = self.truncate or math.inf
+            noise = position_noise(positions, encoded.shape[-1], truncate=limit)
+            return (noise * std).to(encoded.dtype).expand_as(encoded)
+        if not self.truncate:
+            return torch.randn_like(encoded) * std
+        drawn = torch.empty_like(encoded)
+        limit = self.truncate * std
+        return torch.nn.init.trunc_normal_(drawn, std=std, a=-limit, b=limit)
+
+
+StateInit = ZeroState | EncodedState | NormalState

@@ -1,13 +1,14 @@
 """How the encoded input re-enters the state at the start of every loop.
 
 An injection prepares once per forward pass what no loop changes (`prepare`) and then makes
-u = decay * h + forced in every loop. `Add`, `Concat` and `NoInjection` are the baselines that the
-field compares the LTI injection with.
+u = decay * h + input_term in every loop. `Add`, `Concat` and `NoInjection` are the baselines that
+the field compares the LTI injection with.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from openmythos.config import require, require_number
 from openmythos.kernels.precision import at_least_fp32
+from openmythos.nn.facts import Fill, constant, identity
 from openmythos.nn.linear import Linear
 from openmythos.types import Hidden
 
+_SMALLEST = torch.finfo(torch.float32).tiny
 # The nearest bf16 number below 1 is 0.99609; anything up to here rounds to it or lower.
 LARGEST_MAX_DECAY = 0.996
 
@@ -25,18 +28,45 @@ LARGEST_MAX_DECAY = 0.996
 class Drive(NamedTuple):
     """What does not change between loops."""
 
-    forced: Hidden  # the input's share of u
+    input_term: Hidden  # the input's share of u
     decay: Tensor  # of the state, [dim] or a scalar
 
     def rows(self, start: int, stop: int) -> "Drive":
-        return self._replace(forced=self.forced[start:stop])
+        """That of a slice of the batch."""
+        return self._replace(input_term=self.input_term[start:stop])
+
+    def pick(self, columns: Tensor) -> "Drive":
+        """That of the positions at `columns` [batch, width]."""
+        index = columns[..., None].expand(-1, -1, self.input_term.shape[-1])
+        return self._replace(input_term=self.input_term.gather(1, index))
 
 
-class InjectionLayer(nn.Module):
-    """Interface: `prepare` once, `forward` in every loop."""
+class InjectionLayer(nn.Module, ABC):
+    """Interface: `prepare` once per pass, `forward` in every loop.
 
+    Its linear part is all that a loop changes of the state besides the layers' residual branches.
+    `maps_once` and `maps_per_loop` are the multiply-adds per token of each.
+    """
+
+    decays = False
+
+    @abstractmethod
     def prepare(self, encoded: Hidden) -> Drive:
-        raise TypeError(f"{type(self).__name__} must define prepare")
+        """What no loop changes, from the normed prelude output [batch, seq, dim]."""
+
+    @abstractmethod
+    def forward(self, state: Hidden, drive: Drive) -> Hidden:
+        """u from the state [batch, seq, dim] that the loop before has left."""
+
+    def max_decay(self) -> Tensor | None:
+        """The largest decay of any channel, where the state's map is diagonal."""
+        return None
+
+    def maps_once(self) -> int:
+        return 0
+
+    def maps_per_loop(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +75,20 @@ class LTI:
 
     `discretization`: "zoh" has the exact steady-state gain of the continuous system, "euler" is
     the paper's. `input_map`: one weight per channel or a full matrix. `init_decay` is every
-    channel's decay at the start, `max_decay` bounds it whatever the parameters become.
+    channel's decay at the start, `max_decay` bounds it whatever the parameters become. 1 is for
+    weights from elsewhere: decay = exp(-exp(log_rate) * step_size) then, below 1 in any dtype.
     """
 
     kind: Literal["lti"] = "lti"
+    needs_encoded_state: ClassVar[bool] = False
     discretization: Literal["zoh", "euler"] = "zoh"
     input_map: Literal["diagonal", "dense"] = "diagonal"
     init_decay: float = math.sqrt(0.2)
     max_decay: float = 0.99
 
     def __post_init__(self) -> None:
-        require_number("max_decay", self.max_decay, above=0, at_most=LARGEST_MAX_DECAY)
+        if self.max_decay != 1:
+            require_number("max_decay", self.max_decay, above=0, at_most=LARGEST_MAX_DECAY)
         require_number("init_decay", self.init_decay, at_least=1e-6)
         require(
             self.init_decay < self.max_decay,
@@ -63,9 +96,6 @@ class LTI:
             self.init_decay,
             f"must be below max_decay = {self.max_decay}",
         )
-
-    def check(self, state_init: str) -> None:
-        """Works from any initial state."""
 
     def build(self, dim: int) -> "LTIInjection":
         return LTIInjection(self, dim)
@@ -88,6 +118,22 @@ class LTIInjection(InjectionLayer):
         shape = (dim,) if config.input_map == "diagonal" else (dim, dim)
         self.input_map = nn.Parameter(torch.empty(shape))
 
+    def fills(self) -> dict[str, Fill]:
+        """decay = max_decay * exp(-exp(log_rate) * step) = init_decay, with rate 1 and gain 1."""
+        step = -math.log(self.config.init_decay)
+        log_rate = math.log(1 + math.log(self.config.max_decay) / step)
+        return {
+            "log_rate": constant(log_rate),
+            "raw_step_size": constant(math.log(math.expm1(step))),
+            "input_map": identity,
+        }
+
+    def max_decay(self) -> Tensor:
+        return self.discretize()[0].max()
+
+    def maps_once(self) -> int:
+        return self.input_map.numel() if self.input_map.ndim == 2 else 0
+
     def discretize(self) -> tuple[Tensor, Tensor]:
         """(decay, gain), both [dim] in fp32 at least."""
         raw, log_rate = at_least_fp32(self.raw_step_size), at_least_fp32(self.log_rate)
@@ -95,24 +141,27 @@ class LTIInjection(InjectionLayer):
         log_step = torch.where(raw < -15, raw, F.softplus(raw.clamp_min(-15)).log())
         # exp(-e^5) is 0 in fp32 already; beyond, e^x would overflow and its gradient be nan.
         shrink = (log_step + log_rate).clamp_max(5.0).exp()
-        floor = -math.log(self.config.max_decay)
-        decay = self.config.max_decay * torch.exp(-shrink)
-        step = log_step.exp()
+        step, decay = log_step.exp(), self.config.max_decay * torch.exp(-shrink)
         if self.config.discretization == "euler":
             return decay, step
-        return decay, step * (1 - decay) / (shrink + floor)
+        if self.config.max_decay == 1:
+            return decay, step * -torch.expm1(-shrink) / shrink.clamp_min(_SMALLEST)
+        return decay, step * (1 - decay) / (shrink - math.log(self.config.max_decay))
 
     def prepare(self, encoded: Hidden) -> Drive:
         decay, gain = self.discretize()
         gain = gain.to(encoded.dtype)
         if self.config.input_map == "diagonal":
-            forced = encoded * (gain * self.input_map.to(encoded.dtype))
+            input_term = encoded * (gain * self.input_map.to(encoded.dtype))
         else:
-            forced = F.linear(encoded, self.input_map.to(encoded.dtype)) * gain
-        return Drive(forced, decay.to(encoded.dtype))
+            input_term = F.linear(encoded, self.input_map.to(encoded.dtype)) * gain
+        decay = decay.to(encoded.dtype)
+        if self.config.max_decay == 1:  # what would round to 1 stays below it
+            decay = decay.clamp_max(1 - torch.finfo(decay.dtype).eps / 2)
+        return Drive(input_term, decay)
 
     def forward(self, state: Hidden, drive: Drive) -> Hidden:
-        return drive.decay * state + drive.forced
+        return drive.decay * state + drive.input_term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +169,7 @@ class Add:
     """u = h + e: the marginally stable baseline, rho = 1."""
 
     kind: Literal["add"] = "add"
-
-    def check(self, state_init: str) -> None:
-        """Works from any initial state."""
+    needs_encoded_state: ClassVar[bool] = False
 
     def build(self, dim: int) -> "AddInjection":
         return AddInjection()
@@ -135,36 +182,44 @@ class AddInjection(InjectionLayer):
         return Drive(encoded, encoded.new_ones(()))
 
     def forward(self, state: Hidden, drive: Drive) -> Hidden:
-        return state + drive.forced
+        return state + drive.input_term
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concat:
-    """u = W [h; e]: an unconstrained linear map (Huginn, arXiv 2502.05171)."""
+    """u = W [h; e] (+ b): an unconstrained linear map (Huginn, arXiv 2502.05171)."""
 
     kind: Literal["concat"] = "concat"
-
-    def check(self, state_init: str) -> None:
-        """Works from any initial state."""
+    needs_encoded_state: ClassVar[bool] = False
+    bias: bool = False
 
     def build(self, dim: int) -> "ConcatInjection":
-        return ConcatInjection(dim)
+        return ConcatInjection(dim, bias=self.bias)
 
 
 class ConcatInjection(InjectionLayer):
-    """u = W_h h + W_e e; the second term is computed once."""
+    """u = W_h h + W_e e (+ b); all but the first term is computed once."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, bias: bool) -> None:
         super().__init__()
         self.state_map = Linear(dim, dim, bias=False)
-        self.input_map = Linear(dim, dim, bias=False)
+        self.input_map = Linear(dim, dim, bias=bias)
+
+    def fills(self) -> dict[str, Fill]:
+        return {"input_map.bias": constant(0.0)} if self.input_map.bias is not None else {}
+
+    def maps_once(self) -> int:
+        return self.input_map.weight.numel()
+
+    def maps_per_loop(self) -> int:
+        return self.state_map.weight.numel()
 
     def prepare(self, encoded: Hidden) -> Drive:
         return Drive(self.input_map(encoded), encoded.new_ones(()))
 
     def forward(self, state: Hidden, drive: Drive) -> Hidden:
         # Autocast maps in bf16, but what runs from loop to loop stays in its own dtype.
-        return (self.state_map(state) + drive.forced).to(state.dtype)
+        return (self.state_map(state) + drive.input_term).to(state.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +227,7 @@ class NoInjection:
     """u = h: the input is seen through the initial state alone."""
 
     kind: Literal["none"] = "none"
-
-    def check(self, state_init: str) -> None:
-        require(
-            state_init == "encoded",
-            "state_init",
-            state_init,
-            'must be "encoded" with injection "none", or the input would never be seen',
-        )
+    needs_encoded_state: ClassVar[bool] = True
 
     def build(self, dim: int) -> "NoInjectionLayer":
         return NoInjectionLayer()
@@ -196,3 +244,16 @@ class NoInjectionLayer(InjectionLayer):
 
 
 Injection = LTI | Add | Concat | NoInjection
+
+
+class Entry(nn.Module):
+    """Norm and injection of the prelude's output, as one piece for torch.compile."""
+
+    def __init__(self, norm: nn.Module, injection: InjectionLayer) -> None:
+        super().__init__()
+        self._parts = (norm, injection)  # a tuple: their parameters stay the block's own
+
+    def forward(self, encoded: Hidden) -> tuple[Hidden, Drive]:
+        norm, injection = self._parts
+        encoded = norm(encoded)
+        return encoded, injection.prepare(encoded)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openmythos.config import require_int
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
-from openmythos.types import Channels
+from openmythos.types import LoopCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,12 @@ class LoopEmbeddingLayer(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.empty(num_loops, dim))
 
-    def forward(self, loop: int) -> Channels:
-        return self.table[min(loop, self.table.shape[0] - 1)]
+    def forward(self, loop: int | LoopCounts) -> Tensor:
+        """[dim], or [batch, 1, dim] where every row is in a loop of its own."""
+        last = len(self.table) - 1
+        if isinstance(loop, Tensor):
+            return self.table[loop.clamp_max(last)][:, None]
+        return self.table[min(loop, last)]
 
 
 LoopEmbeddings = NoLoopEmbedding | LoopEmbedding

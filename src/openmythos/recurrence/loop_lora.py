@@ -8,11 +8,13 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openmythos.config import MAX_WIDTH, ConfigError, require_int
+from openmythos.nn.facts import Fill, constant
 from openmythos.nn.linear import Deltas, Linear, LowRank
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
+from openmythos.types import LoopCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,17 @@ class LoopLoRALayer(nn.Module):
                     torch.empty(config.num_loops, linear.out_features, config.rank)
                 )
 
-    def forward(self, loop: int) -> Deltas:
-        index = min(loop, self.num_loops - 1)
+    def fills(self) -> dict[str, Fill]:
+        return dict.fromkeys((f"up.{name}" for name in self.up), constant(0.0))
+
+    def multiply_adds(self) -> int:
+        """Per token and loop."""
+        return sum(weight.numel() for weight in self.parameters()) // self.num_loops
+
+    def forward(self, loop: int | LoopCounts) -> Deltas:
+        """The pairs of a loop; [batch] numbers give pairs with a batch dimension."""
+        last = self.num_loops - 1
+        index = loop.clamp_max(last) if isinstance(loop, Tensor) else min(loop, last)
         return {
             name.replace("/", "."): LowRank(self.down[name][index], self.up[name][index])
             for name in self.down

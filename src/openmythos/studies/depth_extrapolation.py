@@ -10,6 +10,7 @@ from openmythos.model import presets
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
+from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injection import NoInjection
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.learning import Learning
@@ -52,7 +53,7 @@ def stacked(layers: int, dim: int) -> MythosConfig:
         feed_forward=feed_forward,
         recurrent_feed_forward=feed_forward,
         injection=NoInjection(),
-        state_init="encoded",
+        state_init=EncodedState(),
         prelude_norm=False,
     )
 

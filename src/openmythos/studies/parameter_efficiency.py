@@ -11,6 +11,7 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
+from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injection import NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
@@ -55,7 +56,7 @@ def model(task: Task, layers: int, loops: int) -> MythosConfig:
         recurrent_feed_forward=feed_forward,
         injection=NoInjection(),
         loop_lora=NoLoopLoRA(),
-        state_init="encoded",
+        state_init=EncodedState(),
         prelude_norm=False,
         zero_init_outputs=False,
     )

@@ -77,7 +77,7 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
     batch = next(iter(evaluation_windows(trained.held_out, 128, batch_size=4)))
     tokens = batch.tokens.to(trained.model.device)
     out = trained.model(tokens, num_loops=max(loops), collect_loops=loops)
-    sizes = [float(state.square().mean().sqrt()) for state in out.recurrence.states]
+    sizes = [float(state.square().mean().sqrt()) for state in out.recurrence.states.values()]
     losses = [step.loss for step in trained.history]
     return {
         "losses": [loss if math.isfinite(loss) else None for loss in losses],

@@ -13,6 +13,7 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
+from openmythos.recurrence.initial_state import EncodedState, ZeroState
 from openmythos.recurrence.injection import Injection, NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import LoopSampling
@@ -69,7 +70,7 @@ def text_model(injection: Injection) -> MythosConfig:
         recurrent_feed_forward=feed_forward,
         injection=injection,
         loop_lora=NoLoopLoRA(),
-        state_init="encoded" if isinstance(injection, NoInjection) else "zeros",
+        state_init=EncodedState() if isinstance(injection, NoInjection) else ZeroState(),
         zero_init_outputs=False,
     )
 

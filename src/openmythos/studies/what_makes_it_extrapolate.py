@@ -10,6 +10,7 @@ from openmythos.eval.accuracy import accuracy_map
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
+from openmythos.recurrence.initial_state import EncodedState, NormalState
 from openmythos.recurrence.injection import Add, Concat, NoInjection
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
@@ -67,13 +68,13 @@ def arms() -> list[Arm]:
         BASE: base,
         "injection: add": replace(base, injection=Add()),
         "injection: concat": replace(base, injection=Concat()),
-        "injection: none": replace(base, injection=NoInjection(), state_init="encoded"),
+        "injection: none": replace(base, injection=NoInjection(), state_init=EncodedState()),
         FULL_ATTENTION: looped(window=0),
         "loop embedding": replace(base, loop_embedding=LoopEmbedding(num_loops=16)),
         "LoopLoRA": replace(base, loop_lora=lora),
         "ACT halting": replace(base, halting=ACT(ponder_weight=1e-3)),
         "mixture of experts": replace(base, recurrent_feed_forward=experts),
-        "initial state: noise": replace(base, state_init="normal"),
+        "initial state: noise": replace(base, state_init=NormalState()),
         "block of 2 layers": replace(base, recurrent_layers=2),
     }
     learnings = {

@@ -8,7 +8,8 @@ import torch
 from openmythos.config import require_number
 from openmythos.distributed.ranks import mean_over_ranks
 from openmythos.model.config import MythosConfig
-from openmythos.model.mythos import CollectLoops, MythosLosses
+from openmythos.model.inputs import CollectLoops
+from openmythos.model.outputs import MythosLosses
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
 from openmythos.types import Scalar
@@ -52,7 +53,7 @@ def training_loss(losses: MythosLosses, loss: Loss, config: MythosConfig) -> Los
     cross_entropy = losses.cross_entropy
     total = cross_entropy
     if isinstance(loss, DeepSupervision):
-        total = total + loss.weight * torch.stack(losses.by_loop).mean()
+        total = total + loss.weight * torch.stack(list(losses.by_loop.values())).mean()
     zero = cross_entropy.new_zeros(())
     balance, z = zero, zero
     # Of rows that loop more often, here or on another rank, there is more to average over.

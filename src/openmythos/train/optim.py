@@ -20,16 +20,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from openmythos.config import ConfigError, require_number
 from openmythos.distributed.parallelize import by_mesh
+from openmythos.nn.facts import undecayed
 from openmythos.train.muon import MuonStep
 
 _EMBEDDINGS = ("embed.", "head.")
-_WITHOUT_DECAY = (
-    ".router.",
-    ".conditioning.",
-    ".halting.",
-    ".injection.",
-    "norm.",
-)
 # Far beyond any use, and far below where the product with a weight is no number.
 _MAX_DECAY = 1000.0
 
@@ -210,11 +204,12 @@ def _split(
     model: nn.Module, *, embeddings: bool = False
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(parameters with weight decay, the others)."""
-    without = _WITHOUT_DECAY if embeddings else (*_EMBEDDINGS, *_WITHOUT_DECAY)
+    without = {id(parameter) for parameter in undecayed(model)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and not any(part in name for part in without)
+        is_matrix = parameter.ndim >= 2 and id(parameter) not in without
+        is_matrix = is_matrix and (embeddings or not name.startswith(_EMBEDDINGS))
         (decayed if is_matrix else plain).append(parameter)
     return decayed, plain
 

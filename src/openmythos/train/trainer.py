@@ -28,7 +28,6 @@ from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_p
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
 from openmythos.planning.cost import TrainingFlops
-from openmythos.recurrence.injection import LTIInjection
 from openmythos.recurrence.loop_sampling import sample_loops
 from openmythos.tasks.curriculum import TiedLoops
 from openmythos.train.checkpoint import Counters
@@ -162,7 +161,7 @@ class Trainer:
         rows = len(batch.tokens)
         loops = all_loops[self.rank * rows : (self.rank + 1) * rows]
         self.model.train()
-        self.model.recurrent.watched = self.logs(self.step)
+        self.model.recurrent.record_norms = self.logs(self.step)
         parts, router, sizes = self._backward(batch, loops)
         stop = torch.tensor(float(self._asked_to_stop()), device=parts.total.device)
         *means, stop = mean_over_ranks([*parts, stop])
@@ -298,7 +297,7 @@ class Trainer:
         self, sizes: list[Tensor], longest: int
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(state_rms, residual) of all ranks and micro-batches."""
-        if not self.model.recurrent.watched:
+        if not self.model.recurrent.record_norms:
             return (), ()
         # Some have run fewer loops; all know the most that any has.
         padded = [F.pad(x, (0, 0, 0, longest - len(x))) for x in sizes]
@@ -338,8 +337,8 @@ class Trainer:
                 parts = training_loss(losses, c.loss, self.model.config)
             reduce_gradients(self.model, on=start == pieces[-1])
             torch.autograd.backward(parts.total / len(pieces))
-            if losses.recurrence.sizes is not None:
-                sizes.append(losses.recurrence.sizes)
+            if losses.recurrence.norms is not None:
+                sizes.append(losses.recurrence.norms)
             with torch.no_grad():
                 for name, stats in losses.router.items():
                     detached = RouterStats(*(x.detach() for x in stats))
@@ -352,8 +351,6 @@ class Trainer:
         return LossParts(*sums), router, sizes
 
     def _max_decay(self) -> float:
-        injection = self.model.recurrent.injection
-        if not isinstance(injection, LTIInjection):
-            return float("nan")
         with torch.no_grad():
-            return float(full_tensor(injection.discretize()[0].max()))
+            decay = self.model.recurrent.injection.max_decay()
+        return float("nan") if decay is None else float(full_tensor(decay))

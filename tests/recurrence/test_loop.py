@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from variants import (
     DIM,
+    FEW_VARIANT_IDS,
+    FEW_VARIANTS,
     SEQ,
     assert_gradients_close,
     gradients,
@@ -19,16 +21,21 @@ from variants import (
 )
 
 from openmythos.model.config import MythosConfig
-from openmythos.model.mythos import MythosOutput, OpenMythos
+from openmythos.model.mythos import OpenMythos
+from openmythos.model.outputs import MythosOutput
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.moe import MoE
+from openmythos.nn.view import LayerView, NoCache
+from openmythos.recurrence import schedule
 from openmythos.recurrence.halting import ACT
+from openmythos.recurrence.initial_state import EncodedState, NormalState, ZeroState
 from openmythos.recurrence.injection import Injection
+from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
-from openmythos.recurrence.recurrent_block import RecurrentBlock
+from openmythos.recurrence.schedule import LoopPlan
 
 CONDITIONED: dict[str, Any] = {
     "loop_embedding": LoopEmbedding(num_loops=3),
@@ -59,9 +66,64 @@ def naive_loops(
         x = block.injection(state, drive)
         x = x if embedding is None else x + embedding
         for layer in block.layers:
-            x = layer(x, context, deltas=deltas).x
+            x, _ = layer(x, LayerView(context, NoCache(), deltas))
         state = x
     return state
+
+
+@pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
+def test_the_schedule_computes_the_equation(config: MythosConfig) -> None:
+    """Rows that loop differently, checkpointing, halted positions: the same as `forward`."""
+    model, depths = tiny_model(config), torch.tensor([4, 1, 3])
+    encoded, weights = torch.randn(2, 3, SEQ, DIM)
+    encoded.requires_grad_()
+    context, positions = causal(config)
+    block = model.recurrent
+    rows = [
+        block(row[None], context, positions, depth)
+        for row, depth in zip(encoded, depths.tolist(), strict=True)
+    ]
+    wanted = run_backward(model, encoded, (torch.cat(rows) * weights).sum())
+    for block.checkpoint_loops in (False, True):
+        plan = LoopPlan(num_loops=depths)
+        out = schedule.run(block, encoded, context, positions, plan)
+        torch.testing.assert_close(out.state, torch.cat(rows), rtol=1e-4, atol=1e-5)
+        found = run_backward(model, encoded, (out.state * weights).sum())
+        assert_gradients_close(found, wanted)
+
+
+@pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
+@torch.no_grad()
+def test_rows_in_different_loops_step_together(config: MythosConfig) -> None:
+    """One step of rows at loops 0, 3 and 7 is that of each row by itself."""
+    model, loops = tiny_model(config), torch.tensor([0, 3, 7])
+    block, encoded = model.recurrent, torch.randn(3, SEQ, DIM)
+    context, positions = causal(config)
+    state, inputs = block.start(encoded, context, positions)
+    state = state._replace(hidden=torch.randn(3, SEQ, DIM))
+    together, _ = block.step(state, inputs, loops)
+    for row, loop in enumerate(loops.tolist()):
+        own = state.map(lambda x: x[row : row + 1])  # noqa: B023
+        alone, _ = block.step(own, inputs.rows(row, row + 1), loop)
+        torch.testing.assert_close(
+            together.hidden[row : row + 1], alone.hidden, rtol=1e-4, atol=1e-5
+        )
+
+
+@torch.no_grad()
+def test_an_initial_state_from_outside() -> None:
+    model, tokens = tiny_model(tiny_config(state_init=NormalState())), random_tokens(3)
+    usual = model(tokens, num_loops=3)
+    own = model.recurrent.initial_state.draw(
+        torch.zeros(3, SEQ, DIM), torch.arange(SEQ)[None], fresh=False
+    )
+    assert torch.equal(model(tokens, num_loops=3, initial_state=own).logits, usual.logits)
+    other = model(tokens, num_loops=3, initial_state=own + 1).logits
+    assert not torch.allclose(other, usual.logits)
+    mixed = model(tokens, num_loops=torch.tensor([1, 3, 2]), initial_state=own + 1).logits
+    torch.testing.assert_close(mixed[1], other[1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"initial_state: has shape \[3, 1, 32\], must be"):
+        model(tokens, initial_state=own[:, :1])
 
 
 @pytest.mark.parametrize("injection", members(Injection), ids=name_of)
@@ -69,14 +131,13 @@ def naive_loops(
 def test_truncated_backprop_equals_a_manual_detach(
     injection: Injection, backprop_loops: int
 ) -> None:
-    config = tiny_config(injection=injection, state_init="encoded", **CONDITIONED)
+    config = tiny_config(injection=injection, state_init=EncodedState(), **CONDITIONED)
     model, num_loops = tiny_model(config), 5
     encoded, weights = torch.randn(2, 2, SEQ, DIM)
     encoded.requires_grad_()
     context, positions = causal(config)
-    out = model.recurrent(
-        encoded, context, positions, num_loops=num_loops, backprop_loops=backprop_loops
-    )
+    plan = LoopPlan(num_loops=num_loops, backprop_loops=backprop_loops)
+    out = schedule.run(model.recurrent, encoded, context, positions, plan)
     normed = model.recurrent.prelude_norm(encoded)
     # Where all loops carry gradient, so does the initial state.
     detach = num_loops - backprop_loops if 0 < backprop_loops < num_loops else -1
@@ -227,14 +288,14 @@ def test_collected_loops_are_what_fewer_loops_give(halting: Any) -> None:
     out = model(tokens, num_loops=6, collect_loops=(1, 2, 5))
     plain = model(tokens, num_loops=6)
     assert torch.equal(out.logits, plain.logits)
-    assert out.recurrence.collected == [1, 2, 5]
+    assert list(out.loop_logits) == list(out.recurrence.outputs) == [1, 2, 5]
     for loops, output, logits in zip(
-        (1, 2, 5), out.recurrence.outputs, out.loop_logits, strict=True
+        (1, 2, 5), out.recurrence.outputs.values(), out.loop_logits.values(), strict=True
     ):
         fewer = model(tokens, num_loops=loops)
         torch.testing.assert_close(output, fewer.recurrence.state)
         torch.testing.assert_close(logits, fewer.logits)
-    assert plain.loop_logits == plain.recurrence.states == plain.recurrence.halt_weights == []
+    assert plain.loop_logits == plain.recurrence.states == plain.recurrence.halt_weights == {}
 
 
 @torch.no_grad()
@@ -247,7 +308,7 @@ def test_collected_loops_of_sequences_of_different_depth() -> None:
     out = model(tokens, num_loops=depths, attention_mask=mask, collect_loops=range(1, 6))
     order = out.recurrence.order
     assert order is not None and order.tolist() == [1, 3, 0, 2]
-    for loops, logits in zip(range(1, 6), out.loop_logits, strict=True):
+    for loops, logits in out.loop_logits.items():
         rows = [row for row in order.tolist() if depths[row] >= loops]
         fewer = model(tokens[rows], num_loops=loops, attention_mask=mask[rows])
         torch.testing.assert_close(logits, fewer.logits, rtol=1e-4, atol=2e-5)
@@ -255,18 +316,20 @@ def test_collected_loops_of_sequences_of_different_depth() -> None:
 
 @torch.no_grad()
 def test_a_random_initial_state_is_fixed_at_inference_and_fresh_in_training() -> None:
-    model = tiny_model(tiny_config(state_init="normal"))
+    model = tiny_model(tiny_config(state_init=NormalState()))
     block, encoded = model.recurrent, torch.zeros(2, 6, DIM)
 
     def initial(first: int, training: bool = False) -> Tensor:
-        return block._initial_state(encoded, torch.arange(first, first + 6)[None], training)
+        return block.initial_state.draw(
+            encoded, torch.arange(first, first + 6)[None], fresh=training
+        )
 
     assert torch.equal(initial(0), initial(0))
     assert torch.equal(initial(0)[:, 3:], initial(3)[:, :3])
     assert not torch.equal(initial(0, training=True), initial(0, training=True))
     for training in (False, True):
         many = torch.zeros(64, 64, DIM)
-        state = block._initial_state(many, torch.arange(4096).view(64, 64), training)
+        state = block.initial_state.draw(many, torch.arange(4096).view(64, 64), fresh=training)
         assert state.std() == pytest.approx((2 / (5 * DIM)) ** 0.5, rel=0.02)
         assert abs(state.mean()) < 0.002
 
@@ -274,11 +337,21 @@ def test_a_random_initial_state_is_fixed_at_inference_and_fresh_in_training() ->
 @torch.no_grad()
 def test_initial_states() -> None:
     encoded, positions = torch.randn(2, SEQ, DIM), torch.arange(SEQ)[None]
-    blocks = {
-        name: tiny_model(tiny_config(state_init=name)).recurrent for name in ("zeros", "encoded")
-    }
-    assert not blocks["zeros"]._initial_state(encoded, positions, False).any()
-    assert torch.equal(blocks["encoded"]._initial_state(encoded, positions, False), encoded)
+    zeros, same = (
+        kind().draw(encoded, positions, fresh=False) for kind in (ZeroState, EncodedState)
+    )
+    assert not zeros.any()
+    assert torch.equal(same, encoded)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_truncated_state_has_no_outliers_and_its_own_spread(fresh: bool) -> None:
+    encoded, positions = torch.zeros(64, 64, 32), torch.arange(4096).view(64, 64)
+    std = (2 / (5 * 32)) ** 0.5
+    state = NormalState(truncate=1.0).draw(encoded, positions, fresh=fresh)
+    assert state.abs().max() <= std * (1 + 1e-6)
+    # The standard deviation of a standard normal cut at 1.
+    assert state.std() == pytest.approx(0.5398 * std, rel=0.01)
 
 
 @torch.no_grad()

@@ -1,0 +1,159 @@
+"""What decoding needs of the model: a cache, next-token logits, and exit rules behind a coda.
+
+An exit rule that reads logits reads them through the coda. Without a cache the coda then sees all
+earlier tokens in their state after that loop. For decoding to give the same, the cache keeps what
+the coda made of every loop's state: the probes.
+"""
+
+from typing import Protocol, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from openmythos.inference import generation
+from openmythos.inference.sampling import Sampling
+from openmythos.model.config import MythosConfig
+from openmythos.model.inputs import ModelInputs, whole_number
+from openmythos.model.outputs import MythosOutput
+from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
+from openmythos.recurrence.exit_rules import ExitRule, ExitTracker, FixedExit
+from openmythos.types import Hidden, Logits, LoopCounts, Mask, NextLogits, TokenIds
+
+
+class _Readout(Protocol):
+    """The model, as an exit rule reads it."""
+
+    coda: nn.ModuleList
+
+    def hidden(
+        self, state: Hidden, inputs: ModelInputs, *, probed_loop: int | None = None
+    ) -> Hidden: ...
+    def logits(self, hidden: Hidden) -> Logits: ...
+
+
+def exit_tracker(model: _Readout, rule: ExitRule | None, inputs: ModelInputs) -> ExitTracker | None:
+    """The exit rule at work on these inputs; None where every position runs all loops."""
+    if rule is None or isinstance(rule, FixedExit):
+        return None
+    layout, cache = inputs.layout, inputs.cache
+    if cache is not None and rule.needs_logits and len(model.coda):
+        cache.keep_probes()
+
+    def readout(state: Hidden, loop: int) -> Logits:
+        return model.logits(model.hidden(state, inputs, probed_loop=loop))
+
+    if layout.valid is None:
+        valid = torch.ones(1, layout.seq, dtype=torch.bool, device=layout.device)
+    else:
+        valid = layout.valid[:, layout.start :]
+    not_before = cache.exit_loop if cache is not None and cache.length else None
+    return ExitTracker(rule, readout, valid, not_before)
+
+
+def probe_unrun_loops(
+    model: _Readout, state: Hidden, inputs: ModelInputs, tracker: ExitTracker
+) -> None:
+    """The coda's keys and values in the loops that none of these tokens ran.
+
+    Their state is final, but what a second coda layer makes of it also depends on earlier tokens,
+    which may have looped on.
+    """
+    cache, probed = inputs.cache, tracker.loops_run
+    if cache is None or not tracker.rule.needs_logits:
+        return
+    if len(model.coda) > 1 and cache.length:
+        probed = max(probed, int(cache.exit_loop.max()))
+    for loop in range(tracker.loops_run, probed):
+        model.hidden(state, inputs, probed_loop=loop)
+    cache.fill_probes(probed, state.shape[1])
+
+
+class Decodable(nn.Module):
+    """The part of the model that decoding calls: see `inference.generation.DecodableModel`."""
+
+    config: MythosConfig
+    embed: nn.Embedding
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where `forward` wants its tokens."""
+        return self.embed.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.config.context
+
+    def new_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        num_loops: int | None = None,
+        prefill: CachePolicy | None = None,
+        decode: CachePolicy | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """A cache for `capacity` tokens and up to num_loops loops; policies default to exact."""
+        c = self.config
+        return KVCache(
+            layers=(c.prelude_layers, c.recurrent_layers, c.coda_layers),
+            kv_width=c.attention.kv_width(c.dim),
+            batch=batch,
+            capacity=capacity,
+            num_loops=c.num_loops if num_loops is None else num_loops,
+            prefill=ExactCache() if prefill is None else prefill,
+            decode=ExactCache() if decode is None else decode,
+            like=self.embed.weight.new_empty(0, dtype=dtype),
+        )
+
+    def next_logits(
+        self,
+        tokens: TokenIds,
+        *,
+        num_loops: int,
+        exit_rule: ExitRule,
+        attention_mask: Mask | None,
+        cache: KVCache,
+    ) -> tuple[NextLogits, LoopCounts]:
+        """(logits after the last token, loops it ran); the tokens are appended to the cache."""
+        out: MythosOutput = self(
+            tokens,
+            num_loops=num_loops,
+            exit_rule=exit_rule,
+            attention_mask=attention_mask,
+            cache=cache,
+            last_only=True,
+        )
+        cache.advance(tokens.shape[1])
+        return out.logits[:, 0], out.recurrence.loops_used[:, -1]
+
+    def generate(
+        self,
+        prompt: TokenIds,
+        *,
+        max_new_tokens: int,
+        num_loops: SupportsIndex | None = None,
+        sampling: Sampling | None = None,
+        exit_rule: ExitRule | None = None,
+        attention_mask: Mask | None = None,
+        stop_id: int | None = None,
+    ) -> Tensor:
+        """Continue prompt [batch, seq]; returns [batch, new tokens].
+
+        `inference.generation.stream` yields them one by one, with the loops that each used.
+        """
+        request = generation.Request(
+            max_new_tokens=max_new_tokens,
+            num_loops=self.config.num_loops if num_loops is None else whole_number(num_loops),
+            sampling=Sampling() if sampling is None else sampling,
+            exit_rule=FixedExit() if exit_rule is None else exit_rule,
+            stop_ids=() if stop_id is None else (stop_id,),
+        )
+        steps = generation.stream(self, prompt, request, attention_mask)
+        tokens = [step.tokens for step in steps]
+        return torch.stack(tokens, dim=1) if tokens else prompt.new_zeros(len(prompt), 0)

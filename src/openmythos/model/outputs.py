@@ -1,0 +1,39 @@
+"""What a pass of the model returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from openmythos.nn.feed_forward import RouterStats
+from openmythos.recurrence.schedule import RecurrentOutput
+from openmythos.types import Logits, Scalar
+
+
+@dataclass(frozen=True)
+class MythosOutput:
+    """Logits of every position, and how the loops went.
+
+    `loop_logits[n]` are the logits after n loops, for the counts that were asked for (see
+    RecurrentOutput for rows that ran different numbers of loops). `router` has the MoE statistics
+    by layer name, in training.
+    """
+
+    logits: Logits
+    recurrence: RecurrentOutput
+    router: Mapping[str, RouterStats]
+    loop_logits: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class MythosLosses:
+    """Mean cross-entropy in nats per token after the last loop, and by number of loops.
+
+    `by_loop` has the counts that were asked for. Where sequences ran different numbers of loops, an
+    entry is the mean over those that ran that loop.
+    """
+
+    cross_entropy: Scalar
+    by_loop: Mapping[int, Tensor]
+    recurrence: RecurrentOutput
+    router: Mapping[str, RouterStats]

@@ -1,0 +1,85 @@
+"""What goes from loop to loop, what no loop changes, and what a loop's layers see of both."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from openmythos.nn.experts import ExpertWeights
+from openmythos.nn.layout import AttentionContext
+from openmythos.nn.linear import Deltas
+from openmythos.nn.view import Halting, KVView, LayerView, NoCache
+from openmythos.recurrence.injection import Drive
+from openmythos.types import Hidden, KeyValues, LoopsPerToken, Mask
+
+
+class LoopState(NamedTuple):
+    """What goes from loop to loop; every tensor has the batch as its first dimension."""
+
+    hidden: Hidden
+    loops_used: LoopsPerToken
+    active: Mask | None  # positions that still loop; None where none can stop
+    halt: Any  # the halting's own tree of tensors [batch, seq, ...]
+    kv: tuple[KeyValues, ...]  # of every layer, kept only where positions can stop
+
+    @classmethod
+    def first(cls, hidden: Hidden, halt: Any, *, can_stop: bool) -> "LoopState":
+        """Before the first loop."""
+        shape = hidden.shape[:2]
+        active = hidden.new_ones(shape, dtype=torch.bool) if can_stop else None
+        return cls(hidden, hidden.new_zeros(shape, dtype=torch.long), active, halt, ())
+
+    def running(self) -> Mask | None:
+        """`active`, or None while every position is."""
+        return None if self.active is None or bool(self.active.all()) else self.active
+
+    def map(self, function: Callable[..., Tensor], *others: "LoopState") -> "LoopState":
+        """The state with every tensor replaced; `function` gets those of the others too."""
+
+        def at_tensors(*x: Any) -> Any:
+            return function(*x) if isinstance(x[0], Tensor) else x[0]
+
+        return cast("LoopState", tree_map(at_tensors, self, *others))
+
+
+@dataclass(frozen=True)
+class LoopInputs:
+    """What no loop changes."""
+
+    drive: Drive
+    context: AttentionContext
+    expert_weights: Sequence[ExpertWeights | None]  # of every layer
+    collects: bool  # router statistics: in training
+    columns: Tensor | None = None  # [batch, width] the positions at hand; None: all
+
+    def rows(self, start: int, stop: int) -> "LoopInputs":
+        """Those of a slice of the batch."""
+        if (start, stop) == (0, len(self.drive.input_term)):
+            return self
+        drive, context = self.drive.rows(start, stop), self.context.rows(start, stop)
+        return replace(self, drive=drive, context=context)
+
+    def pick(self, columns: Tensor, total: int) -> "LoopInputs":
+        """Those of the positions at `columns` [batch, width], which see up to `total` keys."""
+        context = self.context.pick(columns, total)
+        return replace(self, drive=self.drive.pick(columns), context=context, columns=columns)
+
+    def views(
+        self, state: LoopState, deltas: Deltas, kv: Sequence[KVView] | None
+    ) -> list[LayerView]:
+        """What each layer sees in one loop; `kv` has a view per layer, None: no cache."""
+        sources = [NoCache()] * len(self.expert_weights) if kv is None else kv
+        active = state.running()
+        if state.active is not None:
+            before = state.kv or [None] * len(sources)
+            sources = [
+                Halting(source, old, active, self.columns)
+                for source, old in zip(sources, before, strict=True)
+            ]
+        return [
+            LayerView(self.context, source, deltas, weights, active, self.collects)
+            for source, weights in zip(sources, self.expert_weights, strict=True)
+        ]
