@@ -22,12 +22,7 @@ _INT64 = 2**63
 # Limits on the width of a layer and on its number of parts, so that products do not overflow.
 MAX_WIDTH, MAX_PARTS = 2**20, 2**16
 _SHOWN = 200  # characters of a value in an error message
-_BOUNDS = {
-    "above": operator.gt,
-    "at least": operator.ge,
-    "below": operator.lt,
-    "at most": operator.le,
-}
+_OPS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
 
 
 class ConfigError(ValueError):
@@ -72,7 +67,7 @@ def _require_within(field: str, value: Any, wanted: type, bounds: Mapping[str, A
     given = {word: bound for word, bound in bounds.items() if bound is not None}
     typed = isinstance(value, int | wanted) and not isinstance(value, bool)
     # nan is not equal to itself.
-    fits = typed and value == value and all(_BOUNDS[word](value, given[word]) for word in given)
+    fits = typed and value == value and all(_OPS[word](value, given[word]) for word in given)
     limits = " and ".join(f"{word} {bound}" for word, bound in given.items())
     require(fits, field, value, f"must be {_TYPES[wanted]}" + (f", {limits}" if limits else ""))
 

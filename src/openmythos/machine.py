@@ -65,9 +65,8 @@ def bf16_is_native(device: torch.device = _CPU) -> bool:
 def choose_precision(asked: str, device: torch.device) -> Precision:
     """Resolve "auto" to bf16 where it is native, else fp32; other names stay as they are."""
     require(asked in PRECISIONS, "precision", asked, f"must be one of {', '.join(PRECISIONS)}")
-    if asked == "auto":
-        return "bf16" if bf16_is_native(device) else "fp32"
-    return "bf16" if asked == "bf16" else "fp32"
+    is_bf16 = bf16_is_native(device) if asked == "auto" else asked == "bf16"
+    return "bf16" if is_bf16 else "fp32"
 
 
 def slow_precision(precision: Precision, device: torch.device) -> str | None:

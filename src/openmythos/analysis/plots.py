@@ -46,7 +46,6 @@ _DPI = 150
 _HORIZON = 0.05  # a smoothed point averages about the last twentieth of the points before it
 _LOG_SPAN = 1000
 _MIN_Y_SPAN = 0.1
-_LABEL_HEIGHT = 0.065  # of a line of text, as a share of the axes' height
 _LEGEND_WIDTH = 80  # characters
 _PANEL, _LINE = 3.2, 0.23  # height in inches of a panel and of a line of the legend
 
@@ -267,27 +266,9 @@ def _y_range(values: Iterable[float | int]) -> tuple[float, float]:
 
 
 def _draw_references(axes: Any, references: Mapping[str, float | int]) -> None:
-    """Dashed lines with names beside the axes; names of close lines are moved apart."""
-    low, high = axes.get_ylim()
-    names = sorted(references, key=lambda name: references[name])
-    places = _apart([float(references[name]) for name in names], (high - low) * _LABEL_HEIGHT)
+    """Dashed lines with names beside the axes; the highest name is above its line, others below."""
     beside = axes.get_yaxis_transform()
-    for name, place in zip(names, places, strict=True):
-        axes.axhline(references[name], color=GREY, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1.5)
-        axes.text(1.01, place, name, color=GREY, transform=beside, verticalalignment="center")
-
-
-def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Move ascending values at least a gap apart; close ones are spread about their mean."""
-    groups: list[list[float]] = []
-    for value in values:
-        groups.append([value])
-        while len(groups) > 1 and _spread(groups[-1], gap)[0] - _spread(groups[-2], gap)[-1] < gap:
-            last = groups.pop()
-            groups[-1] += last
-    return [place for group in groups for place in _spread(group, gap)]
-
-
-def _spread(group: Sequence[float], gap: float) -> list[float]:
-    lowest = sum(group) / len(group) - gap * (len(group) - 1) / 2
-    return [lowest + i * gap for i in range(len(group))]
+    for name, value in references.items():
+        place = "bottom" if value == max(references.values()) else "top"
+        axes.axhline(value, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1.5)
+        axes.text(1.01, value, name, color=GREY, transform=beside, verticalalignment=place)

@@ -94,26 +94,19 @@ def _refuse_empty(argv: list[str]) -> None:
 def _message(box: str, argv: list[str]) -> str:
     """tyro's message as one line."""
     text, *further = _sections(box)
-    missing = re.match(r"Missing from openmythos ([a-z ]+): (.*)", text)
-    if missing:
+    if missing := re.match(r"Missing from openmythos ([a-z ]+): (.*)", text):
         wanted = [
             f"{name} ({what[0].lower()}{what[1:].rstrip('.')})"
             for name, what in re.findall(r"(--\S+ \S+|\S+) (.+?) \(required\)", missing[2])
         ]
         example = ", such as runs/demo-1" if any(w.startswith("RUN ") for w in wanted) else ""
         return f"{missing[1]}: needs {', '.join(wanted)}{example} (see --help)"
-    valueless = re.match(r"Missing value for argument '(--[\w-]+)'", text)
-    if valueless:
+    if valueless := re.match(r"Missing value for argument '(--[\w-]+)'", text):
         flag = valueless[1]
         following = argv[argv.index(flag) + 1 :][:1] if flag in argv else []
-        hint = (
-            f"; a value that begins with a dash is written {flag}={following[0]}"
-            if following
-            else ""
-        )
-        return f"{flag}: needs a value{hint}"
-    unread = re.match(r"Error parsing (--[\w-]+): .*'([^']*)'", text)
-    if unread:
+        dash = [f"; a value that begins with a dash is written {flag}={x}" for x in following]
+        return f"{flag}: needs a value{''.join(dash)}"
+    if unread := re.match(r"Error parsing (--[\w-]+): .*'([^']*)'", text):
         return f"{unread[1]}: {unread[2]!r} is not a number of the kind it needs (see --help)"
     hints = re.findall(
         r"Perhaps you meant: (--[\w-]+)|(Available subcommands: .*)", "; ".join(further)

@@ -85,12 +85,17 @@ def prepare(
     origin = Origin(preparation=wanted, tokenizer=fingerprint(tokenizer), files=files)
     if not (out / PREPARED_FILE).is_file():
         _require_own(out, origin)
-        (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
+        unfinished = out / UNFINISHED
+        unfinished.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(out / UNFINISHED / _LOCK_FILE, timeout=0):
-                # Another process may have finished it in the meantime.
+            with FileLock(unfinished / _LOCK_FILE, timeout=0):
+                # Another process may have gone on in the meantime.
                 if not (out / PREPARED_FILE).is_file():
-                    _make(out, origin, tokenizer, processes, total, on_progress)
+                    if not (unfinished / PREPARED_FILE).is_file():
+                        worker = _begin(out, origin, tokenizer)
+                        entries = _make_parts(worker, processes, total, on_progress)
+                        _index_parts(out, origin, entries)
+                    _merge(out)
         except Timeout as error:
             raise ConfigError(f"{out}: another process is preparing it at this moment") from error
     prepared = load_json(Prepared, out / PREPARED_FILE)
@@ -99,28 +104,18 @@ def prepare(
     return prepared
 
 
-def _make(
-    out: Path,
-    origin: Origin,
-    tokenizer: Tokenizer,
-    processes: int,
-    total: int,
-    on_progress: OnProgress,
-) -> None:
-    if not (out / UNFINISHED / PREPARED_FILE).is_file():
-        wanted = origin.preparation
-        corpus = Corpus(
-            wanted.paths,
-            field=wanted.field,
-            held_out=wanted.held_out,
-            limit_bytes=wanted.limit_bytes or None,
-            skip_bad_rows=wanted.skip_bad_rows,
-        )
-        save_json(origin, out / UNFINISHED / ORIGIN_FILE)
-        tokenizer.save(out)
-        worker = _Worker(corpus=corpus, origin=origin, out=out)
-        _index_parts(out, origin, _make_parts(worker, processes, total, on_progress))
-    _merge(out)
+def _begin(out: Path, origin: Origin, tokenizer: Tokenizer) -> "_Worker":
+    wanted = origin.preparation
+    corpus = Corpus(
+        wanted.paths,
+        field=wanted.field,
+        held_out=wanted.held_out,
+        limit_bytes=wanted.limit_bytes or None,
+        skip_bad_rows=wanted.skip_bad_rows,
+    )
+    save_json(origin, out / UNFINISHED / ORIGIN_FILE)
+    tokenizer.save(out)
+    return _Worker(corpus=corpus, origin=origin, out=out)
 
 
 def _require_own(out: Path, origin: Origin) -> None:
