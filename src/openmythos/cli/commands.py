@@ -1,4 +1,4 @@
-"""The commands that train and use models, each a dataclass whose fields are its flags."""
+"""The commands about models, each a dataclass whose fields are its flags."""
 
 # Each `run` imports what it needs: torch takes seconds, and flags are parsed without it.
 
@@ -9,16 +9,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.table import Table
 
 from openmythos.cli.flags import Changes, Device, RunFolder, Step, Texts, flat, shown
-from openmythos.cli.screen import OUT, print_heat_map, short, stream
-from openmythos.config import ConfigError, apply_overrides, require, require_int
+from openmythos.cli.screen import OUT, print_fit, print_heat_map, print_plan, short, stream
+from openmythos.config import (
+    ConfigError,
+    apply_overrides,
+    require,
+    require_int,
+    require_number,
+    to_dict,
+)
 
 if TYPE_CHECKING:
     from openmythos.train.config import RunConfig
     from openmythos.train.run import Run
 
+MAX_GIB = 2.0**20
 DEFAULT_RECIPE = "demo"
 TEXT_LOOPS = "1,2,4,8,16"
 DEMO_LOOPS = (1, 2, 4, 8)
@@ -216,6 +227,61 @@ class Export:
             run.text_tokenizer.save(out)
         size = short(cost.parameters(model.config).total)
         OUT.print(f"{out}: the model after {step} steps, {size}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a preset costs: parameters, KV cache, FLOPs, training memory; nothing is allocated."""
+
+    preset: tyro.conf.Positional[Annotated[str, shown("PRESET")]]
+    """Preset name; see `openmythos presets`."""
+    context: Annotated[int | None, shown("N", "the preset's")] = None
+    """Tokens per sequence."""
+    batch: int = 1
+    """Sequences."""
+    num_loops: Annotated[int | None, shown("N", "the preset's")] = None
+    """Loops."""
+    set: Changes = ()
+    """Changes to the preset, such as recurrent_feed_forward.top_k=4."""
+    gpus: int = 0
+    """Find the settings with which training fits this many devices; --batch is then per device."""
+    memory: float = 80.0
+    """GiB of each device, with --gpus."""
+    backprop_loops: int = 0
+    """Train with gradients through the last N loops of each sequence only (0: all)."""
+
+    def run(self) -> None:
+        from openmythos.model import presets
+        from openmythos.planning import cost, fit
+
+        config = apply_overrides(presets.get(self.preset), flat(self.set))
+        require_int("gpus", self.gpus, minimum=0)
+        require_number("memory", self.memory, above=0, at_most=MAX_GIB)
+        names = ("context", "batch", "num_loops", "backprop_loops")
+        shape: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.gpus:
+            memory = round(self.memory * 2**30)
+            print_fit(self.preset, fit.find(config, gpus=self.gpus, memory=memory, **shape))
+        else:
+            print_plan(self.preset, cost.plan(config, **shape))
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the named model configs."""
+
+    def run(self) -> None:
+        from openmythos.model import presets
+        from openmythos.planning import cost
+
+        table = Table("preset", "parameters", "active", "width", "loops", "context", "experts")
+        for name in presets.names():
+            config = presets.get(name)
+            count = cost.parameters(config)
+            experts = to_dict(config)["recurrent_feed_forward"].get("num_experts", "-")
+            cells = (name, short(count.total), short(count.active), config.dim)
+            table.add_row(*map(str, (*cells, config.num_loops, f"{config.context:,}", experts)))
+        OUT.print(table)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import logging
 import lzma
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from openmythos.config import ConfigError, require, require_int, require_number
 from openmythos.data.sources import READ, Document, Reader
@@ -18,12 +18,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_SHARE = 0.25  # of the text, beyond which holding out whole documents is refused
 _SURVEY_BYTES = 1 << 26  # bytes read to choose the kind of split
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Split:
-    by_position: bool
-    name: str  # a document held out whatever its hash; "" for none
 
 
 class Corpus:
@@ -61,7 +55,8 @@ class Corpus:
         self._limit = math.inf if limit_bytes is None else limit_bytes
         self._skip_bad_rows = skip_bad_rows
         self.warned = False  # about bad rows
-        self._split = self._survey()
+        # Split every text by position, or else by name with one name held out whatever its hash.
+        self._by_position, self._chosen_name = self._survey()
 
     def documents(self) -> Iterator[Document]:
         """Every document, before the split."""
@@ -101,7 +96,7 @@ class Corpus:
         """The held-out part of some of its documents, or their training part."""
         for document in documents:
             text = document.text
-            if self._split.by_position:
+            if self._by_position:
                 cut = _cut(text, self._held_out)
                 text = text[cut:] if held_out else text[:cut]
             elif held_out != self._is_held_out(document.name):
@@ -110,9 +105,9 @@ class Corpus:
                 yield replace(document, text=text)
 
     def _is_held_out(self, name: str) -> bool:
-        return name == self._split.name or _hash(name) < self._held_out
+        return name == self._chosen_name or _hash(name) < self._held_out
 
-    def _survey(self) -> _Split:
+    def _survey(self) -> tuple[bool, str]:
         reader = self._reader()
         total = chosen = longest = lowest_size = 0
         lowest = (1.0, "")
@@ -136,7 +131,7 @@ class Corpus:
         by_position = (chosen or lowest_size) > _MAX_SHARE * total
         if by_position and longest < 2:
             raise ConfigError(f"{where}: {total} bytes are too few to hold some out")
-        return _Split(by_position=by_position, name="" if chosen else lowest[1])
+        return by_position, "" if chosen else lowest[1]
 
 
 def compression_baselines(data: bytes) -> dict[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from openmythos.config import ConfigError, needs, require
 from openmythos.files import read_json, write_json
@@ -42,15 +42,13 @@ class TensorBoard:
     """Event files in RUN/tensorboard; `tensorboard --logdir runs` shows all runs in runs/."""
 
     kind: Literal["tensorboard"] = "tensorboard"
-
-    def module(self) -> Any:
-        return _imported("torch.utils.tensorboard", "SummaryWriter", self.kind)
+    package: ClassVar = ("torch.utils.tensorboard", "SummaryWriter")
 
     def start(self, run: Tracked) -> Sink:
         # Steps repeated after a crash replace the earlier ones.
         purge = run.first_step if run.first_step > 0 else None
         folder = str(run.folder / "tensorboard")
-        writer = self.module().SummaryWriter(folder, purge_step=purge, flush_secs=10)
+        writer = _imported(self).SummaryWriter(folder, purge_step=purge, flush_secs=10)
 
         def log(values: Mapping[str, float], step: int) -> None:
             for name, value in values.items():
@@ -67,6 +65,7 @@ class Wandb:
     """
 
     kind: Literal["wandb"] = "wandb"
+    package: ClassVar = ("wandb", "init")
     project: str = "openmythos"
     entity: str = ""
     group: str = ""
@@ -75,11 +74,8 @@ class Wandb:
     def __post_init__(self) -> None:
         require(bool(self.project), "project", self.project, "must name a project")
 
-    def module(self) -> Any:
-        return _imported("wandb", "init", self.kind)
-
     def start(self, run: Tracked) -> Sink:
-        wandb = self.module()
+        wandb = _imported(self)
         started = wandb.init(
             project=self.project,
             entity=self.entity or None,
@@ -104,17 +100,15 @@ class Trackio:
     """A run of a Trackio project, on this machine or on the Hugging Face Space `space`."""
 
     kind: Literal["trackio"] = "trackio"
+    package: ClassVar = ("trackio", "init")
     project: str = "openmythos"
     space: str = ""
 
     def __post_init__(self) -> None:
         require(bool(self.project), "project", self.project, "must name a project")
 
-    def module(self) -> Any:
-        return _imported("trackio", "init", self.kind)
-
     def start(self, run: Tracked) -> Sink:
-        started = self.module().init(
+        started = _imported(self).init(
             project=self.project,
             # Trackio resumes by name, and an earlier run may have had a folder of this name.
             name=f"{run.folder.name}-{run.id}",
@@ -177,17 +171,19 @@ class Trackers:
 def require_packages(chosen: tuple[Tracker, ...]) -> None:
     """Raise a ConfigError that names the extra to install if a package is missing."""
     for tracker in chosen:
-        tracker.module()
+        _imported(tracker)
 
 
-def _imported(module: str, needed: str, kind: str) -> Any:
+def _imported(tracker: Tracker) -> Any:
+    """The package of a tracker."""
+    module, needed = tracker.package
     try:
         found = importlib.import_module(module)
     except ImportError:
         found = None
     # A folder named wandb, which wandb creates, imports as a package without `init`.
     if not hasattr(found, needed):
-        raise ConfigError(f"tracker {kind} {needs(kind)}")
+        raise ConfigError(f"tracker {tracker.kind} {needs(tracker.kind)}")
     return found
 
 
