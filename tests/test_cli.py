@@ -282,7 +282,7 @@ def test_prepared_folders_are_trained_on_by_their_weights(here: Path, call: Call
     assert_refused(call(*new), f"{path}: is damaged")
     assert not Path("new").exists()
     (here / "b").rename(here / "c")
-    assert_refused(call(*more), "b: the prepared folder that this run reads is not there")
+    assert_refused(call(*more), "b: the prepared folder that this run reads is missing")
     assert call("generate", "moved", "--max-new-tokens", "1").code == 0
 
 
@@ -496,7 +496,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no study": (["study"], ["study: needs a name; known: depth-extrapolation"]),
     "a report of changed runs": (
         ["study", "stability", "--report-only", "--quick"],
-        ["report_only = True: judges runs as they are: no --quick, no --set"],
+        ["report_only = True: cannot be combined with --quick or --set"],
     ),
     "a report of no runs": (
         ["study", "stability", "--report-only", "--out", "nowhere"],

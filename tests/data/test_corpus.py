@@ -147,7 +147,7 @@ def test_runs_and_prepared_folders_are_no_text(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
     assert texts(Corpus([str(tmp_path)])) == before
-    with pytest.raises(ConfigError, match=r"p: no text found; read are plain UTF-8 text, \.jsonl"):
+    with pytest.raises(ConfigError, match=r"p: no text found; supported: plain UTF-8 text, "):
         Corpus([str(tmp_path / "p")])
 
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["text.txt.gz", "text.zst", "TEXT.ZIP"])
 def test_compressed_text_is_called_that(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(b"text", mtime=0))
-    with pytest.raises(ConfigError, match=rf"{name}: is compressed; read are plain.*\.gz"):
+    with pytest.raises(ConfigError, match=rf"{name}: is compressed; supported: plain.*\.gz"):
         Corpus([str(tmp_path / name)])
 
 
@@ -279,7 +279,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
         Corpus([])
     (tmp_path / "empty.txt").touch()
     for source in (tmp_path, tmp_path / "empty.txt"):
-        with pytest.raises(ConfigError, match=r"no text found; read are plain"):
+        with pytest.raises(ConfigError, match=r"no text found; supported: plain"):
             Corpus([str(source)])
     (tmp_path / "image.png").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"no text found \(skipped 1 files that are not"):

@@ -223,11 +223,11 @@ def test_changes_are_refused(tmp_path: Path, finished: bool) -> None:
     time, text = path.stat().st_mtime_ns, path.read_text()
     path.write_text(text.upper())
     os.utime(path, ns=(time + 10**9, time + 10**9))
-    refuse("has other files than when .*made was begun")
+    refuse("files changed since .*made was begun")
     path.write_text(text)
     os.utime(path, ns=(time, time))
     (corpus / "new.txt").write_text("new")
-    refuse("has other files than when .*made was begun")
+    refuse("files changed since .*made was begun")
     (corpus / "new.txt").unlink()
     prepare(wanted(corpus), ByteTokenizer(), out)
 
@@ -268,7 +268,7 @@ def test_two_at_a_time_are_refused(tmp_path: Path, corpus: Path) -> None:
 
 def test_foreign_folders_are_left_alone(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "mine").write_text("")
-    with pytest.raises(ConfigError, match="exists already and was not begun by this"):
+    with pytest.raises(ConfigError, match="exists already and is not an unfinished"):
         prepare(wanted(corpus), ByteTokenizer(), tmp_path)
     assert content(tmp_path) == {"mine": b""}
 
@@ -302,7 +302,7 @@ def test_damage_is_named(
 
 def test_references_keep_to_what_they_saw(tmp_path: Path, straight: Path, corpus: Path) -> None:
     assert References.of([str(corpus)]) is None
-    with pytest.raises(ConfigError, match=r"text: is not a prepared folder, which .*straight is"):
+    with pytest.raises(ConfigError, match=r"text: is not a prepared folder, but .*straight is"):
         References.of([str(straight), str(corpus)])
     prepare(wanted(corpus), BPE, tmp_path / "bpe")
     with pytest.raises(
@@ -314,7 +314,7 @@ def test_references_keep_to_what_they_saw(tmp_path: Path, straight: Path, corpus
     references.save(tmp_path / "run")
     assert References.load(tmp_path / "run") == references
     shutil.rmtree(tmp_path / "bpe")
-    with pytest.raises(ConfigError, match="bpe: the prepared folder that this run reads is not"):
+    with pytest.raises(ConfigError, match="the prepared folder that this run reads is missing"):
         references.shards("train", verify=False)
     prepare(wanted(corpus, held_out=0.1), BPE, tmp_path / "bpe")
     with pytest.raises(ConfigError, match="bpe: was prepared again since this run was created"):

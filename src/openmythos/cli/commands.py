@@ -100,7 +100,7 @@ class Train:
             return Run.open(Path(self.out)) if exists else None
         given = {"data": flat(self.data), "recipe": self.recipe, "out": self.out}
         for name, value in given.items():
-            require(not value, name, value, "does not go with --resume")
+            require(not value, name, value, "cannot be combined with --resume")
         run = Run.open(Path(self.resume))
         changed = apply_overrides(run.config, self._changes())
         for name, value in vars(changed).items():
@@ -138,7 +138,7 @@ class Generate:
     """When to stop looping early: fixed, state_change, kl, kl_entropy or argmax."""
     step: Step = None
     precision: Annotated[str, shown("KIND")] = "auto"
-    """Of the weights: fp32, bf16 or auto: bf16 where the device computes it natively."""
+    """Of the weights: fp32, bf16, or auto (bf16 if the device computes it natively)."""
     set: Changes = ()
     """More settings, such as exit_rule.threshold=1e-3, decode=last or prefill_chunk=64."""
     device: Device = "auto"
@@ -178,11 +178,11 @@ class Eval:
     num_loops: Annotated[str, shown("N,N,...", f"{TEXT_LOOPS}; of a task more")] = ""
     """Loop counts, separated by commas."""
     precision: Annotated[str, shown("KIND")] = "auto"
-    """To compute in: fp32, bf16 or auto: bf16 where the device computes it natively."""
+    """To compute in: fp32, bf16, or auto (bf16 if the device computes it natively)."""
     step: Step = None
     device: Device = "auto"
     out: Annotated[str, shown("FOLDER", "the run folder; with --data or --step RUN/eval/...")] = ""
-    """Folder for eval.json, loops.png and loops.csv; of a task hops.png and hops.csv."""
+    """Folder for eval.json, loops.png and loops.csv; for a task hops.png and hops.csv."""
 
     def run(self) -> None:
         from openmythos.cli.jobs import evaluate, evaluate_hops
@@ -211,7 +211,7 @@ class Export:
 
     folder: RunFolder
     out: Annotated[str, shown("FOLDER")]
-    """Folder to create: config.json, model.safetensors, tokenizer.json (of text)."""
+    """Folder to create: config.json, model.safetensors, tokenizer.json (for text)."""
     step: Step = None
     device: Device = "cpu"
 

@@ -82,7 +82,7 @@ def _listen(read_end: int) -> None:
             continue
         if _received is not None and not asked:
             asked = True
-            print("stopping, what is done is saved (again: end at once)", file=sys.stderr)
+            print("stopping after saving a checkpoint (again: end at once)", file=sys.stderr)
             continue
         # Wait for the pipe to be closed: the work has ended. A second signal means: now.
         if not select.select([read_end], [], [], GRACE)[0] or os.read(read_end, 1):

@@ -52,7 +52,7 @@ class Study:
         require_int("processes", self.processes, minimum=1)
         folder = Path(self.out) / (f"{study.name}-quick" if self.quick else study.name)
         if self.report_only:
-            allowed = "judges runs as they are: no --quick, no --set"
+            allowed = "cannot be combined with --quick or --set"
             require(not (self.quick or self.set), "report_only", True, allowed)
             finding = runner.judge_kept(study, folder)
         else:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from openmythos.config import ConfigError, require, require_int, require_number
-from openmythos.data.sources import READ, Document, Reader
+from openmythos.data.sources import SUPPORTED, Document, Reader
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Corpus:
         skipped = f"{reader.skipped} files that are not UTF-8 text"
         if not total:
             left_out = f" (skipped {skipped})" if reader.skipped else ""
-            raise ConfigError(f"{where}: no text found{left_out}; read are {READ}")
+            raise ConfigError(f"{where}: no text found{left_out}; supported: {SUPPORTED}")
         if reader.skipped:
             logger.warning("%s: skipped %s", where, skipped)
         by_position = (chosen or lowest_size) > _MAX_SHARE * total

@@ -122,7 +122,7 @@ def _require_own(out: Path, origin: Origin) -> None:
     if (out / UNFINISHED / ORIGIN_FILE).is_file():
         _require_same(out, load_json(Origin, out / UNFINISHED / ORIGIN_FILE), origin)
     elif out.exists() and (not out.is_dir() or any(p.name != UNFINISHED for p in out.iterdir())):
-        raise ConfigError(f"{out}: exists already and was not begun by this; choose another --out")
+        raise ConfigError(f"{out}: exists already and is not an unfinished prepared folder")
 
 
 def _require_same(out: Path, found: Origin, wanted: Origin) -> None:
@@ -135,9 +135,7 @@ def _require_same(out: Path, found: Origin, wanted: Origin) -> None:
         raise ConfigError(f"{out}: was begun with another tokenizer; choose another --out")
     if found.files != wanted.files:
         where = ", ".join(wanted.preparation.paths)
-        raise ConfigError(
-            f"{where}: has other files than when {out} was begun; choose another --out"
-        )
+        raise ConfigError(f"{where}: files changed since {out} was begun; choose another --out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ class References:
             return None
         if not all(found):
             path, other = paths[found.index(False)], paths[found.index(True)]
-            raise ConfigError(f"{path}: is not a prepared folder, which {other} is: prepare both")
+            raise ConfigError(f"{path}: is not a prepared folder, but {other} is: prepare both")
         # Absolute paths: the run folder can be moved, and resumed from another directory.
         folders = [Path(path).resolve() for path in paths]
         first, *others = [load_json(Prepared, folder / PREPARED_FILE) for folder in folders]
@@ -140,7 +140,7 @@ class References:
     def _shards(self, source: Reference, side: str, verify: bool) -> TokenShards:
         folder = Path(source.path)
         if not is_prepared(folder):
-            raise ConfigError(f"{folder}: the prepared folder that this run reads is not there")
+            raise ConfigError(f"{folder}: the prepared folder that this run reads is missing")
         if sha256_of(folder / PREPARED_FILE) != source.sha256:
             raise ConfigError(f"{folder}: was prepared again since this run was created")
         return open_prepared(folder, side, verify=verify)

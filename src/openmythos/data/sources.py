@@ -25,7 +25,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z", ".tar")
 # read the runs made from it.
 _RUN = {"config.toml", "tokenizer.json"}
 _PREPARED = ("prepared.json", "unfinished/origin.json")
-READ = "plain UTF-8 text, .jsonl, .ndjson (these also as .gz) and .parquet"
+SUPPORTED = "plain UTF-8 text, .jsonl, .ndjson (these also as .gz) and .parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ def _decode(data: bytes, path: Path) -> str:
     except UnicodeDecodeError:
         pass
     if path.name.lower().endswith(_COMPRESSED):
-        raise NotTextError(f"{path}: is compressed; read are {READ}")
+        raise NotTextError(f"{path}: is compressed; supported: {SUPPORTED}")
     raise NotTextError(f"{path}: is not UTF-8 text")
 
 

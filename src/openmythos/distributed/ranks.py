@@ -94,7 +94,7 @@ def full_tensor(x: Tensor) -> Tensor:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """(0, 1) outside a distributed run."""
+    """(rank, world size) of the process group; (0, 1) without one."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
