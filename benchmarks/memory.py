@@ -30,7 +30,7 @@ from openmythos.analysis import plots, study_plots
 from openmythos.distributed.parallelize import Parallel, parallelize
 from openmythos.distributed.ranks import exit_process, process_group
 from openmythos.files import write_json
-from openmythos.machine import describe, peak_bytes
+from openmythos.machine import autocast, describe, peak_bytes
 from openmythos.model import presets
 from openmythos.planning import cost, fit
 from openmythos.train.optim import AdamW
@@ -71,8 +71,7 @@ def step_of(case: Mapping[str, Any]) -> dict[str, float]:
     tokens = torch.randint(4096, (batch // ranks, CONTEXT))
 
     def step() -> None:
-        bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=case["precision"] == "bf16")
-        with bf16:
+        with autocast(case["precision"], tokens.device):
             if case.get("logits") == "whole":
                 logits = model(tokens, num_loops=case["num_loops"]).logits
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())

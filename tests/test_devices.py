@@ -57,7 +57,7 @@ def scored(model: OpenMythos, shards: TokenShards) -> list[float]:
     return [*(one.nats_per_token for one in found.values()), decoded]
 
 
-def told(model: OpenMythos) -> list[str]:
+def generated(model: OpenMythos) -> list[str]:
     """Sampled, with an exit rule, in chunks."""
     request = Request(
         max_new_tokens=5,
@@ -90,9 +90,9 @@ def test_text_is_scored_on_the_device_of_the_model(
 def test_text_is_generated_on_the_device_of_the_model(
     monkeypatch: pytest.MonkeyPatch, state_init: Any
 ) -> None:
-    expected = told(small(state_init=state_init))
+    expected = generated(small(state_init=state_init))
     with second_device(monkeypatch):
-        assert told(moved(small(state_init=state_init))) == expected  # type: ignore[arg-type]
+        assert generated(moved(small(state_init=state_init))) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
@@ -100,7 +100,7 @@ def test_a_gpu_learns_scores_and_generates_as_the_cpu_does(shards: TokenShards) 
     for what in (learned, lambda model: scored(model, shards)):
         expected = what(small())
         assert what(small().to("cuda")) == pytest.approx(expected, rel=1e-2, abs=1e-2)
-    assert all(isinstance(text, str) for text in told(small().to("cuda")))
+    assert all(isinstance(text, str) for text in generated(small().to("cuda")))
 
 
 @pytest.mark.gpu

@@ -107,10 +107,10 @@ def test_model_is_left_in_its_mode(shards: TokenShards, training: bool) -> None:
 
 
 def test_progress_ends_at_all_tokens(shards: TokenShards) -> None:
-    told: list[int] = []
-    depth_sweep(tiny_model(CONFIG), shards, (1,), seq_len=SEQ, batch_size=1, progress=told.append)
-    assert told == sorted(told)
-    assert told[-1] == len(shards) - 1
+    scored: list[int] = []
+    depth_sweep(tiny_model(CONFIG), shards, (1,), seq_len=SEQ, batch_size=1, progress=scored.append)
+    assert scored == sorted(scored)
+    assert scored[-1] == len(shards) - 1
 
 
 def test_bf16_is_close(shards: TokenShards) -> None:

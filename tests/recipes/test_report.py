@@ -112,11 +112,11 @@ def test_only_held_out_text_and_newest_checkpoint_go_to_the_run_folder(run: Run)
 
 
 def test_held_out_text_is_scored(run: Run) -> None:
-    told: list[tuple[int, int]] = []
-    found = report.evaluate(run, LOOPS, progress=lambda done, total: told.append((done, total)))
+    scored: list[tuple[int, int]] = []
+    found = report.evaluate(run, LOOPS, progress=lambda done, total: scored.append((done, total)))
     shards = run.shards("held_out")
     assert found.loops == depth_sweep(run.load_model(), shards, LOOPS, seq_len=32)
-    assert told[-1] == (len(shards) - 1, len(shards) - 1)
+    assert scored[-1] == (len(shards) - 1, len(shards) - 1)
     assert (found.mean_loops, found.text, found.step) == (2.0, "held-out text", 3)
     text = report.decode_text(run, shards)
     assert len(text) == shards.num_bytes

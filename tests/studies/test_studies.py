@@ -139,19 +139,19 @@ def test_quick_runs_everything_once_and_keeps_it(
     two = [ARMS[depth.LOOPED], ARMS["3 layers, equal parameters"]]
     finding = Finding("holds", "", [{"arm": "one"}], "")
     study = replace(depth.STUDY, arms=lambda: two, judge=lambda _runs: finding)
-    told: list[tuple[int, int, str]] = []
+    news: list[tuple[int, int, str]] = []
 
     def run(**changes: Any) -> None:
-        told.clear()
+        news.clear()
         runner.run_study(
             study,
             tmp_path,
             **({"seeds": 1, "quick": True} | changes),
-            told=lambda *news: told.append(news),
+            on_progress=lambda *event: news.append(event),
         )
 
     run(processes=1)
-    assert [done for done, _, _ in told] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert [done for done, _, _ in news] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("figure.csv", "figure.png", "report.md", "results.json")
     ]
@@ -166,10 +166,10 @@ def test_quick_runs_everything_once_and_keeps_it(
     assert first["runs"][1]["settings"]["learning"]["optimizer"]["lr"] == best["rate"]
     monkeypatch.setattr(runner, "worker_pool", Here)
     run()
-    assert [done for done, _, _ in told] == [6, 6]  # nothing is run again
+    assert [done for done, _, _ in news] == [6, 6]  # nothing is run again
     assert read_json(tmp_path / "results.json")["runs"] == first["runs"]
     run(seeds=2)
-    assert [(done, total) for done, total, _ in told] == [(6, 8), (7, 8), (8, 8), (8, 8)]
+    assert [(done, total) for done, total, _ in news] == [(6, 8), (7, 8), (8, 8), (8, 8)]
     run()  # fewer seeds lose nothing
     more = read_json(tmp_path / "results.json")
     assert [(r["arm"], r["seed"]) for r in more["runs"]] == [

@@ -153,15 +153,15 @@ def test_a_resumed_run_keeps_the_precision_that_auto_was(
     config = config_of(corpus, precision="auto", optimizer=Muon())
     monkeypatch.setattr(machine, "bf16_is_native", lambda _device=None: False)
     wanted = [m.loss for m in train(Run.create(tmp_path / "straight", config))]
-    told: list[str] = []
+    lines: list[str] = []
     run = Run.create(tmp_path / "broken", config)
-    steps = train(run, told=told.append)
+    steps = train(run, on_message=lines.append)
     found = [next(steps).loss for _ in range(3)]
     steps.close()
     monkeypatch.setattr(machine, "bf16_is_native", lambda _device=None: True)
-    found += [m.loss for m in train(Run.open(run.folder), resume=True, told=told.append)]
+    found += [m.loss for m in train(Run.open(run.folder), resume=True, on_message=lines.append)]
     assert found == wanted
-    assert told == [
+    assert lines == [
         "precision: fp32 on cpu, the fast one here",
         "precision: fp32 on cpu, as the run began",
     ]
@@ -268,7 +268,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_resumed_from_its_start(
     shutil.rmtree(killed.folder / "checkpoints", ignore_errors=True)
     assert steps_of(killed) == [0, 1]
     said: list[str] = []
-    found = [metrics.loss for metrics in train(killed, resume=True, told=said.append)]
+    found = [metrics.loss for metrics in train(killed, resume=True, on_message=said.append)]
     assert f"{killed.folder}: no checkpoint yet, training starts at step 0" in said
     assert (len(found), found[:2]) == (STEPS, wanted)
     assert steps_of(killed) == list(range(STEPS))
@@ -278,9 +278,9 @@ def test_a_run_is_trained_by_one_process_at_a_time(done: Run) -> None:
     more = longer(done)
     steps = train(more, resume=True)
     next(steps)
-    told = rf"done: process {os.getpid()} is training it \(since 2.*\)"
+    refusal = rf"done: process {os.getpid()} is training it \(since 2.*\)"
     for resume in (True, False):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=refusal):
             train(more, resume=resume)
     done.load_model()  # readers need not wait
     list(steps)
@@ -352,9 +352,9 @@ def test_the_whole_checkpoint_before_a_damaged_one_is_named(done: Run) -> None:
     newest = latest_checkpoint(done.folder)
     shard = next(newest.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:1000])
-    told = rf"{shard}: is damaged.*; delete {newest} to go on from step-00000002$"
+    damage = rf"{shard}: is damaged.*; delete {newest} to go on from step-00000002$"
     for use in (lambda: train(longer(done), resume=True), done.load_model):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=damage):
             use()
     done.load_model(step=2)
     with pytest.raises(ConfigError, match="step = 3: must be one of 2, 4"):
@@ -490,8 +490,8 @@ def test_checkpoint_of_another_optimizer_is_refused(
     run = Run.create(tmp_path / "run", config_of(corpus, optimizer=kinds[0], num_steps=2))
     list(train(run))
     other = replace(run.config, train=replace(run.config.train, optimizer=kinds[1]))
-    told = rf"optimizer.kind = '{kinds[1].kind}': the run was trained with {kinds[0].kind}"
-    with pytest.raises(ConfigError, match=told):
+    refusal = rf"optimizer.kind = '{kinds[1].kind}': the run was trained with {kinds[0].kind}"
+    with pytest.raises(ConfigError, match=refusal):
         train(replace(run, config=other), resume=True)
     # A config.toml that was changed by hand.
     save_toml(other, run.folder / "config.toml")

@@ -69,7 +69,7 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
             run,
             resume=resume,
             stopping=lambda: bool(received),
-            told=lambda line: OUT.print(line, soft_wrap=True),
+            on_message=lambda line: OUT.print(line, soft_wrap=True),
         )
         with stop_training(received):
             for metrics in steps:

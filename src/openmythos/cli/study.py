@@ -65,7 +65,7 @@ class Study:
                     overrides=flat(self.set),
                     processes=self.processes,
                     device=self.device,
-                    told=lambda done, total, last: progress.update(done, last, total=total),
+                    on_progress=lambda done, total, last: progress.update(done, last, total=total),
                 )
         table = Table(*finding.table[0], box=box.SIMPLE_HEAD)
         for row in finding.table:

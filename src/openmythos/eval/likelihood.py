@@ -42,7 +42,7 @@ def depth_sweep(
 
     Every token but the first is scored once, in windows of seq_len tokens that do not overlap; a
     token early in a window has little context, so this is an upper bound of the model's loss.
-    `progress` is told the tokens scored so far.
+    `progress` is called with the tokens scored so far.
     """
     was_training = model.training
     model.eval()

@@ -44,7 +44,7 @@ def evaluate(
     """Ask problems of up to 3 times the hops trained, as far as the task and the context go.
 
     Loops default to up to 5 times as many as training gives the longest problems. `progress` is
-    told the numbers of hops that are done, and how many there are.
+    called with (numbers of hops done, numbers of hops in total).
     """
     data = run.config.data
     assert isinstance(data, TaskData)

@@ -70,13 +70,13 @@ def run_study(
     overrides: Sequence[str] = (),
     processes: int = 2,
     device: str = "auto",
-    told: Callable[[int, int, str], None] | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
 ) -> Finding:
-    """All runs that results.json lacks, then results.json, report.md, figure.png in `out`.
+    """Run what results.json lacks, then write results.json, report.md and figure.png in `out`.
 
-    Runs found there are kept, those of further seeds too; where they are not of these arms and
-    settings, nothing is touched. All processes share the `device`. `told` hears
-    (runs done, runs in all, what was done last).
+    Runs in results.json are kept, also those of other seeds. If one has an arm or settings that
+    the study does not have, a ConfigError is raised and no file changes. All processes share the
+    `device`. `on_progress` is called with (runs done, runs in total, what was done last).
     """
     name = str(choose_device(device))
     arms = [apply_overrides(arm.quick() if quick else arm, overrides) for arm in study.arms()]
@@ -94,29 +94,19 @@ def run_study(
     def keep(what: str) -> None:
         if what != "kept":
             _save(out, study, machine, _in_order(done, arms), list(fits.values()), None)
-        if told is not None:
-            told(len(fits) + len(done), total, what)
+        if on_progress is not None:
+            on_progress(len(fits) + len(done), total, what)
 
     keep("kept")
     with worker_pool(processes) as pool:
-        rates = [
-            (trial, TRIAL_SEED + number)
-            for trial in trials
-            if (trial.name, trial.rate) not in fits
-            for number in range(trial.trial_seeds)
-        ]
+        untried = [trial for trial in trials if (trial.name, trial.rate) not in fits]
+        rates = [(arm, TRIAL_SEED + n) for arm in untried for n in range(arm.trial_seeds)]
         found: dict[tuple[str, float], list[RunResult]] = {}
         for result in _finished(pool, study, rates, quick, name):
             same = found.setdefault((result.arm, result.rate), [])
             same.append(result)
             if len(same) == seeds_of[result.arm]:
-                fits[result.arm, result.rate] = Trial(
-                    result.arm,
-                    result.rate,
-                    result.settings,
-                    statistics.mean(map(study.fit, same)),
-                    round(sum(one.seconds for one in same), 3),
-                )
+                fits[result.arm, result.rate] = _trial(study, same)
                 keep(f"{result.arm}, learning rate {result.rate:g}")
         arms = [_tuned(arm, list(fits.values())) for arm in arms]
         _refuse_others(out, runs, arms)
@@ -126,16 +116,16 @@ def run_study(
             done[result.arm, result.seed] = replace(result, commit=str(machine["commit"]))
             keep(f"{result.arm}, seed {result.seed}")
     finding = _concluded(out, study, machine, _in_order(done, arms), list(fits.values()))
-    if told is not None:
-        told(total, total, "judged")
+    if on_progress is not None:
+        on_progress(total, total, "judged")
     return finding
 
 
 def judge_kept(study: Study, out: Path) -> Finding:
-    """Judge the runs of out/results.json by the rule of today, and write report and figure anew.
+    """Judge the runs of out/results.json by the current rule; write report and figure again.
 
-    Nothing is trained. Every run must be of an arm of the study, at whatever learning rate it was
-    given. Trials that the study would not make today are kept, and the report says so.
+    Nothing is trained. Every run must have the settings of an arm, at any learning rate. Trials
+    that the study would no longer make are kept, and the report says so.
     """
     path = out / "results.json"
     if not path.exists():
@@ -236,6 +226,13 @@ def _finished(
     futures = [pool.submit(run_arm, study.name, arm, seed, quick, device) for arm, seed in work]
     for future in as_completed(futures):
         yield future.result()
+
+
+def _trial(study: Study, runs: Sequence[RunResult]) -> Trial:
+    """Of the runs of an arm at a learning rate, which differ in their seeds."""
+    fit = statistics.mean(map(study.fit, runs))
+    seconds = round(sum(run.seconds for run in runs), 3)
+    return Trial(runs[0].arm, runs[0].rate, runs[0].settings, fit, seconds)
 
 
 def _tuned(arm: Arm, trials: Sequence[Trial]) -> Arm:

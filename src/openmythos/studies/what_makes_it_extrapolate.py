@@ -37,7 +37,7 @@ TRAINED_HOPS, STEPS = 10, 1400
 BEYOND = (15, 20, 30)
 HOPS = (5, 10, *BEYOND)
 LOOPS = (5, 10, 16, 20, 25, 30, 40, 60, 80)
-LATE = 20  # hops at which overthinking is told: twice the trained
+LATE = 20  # hops at which overthinking is measured: twice the trained
 BASE = "base"
 # A change of fewer points is none.
 TOLERANCE = 0.05
@@ -157,7 +157,7 @@ def overthinking(runs: Sequence[RunResult]) -> tuple[float, float]:
 
 
 class Changes(NamedTuple):
-    """What each change does, told with its points: each stands in one place."""
+    """Every change, with its effect in points, in one of four groups."""
 
     needed: dict[str, str]  # of CARRIES: costs in every comparison
     faster: dict[str, str]  # of CARRIES: costs at equal steps, not after more
@@ -202,19 +202,19 @@ def judge(results: Sequence[RunResult]) -> Finding:
 def _sorted_out(by_change: Mapping[str, Mapping[str, Sequence[float]]]) -> Changes:
     found = Changes({}, {}, {}, {})
     for change, arms_of in by_change.items():
-        told = f"{change} ({_points(arms_of)})"
+        text = f"{change} ({_points(arms_of)})"
         if change not in CARRIES:
             worst = min(map(statistics.mean, arms_of.values()))
             if worst < -TOLERANCE:
-                found.wrong[change] = told
+                found.wrong[change] = text
             else:
                 found.harmless[change] = 100 * worst
         elif all(map(costs, arms_of.values())):
-            found.needed[change] = told
+            found.needed[change] = text
         elif all(costs(v) for training, v in arms_of.items() if training != LONGER):
-            found.faster[change] = told
+            found.faster[change] = text
         else:
-            found.wrong[change] = told
+            found.wrong[change] = text
     return found
 
 

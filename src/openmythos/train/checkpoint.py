@@ -52,10 +52,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Counters(NamedTuple):
-    """Of a run, besides its tensors.
+    """The state of a run besides its tensors.
 
-    `passed` counts the batches that a rollback went past, `recent` holds the losses by which the
-    next one is known for a spike, `source` is the state of the data.
+    `passed` is the number of batches that rollbacks skipped, `recent` the losses that a spike is
+    compared with, `source` the state of the data (see `BatchSource.state`).
     """
 
     step: int = 0  # the next one
@@ -261,7 +261,7 @@ def _load_counters(path: Path) -> Counters:
 
 
 def _tensors(model: OpenMythos, optimizers: Optimizers) -> dict[str, Tensor]:
-    """All that is saved, by name; what is in shards stays so."""
+    """Everything that is saved, by name; sharded tensors stay sharded."""
     found = {_MODEL + name: x.detach() for name, x in model.state_dict().items()}
     return found | {_OPTIMIZER + name: x for name, x in optimizers.tensors().items()}
 

@@ -72,11 +72,11 @@ class Divergence:
             return ""
         self.since = step if self.since is None else self.since
         warned, self._warned = self._warned, True
-        told = f"step {step}: the loss or its gradient is not finite, so it changes no weight"
-        return "" if warned else f"{told}; lower train.optimizer.lr if that goes on"
+        warning = f"step {step}: the loss or its gradient is not finite, so it changes no weight"
+        return "" if warned else f"{warning}; lower train.optimizer.lr if that goes on"
 
     def check(self) -> None:
         """Raise a FloatingPointError if the last step was not finite."""
         if self.since is not None:
-            told = "later steps changed nothing; train anew with a lower train.optimizer.lr"
-            raise FloatingPointError(f"loss not finite since step {self.since}: {told}")
+            advice = "later steps changed nothing; train again with a lower train.optimizer.lr"
+            raise FloatingPointError(f"loss not finite since step {self.since}: {advice}")

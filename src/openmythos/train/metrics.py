@@ -69,7 +69,7 @@ class MetricsTail:
         whole = added[: added.rfind(b"\n") + 1]
         new = [_parsed(line) for line in whole.splitlines()]
         steps = [m["step"] for m in (*self.metrics[-1:], *new) if m is not None]
-        # A resumed run writes the file anew; by now it may have outgrown the place it was read to.
+        # A resumed run writes the file again; it may already be longer than what was read.
         if self._place and (None in new or steps != sorted(set(steps))):
             self._forget()
             return self.read()
@@ -151,7 +151,7 @@ def seconds_trained(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def seconds_per_step(metrics: Mapping[str, Any]) -> float:
-    """What one logged step took; nan where it cannot be told."""
+    """What one logged step took; nan where it is not known."""
     speed = float(metrics.get("tokens_per_second", math.nan))
     return float(metrics.get("tokens", math.nan)) / speed if speed > 0 else math.nan
 
@@ -163,7 +163,7 @@ def recent_median(metrics: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def seconds_left(metrics: Sequence[Mapping[str, Any]], num_steps: int) -> float:
-    """Until the last step at the pace of the last logged ones; nan where it cannot be told."""
+    """Until the last step at the pace of the last logged ones; nan where it is not known."""
     paces = [s for m in metrics[-RECENT:] if math.isfinite(s := seconds_per_step(m))]
     return median(paces) * (num_steps - 1 - metrics[-1]["step"]) if paces else math.nan
 

@@ -1,4 +1,4 @@
-"""Muon for weights, stacks of experts, and either in shards."""
+"""Muon for matrices and stacks of matrices (experts), sharded or not."""
 
 from collections.abc import Iterable, Sequence
 from math import sqrt

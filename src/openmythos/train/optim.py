@@ -24,7 +24,7 @@ from openmythos.nn.facts import undecayed
 from openmythos.train.muon import MuonStep
 
 _EMBEDDINGS = ("embed.", "head.")
-# Far beyond any use, and far below where the product with a weight is no number.
+# Larger than any use; far below where the product with a weight is not finite.
 _MAX_DECAY = 1000.0
 
 

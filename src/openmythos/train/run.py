@@ -93,8 +93,8 @@ class Run:
     def create(cls, folder: Path, config: RunConfig, progress: Progress | None = None) -> "Run":
         """Make the folder, train or load the tokenizer, write the token shards.
 
-        `progress` is told what is being done and the bytes of text done so far. A failure leaves
-        nothing behind; of two processes that make the same folder the second is refused.
+        `progress` is called with the stage and the bytes of text done so far. A failure leaves
+        nothing behind. A second process that creates the same folder gets a ConfigError.
         """
         require_free(folder)
         require_packages(config.train.trackers)
@@ -204,9 +204,9 @@ class Run:
         return self.load_checkpoint(device)
 
     def choose_precision(self, asked: str, device: torch.device) -> Precision:
-        """To use the model in: "auto" is fp32 for a run that was to be trained in it by name.
+        """The precision to use the model in; "auto" is fp32 if the run's config says fp32.
 
-        Logs a warning where it is slow.
+        Logs a warning if it is slow on the device.
         """
         by_name = self.config.train.precision == "fp32"
         chosen = choose_precision("fp32" if by_name and asked == "auto" else asked, device)
@@ -218,8 +218,8 @@ class Run:
 
 def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress) -> None:
     for part, documents in (("train", corpus.train()), ("held_out", corpus.held_out())):
-        told = functools.partial(report, f"{part} tokens")
-        write_shards(documents, tokenizer, folder / part, progress=told)
+        progress = functools.partial(report, f"{part} tokens")
+        write_shards(documents, tokenizer, folder / part, progress=progress)
 
 
 def train(
@@ -227,22 +227,22 @@ def train(
     *,
     resume: bool = False,
     stopping: Callable[[], bool] | None = None,
-    told: Callable[[str], None] = LOG.info,
+    on_message: Callable[[str], None] = LOG.info,
 ) -> Generator[StepMetrics, None, None]:
     """Train, logging and saving as the config says; yields every step's metrics.
 
-    On several ranks all of them call it. Training ends after a step at which `stopping` was true on
-    any of them; a single process abandons the step. That, or closing the iterator, saves a
-    checkpoint of the last finished step.
-    `resume` goes on from the newest checkpoint, from the start where there is none yet, and once it
-    is loaded writes the run's config to its folder. A run that another process trains is refused.
-    `told` hears lines about the precision and such a start, on the first rank.
+    All ranks call it. Training ends after a step at which `stopping` returned True on any rank; a
+    single process abandons the step instead. Then, and when the iterator is closed, a checkpoint
+    of the last finished step is saved.
+    `resume` loads the newest checkpoint, if there is one, and then writes the run's config to its
+    folder. A run that another process trains is refused with a ConfigError.
+    `on_message` is called on rank 0 with lines about the precision and a missing checkpoint.
     """
     if rank_and_world_size()[0] > 0:
-        return _steps(run, _trainer(run, resume, stopping, told), lambda _metrics: None)
+        return _steps(run, _trainer(run, resume, stopping, on_message), lambda _metrics: None)
     held = lock(run.folder)
     try:
-        steps = _watched(run, _trainer(run, resume, stopping, told))
+        steps = _watched(run, _trainer(run, resume, stopping, on_message))
         if resume and run.config != load_toml(RunConfig, run.folder / CONFIG_FILE):
             save_toml(run.config, run.folder / CONFIG_FILE)
     except BaseException:
@@ -256,7 +256,7 @@ def train(
 def _holding(
     held: FileLock, steps: Generator[StepMetrics, None, None]
 ) -> Generator[Any, None, None]:
-    """Nothing at first, then the steps, at whose end the lock is released."""
+    """None at first, then the steps; releases the lock at their end or when it is closed."""
     with ExitStack() as stack:
         stack.callback(held.release)
         yield None
@@ -264,7 +264,7 @@ def _holding(
 
 
 def _trainer(
-    run: Run, resume: bool, stopping: Callable[[], bool] | None, told: Callable[[str], None]
+    run: Run, resume: bool, stopping: Callable[[], bool] | None, on_message: Callable[[str], None]
 ) -> Trainer:
     """Ready for the next step."""
     config = run.config.train
@@ -287,14 +287,14 @@ def _trainer(
         trainer.go_on(load_training(found[-1], trainer.model, trainer.optimizers))
     if rank == 0:
         if resume and not found:
-            told(f"{run.folder}: no checkpoint yet, training starts at step 0")
-        told(precision.line(config.precision, trainer.dtypes, kept, trainer.device))
+            on_message(f"{run.folder}: no checkpoint yet, training starts at step 0")
+        on_message(precision.line(config.precision, trainer.dtypes, kept, trainer.device))
         precision.write(run.folder, trainer.dtypes, trainer.device)
     return trainer
 
 
 def _watched(run: Run, trainer: Trainer) -> Generator[StepMetrics, None, None]:
-    """The steps of the first rank, which tells state.json and the trackers about them."""
+    """The steps of rank 0, which writes state.json and sends metrics to the trackers."""
     config = run.config.train
     with (
         # Closed last: uploading what is left may take long, and by then all is saved.
@@ -327,7 +327,7 @@ def _steps(
         if trainer.stopping:
             record.save()
     except GeneratorExit:
-        # Between two steps, and only there, is the model in a state worth keeping.
+        # The iterator was closed between two steps: the model is in a consistent state.
         record.save()
         raise
     finally:
@@ -335,7 +335,7 @@ def _steps(
 
 
 class _Record:
-    """What a run leaves on disk as it goes: metrics and checkpoints."""
+    """Writes metrics and checkpoints of a run."""
 
     def __init__(
         self, run: Run, trainer: Trainer, track: Callable[[Mapping[str, Any]], None]
@@ -360,7 +360,7 @@ class _Record:
             self._saved = trainer.step
 
     def roll_back(self) -> None:
-        """To the newest checkpoint, if there is one yet."""
+        """Load the newest checkpoint, if there is one yet."""
         trainer = self._trainer
         self.writer.wait()
         if not list_checkpoints(self._run.folder):
