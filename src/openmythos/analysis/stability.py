@@ -3,19 +3,19 @@
 import math
 
 import torch
-from torch import nn
 
-from openmythos.recurrence.injection import ConcatInjection, LTIInjection
+from openmythos.recurrence.injection import ConcatInjection, InjectionLayer
 
 
 @torch.no_grad()
-def spectral_radius(injection: nn.Module) -> float:
-    """rho of the linear map from one loop's state to the next loop's input; 1 without such a map.
+def spectral_radius(injection: InjectionLayer) -> float:
+    """rho of the linear map from the state of a loop to the input of the next; 1 if there is none.
 
     Infinite where its weights are not finite.
     """
-    if isinstance(injection, LTIInjection):
-        return float(injection.discretize()[0].max())
+    decay = injection.max_decay()
+    if decay is not None:
+        return float(decay)
     if isinstance(injection, ConcatInjection):
         weight = injection.state_map.weight
         if not bool(weight.isfinite().all()):
