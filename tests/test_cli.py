@@ -18,6 +18,7 @@ from openmythos import OpenMythos, cli
 from openmythos.cli import jobs
 from openmythos.files import load_toml
 from openmythos.model import presets
+from openmythos.recipes import task_report
 from openmythos.train.config import RunConfig
 from openmythos.train.metrics import read_metrics
 from openmythos.train.run import Run
@@ -358,10 +359,12 @@ def test_demo_trains_evaluates_and_samples(
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_text(here / "few", files=4, functions=5)
-    monkeypatch.setattr(jobs, "HOPS_ASKED", (2, 25))
-    monkeypatch.setattr(jobs, "LOOPS_ASKED", (2, 4))
+    monkeypatch.setattr(task_report, "_HOPS", (0.1, 1.25))
+    monkeypatch.setattr(task_report, "_LOOPS", (0.1, 0.2))
     result = call("demo", "--hops-steps", "2", "--set", *DEMO)
     assert result.code == 0, result.err
+    assert "correct answers in %" in result.out and " 25 new" in result.out
+    assert (here / "runs" / "demo-hops-1" / "checkpoints").is_dir()
     folder = here / "runs" / "demo-1"
     for name in ("config.toml", "metrics.jsonl", "eval.json", "loss.png", "loops.png"):
         assert (folder / name).is_file()

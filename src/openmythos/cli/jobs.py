@@ -1,32 +1,23 @@
 """The long work of the commands, each piece under a progress bar."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from openmythos.cli.interrupt import Interrupted, stop_training
 from openmythos.cli.progress import Progress
 from openmythos.cli.screen import OUT, print_heat_map
 from openmythos.distributed.ranks import first_rank_does, launched, process_group, wait_for_file
-from openmythos.eval.accuracy import accuracy_map
 from openmythos.machine import choose_device
-from openmythos.planning import cost
-from openmythos.recipes import catalogue, report, task_report
+from openmythos.recipes import report, task_report
 from openmythos.recipes.report import LoopReport
 from openmythos.recipes.task_report import HopsReport
 from openmythos.train.config import RunConfig, TaskData
 from openmythos.train.folder import CONFIG_FILE
 from openmythos.train.guards import Divergence
 from openmythos.train.run import Run, train
-from openmythos.train.task_source import task_trainer
-
-HOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60)
-LOOPS_ASKED = (5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 
 
 def create(folder: Path, config: RunConfig) -> Run:
@@ -78,8 +69,10 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
                 if warning:
                     OUT.print(warning, soft_wrap=True)
                 smooth = metrics.loss if smooth is None else 0.9 * smooth + 0.1 * metrics.loss
-                text = f"loss {smooth:.3f}, {metrics.tokens_per_second:,.0f} tokens/s"
-                progress.update(done, text)
+                hops = metrics.data.get("hops")
+                reached = f"up to {hops:.0f} hops, " if hops else ""
+                rate = f"{metrics.tokens_per_second:,.0f} tokens/s"
+                progress.update(done, f"{reached}loss {smooth:.3f}, {rate}")
     if done != config.num_steps and (received or done is not None):
         when = "in its first step" if done is None else f"after step {done}, checkpoint saved"
         OUT.print(f"stopped {when}; go on with")
@@ -139,33 +132,4 @@ def evaluate_hops(run: Run, loops: tuple[int, ...], **options: Any) -> HopsRepor
         found = task_report.evaluate(run, loops, **options)
     print_heat_map(found.accuracy, found.data.max_hops)
     OUT.print(f"computed in {found.precision} on {found.device}")
-    return found
-
-
-def learn_hops(num_steps: int, device: str = "auto") -> Mapping[int, Mapping[int, float]]:
-    """Train the model of recipe hops; return accuracy by hops and loops."""
-    recipe = catalogue.get("hops")
-    assert isinstance(recipe.data, TaskData)
-    train = replace(recipe.train, num_steps=num_steps, log_every=num_steps, device=device)
-    trainer = task_trainer(replace(recipe, train=train))
-    OUT.print(
-        f"A model of {cost.parameters(recipe.model).total:,} parameters learns to follow chains of "
-        f"up to {recipe.data.max_hops} lookups, e0 r1 r2 ... -> r2(r1(e0)), in tables that it must "
-        "memorise.\nThen it is asked longer chains than it was trained on."
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model is slower on two (Zen 3: 24 s on one, 29 s on two)
-    try:
-        with Progress(OUT, "learning hops", total=num_steps) as progress:
-            for done in trainer.steps():
-                reached = f"up to {done.data['hops']:.0f} hops"
-                progress.update(done.step + 1, f"{reached}, loss {done.loss:.2f}")
-    finally:
-        torch.set_num_threads(threads)
-    with Progress(OUT, "asking", total=len(HOPS_ASKED), unit="numbers of hops") as progress:
-        found: dict[int, dict[int, float]] = {}
-        for hops in HOPS_ASKED:
-            task, model = recipe.data.task, trainer.model
-            found |= accuracy_map(model, task, (hops,), LOOPS_ASKED, examples=100)
-            progress.update(len(found))
     return found
