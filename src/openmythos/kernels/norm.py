@@ -32,8 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @functools.cache
-def _tensor(eps: float) -> Tensor:
-    return torch.tensor(eps, device="cpu", dtype=torch.float64)
+def _tensor(eps: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(eps, device="cpu", dtype=dtype)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    scale = torch.addcmul(_tensor(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+    scale = torch.addcmul(_tensor(eps, wide), length, length, value=1 / x.shape[-1]).rsqrt_()
     return (x * scale).mul_(weight).to(x.dtype), scale
 
 
