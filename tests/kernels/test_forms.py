@@ -185,7 +185,7 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
             assert fast()
         assert not fast()
     # Of the run-time type checker, where it is on, an error of its own.
-    with pytest.raises(Exception, match="forms.*'slow'"), kernels.use("slow"):
+    with pytest.raises(Exception, match=r"forms.*'slow'"), kernels.use("slow"):
         pass
     assert fast()
     monkeypatch.setenv("OPENMYTHOS_KERNELS", "reference")
