@@ -29,9 +29,9 @@ from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy
 from openmythos.nn.view import LayerView
 from openmythos.recurrence.exit_rules import ExitRule
-from openmythos.recurrence.halting import Halting
+from openmythos.recurrence.halting import ExitGate, Halting
 from openmythos.recurrence.initial_state import StateInit, ZeroState
-from openmythos.recurrence.injection import Injection
+from openmythos.recurrence.injection import LTI, Concat, Injection
 from openmythos.recurrence.loop_embedding import LoopEmbeddings
 from openmythos.recurrence.loop_lora import LoopLoRAs
 
@@ -208,8 +208,8 @@ def _pairs(row: Row, axes: Mapping[str, Any]) -> set[tuple[Any, Any]]:
 AXES: dict[str, list[Any]] = {
     "attention": variations(Attention),
     "recurrent_feed_forward": variations(FeedForward),
-    "injection": variations(Injection),
-    "halting": variations(Halting),
+    "injection": [part for part in variations(Injection) if part != Concat(bias=True)],
+    "halting": [part for part in variations(Halting) if part.kind != "exit_gate"],
     "feed_forward": members(FeedForward),
     "loop_embedding": variations(LoopEmbeddings),
     "loop_lora": variations(LoopLoRAs),
@@ -222,16 +222,22 @@ AXES: dict[str, list[Any]] = {
 }
 
 
-# Options that change what stands around the layers: in combinations that occur in public models.
+# What is not paired with everything else: in combinations that occur in public models.
 OPTIONS: list[dict[str, Any]] = [
-    {"block_norms": ("input", "branch"), "loop_norm": "weighted", "final_norm": False},
+    {
+        "block_norms": ("input", "branch"),
+        "loop_norm": "weighted",
+        "final_norm": False,
+        "halting": ExitGate(threshold=0.6),
+    },
     {
         "block_norms": ("input", "sum"),
         "loop_norm": "plain",
         "readout_norm": True,
         "embed_scale": 3.0,
+        "injection": Concat(bias=True),
     },
-    {"block_norms": ("branch",), "logit_scale": 0.5},
+    {"block_norms": ("branch",), "logit_scale": 0.5, "injection": LTI(max_decay=1.0)},
     {"block_norms": ("sum",), "logit_softcap": 4.0, "readout_norm": True},
 ]
 
@@ -274,6 +280,7 @@ FEW_VARIANT_IDS = [_variant_id(parts) for parts in _with_options(_FEW)]
 COMBINATIONS = [
     tiny_config(attention=a, recurrent_feed_forward=f, injection=i, halting=h)
     for a, f, i, h in itertools.product(*map(members, (Attention, FeedForward, Injection, Halting)))
+    if h.kind != "exit_gate"
 ]
 COMBINATION_IDS = [
     "-".join((c.attention.kind, c.recurrent_feed_forward.kind, c.injection.kind, c.halting.kind))

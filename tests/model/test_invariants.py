@@ -444,7 +444,8 @@ def test_every_parameter_gets_a_gradient(config: MythosConfig) -> None:
     """Loops enough to reach every per-loop parameter; data-parallel training needs them all."""
     model = tiny_model(config).train()
     out = model(random_tokens(4, seed=1), num_loops=5)
-    out.logits.square().sum().backward()
+    ponder_cost = 0 if out.recurrence.ponder_cost is None else out.recurrence.ponder_cost
+    (out.logits.square().sum() + ponder_cost).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name

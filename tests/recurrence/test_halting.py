@@ -26,7 +26,7 @@ from openmythos.nn.moe import MoE
 from openmythos.nn.view import LayerView, NoCache
 from openmythos.recurrence import schedule
 from openmythos.recurrence.exit_rules import StateChangeExit
-from openmythos.recurrence.halting import ACT, ACTHalting, HaltState
+from openmythos.recurrence.halting import ACT, ACTHalting, ExitGate, HaltState
 from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.schedule import LoopPlan, RecurrentOutput
@@ -329,3 +329,24 @@ def test_halt_state_is_kept_in_fp32() -> None:
 def test_impossible_settings_are_refused(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(ACT(), **fields)
+
+
+def test_an_exit_gate_selects_the_first_state_that_reaches_its_threshold() -> None:
+    config = tiny_config(halting=ExitGate(threshold=0.8), prelude_layers=0, coda_layers=0)
+    model = tiny_model(config)
+    with torch.no_grad():
+        model.recurrent.halting.weight.normal_()
+        encoded = torch.randn(3, SEQ, DIM)
+        out = run(model, 6, encoded)
+        # The gate changes no state: a model without it goes through the same ones.
+        model.recurrent.halting, gate = None, model.recurrent.halting
+        plain = run(model, 6, encoded)
+    left, chosen = torch.ones(3, SEQ), torch.zeros(3, SEQ, dtype=torch.long)
+    for loop, state in out.states.items():
+        left = left * (1 - gate.halt_prob(state))
+        chosen = torch.where((chosen == 0) & ((left <= 0.2) | (loop == 6)), loop, chosen)
+    assert len(chosen.unique()) > 1
+    for loop, state in out.states.items():
+        assert torch.equal(out.state[chosen == loop], state[chosen == loop])
+        torch.testing.assert_close(state, plain.states[loop])
+    assert (out.loops_used == 6).all()

@@ -133,11 +133,14 @@ class OpenMythos(Decodable):
         backprop_loops: int = 0,
         documents: Tensor | None = None,
         collect_loops: CollectLoops = (),
+        by_halting: bool = False,
     ) -> MythosLosses:
         """Cross-entropy against targets [batch, seq]; a target of IGNORE = -100 does not count.
 
         The arguments are those of `forward`, the losses those of its logits, but the logits of all
-        tokens are never in memory at once.
+        tokens are never in memory at once. by_halting: an entry of `by_loop` is the mean over all
+        targets of the loss times the weight that halting gives that loop, so that they add up to
+        the expected loss; the logits of a loop are in memory then.
         """
         check_targets(targets, tokens, self.config.vocab_size)
         inputs = ModelInputs.check(
@@ -150,18 +153,18 @@ class OpenMythos(Decodable):
             collect_loops=collect_loops,
         )
         recurrence, router = self._run(inputs)
-        loss = self._cross_entropy
         ordered, sorted_targets = inputs.sorted_rows(recurrence.order), targets
         if recurrence.order is not None:
             sorted_targets = targets[recurrence.order]
-        by_loop = {
-            loops: loss(
-                self.hidden(state, ordered.rows(len(state))),
-                sorted_targets[: len(state)],
-            )
-            for loops, state in recurrence.outputs.items()
-        }
-        final = loss(self.hidden(recurrence.state, inputs, router), targets)
+        by_loop = {}
+        for loops, state in recurrence.outputs.items():
+            hidden = self.hidden(state, ordered.rows(len(state)))
+            if by_halting:
+                weights, some = recurrence.halt_weights[loops], sorted_targets[: len(state)]
+                by_loop[loops] = self._weighted(hidden, some, weights) / (targets != IGNORE).sum()
+            else:
+                by_loop[loops] = self._cross_entropy(hidden, sorted_targets[: len(state)])
+        final = self._cross_entropy(self.hidden(recurrence.state, inputs, router), targets)
         return MythosLosses(final, by_loop, recurrence, _known(router))
 
     def _run(
@@ -225,6 +228,12 @@ class OpenMythos(Decodable):
     def _embed(self, tokens: TokenIds) -> Hidden:
         x = self.embed(tokens)
         return x if self.config.embed_scale == 1 else x * self.config.embed_scale
+
+    def _weighted(self, hidden: Hidden, targets: TokenIds, weights: Tensor) -> Scalar:
+        """Sum of the losses of all targets, each times its weight [batch, seq]."""
+        logits = at_least_fp32(self.logits(hidden)).flatten(0, 1)
+        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
+        return (losses * weights.flatten()).sum()
 
     def _cross_entropy(self, hidden: Hidden, targets: TokenIds) -> Scalar:
         if self.config.logit_softcap:

@@ -58,6 +58,10 @@ class FeedForwardLayer(nn.Module, ABC):
         """What a caller that runs the layer many times makes once, for `view.expert_weights`."""
         return None
 
+    def router_loss(self, balance: Tensor, z: Tensor) -> Tensor:
+        """What a layer that routes adds to the training loss, of means of its statistics."""
+        return torch.zeros_like(balance)
+
     def update_router_bias(self, counts: Tensor) -> None:
         """Balance the load after a step, with its `RouterStats.counts`; a dense layer has none."""
 

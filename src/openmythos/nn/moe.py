@@ -223,6 +223,9 @@ class MoELayer(FeedForwardLayer):
             tokens=scores.new_full((), len(scores)),
         )
 
+    def router_loss(self, balance: Tensor, z: Tensor) -> Tensor:
+        return self.config.balance_weight * balance + self.config.z_weight * z
+
     @torch.no_grad()
     def update_router_bias(self, counts: Tensor) -> None:
         """b_i += bias_rate * sign(mean load - load_i), with the counts of a whole step."""

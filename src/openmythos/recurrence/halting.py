@@ -4,6 +4,7 @@ A halted position keeps its state and its keys and values, and costs no feed-for
 later loops. Stopping rules for models that were not trained to halt are in `exit_rules`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,8 @@ from openmythos.config import require_int, require_number
 from openmythos.kernels.precision import at_least_fp32, no_autocast
 from openmythos.nn.facts import Fill, constant
 from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Mask, PerToken, Scalar
+
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class HaltingLayer(nn.Module, ABC):
@@ -86,7 +89,35 @@ class ACT:
         return ACTHalting(self, dim)
 
 
-Halting = NoHalting | ACT
+@dataclass(frozen=True, kw_only=True)
+class ExitGate:
+    """A distribution over the loops that changes no state.
+
+    (PonderNet, arXiv 2107.05407; Ouro, arXiv 2510.25741.)
+
+    Every loop runs for every position. At inference a position's output is its state in the first
+    loop at which the cumulative exit probability reaches `threshold` (1: the last loop). In
+    training, with `train.loss` "expected", every loop's loss counts by its exit probability, and
+    `prior_weight` times the divergence of the distribution from a prior is added: `prior` = 0 is
+    uniform (Ouro's entropy term, up to a constant), above 0 geometric with that chance to exit in
+    each loop.
+    """
+
+    kind: Literal["exit_gate"] = "exit_gate"
+    threshold: float = 1.0
+    prior: float = 0.0
+    prior_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_number("threshold", self.threshold, above=0, at_most=1)
+        require_number("prior", self.prior, at_least=0, below=1)
+        require_number("prior_weight", self.prior_weight, at_least=0, at_most=1e6)
+
+    def build(self, dim: int) -> "ExitGateHalting":
+        return ExitGateHalting(self, dim)
+
+
+Halting = NoHalting | ACT | ExitGate
 
 
 class HaltState(NamedTuple):
@@ -97,7 +128,26 @@ class HaltState(NamedTuple):
     last_weight: PerToken  # weight of the last loop that ran
 
 
-class ACTHalting(HaltingLayer):
+class _Unit(HaltingLayer):
+    """A halting layer that reads one probability per position: sigmoid(w h + b)."""
+
+    def __init__(self, dim: int, bias_init: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(1))
+        self._bias_init = bias_init
+
+    def fills(self) -> dict[str, Fill]:
+        return {"weight": constant(0.0), "bias": constant(self._bias_init)}
+
+    def halt_prob(self, state: Hidden) -> PerToken:
+        # fp32 at least, so that weights sum to 1 and bf16 states stay in their dtype.
+        with no_autocast(state):
+            wide = at_least_fp32(state)
+            return (wide @ self.weight.to(wide.dtype) + self.bias.to(wide.dtype)).sigmoid()
+
+
+class ACTHalting(_Unit):
     """halt_prob p = sigmoid(w h + b), read from the state that a loop has produced.
 
     halt_weight = p                       while sum(p) <= threshold
@@ -107,24 +157,13 @@ class ACTHalting(HaltingLayer):
     """
 
     def __init__(self, config: ACT, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim, config.bias_init)
         self.config = config
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.bias = nn.Parameter(torch.empty(1))
-
-    def fills(self) -> dict[str, Fill]:
-        return {"weight": constant(0.0), "bias": constant(self.config.bias_init)}
 
     def start(self, state: Hidden) -> HaltState:
         wide = torch.promote_types(state.dtype, torch.float32)
         zeros = state.new_zeros(state.shape[:2], dtype=wide)
         return HaltState(zeros, torch.zeros_like(state), zeros)
-
-    def halt_prob(self, state: Hidden) -> PerToken:
-        # fp32 at least, so that weights sum to 1 and bf16 states stay in their dtype.
-        with no_autocast(state):
-            wide = at_least_fp32(state)
-            return (wide @ self.weight.to(wide.dtype) + self.bias.to(wide.dtype)).sigmoid()
 
     def update(
         self, halt: HaltState, active: Mask, state: Hidden, loop: int | LoopCounts
@@ -158,3 +197,73 @@ class ACTHalting(HaltingLayer):
 
     def loss(self, ponder_cost: Scalar) -> Scalar:
         return self.config.ponder_weight * ponder_cost
+
+
+class GateState(NamedTuple):
+    """What an exit gate carries from loop to loop, per position."""
+
+    remaining: PerToken  # probability not to have exited before the last loop that ran
+    exited: PerToken  # sum of the exit probabilities up to that loop
+    divergence: PerToken  # sum over the loops before it of p log(p / prior)
+    output: Hidden  # the state in the loop that reached the threshold, once one has
+    selected: Mask  # whether one has
+    loops: LoopsPerToken
+
+
+class ExitGateHalting(_Unit):
+    """Exit probability of loop t, with lambda_t = sigmoid(w h_t + b):
+
+    p_t = lambda_t prod_{s < t} (1 - lambda_s),  the last loop gets what is missing to 1
+    """
+
+    def __init__(self, config: ExitGate, dim: int) -> None:
+        super().__init__(dim, bias_init=0.0)
+        self.config = config
+
+    def start(self, state: Hidden) -> GateState:
+        wide = torch.promote_types(state.dtype, torch.float32)
+        zeros = state.new_zeros(state.shape[:2], dtype=wide)
+        used = zeros.long()
+        return GateState(zeros + 1, zeros, zeros, torch.zeros_like(state), used.bool(), used)
+
+    def update(
+        self, halt: GateState, active: Mask, state: Hidden, loop: int | LoopCounts
+    ) -> tuple[GateState, Mask]:
+        # What the loop before kept back is now known to be no remainder.
+        before = halt.exited
+        remaining = 1 - before
+        divergence = torch.where(
+            halt.loops > 0, halt.divergence + self._term(halt, before), halt.divergence
+        )
+        exited = before + remaining * self.halt_prob(state)
+        reached = (exited >= self.config.threshold) & ~halt.selected & (not self.training)
+        output = torch.where(reached[..., None], state, halt.output)
+        gate = GateState(
+            remaining, exited, divergence, output, halt.selected | reached, halt.loops + 1
+        )
+        return gate, active
+
+    def _term(self, halt: GateState, exited: PerToken) -> PerToken:
+        """p log(p / prior) of the last loop that ran, for p = exited - (exited before it)."""
+        p = (exited - (1 - halt.remaining)).clamp_min(_SMALLEST)
+        return p * (p.log() - self._log_prior(halt.loops))
+
+    def _log_prior(self, loops: LoopsPerToken) -> Tensor:
+        """log of the prior of the loop with that number, from 1; 0 for the uniform one."""
+        chance = self.config.prior
+        if chance == 0:
+            return loops.new_zeros((), dtype=torch.float32)
+        return math.log(chance) + (loops - 1) * math.log1p(-chance)
+
+    def finish(
+        self, halt: GateState, state: Hidden, loops_used: LoopsPerToken
+    ) -> tuple[Hidden, PerToken]:
+        """The ponder cost is the divergence from the prior."""
+        output = torch.where(halt.selected[..., None], halt.output, state)
+        return output, halt.divergence + self._term(halt, torch.ones_like(halt.exited))
+
+    def cumulative(self, halt: GateState) -> PerToken:
+        return halt.exited
+
+    def loss(self, ponder_cost: Scalar) -> Scalar:
+        return self.config.prior_weight * ponder_cost

@@ -92,6 +92,7 @@ class Trainer:
         self.source, self.config = source, config
         self.rank, self.world_size = rank_and_world_size()
         # Where ranks run other loops, they would call the coda, and gather its weights, less often.
+        config.loss.check(model.config)
         fits = self.world_size == 1 or not config.loss.collect_loops or config.loops.per == "batch"
         require(fits, "loss.kind", config.loss.kind, 'wants loops.per = "batch" on several ranks')
         self.device = next(model.parameters()).device
@@ -333,8 +334,9 @@ class Trainer:
                     backprop_loops=c.backprop_loops,
                     documents=documents,
                     collect_loops=c.loss.collect_loops,
+                    by_halting=c.loss.by_halting,
                 )
-                parts = training_loss(losses, c.loss, self.model.config)
+                parts = training_loss(losses, c.loss, self.model)
             reduce_gradients(self.model, on=start == pieces[-1])
             torch.autograd.backward(parts.total / len(pieces))
             if losses.recurrence.norms is not None:
