@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 
 _MISSING = dataclasses.MISSING
+_REGISTERED: dict[Any, list[type]] = {}  # by union, in `register`
 _TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _INT64 = 2**63
 # Limits on the width of a layer and on its number of parts, so that products do not overflow.
@@ -83,10 +84,19 @@ def unknown_name(noun: str, given: object, known: Iterable[str], *, as_listed: b
     return f"unknown {noun}{hint} known: {', '.join(names)}"
 
 
+def register(union: Any, member: type[T]) -> type[T]:
+    """Make a class of one's own a member of a tagged union, for files and the command line."""
+    _REGISTERED.setdefault(union, []).append(member)
+    return member
+
+
 def kinds(union: Any) -> dict[str, type]:
     """The classes of a tagged union (or of one tagged class) by their ``kind``."""
     found: dict[str, type] = {}
-    for member in get_args(union) or (union,):
+    members = get_args(union) or (union,)
+    # What joins a union also joins those that contain it.
+    new = [n for u, added in _REGISTERED.items() if {*get_args(u)} <= {*members} for n in added]
+    for member in (*members, *new):
         tag = get_args(get_type_hints(member).get("kind"))
         if len(tag) != 1 or tag[0] in found:
             raise TypeError(f"{union}: {member} needs a kind of its own, a one-value Literal")

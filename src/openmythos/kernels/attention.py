@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos import kernels
+from openmythos.kernels.precision import as_autocast
 
 # Up to so many keys a block has 64 queries, beyond 128.
 FEW_KEYS = 512
@@ -95,6 +96,8 @@ def blockwise_attention(
     batch, heads = query.shape[:2]
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    # The backward pass runs outside of autocast: it must find what the forward pass computed with.
+    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
     flat = [x.reshape(batch * heads, *x.shape[2:]) for x in (query, key, value)]
     out: Tensor = _BlockwiseAttention.apply(*flat, mask, window, scale, heads)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)
