@@ -17,7 +17,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE, MoELayer
 from openmythos.planning import cost
-from openmythos.recurrence.halting import ACT, Halting
+from openmythos.recurrence.halting import ACT, ExitGate, Halting
 from openmythos.recurrence.initial_state import NormalState, ZeroState
 from openmythos.recurrence.injection import Injection
 from openmythos.recurrence.loop_sampling import (
@@ -31,7 +31,7 @@ from openmythos.recurrence.loop_sampling import (
 from openmythos.train import trainer as trainer_module
 from openmythos.train.config import RunConfig, TrainConfig
 from openmythos.train.guards import NoSpikes, Rollback
-from openmythos.train.loss import Loss
+from openmythos.train.loss import ExpectedLoss, Loss
 from openmythos.train.optim import AdamW, Muon, Optimizer, Schedule
 from openmythos.train.trainer import StepMetrics, Trainer
 
@@ -215,6 +215,7 @@ CHOICES = [
     }.items()
     for choice in members(union)
 ]
+CHOICES[CHOICES.index({"loss": ExpectedLoss()})] |= {"halting": ExitGate()}
 
 
 @pytest.mark.parametrize(
