@@ -20,13 +20,13 @@ from openmythos.inference.text import Engine
 from openmythos.nn.cache import ExactCache
 from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.recurrence.initial_state import NormalState, ZeroState
-from openmythos.studies.learning import Learning
+from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.tasks import KHop
 from openmythos.tasks.curriculum import TiedLoops
 from openmythos.train.task_source import task_trainer
 
 TASK = KHop(num_entities=5, num_relations=2)
-LEARNING = Learning(num_steps=3, batch_size=4, max_hops=3, first_hops=2, loops=TiedLoops(extra=1))
+TRAINING = replace(TASK_TRAINING, num_steps=3, batch_size=4, loops=TiedLoops(extra=1), device="cpu")
 
 
 def small(**changes: Any) -> OpenMythos:
@@ -41,10 +41,11 @@ def shards(tmp_path: Path) -> TokenShards:
 
 
 def learned(model: OpenMythos) -> list[float]:
-    trainer = task_trainer(LEARNING.config(model.config, TASK, device="cpu"))
+    config = on_task(model.config, TASK, TRAINING, max_hops=3, first_hops=2)
+    trainer = task_trainer(config)
     # To a trainer the meta device, which the second one says it is, means weights to be made.
     trainer.model, trainer.device = model, model.device
-    trainer.optimizers = LEARNING.optimizer.build(model)
+    trainer.optimizers = TRAINING.optimizer.build(model)
     trainer._peak, trainer.logs = 1.0, lambda _step: False  # type: ignore[method-assign]
     losses = [metrics.loss for metrics in trainer.steps()]
     shares = accuracy_map(model, TASK, (2, 3), (1, 2), examples=4)

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from openmythos import OpenMythos
 from openmythos.analysis import plots
 from openmythos.analysis.routing import overlap
-from openmythos.config import ConfigError
+from openmythos.config import ConfigError, to_dict
 from openmythos.files import read_json
 from openmythos.model.inputs import token_layout
 from openmythos.nn.layout import attention_context
@@ -56,7 +56,7 @@ def test_arms_are_matched_as_their_names_say() -> None:
     for name, arm in ARMS.items():
         if "layers" in name:
             assert arm.model.effective_depth(1) == int(name.split()[0])
-            assert arm.learning.num_steps == 3 * ARMS[depth.LOOPED].learning.num_steps
+            assert arm.run.train.num_steps == 3 * ARMS[depth.LOOPED].run.train.num_steps
 
 
 def test_a_stack_is_a_plain_transformer() -> None:
@@ -163,7 +163,7 @@ def test_quick_runs_everything_once_and_keeps_it(
         ("3 layers, equal parameters", rate) for rate in rates
     ]
     best = max(first["trials"], key=lambda t: (t["fit"], -t["rate"]))
-    assert first["runs"][1]["settings"]["learning"]["optimizer"]["lr"] == best["rate"]
+    assert first["runs"][1]["settings"]["train"]["optimizer"]["lr"] == best["rate"]
     monkeypatch.setattr(runner, "worker_pool", Here)
     run()
     assert [done for done, _, _ in news] == [6, 6]  # nothing is run again
@@ -176,7 +176,7 @@ def test_quick_runs_everything_once_and_keeps_it(
         *((depth.LOOPED, 0), (depth.LOOPED, 1)),
         *(("3 layers, equal parameters", 0), ("3 layers, equal parameters", 1)),
     ]
-    for others in ({"overrides": ["learning.num_steps=2"]}, {"quick": False}):
+    for others in ({"overrides": ["train.num_steps=2"]}, {"quick": False}):
         with pytest.raises(ConfigError, match="with other settings; choose another --out"):
             run(**others)
     assert read_json(tmp_path / "results.json") == more
@@ -263,7 +263,7 @@ def test_rates_are_chosen_by_the_mean_over_their_seeds(
 
     def made_up(_study: str, arm: Arm, seed: int, _quick: bool, _device: str) -> RunResult:
         fit = fits[arm.rate][seed - runner.TRIAL_SEED] if seed >= runner.TRIAL_SEED else 0.0
-        return RunResult(arm.name, seed, arm.settings(), {"fit": fit}, 1, 1.0, 2.0, "")
+        return RunResult(arm.name, seed, to_dict(arm.run), {"fit": fit}, 1, 1.0, 2.0, "")
 
     study = replace(
         depth.STUDY,
@@ -280,7 +280,7 @@ def test_rates_are_chosen_by_the_mean_over_their_seeds(
         {1.0: 0.4, 2.0: 0.6, 3.0: 0.4}
     )
     assert all(trial["seconds"] == 6.0 for trial in data["trials"])
-    assert data["runs"][0]["settings"]["learning"]["optimizer"]["lr"] == 2.0
+    assert data["runs"][0]["settings"]["train"]["optimizer"]["lr"] == 2.0
 
 
 # One of tasks and one of text, beside depth-extrapolation above; the others are alike.
@@ -316,7 +316,7 @@ def test_what_a_change_does_is_paired_by_seed() -> None:
             RunResult(
                 name,
                 seed,
-                {"learning": {"optimizer": {"lr": 1e-3}}},
+                {"train": {"optimizer": {"lr": 1e-3}}},
                 {str(h): {"40": shares[seed]} for h in what.HOPS},
                 *(1, 1.0, 1.0, ""),
             )
@@ -350,7 +350,7 @@ def test_the_same_runs_are_counted_once() -> None:
     """Trying rates in full may lead an arm to the rate it had."""
 
     def run(name: str, share: float, rate: float) -> RunResult:
-        settings = {"learning": {"optimizer": {"lr": rate}}}
+        settings = {"train": {"optimizer": {"lr": rate}}}
         curve = {str(h): {"40": share, "80": share / 2} for h in what.HOPS}
         return RunResult(name, 0, settings, curve, 1, 1.0, 1.0, "")
 
@@ -438,7 +438,7 @@ def text_run(
     size: float | None = 1.0,
 ) -> RunResult:
     rate = float(name.split()[-1])
-    settings = {"learning": {"optimizer": {"lr": rate}}}
+    settings = {"train": {"optimizer": {"lr": rate}}}
     curve = {"losses": losses, "radius": radius, "largest_gradient": 1.0}
     curve["state_rms"] = {"1": 1.0, "64": size}
     return RunResult(name, seed, settings, curve, 1, 1.0, 1.0, "")
@@ -498,7 +498,7 @@ def depth_runs(gain: float) -> list[RunResult]:
     policies = dict.fromkeys(depth_of_text.POLICIES, 4.0)
     curve = {"nats_by_loops": by_loops, "nats_by_policy": policies}
     worse = curve | {"nats_by_loops": {n: loss + 0.1 for n, loss in by_loops.items()}}
-    settings = {"learning": {"optimizer": {"lr": 1e-3}}}
+    settings = {"train": {"optimizer": {"lr": 1e-3}}}
     return [
         RunResult(arm.name, s, settings, curve if arm.name == depth_of_text.BASE else worse, *end)
         for arm in depth_of_text.arms()
@@ -526,7 +526,7 @@ def lora_runs(untied: tuple[float, float], rank_8: float = 4.1) -> list[RunResul
         else:
             loss = rank_8 if arm.name.endswith("8") else 4.4 + 0.1 * seed
             curve = {str(n): loss for n in lora.LOOPS}
-        settings = {"learning": {"optimizer": {"lr": 1e-3}}}
+        settings = {"train": {"optimizer": {"lr": 1e-3}}}
         return RunResult(arm.name, seed, settings, curve, 1000, 1.0, 1.0, "")
 
     return [run(arm, seed) for arm in lora.arms() for seed in (0, 1)]
@@ -550,7 +550,7 @@ def test_a_mixture_beats_dense_by_pairs_or_not_at_all() -> None:
             found = {"nats": dense[seed]} if name == routing.DENSE else curve | {"nats": 4.0}
             if name == routing.UNBALANCED:
                 found["max_violation"] = 5.0
-            settings = {"learning": {"optimizer": {"lr": 1e-3}}}
+            settings = {"train": {"optimizer": {"lr": 1e-3}}}
             return RunResult(name, seed, settings, found, 1, 1.0, 1.0, "")
 
         return routing.judge([run(arm.name, seed) for arm in routing.arms() for seed in (0, 1)])
@@ -565,7 +565,7 @@ def test_loops_are_used_where_nothing_else_does_their_work() -> None:
     def judged(changes: dict[str, float], base: float = 0.4) -> Finding:
         gains = {arm.name: base for arm in loop_use.arms()}
         gains |= dict.fromkeys(loop_use.TAKES, 0.1 * base) | changes
-        settings = {"learning": {"optimizer": {"lr": 1e-3}}}
+        settings = {"train": {"optimizer": {"lr": 1e-3}}}
         curves = {name: {"1": 4.0, "4": 4.0 - gain} for name, gain in gains.items()}
         return loop_use.judge(
             [

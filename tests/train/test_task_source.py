@@ -26,11 +26,11 @@ from openmythos.recurrence.loop_sampling import (
     UniformLoops,
 )
 from openmythos.studies import depth_extrapolation
-from openmythos.studies.learning import Learning
+from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.tasks import KHop, Parity, Reachability, SystematicHops, Task
 from openmythos.tasks.curriculum import HopCurriculum, TiedLoops
 from openmythos.train.checkpoint import list_checkpoints
-from openmythos.train.config import RunConfig, TaskData, TextData
+from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
 from openmythos.train.metrics import read_metrics
 from openmythos.train.optim import AdamW
 from openmythos.train.overview import find_runs, summarize
@@ -41,31 +41,34 @@ from openmythos.train.trainer import StepMetrics, Trainer
 PINNED = json.loads(Path(__file__).with_name("pinned_tasks.json").read_text())
 BASE = replace(presets.hops(), dim=32)
 EASY = HopCurriculum(max_hops=6, mastery=1e-3)
-SMALL = Learning(
-    num_steps=12, batch_size=8, max_hops=6, first_hops=2, mastery=1e-3, loops=TiedLoops(extra=2)
+SMALL = replace(
+    TASK_TRAINING, num_steps=12, batch_size=8, loops=TiedLoops(extra=2), seed=3, device="cpu"
 )
 SPLIT = SystematicHops(num_entities=6, num_relations=3)
 EXPERTS = MoE(num_experts=4, top_k=2, expert_dim=16, num_shared_experts=1)
 DRAWN = PoissonLoops(mean_loops=4.0, max_loops=8)
 # As they were when the studies had a training loop of their own.
-ARMS: dict[str, tuple[MythosConfig, Task, Learning]] = {
-    "tied": (BASE, KHop(), SMALL),
-    "never": (BASE, KHop(), replace(SMALL, mastery=1.0)),
+ARMS: dict[str, tuple[MythosConfig, Task, TrainConfig, dict[str, Any]]] = {
+    "tied": (BASE, KHop(), SMALL, {}),
+    "never": (BASE, KHop(), SMALL, {"mastery": 1.0}),
     "sequence": (
         BASE,
         KHop(supervision="answer"),
         replace(SMALL, loops=DRAWN, backprop_loops=2),
+        {},
     ),
     "batch": (
         replace(BASE, recurrent_feed_forward=EXPERTS),
         KHop(),
         replace(SMALL, loops=UniformLoops(max_loops=6, per="batch")),
+        {},
     ),
-    "act": (replace(BASE, halting=ACT(ponder_weight=1e-3)), KHop(), SMALL),
+    "act": (replace(BASE, halting=ACT(ponder_weight=1e-3)), KHop(), SMALL, {}),
     "systematic": (
         replace(BASE, vocab_size=SPLIT.vocab_size),
         SPLIT,
-        replace(SMALL, min_hops=2, first_hops=3, max_hops=5, loops=TiedLoops(extra=3)),
+        replace(SMALL, loops=TiedLoops(extra=3)),
+        {"min_hops": 2, "first_hops": 3, "max_hops": 5},
     ),
 }
 
@@ -80,8 +83,9 @@ def hash_of(*tensors: torch.Tensor) -> str:
 @pytest.mark.parametrize("name", ARMS)
 def test_runs_are_those_of_the_stored_studies(name: str) -> None:
     """Batches to the bit, losses as near as processors agree."""
-    model, task, learning = ARMS[name]
-    trainer = task_trainer(learning.config(model, task, seed=3, device="cpu"))
+    model, task, training, hops = ARMS[name]
+    usual = {"max_hops": 6, "first_hops": 2, "mastery": 1e-3}
+    trainer = task_trainer(on_task(model, task, training, **usual | hops))
     source = trainer.source
     assert isinstance(source, TaskSource)
     found: list[StepMetrics] = []
@@ -155,15 +159,9 @@ def test_the_curriculum_grows_with_mastery_alone() -> None:
 
 def test_learning_learns() -> None:
     task = KHop(num_entities=5, num_relations=2)
-    learning = Learning(
-        num_steps=60,
-        max_hops=2,
-        first_hops=1,
-        loops=TiedLoops(extra=1),
-        optimizer=AdamW(lr=1e-2),
-    )
-    config = learning.config(replace(BASE, vocab_size=task.vocab_size), task, seed=3)
-    trainer = task_trainer(config)
+    changes = {"num_steps": 60, "loops": TiedLoops(extra=1), "optimizer": AdamW(lr=1e-2)}
+    training, model = replace(TASK_TRAINING, **changes), replace(BASE, vocab_size=task.vocab_size)
+    trainer = task_trainer(on_task(model, task, training, max_hops=2, first_hops=1))
     losses = [metrics.loss for metrics in trainer.steps()]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     found = accuracy_map(trainer.model, task, (1, 2), (1, 4))
@@ -173,20 +171,14 @@ def test_learning_learns() -> None:
 
 
 def test_loops_without_gradient_cost_a_forward_pass_alone() -> None:
-    learning = Learning(
-        num_steps=2,
-        batch_size=4,
-        min_hops=3,
-        first_hops=3,
-        max_hops=3,
-        loops=FixedLoops(mean_loops=10),
-        backprop_loops=2,
-    )
+    fixed = FixedLoops(mean_loops=10)
+    some = replace(TASK_TRAINING, num_steps=2, batch_size=4, loops=fixed, backprop_loops=2)
     once = cost.forward_flops_per_token(BASE, num_loops=0, context=4)
     per_loop = cost.forward_flops_per_token(BASE, num_loops=1, context=4) - once
     tokens = 4 * (3 + 1)
-    for how, passes in ((learning, 10 + 2 * 2), (replace(learning, backprop_loops=0), 30)):
-        step = next(task_trainer(how.config(BASE, KHop())).steps())
+    for training, passes in ((some, 10 + 2 * 2), (replace(some, backprop_loops=0), 30)):
+        config = on_task(BASE, KHop(), training, min_hops=3, first_hops=3, max_hops=3)
+        step = next(task_trainer(config).steps())
         assert step.tokens == tokens
         assert step.flops == pytest.approx(tokens * (3 * once + passes * per_loop), rel=1e-3)
 
@@ -270,9 +262,9 @@ def test_only_hops_that_the_task_and_the_context_have_are_asked(tmp_path: Path) 
 
 def test_the_recipe_is_the_main_arm_of_its_study() -> None:
     (arm,) = (a for a in depth_extrapolation.arms() if a.name == depth_extrapolation.LOOPED)
-    recipe, config = catalogue.get("hops"), arm.learning.config(arm.model, arm.task)
+    recipe = catalogue.get("hops")
     own = {name: getattr(recipe.train, name) for name in ("log_every", "save_every")}
-    assert replace(config, train=replace(config.train, **own)) == recipe
+    assert replace(arm.run, train=replace(arm.run.train, **own)) == recipe
 
 
 def test_configs_say_task_or_text_and_older_ones_mean_text() -> None:

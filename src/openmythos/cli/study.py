@@ -34,7 +34,7 @@ class Study:
     report_only: bool = False
     """Train nothing: judge the runs in --out and write report and figure again."""
     set: Changes = ()
-    """Changes to every arm, such as learning.num_steps=3200."""
+    """Changes to every arm, such as train.num_steps=3200."""
 
     def run(self) -> None:
         # Imported here: torch takes seconds, and flags are parsed without it.

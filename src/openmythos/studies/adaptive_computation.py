@@ -24,7 +24,7 @@ from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.studies.depth_extrapolation import looped
-from openmythos.studies.learning import Learning
+from openmythos.studies.learning import on_task
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -66,13 +66,10 @@ def rules() -> dict[str, ExitRule]:
 
 
 def arms() -> list[Arm]:
-    task, learning = KHop(), Learning()
     act = [
         Arm(
             name=f"ACT, ponder {weight:g}",
-            model=replace(looped(), halting=ACT(ponder_weight=weight)),
-            task=task,
-            learning=learning,
+            run=on_task(replace(looped(), halting=ACT(ponder_weight=weight)), KHop()),
             why="halting that is trained",
             factors={"data": "k-hop"},
             rates=(1.5e-3, 3e-3, 6e-3),
@@ -87,7 +84,7 @@ def arms() -> list[Arm]:
         for weight in PONDER
     }
     return [
-        Arm(name=LOOPED, model=looped(), task=task, learning=learning, factors={"data": "k-hop"}),
+        Arm(name=LOOPED, run=on_task(looped(), KHop()), factors={"data": "k-hop"}),
         *act,
         *(
             replace(Arm.on_text(name, model, on_text), factors={"data": TEXT})
@@ -146,7 +143,7 @@ def measure_hops(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     pairs: dict[str, list[torch.Tensor]] = {name: [] for name in asked}
     for hop in hops:
         generator = torch.Generator().manual_seed(10_000 + hop)
-        batch = arm.problems.sample(20 if quick else 400, hop, generator).to(model.device)
+        batch = arm.task.sample(20 if quick else 400, hop, generator).to(model.device)
         answers = batch.answers()
 
         def accuracy(logits: torch.Tensor, answers: torch.Tensor = answers) -> float:

@@ -13,7 +13,7 @@ from openmythos.nn.feed_forward import SwiGLU
 from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injection import NoInjection
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies.learning import Learning
+from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -21,11 +21,13 @@ from openmythos.studies.study import (
     Study,
     Verdict,
     by_arm,
+    config_of,
     grid_of,
     percent,
     to_json,
 )
 from openmythos.tasks import KHop
+from openmythos.train.config import TaskData
 
 HOPS = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 LOOPS = (5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 70, 80, 100, 120)
@@ -60,11 +62,10 @@ def stacked(layers: int, dim: int) -> MythosConfig:
 
 def stack(name: str, layers: int, dim: int, why: str) -> Arm:
     """A control: three times the steps, at the best of four learning rates."""
+    training = replace(TASK_TRAINING, num_steps=4800, loops=FixedLoops(mean_loops=1))
     return Arm(
         name=name,
-        model=stacked(layers, dim),
-        task=KHop(),
-        learning=Learning(num_steps=4800, loops=FixedLoops(mean_loops=1)),
+        run=on_task(stacked(layers, dim), KHop(), training),
         why=why,
         factors={"depth": "stacked"},
         rates=(5e-4, 1e-3, 2e-3, 4e-3),
@@ -74,40 +75,32 @@ def stack(name: str, layers: int, dim: int, why: str) -> Arm:
 def arms() -> list[Arm]:
     task = KHop()
     return [
-        Arm(name=LOOPED, model=looped(), task=task, learning=Learning()),
+        Arm(name=LOOPED, run=on_task(looped(), task)),
         Arm(
             name="looped, answer only",
-            model=looped(),
-            task=replace(task, supervision="answer"),
-            learning=Learning(),
+            run=on_task(looped(), replace(task, supervision="answer")),
             why="supervision",
         ),
         Arm(
             name="looped, full attention",
-            model=looped(window=0),
-            task=task,
-            learning=Learning(),
+            run=on_task(looped(window=0), task),
             why="locality of attention",
         ),
         Arm(
             name=PADDED,
-            model=looped(window=0),
-            task=KHop(supervision="answer", readout="padded", max_hops=30),
-            learning=Learning(),
+            run=on_task(
+                looped(window=0), KHop(supervision="answer", readout="padded", max_hops=30)
+            ),
             why="where the answer is read",
         ),
         Arm(
             name=SHORT,
-            model=looped(),
-            task=task,
-            learning=Learning(num_steps=800, max_hops=5),
+            run=on_task(looped(), task, replace(TASK_TRAINING, num_steps=800), max_hops=5),
             why="range of training",
         ),
         Arm(
             name="looped, trained to 10",
-            model=looped(),
-            task=task,
-            learning=Learning(num_steps=1200, max_hops=10),
+            run=on_task(looped(), task, replace(TASK_TRAINING, num_steps=1200), max_hops=10),
             why="range of training",
         ),
         stack("3 layers, equal parameters", 3, 64, "parameters, shallow"),
@@ -121,15 +114,16 @@ def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     longest = arm.task.max_hops if isinstance(arm.task, KHop) else max(HOPS)
     hops = (2, 4) if quick else tuple(hop for hop in HOPS if hop <= longest)
     loops = (1,) if arm.model.num_loops == 1 else (2, 6) if quick else LOOPS
-    found = accuracy_map(model, arm.problems, hops, loops, examples=20 if quick else 400)
+    found = accuracy_map(model, arm.task, hops, loops, examples=20 if quick else 400)
     return to_json(found)
 
 
 def fit(result: RunResult) -> float:
     """Mean accuracy within the training range, each number of hops at its best loops."""
-    longest = result.settings["learning"]["max_hops"]
+    data = config_of(result.settings).data
+    assert isinstance(data, TaskData)
     asked = grid_of(result.curve)
-    trained = [hops for hops in asked if hops <= longest] or list(asked)[:1]
+    trained = [hops for hops in asked if hops <= data.max_hops] or list(asked)[:1]
     return sum(best(result, hops) for hops in trained) / len(trained)
 
 

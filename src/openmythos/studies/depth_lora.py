@@ -16,7 +16,7 @@ from openmythos.recurrence.injection import LTI, NoInjection
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import best, looped
-from openmythos.studies.learning import Learning
+from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -61,7 +61,7 @@ def untied() -> MythosConfig:
 def arms() -> list[Arm]:
     training = text_training(FixedLoops(mean_loops=TRAINED))
     once = replace(training, loops=FixedLoops(mean_loops=1))
-    hops = Learning(num_steps=1400, max_hops=10)
+    hops = replace(TASK_TRAINING, num_steps=1400)
 
     on_text = [
         *(
@@ -74,9 +74,7 @@ def arms() -> list[Arm]:
     on_hops = [
         Arm(
             name=f"k-hop, rank {rank}",
-            model=with_rank(looped(), rank, 16),
-            task=KHop(),
-            learning=hops,
+            run=on_task(with_rank(looped(), rank, 16), KHop(), hops, max_hops=10),
         )
         for rank in RANKS
     ]
@@ -96,7 +94,7 @@ def measure(trained: TextRun | OpenMythos, arm: Arm, quick: bool) -> dict[str, A
         found = depth_sweep(trained.model, trained.held_out, loops, seq_len=128, batch_size=16)
         return to_json({n: likelihood.nats_per_token for n, likelihood in found.items()})
     asked = ((2, 4), (2, 6)) if quick else (HOPS, HOP_LOOPS)
-    return to_json(accuracy_map(trained, arm.problems, *asked, examples=20 if quick else 400))
+    return to_json(accuracy_map(trained, arm.task, *asked, examples=20 if quick else 400))
 
 
 def nats(result: RunResult, loops: int) -> float:

@@ -25,7 +25,7 @@ from openmythos.studies.study import (
     plus_minus,
     to_json,
 )
-from openmythos.studies.text import Text, TextLearning, TextRun, text_model, text_training
+from openmythos.studies.text import TextRun, on_text, text_model, text_training
 from openmythos.train.config import TrainConfig
 from openmythos.train.optim import AdamW, Muon
 
@@ -76,10 +76,7 @@ def arms() -> list[Arm]:
     }
     changes = [(name, model, training) for name, model in models.items()]
     changes += [(name, base, changed) for name, changed in trainings.items()]
-    return [
-        Arm(name=name, model=model, task=Text(), learning=TextLearning(train=how))
-        for name, model, how in changes
-    ]
+    return [Arm(name=name, run=on_text(model, how)) for name, model, how in changes]
 
 
 def _with_mean(training: TrainConfig, mean: int) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injection import NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies.learning import Learning
+from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -67,20 +68,21 @@ def name_of(task: str, layers: int, loops: int) -> str:
 
 
 def arms() -> list[Arm]:
+    training = replace(
+        TASK_TRAINING,
+        optimizer=AdamW(lr=2e-3, weight_decay=0.05, beta2=0.98),
+        schedule=WSD(warmup=0.05, decay=0.4, final=0.03),
+    )
     return [
         Arm(
             name=name_of(name, layers, loops),
-            model=model(task, layers, loops),
-            task=task,
-            learning=Learning(
-                num_steps=steps,
-                batch_size=32,
+            run=on_task(
+                model(task, layers, loops),
+                task,
+                replace(training, num_steps=steps, loops=FixedLoops(mean_loops=loops)),
                 min_hops=fewest,
                 first_hops=most,
                 max_hops=most,
-                loops=FixedLoops(mean_loops=loops),
-                optimizer=AdamW(lr=2e-3, weight_decay=0.05, beta2=0.98),
-                schedule=WSD(warmup=0.05, decay=0.4, final=0.03),
             ),
             rates=(1e-3, 2e-3, 4e-3),
             trial_share=2,
@@ -94,12 +96,12 @@ def arms() -> list[Arm]:
 def measure(trained: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     """Share of problems of the largest size answered right, all digits of a sum together."""
     trained.eval()
-    hops = max(most for task, _, most, _ in TASKS.values() if task.kind == arm.problems.kind)
+    hops = max(most for task, _, most, _ in TASKS.values() if task.kind == arm.task.kind)
     generator = torch.Generator().manual_seed(10_000)
-    batch = arm.problems.sample(50 if quick else 2000, hops, generator).to(trained.device)
+    batch = arm.task.sample(50 if quick else 2000, hops, generator).to(trained.device)
     right = trained(batch.tokens).logits.argmax(dim=-1) == batch.targets
-    if isinstance(arm.problems, Addition):
-        share = right[:, -arm.problems.answer_digits :].all(dim=1)
+    if isinstance(arm.task, Addition):
+        share = right[:, -arm.task.answer_digits :].all(dim=1)
     else:
         share = right.gather(1, batch.answer_at[:, None])[:, 0]
     return {"accuracy": float(share.float().mean())}

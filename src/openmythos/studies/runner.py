@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from openmythos.analysis import plots
-from openmythos.config import ConfigError, apply_overrides, unknown_name
+from openmythos.config import ConfigError, to_dict, unknown_name
 from openmythos.files import read_json, write_atomically, write_json
 from openmythos.machine import choose_device, describe, keep_freed_memory
 from openmythos.planning import cost
@@ -29,9 +29,9 @@ from openmythos.studies import (
     test_time_depth,
     what_makes_it_extrapolate,
 )
-from openmythos.studies.learning import Learning
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Trial, report_markdown
-from openmythos.studies.text import Text, TextLearning, trained_on_text
+from openmythos.studies.text import trained_on_text
+from openmythos.train.config import RunConfig, TextData
 from openmythos.train.task_source import task_trainer
 
 # No run has it or one after it: rates are chosen on other data than the results are reported on.
@@ -79,7 +79,7 @@ def run_study(
     `device`. `on_progress` is called with (runs done, runs in total, what was done last).
     """
     name = str(choose_device(device))
-    arms = [apply_overrides(arm.quick() if quick else arm, overrides) for arm in study.arms()]
+    arms = [(arm.quick() if quick else arm).changed(overrides) for arm in study.arms()]
     out.mkdir(parents=True, exist_ok=True)
     runs, tried = _load(out / "results.json")
     done = {(run.arm, run.seed): run for run in runs}
@@ -181,18 +181,17 @@ def run_arm(study: str, arm: Arm, seed: int, quick: bool, device: str = "auto") 
     torch.set_num_threads(1)
     keep_freed_memory()
     started = time.perf_counter()
-    if isinstance(arm.learning, TextLearning):
-        assert isinstance(arm.task, Text)
-        training = arm.learning.train
-        with trained_on_text(arm.model, arm.task, training, seed, device) as trained:
+    run = replace(arm.run, train=replace(arm.run.train, seed=seed, device=device))
+    if isinstance(run.data, TextData):
+        with trained_on_text(run) as trained:
             curve = get(study).measure(trained, arm, quick)
             flops = sum(step.flops for step in trained.history)
     else:
-        curve, flops = _learned(get(study), arm, seed, quick, device)
+        curve, flops = _learned(get(study), arm, run, quick)
     return RunResult(
         arm=arm.name,
         seed=seed,
-        settings=arm.settings(),
+        settings=to_dict(arm.run),
         curve=curve,
         parameters=cost.parameters(arm.model).total,
         training_flops=flops,
@@ -201,13 +200,10 @@ def run_arm(study: str, arm: Arm, seed: int, quick: bool, device: str = "auto") 
     )
 
 
-def _learned(
-    study: Study, arm: Arm, seed: int, quick: bool, device: str
-) -> tuple[dict[str, Any], float]:
-    """(curve, training FLOPs) of an arm that learns a task."""
-    assert isinstance(arm.learning, Learning)
-    trainer = task_trainer(arm.learning.config(arm.model, arm.problems, seed, device))
-    steps, flops, by_step = arm.learning.num_steps, 0.0, {}
+def _learned(study: Study, arm: Arm, run: RunConfig, quick: bool) -> tuple[dict[str, Any], float]:
+    """(curve, training FLOPs) of a run that learns a task."""
+    trainer = task_trainer(run)
+    steps, flops, by_step = run.train.num_steps, 0.0, {}
     for metrics in trainer.steps():
         flops += metrics.flops
         done = metrics.step + 1

@@ -20,7 +20,7 @@ from openmythos.recurrence.injection import (
 )
 from openmythos.recurrence.loop_sampling import Granularity, PoissonLoops
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, factors_of
-from openmythos.studies.text import Text, TextLearning, TextRun, text_model
+from openmythos.studies.text import TextRun, on_text, text_model
 from openmythos.train.config import TrainConfig
 from openmythos.train.optim import WSD, AdamW
 
@@ -54,14 +54,13 @@ def arms() -> list[Arm]:
         Arm(
             name=name_of(name, per, rate),
             factors={"injection": name, "per": per},
-            model=text_model(injection),
-            task=Text(),
-            learning=TextLearning(
-                train=replace(
+            run=on_text(
+                text_model(injection),
+                replace(
                     training,
                     loops=PoissonLoops(mean_loops=4.0, max_loops=12, per=per),
                     optimizer=AdamW(lr=rate),
-                )
+                ),
             ),
         )
         for name, injection in INJECTIONS.items()

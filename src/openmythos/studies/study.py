@@ -8,17 +8,20 @@ goes on where it stopped and nothing is run twice.
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from scipy.special import stdtrit
 
-from openmythos.config import ConfigError, from_dict, to_dict
+from openmythos.config import ConfigError, apply_overrides, from_dict, to_dict
+from openmythos.data.tokenizer import BPE
 from openmythos.model.config import MythosConfig
-from openmythos.studies.learning import Learning
-from openmythos.studies.text import RATES, Text, TextLearning
+from openmythos.studies.learning import TASK_TRAINING
+from openmythos.studies.text import RATES, on_text
 from openmythos.tasks import Task
-from openmythos.train.config import TrainConfig
+from openmythos.tasks.curriculum import HopCurriculum
+from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
+from openmythos.train.task_source import fitted
 
 # "premise not met": what the claim takes for granted is not so here (such as that sharing weights
 # costs something), so that it was not tested, whatever the other bars say.
@@ -29,7 +32,7 @@ Grid = dict[int, Curve]  # by hops, then by loops
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One thing that is compared: a model, and a task or text and how it is learned.
+    """One thing that is compared: a model, the text or task it learns, and its training.
 
     Where `rates` names learning rates, each is tried with one step of `trial_share` and
     `trial_seeds` seeds that no run has; the runs take the one that fits best in the mean. Otherwise
@@ -38,9 +41,7 @@ class Arm:
     """
 
     name: str
-    model: MythosConfig
-    task: Task | Text
-    learning: Learning | TextLearning
+    run: RunConfig  # seed and device are not part of it
     why: str = ""  # what this arm controls for
     factors: dict[str, str] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
@@ -53,73 +54,78 @@ class Arm:
 
         With three seeds: at a rate that is too high for some seeds, others do best of all.
         """
-        return cls(
-            name=name,
-            model=model,
-            task=Text(),
-            learning=TextLearning(train=training),
-            rates=RATES,
-            trial_share=2,
-            trial_seeds=3,
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """Everything that a run of this arm is a function of, besides its seed."""
-        return {
-            "model": to_dict(self.model),
-            "task": to_dict(self.task),
-            "learning": to_dict(self.learning),
-        }
+        run = on_text(model, training)
+        return cls(name=name, run=run, rates=RATES, trial_share=2, trial_seeds=3)
 
     def has(self, settings: Mapping[str, Any]) -> bool:
-        """Whether kept settings are this arm's; what they do not name is at its default."""
-        own = {"model": self.model, "task": self.task, "learning": self.learning}
+        """Whether stored settings are this arm's; what they do not name is at its default."""
         try:
-            return all(from_dict(type(part), settings[name]) == part for name, part in own.items())
+            return config_of(settings) == self.run
         except ConfigError:
             return False
 
     @property
-    def rate(self) -> float:
-        return self._learned.optimizer.lr
+    def model(self) -> MythosConfig:
+        return self.run.model
 
     @property
-    def problems(self) -> Task:
-        """The task, of an arm that learns no text."""
-        assert not isinstance(self.task, Text)
-        return self.task
+    def rate(self) -> float:
+        return self.run.train.optimizer.lr
+
+    @property
+    def task(self) -> Task:
+        """Of an arm that learns one."""
+        assert isinstance(self.run.data, TaskData)
+        return self.run.data.task
 
     def at_rate(self, rate: float) -> "Arm":
         """This arm with that learning rate."""
-        optimizer = replace(self._learned.optimizer, lr=rate)
-        return self._changed(optimizer=optimizer)
+        return self._training(optimizer=replace(self.run.train.optimizer, lr=rate))
 
     def trials(self) -> "list[Arm]":
         """This arm at each of its rates, as long as trials are."""
-        steps = max(1, self._learned.num_steps // self.trial_share)
-        short = replace(self._changed(num_steps=steps), rates=())
+        steps = max(1, self.run.train.num_steps // self.trial_share)
+        short = replace(self._training(num_steps=steps), rates=())
         return [short.at_rate(rate) for rate in self.rates]
 
     def quick(self) -> "Arm":
         """The same machinery in a second or two: it shows that it runs, not what it finds."""
-        if isinstance(self.task, Text):
-            short = self._changed(num_steps=3, batch_size=2)
-            return replace(short, task=self.task.quick(), trial_seeds=1)
-        assert isinstance(self.learning, Learning)
-        first = max(2, self.learning.min_hops)
-        most = min(first + 1, self.learning.max_hops)
-        return self._changed(num_steps=3, max_hops=most, first_hops=first, batch_size=4)
+        data = self.run.data
+        if isinstance(data, TextData):
+            short = self._training(num_steps=3, batch_size=2).run
+            small = replace(data, limit_mb=0.05)
+            run = replace(short, data=small, tokenizer=BPE(vocab_size=300))
+            return replace(self, run=run, trial_seeds=1)
+        first = max(2, data.min_hops)
+        most = min(first + 1, data.max_hops)
+        short = self._training(num_steps=3, batch_size=4).run
+        run = replace(short, data=replace(data, max_hops=most, first_hops=first))
+        return replace(self, run=fitted(run))
 
-    @property
-    def _learned(self) -> Learning | TrainConfig:
-        return self.learning.train if isinstance(self.learning, TextLearning) else self.learning
+    def changed(self, overrides: Sequence[str]) -> "Arm":
+        """With "a.b=value" set in its run."""
+        return replace(self, run=fitted(apply_overrides(self.run, overrides)))
 
-    def _changed(self, **changes: Any) -> "Arm":
-        """With other numbers of its learning."""
-        if isinstance(self.learning, TextLearning):
-            learning = replace(self.learning, train=replace(self.learning.train, **changes))
-            return replace(self, learning=learning)
-        return replace(self, learning=replace(self.learning, **changes))
+    def _training(self, **changes: Any) -> "Arm":
+        return replace(self, run=replace(self.run, train=replace(self.run.train, **changes)))
+
+
+def config_of(settings: Mapping[str, Any]) -> RunConfig:
+    """The run that the settings of results.json describe.
+
+    Older results name the task and how it is learned instead of data and training.
+    """
+    if "learning" not in settings:
+        return from_dict(RunConfig, settings)
+    model, task, learning = (settings[name] for name in ("model", "task", "learning"))
+    if learning["kind"] == "text":
+        parts = {"tokenizer": task["tokenizer"], "data": task["data"], "train": learning["train"]}
+        return from_dict(RunConfig, {"model": model, **parts})
+    names = [f.name for f in fields(HopCurriculum)]
+    data = {"kind": "task", "task": task} | {n: learning[n] for n in names if n in learning}
+    own = {n: value for n, value in learning.items() if n not in (*names, "kind")}
+    train = to_dict(TASK_TRAINING) | own | {"seq_len": 1}
+    return fitted(from_dict(RunConfig, {"model": model, "data": data, "train": train}))
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class RunResult:
     @property
     def rate(self) -> float:
         """The learning rate it was learned with."""
-        learning = self.settings["learning"]
+        learning = self.settings.get("learning", self.settings)
         return float(learning.get("train", learning)["optimizer"]["lr"])
 
 

@@ -12,11 +12,12 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import looped, stacked
-from openmythos.studies.learning import Learning
+from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, percent
 from openmythos.tasks import SystematicHops
 from openmythos.tasks.curriculum import TiedLoops
 from openmythos.tasks.split import Part
+from openmythos.train.config import RunConfig
 from openmythos.train.optim import WSD, AdamW
 from openmythos.train.task_source import accuracy
 
@@ -35,13 +36,13 @@ def _sized(model: MythosConfig, **changes: Any) -> MythosConfig:
 
 
 def arms() -> list[Arm]:
-    def learning(lr: float, loops: TiedLoops | FixedLoops, plain: bool) -> Learning:
-        return Learning(
+    def run(
+        model: MythosConfig, lr: float, loops: TiedLoops | FixedLoops, plain: bool
+    ) -> RunConfig:
+        training = replace(
+            TASK_TRAINING,
             num_steps=5000,
             batch_size=128,
-            min_hops=2,
-            first_hops=6,
-            max_hops=6,
             loops=loops,
             optimizer=AdamW(
                 lr=lr,
@@ -52,22 +53,20 @@ def arms() -> list[Arm]:
             ),
             schedule=WSD(warmup=0.02, decay=0.6, final=0.03),
         )
+        return on_task(model, TASK, training, min_hops=2, first_hops=6, max_hops=6)
 
+    composed = _sized(looped(), prelude_layers=0, coda_layers=0)
     found = []
     for suffix, plain in (("", False), (PLAIN, True)):
         found += [
             Arm(
                 name=LOOPED + suffix,
-                model=_sized(looped(), prelude_layers=0, coda_layers=0),
-                task=TASK,
-                learning=learning(3e-3, TiedLoops(extra=3), plain),
+                run=run(composed, 3e-3, TiedLoops(extra=3), plain),
                 why="decay of embeddings" if plain else "",
             ),
             Arm(
                 name=UNSHARED + suffix,
-                model=_sized(stacked(6, 64)),
-                task=TASK,
-                learning=learning(1.5e-3, FixedLoops(mean_loops=1), plain),
+                run=run(_sized(stacked(6, 64)), 1.5e-3, FixedLoops(mean_loops=1), plain),
                 why="depth",
                 rates=(7.5e-4, 1.5e-3, 3e-3),
             ),

@@ -3,9 +3,9 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from openmythos.data.shards import TokenShards
 from openmythos.data.tokenizer import BPE
@@ -23,30 +23,7 @@ from openmythos.train.run import Run, train
 from openmythos.train.trainer import StepMetrics
 
 RATES = (1e-3, 2e-3, 4e-3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """What is read: its first `data.limit_mb` megabytes, in tokens of a BPE made from them."""
-
-    kind: Literal["text"] = "text"
-    data: TextData = field(default_factory=lambda: TextData(limit_mb=4.0, held_out=0.06))
-    tokenizer: BPE = field(default_factory=lambda: BPE(vocab_size=1024))
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    def quick(self) -> "Text":
-        return replace(self, data=replace(self.data, limit_mb=0.05), tokenizer=BPE(vocab_size=300))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextLearning:
-    """How text is learned: by the trainer."""
-
-    kind: Literal["text"] = "text"
-    train: TrainConfig = field(default_factory=TrainConfig)
+VOCAB_SIZE = 1024
 
 
 class TextRun(NamedTuple):
@@ -61,7 +38,7 @@ def text_model(injection: Injection) -> MythosConfig:
     """0.5 M parameters: small enough for dozens of runs."""
     feed_forward = SwiGLU(hidden_dim=256)
     return MythosConfig(
-        vocab_size=Text().vocab_size,
+        vocab_size=VOCAB_SIZE,
         dim=96,
         context=128,
         num_loops=4,
@@ -88,16 +65,17 @@ def text_training(loops: LoopSampling) -> TrainConfig:
     )
 
 
+def on_text(model: MythosConfig, training: TrainConfig) -> RunConfig:
+    """A run on 4 MB of Python's standard library, with a BPE tokenizer trained on them."""
+    data, tokenizer = TextData(limit_mb=4.0, held_out=0.06), BPE(vocab_size=VOCAB_SIZE)
+    return RunConfig(model=model, tokenizer=tokenizer, data=data, train=training)
+
+
 @contextmanager
-def trained_on_text(
-    model: MythosConfig, text: Text, training: TrainConfig, seed: int, device: str = "auto"
-) -> Iterator[TextRun]:
-    """Train in a run folder that is gone afterwards."""
-    training = replace(
-        training, seed=seed, save_every=training.num_steps, keep_checkpoints=1, device=device
-    )
+def trained_on_text(config: RunConfig) -> Iterator[TextRun]:
+    """Train in a temporary run folder."""
+    training = replace(config.train, save_every=config.train.num_steps, keep_checkpoints=1)
     with tempfile.TemporaryDirectory() as folder:
-        config = RunConfig(model=model, tokenizer=text.tokenizer, data=text.data, train=training)
-        run = Run.create(Path(folder) / "run", config)
+        run = Run.create(Path(folder) / "run", replace(config, train=training))
         history = tuple(train(run))
-        yield TextRun(run.load_model(device), history, run.shards("held_out"))
+        yield TextRun(run.load_model(training.device), history, run.shards("held_out"))

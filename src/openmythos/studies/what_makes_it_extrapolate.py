@@ -16,7 +16,7 @@ from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops, UniformLoops
 from openmythos.studies.depth_extrapolation import best, fit, looped
-from openmythos.studies.learning import Learning
+from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -32,6 +32,7 @@ from openmythos.studies.study import (
     to_json,
 )
 from openmythos.tasks import KHop
+from openmythos.train.config import TrainConfig
 
 TRAINED_HOPS, STEPS = 10, 1400
 BEYOND = (15, 20, 30)
@@ -61,7 +62,7 @@ LONGER = ", 3x steps"
 
 def arms() -> list[Arm]:
     base = looped()
-    learning = Learning(num_steps=STEPS, max_hops=TRAINED_HOPS)
+    training = replace(TASK_TRAINING, num_steps=STEPS)
     experts = MoE(num_experts=4, top_k=2, expert_dim=56, num_shared_experts=1)
     lora = LoopLoRA(rank=4, num_loops=16)
     models = {
@@ -77,30 +78,29 @@ def arms() -> list[Arm]:
         "initial state: noise": replace(base, state_init=NormalState()),
         "block of 2 layers": replace(base, recurrent_layers=2),
     }
-    learnings = {
-        "loops: fixed 16": replace(learning, loops=FixedLoops(mean_loops=16)),
-        "loops: uniform 1-20": replace(learning, loops=UniformLoops(max_loops=20, per="batch")),
+    trainings = {
+        "loops: fixed 16": replace(training, loops=FixedLoops(mean_loops=16)),
+        "loops: uniform 1-20": replace(training, loops=UniformLoops(max_loops=20, per="batch")),
         "loops: Poisson 13": replace(
-            learning, loops=PoissonLoops(mean_loops=13.0, max_loops=32, per="batch")
+            training, loops=PoissonLoops(mean_loops=13.0, max_loops=32, per="batch")
         ),
-        "gradient: last 4 loops": replace(learning, backprop_loops=4),
+        "gradient: last 4 loops": replace(training, backprop_loops=4),
     }
-    longer = replace(learning, num_steps=3 * learning.num_steps)
+    longer = replace(training, num_steps=3 * STEPS)
 
-    def arm(change: str, how: Learning, training: str = "", **rest: Any) -> Arm:
+    def arm(change: str, how: TrainConfig, kind: str = "", **rest: Any) -> Arm:
+        model = models.get(change, base)
         return Arm(
-            name=change + training,
-            model=models.get(change, base),
-            task=KHop(),
-            learning=how,
-            factors={"change": change, "training": training},
+            name=change + kind,
+            run=on_task(model, KHop(), how, max_hops=TRAINED_HOPS),
+            factors={"change": change, "training": kind},
             **rest,
         )
 
     return [
-        *(arm(name, learning, rates=RATES) for name in models),
-        *(arm(name, how, rates=RATES) for name, how in learnings.items()),
-        *(arm(name, learning, FULL, rates=RATES, trial_share=1) for name in TRIED_IN_FULL),
+        *(arm(name, training, rates=RATES) for name in models),
+        *(arm(name, how, rates=RATES) for name, how in trainings.items()),
+        *(arm(name, training, FULL, rates=RATES, trial_share=1) for name in TRIED_IN_FULL),
         *(arm(name, longer, LONGER).at_rate(rate) for name, rate in LONG.items()),
     ]
 
@@ -108,7 +108,7 @@ def arms() -> list[Arm]:
 def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     """Accuracy by hops and loops."""
     hops, loops = ((2, 15), (2, 6)) if quick else (HOPS, LOOPS)
-    found = accuracy_map(model, arm.problems, hops, loops, examples=20 if quick else 400)
+    found = accuracy_map(model, arm.task, hops, loops, examples=20 if quick else 400)
     return to_json(found)
 
 

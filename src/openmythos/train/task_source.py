@@ -139,9 +139,10 @@ def longest(task: Task, curriculum: HopCurriculum) -> int:
 
 
 def fitted(config: RunConfig) -> RunConfig:
-    """With the vocabulary and the sequence length that the task needs."""
+    """With the vocabulary and the sequence length that its task needs, if it has a task."""
     data, model = config.data, config.model
-    assert isinstance(data, TaskData)
+    if not isinstance(data, TaskData):
+        return config
     vocab_size = max(model.vocab_size, data.task.vocab_size)
     return replace(
         config,
