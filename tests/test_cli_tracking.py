@@ -18,8 +18,8 @@ from matplotlib.image import imread
 from openmythos import cli
 from openmythos.analysis import plots
 from openmythos.cli import jobs, screen, tracking
-from openmythos.cli.live import loss_so_far
 from openmythos.cli.progress import duration
+from openmythos.cli.watch import loss_so_far
 from openmythos.config import apply_overrides
 from openmythos.files import dumps_toml, write_json
 from openmythos.planning import cost
@@ -224,7 +224,7 @@ def test_a_list_is_a_line_for_each_item_in_one_panel(
 
 def test_labels_say_in_what_runs_differ(here: Path) -> None:
     runs = [make(here / "a", 1), make(here / "b", 1, **{"train.optimizer.lr": 0.5})]
-    configs = [tracking._config(run) for run in runs]
+    configs = [tracking.run_config(run) for run in runs]
     first, second = tracking._labels(runs, configs)
     assert first.startswith("a: lr=") and second == "b: lr=0.5"
     assert tracking._labels(runs[:1], configs[:1]) == ["a"]

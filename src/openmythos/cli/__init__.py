@@ -13,7 +13,8 @@ from openmythos.cli.data import Data, Tokenizer
 from openmythos.cli.flags import parse
 from openmythos.cli.interrupt import CODES, Interrupted, answer_signals
 from openmythos.cli.study import Study
-from openmythos.cli.tracking import Plot, Runs, Watch
+from openmythos.cli.tracking import Plot, Runs
+from openmythos.cli.watch import Watch
 
 COMMANDS = (
     *(Demo, Train, Generate, Eval, Export, Plan, Presets, Study),

@@ -1,10 +1,9 @@
-"""The commands that show training runs: a table, curves, a live view."""
+"""The commands that compare training runs: a table, curves."""
 
 # Each `run` imports what it needs: torch takes seconds, and flags are parsed without it.
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,19 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich import box
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from openmythos.cli.flags import RunFolder, shown
-from openmythos.cli.live import STYLES, frame
+from openmythos.cli.flags import shown
 from openmythos.cli.progress import duration
-from openmythos.cli.screen import OUT, short
-from openmythos.config import ConfigError, require, require_number
+from openmythos.cli.screen import OUT, STYLES, short
+from openmythos.config import ConfigError, require
 from openmythos.files import load_toml
 from openmythos.train.metrics import (
     Metrics,
-    MetricsTail,
     chosen_metrics,
     finite_or_none,
     metric_names,
@@ -33,7 +29,6 @@ from openmythos.train.metrics import (
     seconds_trained,
     tokens_seen,
 )
-from openmythos.train.state import ENDED, read_state
 
 if TYPE_CHECKING:
     from openmythos.train.config import RunConfig
@@ -103,7 +98,7 @@ class Plot:
         out = Path(self.out or Path(runs[0] if len(runs) == 1 else ".", "curves.png"))
         require(out.suffix == ".png", "out", self.out, "must end in .png")
         require(out.parent.is_dir() or not self.out, "out", self.out, "its folder does not exist")
-        labels = _labels(runs, [_config(run) for run in runs])
+        labels = _labels(runs, [run_config(run) for run in runs])
         metrics = [_logged_metrics(run) for run in runs]
         known = list(dict.fromkeys(name for entries in metrics for name in metric_names(entries)))
         chosen = chosen_metrics(self.metric, known)
@@ -130,56 +125,8 @@ class Plot:
         OUT.print(f"Written: {out}, {out.with_suffix('.csv')}")
 
 
-@dataclass(frozen=True)
-class Watch:
-    """Show a training run live, on this machine or on another that sees its folder."""
-
-    folder: RunFolder
-    """Run folder."""
-    every: float = 1.0
-    """Seconds between updates."""
-    once: bool = False
-    """Print one frame and return."""
-
-    def run(self) -> None:
-        from rich.live import Live
-
-        require_number("every", self.every, above=0)
-        run = Path(self.folder)
-        _config(run)
-        tail = MetricsTail(run)
-        if self.once:
-            OUT.print(_frame(run, tail)[0])
-            return
-        with Live(console=OUT, auto_refresh=False) as live:
-            try:
-                while True:
-                    shown, ended = _frame(run, tail)
-                    live.update(shown, refresh=True)
-                    if ended:
-                        return
-                    time.sleep(self.every)
-            except KeyboardInterrupt:
-                return
-
-
-def _frame(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
-    """The frame to show, and whether it is the last one."""
-    # State before metrics, so that the last frame includes the last step.
-    record = read_state(run)
-    metrics = tail.read()
-    num_steps = _config(run).train.num_steps
-    if record is not None:
-        state = record.status(time.time())
-    elif metrics:
-        state = "finished" if metrics[-1]["step"] + 1 >= num_steps else "unknown"
-    else:
-        state = "new"
-    shown = frame(run, state, record, metrics, num_steps, width=min(100, OUT.width))
-    return shown, state in ENDED
-
-
-def _config(run: Path) -> "RunConfig":
+def run_config(run: Path) -> "RunConfig":
+    """The config of a run folder."""
     from openmythos.train.config import RunConfig
     from openmythos.train.folder import CONFIG_FILE
 

@@ -1,46 +1,73 @@
-"""One frame of `openmythos watch`: the state of a run, its progress and its newest metrics."""
+"""The command `watch`: the state of a run, its progress and its newest metrics, live."""
 
 import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from openmythos.cli.flags import RunFolder
 from openmythos.cli.progress import duration
-from openmythos.train.metrics import Metrics, recent_median, scalars, seconds_left
-from openmythos.train.state import RunState, State
+from openmythos.cli.screen import OUT, STYLES
+from openmythos.cli.tracking import run_config
+from openmythos.config import require_number
+from openmythos.train.metrics import Metrics, MetricsTail, recent_median, scalars, seconds_left
+from openmythos.train.state import ENDED, RunState, State, read_state
 
-STYLES: Mapping[State, str] = {
-    "running": "green",
-    "finished": "bold",
-    "stopped": "yellow",
-    "failed": "red",
-    "dead": "red",
-    "new": "dim",
-    "unknown": "dim",
-}
 LOSSES = 8  # means of the loss that show how it fell
 
 
-def frame(
-    run: Path,
-    state: State,
-    record: RunState | None,
-    metrics: Sequence[Metrics],
-    num_steps: int,
-    *,
-    width: int,
-) -> Panel:
-    """The panel that shows a run."""
+@dataclass(frozen=True)
+class Watch:
+    """Show a training run live, on this machine or on another that sees its folder."""
+
+    folder: RunFolder
+    every: float = 1.0
+    """Seconds between updates."""
+    once: bool = False
+    """Print one frame and return."""
+
+    def run(self) -> None:
+        require_number("every", self.every, above=0)
+        run = Path(self.folder)
+        run_config(run)
+        tail = MetricsTail(run)
+        if self.once:
+            OUT.print(_frame(run, tail)[0])
+            return
+        with Live(console=OUT, auto_refresh=False) as live:
+            try:
+                while True:
+                    shown, ended = _frame(run, tail)
+                    live.update(shown, refresh=True)
+                    if ended:
+                        return
+                    time.sleep(self.every)
+            except KeyboardInterrupt:
+                return
+
+
+def _frame(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
+    """The frame to show, and whether it is the last one."""
+    # State before metrics, so that the last frame includes the last step.
+    record = read_state(run)
+    metrics = tail.read()
+    num_steps = run_config(run).train.num_steps
     done = max(metrics[-1]["step"] + 1 if metrics else 0, record.step if record else 0)
-    title = Text(f" {run}: ") + Text(state, style=STYLES[state]) + Text(" ")
+    state: State = "new"
+    if record is not None:
+        state = record.status(time.time())
+    elif metrics:
+        state = "finished" if done >= num_steps else "unknown"
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         Text(f"step {done:,} of {num_steps:,}"),
@@ -52,7 +79,8 @@ def frame(
         parts += [Text(loss_so_far(metrics)), _numbers(metrics)]
     if record is not None and record.error and state == "failed":
         parts.append(Text(record.error, style="red"))
-    return Panel(Group(*parts), title=title, width=width)
+    title = Text(f" {run}: ") + Text(state, style=STYLES[state]) + Text(" ")
+    return Panel(Group(*parts), title=title, width=min(100, OUT.width)), state in ENDED
 
 
 def loss_so_far(metrics: Sequence[Metrics]) -> str:
