@@ -1,5 +1,6 @@
 """Which experts tokens are routed to, loop by loop."""
 
+import itertools
 import statistics
 
 import torch
@@ -10,7 +11,7 @@ from openmythos.nn.moe import MoELayer
 
 
 def chosen_experts(model: OpenMythos, tokens: torch.Tensor, num_loops: int) -> torch.Tensor:
-    """Which experts every position chooses in every loop, [loops, positions, top_k]."""
+    """The experts of every position in every loop, [loops, positions, top_k]."""
     block = model.recurrent.layers[0]
     assert isinstance(block, Block) and isinstance(block.feed_forward, MoELayer)
     seen: list[torch.Tensor] = []
@@ -26,16 +27,14 @@ def chosen_experts(model: OpenMythos, tokens: torch.Tensor, num_loops: int) -> t
 
 
 def overlap(chosen: torch.Tensor) -> dict[str, float]:
-    """Mean Jaccard index of the sets of two loops of one token, and distinct experts / top_k."""
-    loops, _, top_k = chosen.shape
-    shape = (*chosen.shape[:2], int(chosen.max()) + 1)
+    """Mean Jaccard index of a token's experts in two loops; its distinct experts / top_k."""
+    loops, positions, top_k = chosen.shape
+    shape = (loops, positions, int(chosen.max()) + 1)
     member = torch.zeros(shape, dtype=torch.bool, device=chosen.device)
     member = member.scatter(2, chosen, True)
     jaccard = []
-    for one in range(loops):
-        for other in range(one + 1, loops):
-            both = (member[one] & member[other]).sum(dim=1)
-            either = (member[one] | member[other]).sum(dim=1)
-            jaccard.append(float((both / either).mean()))
+    for one, other in itertools.combinations(member, 2):
+        both, either = (one & other).sum(dim=1), (one | other).sum(dim=1)
+        jaccard.append(float((both / either).mean()))
     union = member.any(dim=0).sum(dim=1) / top_k
     return {"jaccard": statistics.mean(jaccard), "union_over_top_k": float(union.mean())}

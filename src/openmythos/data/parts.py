@@ -11,14 +11,7 @@ from typing import TypeVar
 
 from openmythos.data.corpus import Corpus
 from openmythos.data.prepared import Preparation
-from openmythos.data.sources import (
-    BadRows,
-    Document,
-    NotTextError,
-    Reader,
-    SourceFile,
-    is_stream,
-)
+from openmythos.data.sources import BadRows, Document, NotTextError, Reader, SourceFile, is_stream
 
 T = TypeVar("T")
 

@@ -135,15 +135,13 @@ class References:
 
     def shards(self, side: str, *, verify: bool) -> list[TokenShards]:
         """The tokens of each, "train" or "held_out"; raises if a folder changed or is missing."""
-        return [self._shards(source, side, verify) for source in self.sources]
-
-    def _shards(self, source: Reference, side: str, verify: bool) -> TokenShards:
-        folder = Path(source.path)
-        if not is_prepared(folder):
-            raise ConfigError(f"{folder}: the prepared folder that this run reads is missing")
-        if sha256_of(folder / PREPARED_FILE) != source.sha256:
-            raise ConfigError(f"{folder}: was prepared again since this run was created")
-        return open_prepared(folder, side, verify=verify)
+        for source in self.sources:
+            if not is_prepared(source.path):
+                text = "the prepared folder that this run reads is missing"
+                raise ConfigError(f"{source.path}: {text}")
+            if sha256_of(Path(source.path) / PREPARED_FILE) != source.sha256:
+                raise ConfigError(f"{source.path}: was prepared again since this run was created")
+        return [open_prepared(Path(s.path), side, verify=verify) for s in self.sources]
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
