@@ -121,8 +121,9 @@ class Progress:
 
     def _line(self, now: float) -> str:
         parts = [self._amount(), self._text, duration(now - self._started)]
-        left = self._left(now)
-        if left is not None:
+        began, before = self._base
+        if self._total and self._done is not None and self._done > before:
+            left = (now - began) / (self._done - before) * max(0, self._total - self._done)
             parts.append(f"ETA {duration(left)}")
         return f"{self._stage}: {', '.join(part for part in parts if part)}"
 
@@ -133,12 +134,6 @@ class Progress:
         counts = [done, total] if total else [done]
         of = " of ".join(f"{n / 1e6:.1f}" if self._unit == "MB" else f"{n:,}" for n in counts)
         return f"{self._unit} {of}" if self._unit == "step" else f"{of} {self._unit}"
-
-    def _left(self, now: float) -> float | None:
-        began, before = self._base
-        if not self._total or self._done is None or self._done <= before:
-            return None
-        return (now - began) / (self._done - before) * max(0, self._total - self._done)
 
 
 def counted(texts: Iterable[str], progress: Progress) -> Iterator[str]:

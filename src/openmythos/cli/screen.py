@@ -18,15 +18,9 @@ if TYPE_CHECKING:
 # wrapped in a file or a pipe.
 _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
 _QUIET = os.environ.get("RANK", "0") != "0"
-STYLES = {
-    "running": "green",
-    "finished": "bold",
-    "stopped": "yellow",
-    "failed": "red",
-    "dead": "red",
-    "new": "dim",
-    "unknown": "dim",
-}
+# By the state of a run; all other states are dim.
+STYLES = {"running": "green", "finished": "bold", "stopped": "yellow"}
+STYLES |= dict.fromkeys(("failed", "dead"), "red")
 OUT = Console(highlight=False, markup=False, quiet=_QUIET, width=_WIDTH)
 
 

@@ -99,7 +99,9 @@ class Plot:
         require(out.suffix == ".png", "out", self.out, "must end in .png")
         require(out.parent.is_dir() or not self.out, "out", self.out, "its folder does not exist")
         labels = _labels(runs, [run_config(run) for run in runs])
-        metrics = [_logged_metrics(run) for run in runs]
+        metrics = [read_metrics(run) for run in runs]
+        if not all(metrics):
+            raise ConfigError(f"{runs[metrics.index([])]}: no step has been logged yet")
         known = list(dict.fromkeys(name for entries in metrics for name in metric_names(entries)))
         chosen = chosen_metrics(self.metric, known)
         panels: dict[str, dict[str, dict[str, plots.Points]]] = {
@@ -133,13 +135,6 @@ def run_config(run: Path) -> "RunConfig":
     if not (run / CONFIG_FILE).is_file():
         raise ConfigError(f"{run}: is not the folder of a run: it has no {CONFIG_FILE}")
     return load_toml(RunConfig, run / CONFIG_FILE)
-
-
-def _logged_metrics(run: Path) -> list[Metrics]:
-    metrics = read_metrics(run)
-    if not metrics:
-        raise ConfigError(f"{run}: no step has been logged yet")
-    return metrics
 
 
 def _positions(x: str, run: Path, metrics: list[Metrics]) -> list[float]:
@@ -191,7 +186,7 @@ def _print_summaries(summaries: "Sequence[RunSummary]") -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for summary, row in zip(summaries, rows, strict=True):
         name, state, *numbers = row.values()
-        table.add_row(name, Text(state, style=STYLES[summary.state]), *numbers)
+        table.add_row(name, Text(state, style=STYLES.get(summary.state, "dim")), *numbers)
     OUT.print(table)
 
 

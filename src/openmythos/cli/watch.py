@@ -79,7 +79,7 @@ def _frame(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
         parts += [Text(loss_so_far(metrics)), _numbers(metrics)]
     if record is not None and record.error and state == "failed":
         parts.append(Text(record.error, style="red"))
-    title = Text(f" {run}: ") + Text(state, style=STYLES[state]) + Text(" ")
+    title = Text(f" {run}: ") + Text(state, style=STYLES.get(state, "dim")) + Text(" ")
     return Panel(Group(*parts), title=title, width=min(100, OUT.width)), state in ENDED
 
 

@@ -79,7 +79,9 @@ class TokenShards:
         for path, entry in zip(self.files, index.shards, strict=True):
             _check_size(path, self._dtype, entry.tokens)
         # A memory map keeps its file open, and a process may have about a thousand open files.
-        self._tokens = lru_cache(maxsize=_OPEN_FILES)(self._map)
+        self._tokens = lru_cache(maxsize=_OPEN_FILES)(
+            lambda number: _map(self.files[number], self._dtype, index.shards[number].tokens)
+        )
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> "TokenShards":
@@ -145,9 +147,6 @@ class TokenShards:
         """Raise unless this tokenizer made the ids."""
         if fingerprint(tokenizer) != self.index.tokenizer:
             raise ConfigError("the token shards were written with another tokenizer")
-
-    def _map(self, number: int) -> NDArray[Any]:
-        return _map(self.files[number], self._dtype, self.index.shards[number].tokens)
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Raise a ConfigError that names a damaged file; each rank checks a share of the files."""

@@ -51,10 +51,6 @@ class BadRows:
     count: int = 0
     first: str = ""
 
-    def add(self, error: BadRowError) -> None:
-        self.count += 1
-        self.first = self.first or str(error)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
@@ -215,7 +211,7 @@ def _documents(
             wrong = BadRowError(f"{where} {number}: {error}")
             if bad is None:
                 raise wrong from error
-            bad.add(wrong)
+            bad.count, bad.first = bad.count + 1, bad.first or str(wrong)
         else:
             yield Document(name=f"{name}:{number}", text=text)
 

@@ -35,8 +35,7 @@ def launched() -> tuple[int, int]:
 
 def launched_here() -> tuple[int, int]:
     """(rank, number of ranks) among the ranks on this machine."""
-    rank, ranks = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return int(rank), int(ranks)
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from typing import Literal
 import psutil
 from filelock import FileLock, Timeout
 
-from openmythos.config import ConfigError, from_dict
-from openmythos.files import read_json, write_json
+from openmythos.config import ConfigError
+from openmythos.files import load_json, write_json
 
 FILE = "state.json"
 LOCK_FILE = ".lock"
@@ -63,7 +63,7 @@ class RunState:
 def read_state(run: Path) -> RunState | None:
     """The content of RUN/state.json; None if there is none yet."""
     path = run / FILE
-    return from_dict(RunState, read_json(path), str(path)) if path.is_file() else None
+    return load_json(RunState, path) if path.is_file() else None
 
 
 def lock(run: Path) -> FileLock:
