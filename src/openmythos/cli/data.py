@@ -126,22 +126,17 @@ class Check:
     """Folder made by `openmythos data prepare`."""
 
     def run(self) -> None:
-        from openmythos.data.prepared import (
-            PREPARED_FILE,
-            SIDES,
-            Prepared,
-            is_prepared,
-            open_prepared,
-        )
+        from openmythos.data import prepared
 
         folder = Path(self.folder)
-        if not is_prepared(folder):
-            raise ConfigError(f"{folder}: is not a prepared folder: it has no {PREPARED_FILE}")
-        with Progress(OUT, "reading", total=len(SIDES), unit="parts") as progress:
-            for number, side in enumerate(SIDES, start=1):
-                open_prepared(folder, side, verify=True)
+        if not prepared.is_prepared(folder):
+            missing = prepared.PREPARED_FILE
+            raise ConfigError(f"{folder}: is not a prepared folder: it has no {missing}")
+        with Progress(OUT, "reading", total=len(prepared.SIDES), unit="parts") as progress:
+            for number, side in enumerate(prepared.SIDES, start=1):
+                prepared.open_prepared(folder, side, verify=True)
                 progress.update(number)
-        _print(folder, load_json(Prepared, folder / PREPARED_FILE))
+        _print(folder, load_json(prepared.Prepared, folder / prepared.PREPARED_FILE))
 
 
 @dataclass(frozen=True)

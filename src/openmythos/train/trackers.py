@@ -37,6 +37,10 @@ class Sink(NamedTuple):
     close: Callable[[bool], object]
 
 
+def _run_sink(run: Any, close: Callable[[bool], object]) -> Sink:
+    return Sink(lambda values, step: run.log(dict(values), step=step), close)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorBoard:
     """Event files in RUN/tensorboard; `tensorboard --logdir runs` shows all runs in runs/."""
@@ -89,10 +93,7 @@ class Wandb:
             # Otherwise wandb records every redraw of the progress bar.
             settings=wandb.Settings(console="off"),
         )
-        return Sink(
-            lambda values, step: started.log(dict(values), step=step),
-            lambda failed: started.finish(exit_code=int(failed)),
-        )
+        return _run_sink(started, lambda failed: started.finish(exit_code=int(failed)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,7 @@ class Trackio:
             resume="allow",
             embed=False,
         )
-        return Sink(
-            lambda values, step: started.log(dict(values), step=step),
-            lambda _failed: started.finish(),
-        )
+        return _run_sink(started, lambda _failed: started.finish())
 
 
 Tracker = TensorBoard | Wandb | Trackio
