@@ -66,13 +66,13 @@ class AllToAllDispatcher:
         sent, received = torch.stack((to_others.sum(dim=1), to_me.sum(dim=1))).tolist()
         local = torch.arange(to_me.shape[1], device=rows.device).repeat(len(to_me))
         expert = local.repeat_interleave(to_me.flatten())
-        come = _AllToAll.apply(rows, sent, received, self._group)  # type: ignore[no-untyped-call]
-        return Dispatched(come, expert, (sent, received))
+        arrived = _AllToAll.apply(rows, sent, received, self._group)  # type: ignore[no-untyped-call]
+        return Dispatched(arrived, expert, (sent, received))
 
     def combine(self, results: Tensor, dispatched: Dispatched) -> Tensor:
         sent, received = dispatched.sizes
-        back: Tensor = _AllToAll.apply(results, received, sent, self._group)  # type: ignore[no-untyped-call]
-        return back
+        returned: Tensor = _AllToAll.apply(results, received, sent, self._group)  # type: ignore[no-untyped-call]
+        return returned
 
 
 def check_experts(model: OpenMythos, experts: int) -> None:

@@ -72,9 +72,9 @@ def routed_experts(
         return reference(tokens, row_weights, chosen, weights)
     few = tuned.few_rows_per_expert * len(weights.down)
     if not torch.is_grad_enabled() and 0 < chosen.numel() <= few:
-        operator = few_experts
+        operator = per_expert_decode
         if torch.compiler.is_compiling():
-            operator = torch.ops.openmythos.few_experts
+            operator = torch.ops.openmythos.per_expert_decode
         return operator(tokens, row_weights, chosen, weights.gate_up, weights.down)
     out: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
         tokens.flatten(0, -2),
@@ -90,12 +90,12 @@ def routed_experts(
 
 
 torch.library.define(
-    "openmythos::few_experts",
+    "openmythos::per_expert_decode",
     "(Tensor tokens, Tensor row_weights, Tensor chosen, Tensor gate_up, Tensor down) -> Tensor",
 )
 
 
-def few_experts(
+def per_expert_decode(
     tokens: Tensor, row_weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """`routed_experts` one by one, without gradient.
@@ -115,10 +115,10 @@ def few_experts(
 
 
 # Not a custom_op: that costs four times as much per call.
-torch.library.impl("openmythos::few_experts", "cpu", few_experts)
+torch.library.impl("openmythos::per_expert_decode", "cpu", per_expert_decode)
 
 
-@torch.library.register_fake("openmythos::few_experts")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("openmythos::per_expert_decode")  # type: ignore[untyped-decorator]
 def _(tokens: Tensor, *_: Tensor) -> Tensor:
     return tokens.new_empty(tokens.shape)
 

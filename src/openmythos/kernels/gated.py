@@ -22,7 +22,7 @@ def gated_linear(gated: Tensor, weight: Tensor) -> Tensor:
         gate, up = gated.chunk(2, dim=-1)
         return F.linear(F.silu(gate).mul_(up), weight)
     # On every device, for its memory: the formula keeps twice as much for its gradient.
-    out: Tensor = _GatedLinear.apply(gated, as_autocast(weight))  # type: ignore[no-untyped-call]
+    out: Tensor = _GatedLinear.apply(as_autocast(gated), as_autocast(weight))  # type: ignore[no-untyped-call]
     return out
 
 
