@@ -1,4 +1,4 @@
-"""Routed experts that gloo processes hold between them train as one process does."""
+"""Training with expert parallelism over gloo processes equals training in one process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,10 +41,10 @@ from openmythos.train.trainer import Trainer
 pytestmark = pytest.mark.distributed
 
 SHORT = replace(TRAIN, num_steps=3)
-# One rank is done with its rows long before the other.
+# One rank finishes its rows long before the other.
 UNEVEN = UniformLoops(min_loops=1, max_loops=6)
 HALTING = replace(MODEL, halting=ACT(bias_init=-0.5))
-# Experts outside the loops too; as many as do not divide among four.
+# Experts outside the loops too; their number is not divisible by four.
 EVERYWHERE = replace(
     MODEL,
     feed_forward=MoE(num_experts=2, top_k=1, expert_dim=16),
@@ -69,9 +69,9 @@ CASES: dict[str, tuple[int, Any, TrainConfig]] = {
         replace(SHORT, num_steps=1, precision="bf16", loops=FixedLoops(mean_loops=2)),
     ),
     "muon": (2, EVERYWHERE, replace(SHORT, optimizer=Muon())),
-    "shards of shares": (4, EVERYWHERE, replace(SHORT, loops=UNEVEN)),
+    "sharded experts": (4, EVERYWHERE, replace(SHORT, loops=UNEVEN)),
     "replicas": (4, HALTING, replace(SHORT, parallel=Parallel(replicate=2))),
-    "muon in shards": (4, EVERYWHERE, replace(SHORT, optimizer=Muon())),
+    "muon, sharded": (4, EVERYWHERE, replace(SHORT, optimizer=Muon())),
 }
 SAVED = {2: (MODEL, SHORT), 4: (EVERYWHERE, replace(SHORT, optimizer=Muon()))}
 
@@ -90,7 +90,7 @@ def contents(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def starts_as_alone(folder: Path, model: Any, config: TrainConfig) -> bool:
-    """Whether a model that gets its weights in shards has those of a process that is alone."""
+    """Whether a model initialised after sharding has the weights of a single process."""
     with torch.device("meta"):
         unmade = OpenMythos(model)
     trainer = Trainer(unmade, trainer_of(folder / "shards", model, TRAIN).source, config)
@@ -191,7 +191,7 @@ def test_ranks_that_share_experts_take_the_steps_of_one(together: Together, name
 
 def test_ranks_run_different_numbers_of_loops() -> None:
     """Else nothing above would show that the ranks wait for each other."""
-    for name in ("uneven loops", "truncated", "shards of shares"):
+    for name in ("uneven loops", "truncated", "sharded experts"):
         ranks, _, config = CASES[name]
         drawn = [
             sample_loops(

@@ -1,4 +1,4 @@
-"""Weights in shards over gloo processes train as one process does."""
+"""Training with sharded weights over gloo processes equals training in one process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[int, Any, TrainConfig]] = {
     "shards": (2, MODEL, replace(SHORT, num_steps=10)),
     "halting": (2, HALTING, SHORT),
     "micro-batches": (2, MODEL, replace(SHORT, micro_batch_size=1, loops=BATCHWISE)),
-    "recomputed loops": (2, MODEL, replace(SHORT, checkpoint_loops=True)),
+    "checkpointing": (2, MODEL, replace(SHORT, checkpoint_loops=True)),
     "bf16": (2, MODEL, BF16),
     "muon": (2, MODEL, replace(SHORT, optimizer=Muon())),
     "truncated": (2, MODEL, replace(SHORT, backprop_loops=1)),
@@ -69,7 +69,7 @@ def all_gathers(shards: Path, num_loops: int) -> int:
 
 
 def first_step(shards: Path, per: Any) -> dict[str, Any]:
-    """What a process hears of in its first step."""
+    """The loops and router counts of this process in its first step."""
     config = TrainConfig(
         num_steps=1, batch_size=BATCH, seq_len=SEQ, loops=PoissonLoops(max_loops=8, per=per)
     )

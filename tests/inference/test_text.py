@@ -111,7 +111,7 @@ def test_stop_token_ends_the_text_and_is_not_part_of_it(
 ) -> None:
     saying(monkeypatch, [97, 98, 256, 99])
     assert engine.generate("", replace(REQUEST, stop_ids=(256,))) == "ab"
-    assert engine.generate("", REQUEST) == "abc"  # bos is no text
+    assert engine.generate("", REQUEST) == "abc"  # bos is not text
     saying(monkeypatch, [256])
     assert list(engine.stream("", replace(REQUEST, stop_ids=(256,)))) == []
 

@@ -1,7 +1,7 @@
-"""Whether a model trains on so many devices of so much memory, and with which settings.
+"""Whether training fits a number of devices of a given memory, and with which settings.
 
-Weights lie in shards (FSDP2) over all devices and travel in bf16, computation is in bf16, the
-optimizer is AdamW; see `train.parallel`. Estimates, as `cost.training_memory`, of the config alone.
+Assumes weights sharded over all devices (FSDP2), all-gather and computation in bf16, and AdamW; see
+`distributed.parallelize`. An estimate from the config alone, as in `cost.training_memory`.
 """
 
 from collections.abc import Iterator
@@ -15,22 +15,20 @@ from openmythos.model.config import MythosConfig
 from openmythos.nn.moe import MoELayer
 from openmythos.planning import cost
 
-# What is left to the communication library, to fragments and to everything not counted here.
-USABLE = 0.9
-# Every divisor is a candidate.
-MAX_TRIED = 2**20
+USABLE = 0.9  # the rest is for the communication library, fragmentation, and all not counted here
+MAX_TRIED = 2**20  # of devices and batch, all of whose divisors are tried
 BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a step is run on `gpus` devices: `batch` sequences of each, `micro_batch` per pass."""
+    """A step on `gpus` devices: `batch` sequences on each, `micro_batch` of them per pass."""
 
     gpus: int
     batch: int
     micro_batch: int
     checkpoint_loops: bool
-    experts: int = 1  # devices that hold the routed experts between them
+    experts: int = 1  # devices over which the routed experts are sharded
 
     def overrides(self) -> list[str]:
         """The settings of `openmythos train`."""
@@ -51,9 +49,9 @@ class Settings:
 class DeviceMemory:
     """Bytes of a training step on one device of several.
 
-    `gathered` are weights as they are used, whole, in bf16: those that stay (embedding, head), the
-    largest unit and one that travels meanwhile. `reduced` are that unit's gradients before they go
-    into shards, in bf16 and, to be summed, in fp32; of several micro-batches all units' in fp32.
+    `gathered` are full weights in bf16: embedding and head, the largest FSDP unit, and one that is
+    prefetched. `reduced` are the gradients of a unit before reduce-scatter, in bf16 and in fp32;
+    with several micro-batches those of all units, in fp32.
     """
 
     weights: int
@@ -91,8 +89,8 @@ def find(
 ) -> Fit:
     """The fastest settings that fit `batch` sequences per device into `memory` bytes of each.
 
-    What costs least time comes first: smaller micro-batches, then recomputed loops, then experts
-    that several devices hold between them.
+    Tried in order of their cost in time: smaller micro-batches, activation checkpointing, expert
+    parallelism.
     """
     require_int("gpus", gpus, minimum=1, maximum=MAX_TRIED)
     require_int("batch", batch, minimum=1, maximum=MAX_TRIED)
@@ -140,7 +138,7 @@ def device_memory(
 ) -> DeviceMemory:
     """Estimate the peak of a step on each device."""
     s = settings
-    whole = cost.training_memory(
+    full = cost.training_memory(
         config,
         batch=s.micro_batch,
         context=config.context if context is None else context,
@@ -150,33 +148,33 @@ def device_memory(
         dtype=BF16,
     )
     total = _numel(cost.on_meta(config))
-    stays, units = _units(config, s.experts)
+    outside, units = _units(config, s.experts)
     largest, next_largest, *_ = (*sorted(units, reverse=True), 0)
     several = s.gpus > 1
-    # Alone, autocast keeps a bf16 copy of every weight that it has used.
-    copies = stays + largest + next_largest if several else total
-    # Gradients travel after the last micro-batch; until then every device sums its own.
-    summed = stays + sum(units) if s.micro_batch < s.batch else largest
+    # On one device, autocast keeps a bf16 copy of every weight.
+    copies = outside + largest + next_largest if several else total
+    # Gradients are reduced after the last micro-batch; until then every device keeps its own sum.
+    summed = outside + sum(units) if s.micro_batch < s.batch else largest
     return DeviceMemory(
         weights=total * cost.FP32 // s.gpus,
-        gradients=whole.gradients // s.gpus,
-        optimizer=whole.optimizer // s.gpus,
+        gradients=full.gradients // s.gpus,
+        optimizer=full.optimizer // s.gpus,
         gathered=copies * BF16.itemsize,
         reduced=summed * cost.FP32 + largest * BF16.itemsize if several else 0,
-        activations=whole.activations,
-        logits=whole.logits,
+        activations=full.activations,
+        logits=full.logits,
     )
 
 
 def _units(config: MythosConfig, experts: int) -> tuple[int, list[int]]:
-    """Weights that a device sees whole: those that stay, and those of every unit."""
+    """Number of full weights on a device: those outside of all units, and those of each unit."""
     model = cost.on_meta(config)
     units = (*model.prelude, model.recurrent, *model.coda)
-    stays = _numel(model) - sum(map(_numel, units))
-    return stays, [_seen(unit, experts) for unit in units]
+    outside = _numel(model) - sum(map(_numel, units))
+    return outside, [_unit_size(unit, experts) for unit in units]
 
 
-def _seen(unit: nn.Module, experts: int) -> int:
+def _unit_size(unit: nn.Module, experts: int) -> int:
     routed = sum(_numel(m.experts) for m in unit.modules() if isinstance(m, MoELayer))
     return _numel(unit) - routed + routed // experts
 
