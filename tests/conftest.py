@@ -8,7 +8,7 @@ from hypothesis import register_random, settings
 
 
 class TorchRandom:
-    """Torch's generator as hypothesis sees one: it is reseeded before every example."""
+    """Torch's generator for hypothesis, which reseeds it before every example."""
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -42,7 +42,7 @@ def seed() -> None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Runs a test on the CPU and on a GPU, where what it makes itself is put: `variants.here`."""
+    """Runs a test on the CPU and on a GPU; `variants.here` puts its models and tensors there."""
     found = torch.device(request.param)
     if found.type == "cpu":
         yield found

@@ -1,4 +1,4 @@
-"""The command line, called in this process: what it makes, prints and refuses."""
+"""The command line, called in this process: files, output and errors."""
 
 import errno
 import json
@@ -270,7 +270,7 @@ def test_prepared_folders_are_trained_on_by_their_weights(here: Path, call: Call
         for found in Run.open(here / "mixed").sources("held_out")
         if str(here / folder) in str(found.files[0])
     ]
-    # The run may move, the folders it reads may not.
+    # The run folder can be moved, the prepared folders cannot.
     (here / "mixed").rename(here / "moved")
     assert call("train", "--resume", "moved", "--set", "train.num_steps=4").code == 0
     assert call("eval", "moved", "--num-loops", "1").code == 0

@@ -1,4 +1,4 @@
-"""openmythos runs, plot and watch, on made run folders and on real runs."""
+"""openmythos runs, plot and watch, on fake run folders and on real runs."""
 
 import csv
 import functools

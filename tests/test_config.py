@@ -1,4 +1,4 @@
-"""Round trips, strictness and messages of the config machinery, on configs of its own."""
+"""Round trips, strictness and error messages of configs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ RUN = Run(name="base")
 
 
 def message(data: Any, cls: Any = Run) -> str:
-    """The one line a wrong config is answered with."""
+    """The error message of a wrong config."""
     with pytest.raises(ConfigError) as caught:
         from_dict(cls, data)
     text = str(caught.value)

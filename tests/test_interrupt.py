@@ -1,4 +1,4 @@
-"""Signals: heard where the main thread is deaf, by workers, and by training, which stops itself."""
+"""Signals: while a library call blocks the main thread, in workers, and in training."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ import pytest
 from openmythos.cli.interrupt import Interrupted, answer_signals, stop_training
 from openmythos.processes import worker_pool
 
-# A minute inside one call of a library, which hears no signal.
+# A minute inside one library call, during which Python handles no signal.
 DEAF = """
 import hashlib
 from openmythos.cli.interrupt import answer_signals

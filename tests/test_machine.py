@@ -1,4 +1,4 @@
-"""Which devices there are, and which one a name means."""
+"""Devices and their names."""
 
 import pytest
 import torch

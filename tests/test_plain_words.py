@@ -1,4 +1,4 @@
-"""The check of `make lint` for words of our own finds what it is to find."""
+"""tools/plain_words.py finds banned phrases, and no file has one."""
 
 import sys
 from pathlib import Path

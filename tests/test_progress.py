@@ -1,4 +1,4 @@
-"""Long work without a terminal: lines at the right times, whatever the work does."""
+"""Progress without a terminal: lines at the right times."""
 
 import io
 
@@ -16,7 +16,7 @@ class Clock:
 
 
 class Screen:
-    """A progress on a clock of its own, and the lines that it has printed."""
+    """A Progress with a fake clock, and the lines that it printed."""
 
     def __init__(self, stage: str, **options: object) -> None:
         self.clock, self._file = Clock(), io.StringIO()
@@ -34,12 +34,12 @@ class Screen:
         return found
 
 
-def test_the_first_news_are_told_at_once_with_all_that_is_known() -> None:
+def test_the_first_update_is_printed_at_once() -> None:
     screen = Screen("training", total=200)
     screen.after(4).update(1, "loss 5.000, 100 tokens/s")
     assert screen.lines() == ["training: step 1 of 200, loss 5.000, 100 tokens/s, 4 s"]
     screen.after(10).update(3, "loss 4.500, 100 tokens/s")
-    # Two steps took 10 s, 197 are left; the start is no part of the rate.
+    # Two steps took 10 s, 197 are left; the start does not count for the rate.
     expected = "training: step 3 of 200, loss 4.500, 100 tokens/s, 14 s, ETA 16 min"
     assert screen.lines() == [expected]
 
@@ -75,7 +75,7 @@ def test_silence_is_broken_every_ten_seconds() -> None:
     ]
 
 
-def test_a_stage_starts_anew_and_what_an_earlier_run_kept_is_no_rate() -> None:
+def test_a_new_stage_restarts_time_and_kept_work_does_not_count_for_the_rate() -> None:
     screen = Screen("reading", unit="MB")
     screen.after(1).update(2_500_000)
     screen.after(1).update(100_000, stage="tokens", total=400_000)

@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, each on its own."""
+"""The README's Python examples run unchanged, each on its own."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""What the figures show and say; that saving leaves a PNG and its CSV, or neither."""
+"""Content of the figures; saving writes a PNG and its CSV, or neither."""
 
 import csv
 import math

@@ -1,4 +1,4 @@
-"""What is read from where, and on which side of the split it lands."""
+"""Reading of all kinds of sources, and the split into training and held-out text."""
 
 import gzip
 import json
@@ -136,7 +136,7 @@ def test_rows_are_known_by_any_spelling(tmp_path: Path, name: str) -> None:
 
 
 def test_runs_and_prepared_folders_are_no_text(tmp_path: Path) -> None:
-    """`--data .` works again where a run was made of it."""
+    """`--data .` works again after a run was made from it."""
     write_files(tmp_path, 4)
     before = texts(Corpus([str(tmp_path)]))
     for name in (
@@ -193,7 +193,7 @@ def test_parquet_errors_are_named(tmp_path: Path) -> None:
 
 
 class FakeDatasets(ModuleType):
-    """Stands for the datasets package: records the calls, streams the rows."""
+    """A fake datasets package: records the calls, yields the rows."""
 
     def __init__(self) -> None:
         super().__init__("datasets")

@@ -20,7 +20,7 @@ BOS = ByteTokenizer.bos_id
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
-    """A few hundred tokens in 40 documents; the text counts up, so that places can be told."""
+    """A few hundred tokens in 40 documents; a position is recognised by its character."""
     texts = ["".join(chr(32 + (7 * n + i) % 90) for i in range(1 + n % 17)) for n in range(40)]
     documents = (Document(name=str(n), text=text) for n, text in enumerate(texts))
     return write_shards(documents, ByteTokenizer(), tmp_path_factory.mktemp("s"), shard_tokens=50)

@@ -1,4 +1,4 @@
-"""Shares hold over any stretch, and mixing is reading each source by itself, in turns."""
+"""Any stretch of samples has the shares asked for, and each source is read in its own order."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ SEQ = 8
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[TokenShards]:
-    """Three streams of different lengths, each of its own letters."""
+    """Three streams of different lengths, each with letters of its own."""
     folder = tmp_path_factory.mktemp("sources")
     made = []
     for number, (letters, count) in enumerate([("abc", 30), ("defgh", 12), ("xyz", 50)]):

@@ -1,4 +1,4 @@
-"""A prepared folder depends on corpus and settings alone, whoever makes it and however often."""
+"""A prepared folder depends on corpus and settings alone, not on processes and interruptions."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ def text_of(number: int) -> str:
 
 
 def write_corpus(folder: Path) -> Path:
-    """Small files, a large file of rows, a packed one, and one that is not text."""
+    """Small files, a large file of rows, a compressed one, and one that is not text."""
     (folder / "more").mkdir(parents=True)
     for number in range(12):
         (folder / f"{number:02d}.txt").write_text(text_of(number))
@@ -47,13 +47,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of small files: no test pulls the plug."""
+    """Hundreds of small files, and no test cuts the power."""
     monkeypatch.setattr(os, "fsync", lambda _file: None)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A folder made in one go."""
+    """A folder made without interruption."""
     folder = tmp_path_factory.mktemp("made") / "straight"
     prepare(wanted(corpus), ByteTokenizer(), folder)
     return folder
@@ -88,7 +88,7 @@ def stop_after(parts: int) -> Callable[[Progress], None]:
 def test_tokens_are_those_of_the_corpus_in_one_piece(
     tmp_path: Path, corpus: Path, changes: dict[str, int], tokenizer: Tokenizer
 ) -> None:
-    """The parallel way against the plain one."""
+    """Twin test: `prepare` against `write_shards`."""
     preparation = wanted(corpus, **changes)
     prepared = prepare(preparation, tokenizer, tmp_path / "made")
     plain = Corpus(preparation.paths, held_out=0.2, limit_bytes=preparation.limit_bytes or None)
@@ -239,7 +239,7 @@ def test_a_stream_that_changed_is_refused(
         prepare(
             wanted(corpus, limit_bytes=900), ByteTokenizer(), tmp_path, on_progress=stop_after(3)
         )
-    # What files' sizes and times do not show, as of a data set elsewhere.
+    # A change that file sizes and times do not show, as in a remote data set.
     original = prepare_module.cut_into_parts
 
     def changed(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is written comes back, and nothing damaged or half-written opens."""
+"""Shards are read as they were written; damaged and unfinished ones do not open."""
 
 import hashlib
 import json

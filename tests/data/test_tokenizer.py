@@ -1,4 +1,4 @@
-"""Every text survives both tokenizers, in one go and as a stream; files come back the same."""
+"""Both tokenizers are lossless, also when streaming; a saved tokenizer loads unchanged."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One launch of each number of processes for all tests here of what ranks do together."""
+"""One launch per number of processes, shared by all tests of several ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from filelock import FileLock
 
 @pytest.fixture(scope="session")
 def together(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
-    """See `ranks.Together`. What one worker of pytest-xdist has launched the others read."""
+    """See `ranks.Together`; the workers of pytest-xdist share its results."""
     import test_expert_parallel
     from ranks import all_work, launch, write_text
 

@@ -1,4 +1,4 @@
-"""Gloo processes that train, for tests of what ranks do together."""
+"""Launches gloo processes that train, for the tests of several ranks."""
 
 import multiprocessing
 import os
@@ -36,7 +36,7 @@ TRAIN = TrainConfig(
 
 
 def write_text(folder: Path) -> Path:
-    """Token shards of a little text."""
+    """Write token shards of a short text."""
     documents = [Document(name=str(i), text=f"text number {i} " * 9) for i in range(20)]
     write_shards(documents, ByteTokenizer(), folder / "shards")
     return folder / "shards"
@@ -60,7 +60,7 @@ def all_steps(shards: Path, model: Any, config: TrainConfig) -> list[StepMetrics
 
 
 class Collectives(TorchDispatchMode):
-    """Names of the collectives that are called inside."""
+    """Records the names of the collectives called inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,10 +91,10 @@ def _work(rank: int, ranks: int, folder: Path, work: Callable[[Path], Any]) -> N
 
 
 def launch(ranks: int, work: Callable[[Path], Any], folder: Path) -> list[Any]:
-    """What work(folder) returns on each of so many processes, by rank."""
+    """Run work(folder) in several processes; returns the results by rank."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         (folder / "port").write_text(str(free.getsockname()[1]))
-    # The server imports once, and its forks need not.
+    # The fork server imports torch once for all processes.
     multiprocessing.set_forkserver_preload(["openmythos.train.run", "torch.distributed.fsdp"])
     mp.start_processes(_work, args=(ranks, folder, work), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{ranks}-{rank}.pt", weights_only=False) for rank in range(ranks)]
@@ -105,7 +105,7 @@ Together = Callable[[int, str], tuple[Path, list[dict[str, Any]]]]
 
 
 def all_work(folder: Path) -> dict[str, Any]:
-    """What the tests of both files ask of a rank."""
+    """All work that the tests of both files need from a rank."""
     import test_expert_parallel
     import test_sharded
 
@@ -113,7 +113,7 @@ def all_work(folder: Path) -> dict[str, Any]:
 
 
 def by_ranks(cases: dict[str, tuple[int, Any, TrainConfig]]) -> list[Any]:
-    """Parameters of a test of these cases: those of four ranks are slow."""
+    """pytest parameters for these cases; those with four ranks are slow."""
     import pytest  # benchmarks/ranks_together.py uses this file without it
 
     return [
@@ -125,7 +125,7 @@ def by_ranks(cases: dict[str, tuple[int, Any, TrainConfig]]) -> list[Any]:
 def assert_same_steps(
     found: list[dict[str, Any]], alone: list[StepMetrics], *, rough: bool = False
 ) -> None:
-    """A rank's metrics are those of one process; `rough` where a last bit makes much."""
+    """A rank's metrics equal those of one process; `rough`: if rounding errors grow."""
     assert len(found) == len(alone)
     for metrics, wanted in zip(found, alone, strict=True):
         expected = wanted.as_dict()

@@ -1,4 +1,4 @@
-"""What a process knows of others, when there are none, and when the first fails."""
+"""Functions of distributed.ranks in one process, and in two if the first fails."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_batch_must_divide_among_the_ranks(tmp_path: Path) -> None:
 
 
 def _make(folder: Path) -> list[str]:
-    """What this rank gets of work that rank 0 does, and of work that it fails to do."""
+    """Results of `first_rank_does` on this rank, for work that succeeds and work that fails."""
     found = [str(first_rank_does(lambda: folder.name))]
     try:
         first_rank_does(lambda: (folder / "made").read_text())
@@ -53,9 +53,7 @@ def test_all_ranks_fail_with_the_first(tmp_path: Path) -> None:
     assert second[1].startswith("rank 0 failed: [Errno 2] No such file")
 
 
-def test_a_file_that_does_not_come_is_not_waited_for_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_for_a_file_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "TIMEOUT", parallel.TIMEOUT * 0)
     with pytest.raises(
         ConfigError, match=r"config.toml: not visible to rank 0 .* share the folder"

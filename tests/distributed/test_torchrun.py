@@ -1,4 +1,4 @@
-"""The command under torchrun: two processes train one run, and one goes on with it."""
+"""`openmythos train` under torchrun: two processes train a run, and one resumes it."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def two_ranks(*argv: str) -> "subprocess.CompletedProcess[str]":
 
 
 class Ended(NamedTuple):
-    """How torchrun ended: exit code, what it said, seconds from the signal on."""
+    """How torchrun ended: exit code, output, seconds since the signal."""
 
     code: int
     said: str
@@ -52,7 +52,7 @@ class Ended(NamedTuple):
 
 
 def signalled(run: Path, number: signal.Signals, *argv: str, restarts: int = 0) -> Ended:
-    """What becomes of torchrun, one of whose ranks gets a signal once there is a checkpoint."""
+    """How torchrun ends if one of its ranks gets a signal after the first checkpoint."""
     torchrun = subprocess.Popen(
         command(*argv, restarts=restarts),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -146,7 +146,7 @@ def test_a_rank_that_dies_ends_the_job_at_once_and_is_named(here: Path) -> None:
 def test_a_rank_that_hangs_ends_the_job_too(here: Path) -> None:
     argv = [*NEW, "--out", "stuck", "--set", *LONG, "train.num_steps=100000"]
     ended = signalled(here / "stuck", signal.SIGSTOP, *argv)
-    # The other waits for TIMEOUT; then torchrun gives the one that does not answer 30 s to end.
+    # The other rank times out; then torchrun kills the one that hangs after 30 s.
     assert ended.code != 0 and ended.seconds < 120
     assert "rank 0: timed out after 50 s in a collective" in ended.said
     assert list_checkpoints(here / "stuck")

@@ -1,4 +1,4 @@
-"""state.json tells how a run stands, also of a process that could not say so; metrics as read."""
+"""state.json and the status of a run, also after its process was killed; reading of metrics."""
 
 import json
 import math

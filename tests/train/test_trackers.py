@@ -1,4 +1,4 @@
-"""Trackers get what is logged, under one id, and cannot end a training."""
+"""Trackers get all logged metrics, under one id, and cannot end a training."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ MODULES = {
 
 
 class Fake:
-    """The calls that the three packages have, written down."""
+    """Records the calls of the three packages."""
 
     def __init__(self) -> None:
         self.started: list[dict[str, Any]] = []
@@ -147,7 +147,7 @@ def test_a_failing_tracker_ends_no_training(
     assert fakes["trackio"].steps == fakes["tensorboard"].steps == [0, 1, 2, 3]
 
 
-def test_wandb_hears_of_a_failure(tmp_path: Path, fakes: dict[str, Fake]) -> None:
+def test_wandb_is_closed_as_failed(tmp_path: Path, fakes: dict[str, Fake]) -> None:
     for error, code in ((OSError("full"), 1), (GeneratorExit(), 0)):
         with pytest.raises(type(error)), Trackers((Wandb(),), tmp_path, 0, {}):
             raise error
