@@ -47,7 +47,7 @@ def test_streamed_pieces_are_the_text(engine: Engine) -> None:
 
 def test_text_is_streamed_as_it_is_decoded(engine: Engine) -> None:
     calls: list[int] = []
-    engine.model.register_forward_hook(lambda *_: calls.append(1))
+    engine.model.embed.register_forward_hook(lambda *_: calls.append(1))
     pieces = engine.stream(PROMPT, REQUEST)
     assert calls == []
     next(pieces)

@@ -29,7 +29,8 @@ from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.recurrence.halting import ACT, ACTHalting, ExitGate, HaltState
 from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.loop_embedding import LoopEmbedding
-from openmythos.recurrence.schedule import LoopPlan, RecurrentOutput
+from openmythos.recurrence.schedule import LoopPlan
+from openmythos.recurrence.trace import RecurrentOutput
 
 
 def run(

@@ -5,7 +5,8 @@ earlier tokens in their state after that loop. For decoding to give the same, th
 the coda made of every loop's state: the probes.
 """
 
-from typing import Protocol, SupportsIndex
+from abc import ABC, abstractmethod
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +15,16 @@ from openmythos.inference import generation
 from openmythos.inference.sampling import Sampling
 from openmythos.model.config import MythosConfig
 from openmythos.model.inputs import ModelInputs, whole_number
-from openmythos.model.outputs import MythosOutput
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
+from openmythos.nn.feed_forward import RouterStats
 from openmythos.recurrence.exit_rules import ExitRule, ExitTracker, FixedExit
+from openmythos.recurrence.trace import RecurrentOutput
 from openmythos.types import Hidden, Logits, LoopCounts, Mask, NextLogits, TokenIds
 
 
-class _Readout(Protocol):
-    """The model, as an exit rule reads it."""
-
-    coda: nn.ModuleList
-
-    def hidden(
-        self, state: Hidden, inputs: ModelInputs, *, probed_loop: int | None = None
-    ) -> Hidden: ...
-    def logits(self, hidden: Hidden) -> Logits: ...
-
-
-def exit_tracker(model: _Readout, rule: ExitRule | None, inputs: ModelInputs) -> ExitTracker | None:
+def exit_tracker(
+    model: "Decodable", rule: ExitRule | None, inputs: ModelInputs
+) -> ExitTracker | None:
     """The exit rule at work on these inputs; None where every position runs all loops."""
     if rule is None or isinstance(rule, FixedExit):
         return None
@@ -51,7 +44,7 @@ def exit_tracker(model: _Readout, rule: ExitRule | None, inputs: ModelInputs) ->
 
 
 def probe_unrun_loops(
-    model: _Readout, state: Hidden, inputs: ModelInputs, tracker: ExitTracker
+    model: "Decodable", state: Hidden, inputs: ModelInputs, tracker: ExitTracker
 ) -> None:
     """The coda's keys and values in the loops that none of these tokens ran.
 
@@ -68,11 +61,38 @@ def probe_unrun_loops(
     cache.fill_probes(probed, state.shape[1])
 
 
-class Decodable(nn.Module):
+class Decodable(nn.Module, ABC):
     """The part of the model that decoding calls: see `inference.generation.DecodableModel`."""
 
     config: MythosConfig
     embed: nn.Embedding
+    coda: nn.ModuleList
+
+    @abstractmethod
+    def run(
+        self, inputs: ModelInputs, exit_rule: ExitRule | None = None
+    ) -> tuple[RecurrentOutput, dict[str, RouterStats | None]]:
+        """Embedding, prelude and loops; and the router statistics by layer name."""
+
+    @abstractmethod
+    def hidden(
+        self,
+        state: Hidden,
+        inputs: ModelInputs,
+        router: dict[str, RouterStats | None] | None = None,
+        *,
+        last_only: bool = False,
+        probed_loop: int | None = None,
+    ) -> Hidden:
+        """Coda and norm on a state: what the head reads.
+
+        `router` is given where the coda's statistics are wanted. `probed_loop`: only to see what
+        the model would say after that loop, for an exit rule.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Hidden) -> Logits:
+        """[batch, seq, vocab] of what `hidden` returned."""
 
     @property
     def device(self) -> torch.device:
@@ -120,17 +140,16 @@ class Decodable(nn.Module):
         attention_mask: Mask | None,
         cache: KVCache,
     ) -> tuple[NextLogits, LoopCounts]:
-        """(logits after the last token, loops it ran); the tokens are appended to the cache."""
-        out: MythosOutput = self(
-            tokens,
-            num_loops=num_loops,
-            exit_rule=exit_rule,
-            attention_mask=attention_mask,
-            cache=cache,
-            last_only=True,
-        )
+        """(logits after the last token, loops it ran); the tokens are appended to the cache.
+
+        Tokens and mask are not checked again: `inference.generation` has, once for all steps.
+        """
+        inputs = ModelInputs.decoding(self.config, tokens, attention_mask, num_loops, cache)
+        recurrence, _ = self.run(inputs, exit_rule)
+        logits = self.logits(self.hidden(recurrence.state, inputs, last_only=True))
+        cache.note_exits(recurrence.loops_used)
         cache.advance(tokens.shape[1])
-        return out.logits[:, 0], out.recurrence.loops_used[:, -1]
+        return logits[:, 0], recurrence.loops_used[:, -1]
 
     def generate(
         self,

@@ -79,19 +79,45 @@ class ModelInputs:
             raise ValueError(
                 f"initial_state: has shape {list(initial_state.shape)}, must be {list(shape)}"
             )
-        attention = config.attention
         return cls(
             tokens=tokens,
             layout=layout,
-            context=attention_context(
-                layout, attention.rotary_dim(config.dim), attention.rope_base, attention.window
-            ),
+            context=_context(config, layout),
             num_loops=loops,
             backprop_loops=backprop_loops,
             collect=_check_collected(collect_loops, loops),
             cache=cache,
             initial_state=initial_state,
             training=training,
+        )
+
+    @classmethod
+    def decoding(
+        cls,
+        config: MythosConfig,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        num_loops: int,
+        cache: KVCache,
+    ) -> "ModelInputs":
+        """The next tokens of sequences that were checked when they began."""
+        cache.check_room(tokens.shape[1], len(tokens))
+        if attention_mask is not None:
+            cache.mark_padding(attention_mask)
+        seq, valid = tokens.shape[1], None
+        if cache.padded:
+            valid = cache.valid[:, : cache.length + seq]
+        layout = TokenLayout(seq, cache.length, tokens.device, valid)
+        return cls(
+            tokens=tokens,
+            layout=layout,
+            context=_context(config, layout),
+            num_loops=num_loops,
+            backprop_loops=0,
+            collect=(),
+            cache=cache,
+            initial_state=None,
+            training=False,
         )
 
     def view(self, kv: KVView, *, collects: bool = True) -> LayerView:
@@ -115,6 +141,12 @@ class ModelInputs:
     def rows(self, count: int) -> "ModelInputs":
         """Of the first rows alone."""
         return replace(self, context=self.context.rows(0, count))
+
+
+def _context(config: MythosConfig, layout: TokenLayout) -> AttentionContext:
+    attention = config.attention
+    rotary_dim = attention.rotary_dim(config.dim)
+    return attention_context(layout, rotary_dim, attention.rope_base, attention.window)
 
 
 def _check_loops(

@@ -1,22 +1,20 @@
 """The model: embed -> prelude -> recurrent block, looped -> coda -> norm -> head."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openmythos.kernels.cross_entropy import IGNORE, linear_cross_entropy
-from openmythos.kernels.precision import at_least_fp32
-from openmythos.machine import choose_device
-from openmythos.model import storage
+from openmythos.kernels.cross_entropy import IGNORE
 from openmythos.model.config import MythosConfig
 from openmythos.model.decoding import Decodable, exit_tracker, probe_unrun_loops
+from openmythos.model.head import logits_of, loss_of, weighted_sum
 from openmythos.model.init import init_weights
 from openmythos.model.inputs import CollectLoops, ModelInputs, check_targets
 from openmythos.model.outputs import MythosLosses, MythosOutput
+from openmythos.model.storage import Pretrained
 from openmythos.nn.block import Block, FeedForward
 from openmythos.nn.cache import KVCache
 from openmythos.nn.feed_forward import RouterStats
@@ -26,11 +24,11 @@ from openmythos.recurrence import schedule
 from openmythos.recurrence.conditioning import Conditioning
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.loop import RecurrentBlock
-from openmythos.recurrence.schedule import RecurrentOutput
-from openmythos.types import Hidden, Logits, LoopCounts, Mask, Scalar, TokenIds
+from openmythos.recurrence.trace import RecurrentOutput
+from openmythos.types import Hidden, Logits, LoopCounts, Mask, TokenIds
 
 
-class OpenMythos(Decodable):
+class OpenMythos(Decodable, Pretrained):
     """A recurrent-depth transformer: p(next token | tokens, num_loops).
 
     logits = head(norm(coda(h_T))),  h_T from `RecurrentBlock` on the prelude's output.
@@ -113,7 +111,7 @@ class OpenMythos(Decodable):
             has_exits=exit_rule is not None,
             collect_loops=collect_loops,
         )
-        recurrence, router = self._run(inputs, exit_rule)
+        recurrence, router = self.run(inputs, exit_rule)
         ordered = inputs.sorted_rows(recurrence.order)
         loop_logits = {
             loops: self.logits(self.hidden(state, ordered.rows(len(state)), last_only=last_only))
@@ -152,27 +150,33 @@ class OpenMythos(Decodable):
             documents=documents,
             collect_loops=collect_loops,
         )
-        recurrence, router = self._run(inputs)
+        recurrence, router = self.run(inputs)
         ordered, sorted_targets = inputs.sorted_rows(recurrence.order), targets
         if recurrence.order is not None:
             sorted_targets = targets[recurrence.order]
+        loss = partial(loss_of, self.config, weight=self.head_weight)
         by_loop = {}
         for loops, state in recurrence.outputs.items():
-            hidden = self.hidden(state, ordered.rows(len(state)))
+            hidden, some = (
+                self.hidden(state, ordered.rows(len(state))),
+                sorted_targets[: len(state)],
+            )
             if by_halting:
-                weights, some = recurrence.halt_weights[loops], sorted_targets[: len(state)]
-                by_loop[loops] = self._weighted(hidden, some, weights) / (targets != IGNORE).sum()
+                weighted = weighted_sum(self.logits(hidden), some, recurrence.halt_weights[loops])
+                by_loop[loops] = weighted / (targets != IGNORE).sum()
             else:
-                by_loop[loops] = self._cross_entropy(hidden, sorted_targets[: len(state)])
-        final = self._cross_entropy(self.hidden(recurrence.state, inputs, router), targets)
+                by_loop[loops] = loss(hidden=hidden, targets=some)
+        final = loss(hidden=self.hidden(recurrence.state, inputs, router), targets=targets)
         return MythosLosses(final, by_loop, recurrence, _known(router))
 
-    def _run(
+    def run(
         self, inputs: ModelInputs, exit_rule: ExitRule | None = None
     ) -> tuple[RecurrentOutput, dict[str, RouterStats | None]]:
         """Embedding, prelude and loops; and the router statistics by layer name."""
         router: dict[str, RouterStats | None] = {}
-        x = self._embed(inputs.tokens)
+        x = self.embed(inputs.tokens)
+        if self.config.embed_scale != 1:
+            x = x * self.config.embed_scale
         for index, layer in enumerate(self.prelude):
             kv = NoCache() if inputs.cache is None else inputs.cache.prelude(index, x.shape[1])
             x, router[f"prelude.{index}"] = layer(x, inputs.view(kv))
@@ -200,11 +204,7 @@ class OpenMythos(Decodable):
         last_only: bool = False,
         probed_loop: int | None = None,
     ) -> Hidden:
-        """Coda and norm on a state: what the head reads.
-
-        `router` is given where the coda's statistics are wanted. `probed_loop`: only to see what
-        the model would say after that loop, for an exit rule.
-        """
+        """Coda and norm on a state: what the head reads; see `Decodable`."""
         x, cache, seq = state, inputs.cache, state.shape[1]
         for index, layer in enumerate(self.coda):
             kv: KVView = NoCache()
@@ -219,29 +219,7 @@ class OpenMythos(Decodable):
         return self.norm(x[:, -1:] if last_only else x)
 
     def logits(self, hidden: Hidden) -> Logits:
-        logits = F.linear(hidden, self.head_weight)
-        if self.config.logit_scale != 1:
-            logits = logits * self.config.logit_scale
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    def _embed(self, tokens: TokenIds) -> Hidden:
-        x = self.embed(tokens)
-        return x if self.config.embed_scale == 1 else x * self.config.embed_scale
-
-    def _weighted(self, hidden: Hidden, targets: TokenIds, weights: Tensor) -> Scalar:
-        """Sum of the losses of all targets, each times its weight [batch, seq]."""
-        logits = at_least_fp32(self.logits(hidden)).flatten(0, 1)
-        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
-        return (losses * weights.flatten()).sum()
-
-    def _cross_entropy(self, hidden: Hidden, targets: TokenIds) -> Scalar:
-        if self.config.logit_softcap:
-            logits = at_least_fp32(self.logits(hidden)).flatten(0, 1)
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
-        if self.config.logit_scale != 1:
-            hidden = hidden * self.config.logit_scale
-        return linear_cross_entropy(hidden, self.head_weight, targets)
+        return logits_of(self.config, hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -262,26 +240,6 @@ class OpenMythos(Decodable):
             layer = self.get_submodule(name)
             assert isinstance(layer, Block)
             layer.feed_forward.update_router_bias(count)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, each replaced as a whole."""
-        storage.save(Path(folder), self.config, self.state_dict())
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu"
-    ) -> "OpenMythos":
-        """Load what `save_pretrained` wrote onto a device; "auto" is the accelerator, if any.
-
-        A file that does not fit, or a device that is not there, raises a ConfigError.
-        """
-        chosen = choose_device(device)
-        config = storage.load_config(Path(folder))
-        with torch.device("meta"):
-            model = cls(config)
-        weights = storage.load_weights(Path(folder), model.state_dict())
-        model.load_state_dict(weights, assign=True)
-        return model.to(chosen).eval()
 
 
 def _known(router: Mapping[str, RouterStats | None]) -> dict[str, RouterStats]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from openmythos.nn.feed_forward import RouterStats
-from openmythos.recurrence.schedule import RecurrentOutput
+from openmythos.recurrence.trace import RecurrentOutput
 from openmythos.types import Logits, Scalar
 
 

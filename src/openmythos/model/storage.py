@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmythos.config import ConfigError, from_dict, to_dict
 from openmythos.files import read_json, replacing, write_json
+from openmythos.machine import choose_device
 from openmythos.model.config import MythosConfig
 
 FORMAT_VERSION = 1
@@ -96,3 +97,27 @@ def _check_names(
     surplus = sorted(set(found) - set(expected))
     if surplus:
         raise ConfigError(f"{path}: tensor {surplus[0]} is not part of this model")
+
+
+class Pretrained(nn.Module):
+    """The part of the model that writes it to a folder and reads it back."""
+
+    config: MythosConfig
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, each replaced as a whole."""
+        save(Path(folder), self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
+        """Load what `save_pretrained` wrote onto a device; "auto" is the accelerator, if any.
+
+        A file that does not fit, or a device that is not there, raises a ConfigError.
+        """
+        chosen = choose_device(device)
+        config = load_config(Path(folder))
+        with torch.device("meta"):
+            model = cls(config)
+        weights = load_weights(Path(folder), model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        return model.to(chosen).eval()

@@ -5,8 +5,8 @@ are sorted by it and leave the batch when they are done, so a pass costs the sum
 the batch size times the largest.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,13 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from openmythos.nn.block import LayerStats
 from openmythos.nn.cache import KVCache
-from openmythos.nn.feed_forward import RouterStats
 from openmythos.nn.layout import AttentionContext
 from openmythos.recurrence.exit_rules import ExitTracker, LoopStates
 from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.state import LoopInputs, LoopState
-from openmythos.recurrence.trace import Trace
-from openmythos.types import Hidden, LoopCounts, LoopsPerToken, Scalar
+from openmythos.recurrence.trace import RecurrentOutput, Trace
+from openmythos.types import Hidden, LoopCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,27 +37,6 @@ class LoopPlan:
     exits: ExitTracker | None = None
     collect: Collection[int] = ()
     initial_state: Hidden | None = None
-
-
-@dataclass(frozen=True)
-class RecurrentOutput:
-    """What the coda reads, and what happened in the loops.
-
-    `states`, `outputs` (what the coda would read if the loops ended there) and `halt_weights` are
-    by loop count, for those in `LoopPlan.collect`. Where rows ran different numbers of loops, an
-    entry has only the rows that ran that loop, in the order `order`. `norms` is there where
-    `RecurrentBlock.record_norms` is set: see `Trace.record_norms`.
-    """
-
-    state: Hidden
-    loops_used: LoopsPerToken
-    ponder_cost: Scalar | None
-    router: list[RouterStats | None]  # per recurrent layer, summed over loops
-    states: Mapping[int, Tensor] = field(default_factory=dict)
-    outputs: Mapping[int, Tensor] = field(default_factory=dict)
-    halt_weights: Mapping[int, Tensor] = field(default_factory=dict)
-    order: Tensor | None = None
-    norms: Tensor | None = None
 
 
 def run(
@@ -85,7 +63,8 @@ def run(
         training=training,
         can_stop=plan.exits is not None,
     )
-    trace, done, loops_run = Trace(block, plan.collect), [], 0
+    wanted = inputs.collects or plan.collect or block.record_norms
+    trace, done, loops_run = Trace(block, plan.collect) if wanted else None, [], 0
     sync = block.sync_num_loops or (lambda number: number)
     deepest = sync(loops[0])
     for loop in range(deepest):
@@ -102,30 +81,29 @@ def run(
             view = LoopStates(before.hidden, state.hidden, block.readout(state)[0])
             state = state._replace(active=plan.exits.update(view, state.active, loop))
         loops_run = loop + 1
-        trace.record(loops_run, before, state)
+        if trace is not None:
+            trace.record(loops_run, before, state)
         # Only at inference: in training all ranks must run the same loops.
         if not training and state.active is not None and not sync(int(state.active.any())):
             break
     if plan.cache is not None:
         plan.cache.fill_unrun_loops(loops_run, encoded.shape[1])
-    if order is None:
+    if trace is not None and order is None:
         trace.record_rest(loops_run, state)
-    state = _joined([state, *reversed(done)])
+    state = _joined([state, *reversed(done)]) if done else state
+    return _finished(block, state, order, trace)
+
+
+def _finished(
+    block: RecurrentBlock, state: LoopState, order: Tensor | None, trace: Trace | None
+) -> RecurrentOutput:
+    """What the loops have left, with the rows in their first order again."""
     (hidden, ponder), used = block.readout(state), state.loops_used
     if order is not None:
         back = order.argsort()
         hidden, used = hidden[back], used[back]
-    return RecurrentOutput(
-        hidden,
-        used,
-        None if ponder is None else ponder.mean(),
-        trace.router,
-        trace.states,
-        trace.outputs,
-        trace.halt_weights(),
-        order,
-        trace.norms(),
-    )
+    found = RecurrentOutput(hidden, used, None if ponder is None else ponder.mean(), order=order)
+    return found if trace is None else trace.added_to(found)
 
 
 def _truncated(
@@ -135,7 +113,7 @@ def _truncated(
     loop: int,
     cut: int | None,
     cache: KVCache | None,
-    trace: Trace,
+    trace: Trace | None,
 ) -> LoopState:
     """One loop of all rows at hand, those before `cut` without gradient."""
     rows, parts = len(state.hidden), []
@@ -150,9 +128,10 @@ def _truncated(
         if not with_gradient:
             # Weights that autocast has cast without gradient must not serve the next part.
             torch.clear_autocast_cache()
-        trace.add_router(router)
+        if trace is not None:
+            trace.add_router(router)
         parts.append(part)
-    return _joined(parts)
+    return parts[0] if len(parts) == 1 else _joined(parts)
 
 
 def _step(
@@ -202,8 +181,6 @@ def _like(columns: Tensor, x: Tensor) -> Tensor:
 
 def _joined(parts: list[LoopState]) -> LoopState:
     """The rows of several parts of a batch, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
     return parts[0].map(lambda *x: torch.cat(x), *parts[1:])
 
 

@@ -1,15 +1,40 @@
 """What is recorded of the loops on their way."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from openmythos.nn.block import LayerStats
+from openmythos.nn.feed_forward import RouterStats
 from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.state import LoopState
+from openmythos.types import Hidden, LoopsPerToken, Scalar
 
 _SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class RecurrentOutput:
+    """What the coda reads, and what happened in the loops.
+
+    `states`, `outputs` (what the coda would read if the loops ended there) and `halt_weights` are
+    by loop count, for those in `LoopPlan.collect`. Where rows ran different numbers of loops, an
+    entry has only the rows that ran that loop, in the order `order`. `norms` is there where
+    `RecurrentBlock.record_norms` is set: sums over positions of 1, |h'|^2 / dim and
+    |h' - h| / |h'|, [num_loops, 3].
+    """
+
+    state: Hidden
+    loops_used: LoopsPerToken
+    ponder_cost: Scalar | None
+    router: Sequence[RouterStats | None] = ()  # per recurrent layer, summed over loops
+    states: Mapping[int, Tensor] = field(default_factory=dict)
+    outputs: Mapping[int, Tensor] = field(default_factory=dict)
+    halt_weights: Mapping[int, Tensor] = field(default_factory=dict)
+    order: Tensor | None = None
+    norms: Tensor | None = None
 
 
 class Trace:
@@ -46,7 +71,7 @@ class Trace:
             self.states[loops] = state.hidden
             self.outputs[loops] = self._block.readout(state)[0]
 
-    def halt_weights(self) -> Mapping[int, Tensor]:
+    def _halt_weights(self) -> Mapping[int, Tensor]:
         """Weight of every loop's state, [rows, seq] each; a row's last loop has its remainder."""
         weights = {}
         for loop, total in enumerate(self._cumulative):
@@ -63,6 +88,12 @@ class Trace:
         squares = size.square().sum() / state.shape[-1]
         self._norms.append(torch.stack([torch.ones_like(size).sum(), squares, change.sum()]))
 
-    def norms(self) -> Tensor | None:
-        """[num_loops, 3]: sums over positions of 1, |h'|^2 / dim and |h' - h| / |h'|."""
-        return torch.stack(self._norms) if self._norms else None
+    def added_to(self, output: RecurrentOutput) -> RecurrentOutput:
+        return replace(
+            output,
+            router=self.router,
+            states=self.states,
+            outputs=self.outputs,
+            halt_weights=self._halt_weights(),
+            norms=torch.stack(self._norms) if self._norms else None,
+        )
