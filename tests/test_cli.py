@@ -435,6 +435,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "preset": (["plan", "1bb"], ["preset = '1bb': unknown preset, did you mean '1b'?"]),
     "loop list": (["eval", "run", "--num-loops", "1,x"], ["num_loops = '1,x'", "whole numbers"]),
     "no loops": (["eval", "run", "--num-loops", "0"], ["num_loops = '0'", ">= 1"]),
+    "empty loops": (["eval", "run", "--num-loops", ""], ["num_loops = ''", "whole numbers"]),
     "half loops": (["eval", "run", "--num-loops", "2.5"], ["num_loops = '2.5'", ">= 1"]),
     "small vocabulary": (
         ["tokenizer", "--data", "text", "--vocab-size", "100", "--out", "bpe"],

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MAX_GIB = 2.0**20
 DEFAULT_RECIPE = "demo"
-TEXT_LOOPS = "1,2,4,8,16"
+TEXT_LOOPS = (1, 2, 4, 8, 16)
 DEMO_LOOPS = (1, 2, 4, 8)
 DEMO_SAMPLES = (1, 8)
 DEMO_PROMPT = "def main("
@@ -175,7 +175,7 @@ class Eval:
     folder: RunFolder
     data: Texts = ()
     """Text to score instead of the run's own held-out part."""
-    num_loops: Annotated[str, shown("N,N,...", f"{TEXT_LOOPS}; of a task more")] = ""
+    num_loops: Annotated[str | None, shown("N,N,...", "1,2,4,8,16; for a task more")] = None
     """Loop counts, separated by commas."""
     precision: Annotated[str, shown("KIND")] = "auto"
     """To compute in: fp32, bf16, or auto (bf16 if the device computes it natively)."""
@@ -193,8 +193,9 @@ class Eval:
         run, data = Run.open(Path(self.folder)), flat(self.data)
         on_text = isinstance(run.config.data, TextData)
         require(on_text or not data, "data", data, "must not be given: the run learned a task")
-        asked = self.num_loops or (TEXT_LOOPS if on_text else "")
-        loops = _loop_counts(asked) if asked else ()
+        loops: tuple[int, ...] = TEXT_LOOPS if on_text else ()
+        if self.num_loops is not None:
+            loops = _loop_counts(self.num_loops)
         folder = report.report_folder(run, data, self.step, self.out)
         chosen = {"device": self.device, "step": self.step, "precision": self.precision}
         if on_text:
