@@ -22,7 +22,7 @@ from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.recurrence.initial_state import NormalState, ZeroState
 from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.tasks import KHop
-from openmythos.tasks.curriculum import TiedLoops
+from openmythos.train.config import TiedLoops
 from openmythos.train.task_source import task_trainer
 
 TASK = KHop(num_entities=5, num_relations=2)

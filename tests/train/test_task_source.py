@@ -28,9 +28,8 @@ from openmythos.recurrence.loop_sampling import (
 from openmythos.studies import depth_extrapolation
 from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.tasks import KHop, Parity, Reachability, SystematicHops, Task
-from openmythos.tasks.curriculum import HopCurriculum, TiedLoops
 from openmythos.train.checkpoint import list_checkpoints
-from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
+from openmythos.train.config import RunConfig, TaskData, TextData, TiedLoops, TrainConfig
 from openmythos.train.metrics import read_metrics
 from openmythos.train.optim import AdamW
 from openmythos.train.overview import find_runs, summarize
@@ -40,7 +39,7 @@ from openmythos.train.trainer import StepMetrics, Trainer
 
 PINNED = json.loads(Path(__file__).with_name("pinned_tasks.json").read_text())
 BASE = replace(presets.hops(), dim=32)
-EASY = HopCurriculum(max_hops=6, mastery=1e-3)
+EASY = TaskData(max_hops=6, mastery=1e-3)
 SMALL = replace(
     TASK_TRAINING, num_steps=12, batch_size=8, loops=TiedLoops(extra=2), seed=3, device="cpu"
 )
@@ -102,9 +101,9 @@ def test_runs_are_those_of_the_stored_studies(name: str) -> None:
     assert [metrics.loss for metrics in found] == pytest.approx(pinned["losses"], rel=1e-4)
 
 
-def source_of(curriculum: HopCurriculum = EASY, **changes: Any) -> TaskSource:
-    given: dict[str, Any] = {"batch_size": 6, "seed": 1, "loops": TiedLoops(extra=2)}
-    return TaskSource(KHop(), curriculum, **(given | changes))
+def source_of(data: TaskData = EASY, seed: int = 1, **ranks: int) -> TaskSource:
+    training = replace(SMALL, batch_size=6, seed=seed, seq_len=7)
+    return TaskSource(RunConfig(model=BASE, data=data, train=training), **ranks)
 
 
 def right(source: TaskSource, step: int) -> None:
@@ -143,8 +142,8 @@ def test_ranks_share_what_one_would_read() -> None:
 
 
 def test_the_curriculum_grows_with_mastery_alone() -> None:
-    def reached(curriculum: HopCurriculum) -> list[int]:
-        source = source_of(curriculum)
+    def reached(data: TaskData) -> list[int]:
+        source = source_of(data)
         found = []
         for step in range(40):
             source.batch(step)
@@ -297,7 +296,7 @@ def test_a_curriculum_is_not_asked_about_while_a_step_can_be_abandoned(tmp_path:
         asked.append(trainer._changing)
         return False
 
-    source = TaskSource.of(config)
+    source = TaskSource(config)
     model = OpenMythos(config.model, seed=0)
     trainer = Trainer(model, source, config.train, stopping)
     assert len(list(trainer.steps())) == 6 and source.reach == 6

@@ -19,8 +19,7 @@ from openmythos.nn.moe import MoE
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import LinearCurriculum, PoissonLoops
 from openmythos.tasks import KHop
-from openmythos.tasks.curriculum import TiedLoops
-from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
+from openmythos.train.config import RunConfig, TaskData, TextData, TiedLoops, TrainConfig
 from openmythos.train.optim import WSD, AdamW, Muon
 
 

@@ -14,9 +14,8 @@ from openmythos.data.corpus import compression_baselines
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.eval.likelihood import Likelihood, depth_sweep
 from openmythos.files import read_json, write_json
-from openmythos.tasks.curriculum import TiedLoops
 from openmythos.train.checkpoint import latest_checkpoint, step_of
-from openmythos.train.config import TextData
+from openmythos.train.config import TextData, TiedLoops
 from openmythos.train.metrics import finite_or_none, read_metrics, tokens_seen
 from openmythos.train.run import Run, open_data
 

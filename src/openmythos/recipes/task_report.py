@@ -11,8 +11,7 @@ from openmythos.config import ConfigError, to_dict
 from openmythos.eval.accuracy import accuracy_map
 from openmythos.files import write_json
 from openmythos.recipes.report import FILE
-from openmythos.tasks.curriculum import TiedLoops
-from openmythos.train.config import TaskData
+from openmythos.train.config import TaskData, TiedLoops
 from openmythos.train.run import Run
 
 # Of the most hops that were trained, and of their loops.

@@ -5,8 +5,7 @@ from typing import Any
 
 from openmythos.model.config import MythosConfig
 from openmythos.tasks import Task
-from openmythos.tasks.curriculum import TiedLoops
-from openmythos.train.config import RunConfig, TaskData, TrainConfig
+from openmythos.train.config import RunConfig, TaskData, TiedLoops, TrainConfig
 from openmythos.train.optim import WSD, AdamW
 from openmythos.train.task_source import longest
 
@@ -23,7 +22,7 @@ TASK_TRAINING = TrainConfig(
 def on_task(
     model: MythosConfig, task: Task, training: TrainConfig = TASK_TRAINING, **hops: Any
 ) -> RunConfig:
-    """A run that learns a task; `hops` are fields of `HopCurriculum`."""
+    """A run that learns a task; `hops` are fields of `TaskData`."""
     data = TaskData(task=task, **hops)
-    training = replace(training, seq_len=longest(task, data))
+    training = replace(training, seq_len=longest(data))
     return RunConfig(model=model, data=data, train=training)

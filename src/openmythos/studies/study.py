@@ -19,7 +19,6 @@ from openmythos.model.config import MythosConfig
 from openmythos.studies.learning import TASK_TRAINING
 from openmythos.studies.text import RATES, on_text
 from openmythos.tasks import Task
-from openmythos.tasks.curriculum import HopCurriculum
 from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
 from openmythos.train.task_source import fitted
 
@@ -121,9 +120,9 @@ def config_of(settings: Mapping[str, Any]) -> RunConfig:
     if learning["kind"] == "text":
         parts = {"tokenizer": task["tokenizer"], "data": task["data"], "train": learning["train"]}
         return from_dict(RunConfig, {"model": model, **parts})
-    names = [f.name for f in fields(HopCurriculum)]
-    data = {"kind": "task", "task": task} | {n: learning[n] for n in names if n in learning}
-    own = {n: value for n, value in learning.items() if n not in (*names, "kind")}
+    names = {f.name for f in fields(TaskData)}
+    data = {n: value for n, value in learning.items() if n in names} | {"task": task}
+    own = {n: value for n, value in learning.items() if n not in names}
     train = to_dict(TASK_TRAINING) | own | {"seq_len": 1}
     return fitted(from_dict(RunConfig, {"model": model, "data": data, "train": train}))
 

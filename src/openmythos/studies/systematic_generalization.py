@@ -15,9 +15,8 @@ from openmythos.studies.depth_extrapolation import looped, stacked
 from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, percent
 from openmythos.tasks import SystematicHops
-from openmythos.tasks.curriculum import TiedLoops
 from openmythos.tasks.split import Part
-from openmythos.train.config import RunConfig
+from openmythos.train.config import RunConfig, TiedLoops
 from openmythos.train.optim import WSD, AdamW
 from openmythos.train.task_source import accuracy
 

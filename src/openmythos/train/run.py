@@ -166,7 +166,7 @@ class Run:
         """The batches of a rank; of text after it has checked share (rank, ranks) of the files."""
         config = self.config.train
         if isinstance(self.config.data, TaskData):
-            return TaskSource.of(self.config, rank, world_size)
+            return TaskSource(self.config, rank, world_size)
         sources = self.sources("train", verify=False)
         if verify is not None:
             for shards in sources:

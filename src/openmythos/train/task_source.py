@@ -11,9 +11,8 @@ from openmythos.config import require
 from openmythos.data.loader import Batch, BatchSource
 from openmythos.distributed.ranks import mean_over_ranks
 from openmythos.model.mythos import OpenMythos
-from openmythos.tasks import Task, TaskBatch
-from openmythos.tasks.curriculum import HopCurriculum, TiedLoops
-from openmythos.train.config import RunConfig, TaskData
+from openmythos.tasks import TaskBatch
+from openmythos.train.config import RunConfig, TaskData, TiedLoops
 from openmythos.train.trainer import Trainer
 from openmythos.types import NextLogits, TokenIds
 
@@ -38,42 +37,18 @@ class TaskSource(BatchSource):
     on the hops: to go back, or to resume, it is drawn again from the first step on.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        curriculum: HopCurriculum,
-        *,
-        batch_size: int,
-        seed: int,
-        loops: TiedLoops | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """`batch_size` is that of all ranks; `loops` None: the trainer draws them."""
-        fits = batch_size % world_size == 0
-        require(fits, "batch_size", batch_size, f"must divide by world_size = {world_size}")
-        self.seq_len, self.vocab_size = longest(task, curriculum), task.vocab_size
-        self._task, self._curriculum, self._tied = task, curriculum, loops
-        self._batch_size, self._seed = batch_size, seed
-        self._rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self._reached = [(0, curriculum.first_hops)]  # (first step, reach from there on)
+    def __init__(self, config: RunConfig, rank: int = 0, world_size: int = 1) -> None:
+        """`config.data` is a TaskData; `train.batch_size` is that of all ranks."""
+        assert isinstance(config.data, TaskData)
+        size = config.train.batch_size
+        allowed = f"must divide by world_size = {world_size}"
+        require(size % world_size == 0, "batch_size", size, allowed)
+        self._data, self._train = config.data, config.train
+        self._rows = slice(rank * size // world_size, (rank + 1) * size // world_size)
+        self.seq_len, self.vocab_size = longest(self._data), self._data.task.vocab_size
+        self._reached = [(0, self._data.first_hops)]  # (first step, reach from there on)
         self._accuracy = _UNKNOWN
         self._rewind()
-
-    @classmethod
-    def of(cls, config: RunConfig, rank: int = 0, world_size: int = 1) -> "TaskSource":
-        """The batches of a run that learns a task."""
-        data, train = config.data, config.train
-        assert isinstance(data, TaskData)
-        return cls(
-            data.task,
-            data,
-            batch_size=train.batch_size,
-            seed=train.seed,
-            loops=train.loops if isinstance(train.loops, TiedLoops) else None,
-            rank=rank,
-            world_size=world_size,
-        )
 
     @property
     def reach(self) -> int:
@@ -91,13 +66,13 @@ class TaskSource(BatchSource):
     def learned(self, step: int, last_logits: Callable[[TokenIds], NextLogits]) -> None:
         """Follow the accuracy at the longest problems, and grow where they are mastered."""
         drawn, reach = self._draw(step), self.reach
-        if reach == self._curriculum.max_hops or drawn.hops < 0.75 * reach:
+        if reach == self._data.max_hops or drawn.hops < 0.75 * reach:
             return
         right = accuracy(last_logits(drawn.problems.tokens), drawn.problems.answers())
         (right,) = mean_over_ranks([right])
         self._accuracy = 0.8 * self._accuracy + 0.2 * float(right)
-        if self._accuracy > self._curriculum.mastery:
-            self._reached.append((step + 1, min(reach + 2, self._curriculum.max_hops)))
+        if self._accuracy > self._data.mastery:
+            self._reached.append((step + 1, min(reach + 2, self._data.max_hops)))
             self._accuracy = _UNKNOWN
 
     def metrics(self) -> dict[str, float]:
@@ -112,7 +87,7 @@ class TaskSource(BatchSource):
         self._rewind()
 
     def _rewind(self) -> None:
-        self._generator = torch.Generator().manual_seed(self._seed + 1)
+        self._generator = torch.Generator().manual_seed(self._train.seed + 1)
         self._drawn: _Drawn | None = None
 
     def _draw(self, step: int) -> _Drawn:
@@ -125,17 +100,17 @@ class TaskSource(BatchSource):
     def _next(self, step: int) -> _Drawn:
         generator = self._generator
         reach = next(hops for first, hops in reversed(self._reached) if first <= step)
-        hops = int(torch.randint(self._curriculum.min_hops, reach + 1, (), generator=generator))
-        problems = self._task.sample(self._batch_size, hops, generator)
-        loops = None
-        if self._tied is not None:
-            loops = hops + int(torch.randint(self._tied.extra + 1, (), generator=generator))
+        hops = int(torch.randint(self._data.min_hops, reach + 1, (), generator=generator))
+        problems = self._data.task.sample(self._train.batch_size, hops, generator)
+        how, loops = self._train.loops, None
+        if isinstance(how, TiedLoops):
+            loops = hops + int(torch.randint(how.extra + 1, (), generator=generator))
         return _Drawn(step, hops, TaskBatch(*(x[self._rows] for x in problems)), loops)
 
 
-def longest(task: Task, curriculum: HopCurriculum) -> int:
+def longest(data: TaskData) -> int:
     """Tokens of a problem of the most hops."""
-    return task.sample(1, curriculum.max_hops, torch.Generator()).tokens.shape[1]
+    return data.task.sample(1, data.max_hops, torch.Generator()).tokens.shape[1]
 
 
 def fitted(config: RunConfig) -> RunConfig:
@@ -147,7 +122,7 @@ def fitted(config: RunConfig) -> RunConfig:
     return replace(
         config,
         model=replace(model, vocab_size=vocab_size),
-        train=replace(config.train, seq_len=longest(data.task, data)),
+        train=replace(config.train, seq_len=longest(data)),
     )
 
 
@@ -155,7 +130,7 @@ def task_trainer(config: RunConfig) -> Trainer:
     """Ready for the first step of a run that learns a task, without a run folder."""
     with torch.device("meta"):
         model = OpenMythos(config.model)
-    return Trainer(model, TaskSource.of(config), config.train)
+    return Trainer(model, TaskSource(config), config.train)
 
 
 def accuracy(last_logits: NextLogits, answers: Tensor) -> Tensor:

@@ -29,9 +29,8 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
 from openmythos.planning.cost import TrainingFlops
 from openmythos.recurrence.loop_sampling import sample_loops
-from openmythos.tasks.curriculum import TiedLoops
 from openmythos.train.checkpoint import Counters
-from openmythos.train.config import TrainConfig
+from openmythos.train.config import TiedLoops, TrainConfig
 from openmythos.train.loss import LossParts, training_loss
 from openmythos.train.precision import Dtypes, choose
 from openmythos.types import LoopCounts, NextLogits, TokenIds
