@@ -45,8 +45,8 @@ class EvaluationBatch(Batch):
 class BatchSource(Protocol):
     """What the trainer reads: batches that are a function of (seed, step, rank) and of `state`.
 
-    A source that learns nothing from the training, such as text, has no state. To resume, `load`
-    the state and ask for the next step.
+    Text has no state; the state of a task is how far its curriculum has come. To resume, `load` the
+    state and ask for the next step.
     """
 
     seq_len: int  # tokens of the longest row
@@ -57,14 +57,14 @@ class BatchSource(Protocol):
         ...
 
     def loops(self, step: int) -> int | None:
-        """How many loops every row of a step runs; None: as the config of the training says."""
+        """How many loops every row of a step runs; None: drawn from `train.loops`."""
         return None
 
     def learned(self, step: int, last_logits: Callable[[TokenIds], NextLogits]) -> None:
-        """Hear that a step has been learned.
+        """Called after every step, on all ranks.
 
-        `last_logits` gives the model's logits at the last position [batch, vocab] of tokens
-        [batch, seq], with the loops of the step; all ranks must call it, or none.
+        `last_logits` returns the model's logits at the last position [batch, vocab] of tokens
+        [batch, seq], with the loops of the step. Either all ranks call it or none.
         """
         return None
 

@@ -1,7 +1,7 @@
 """What does a low-rank difference between loops buy: on text, and beyond the loops trained?"""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -114,7 +114,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     Rank 8 must recover half of what sharing costs (rank 0 against untied), must not lose more
     than 0.02 nats at twice the trained loops, and must reach on k-hop what rank 0 does less 5
     points at 20 hops."""
-    groups, factors = by_arm(results), factors_of(arms())
+    groups = by_arm(results)
 
     def mean(name: str, loops: int) -> float:
         return statistics.mean(nats(run, loops) for run in groups[name])
@@ -146,19 +146,6 @@ def judge(results: Sequence[RunResult]) -> Finding:
         verdict = "holds"
     elif next(iter(statements.values())) or (gain > 0 and sum(statements.values()) == 2):
         verdict = "holds in part"
-    columns = [f"nats at {n} loops" for n in (1, TRAINED, 2 * TRAINED, 16)]
-    table = []
-    for name, runs in groups.items():
-        row = {"arm": name, "parameters": f"{runs[0].parameters:,}"}
-        on_text = factors[name]["data"] == "text"
-        for n, column in zip((1, TRAINED, 2 * TRAINED, 16), columns, strict=True):
-            shown = on_text and (name != UNTIED or n == TRAINED)
-            values = [nats(run, n) for run in runs] if shown else []
-            row[column] = plus_minus(values) if values else "-"
-        for count in (10, 20, 30):
-            row[f"{count} hops"] = "-" if on_text else percent([best(r, count) for r in runs])
-        row["learning rate"] = f"{runs[0].rate:g}"
-        table.append(row)
     ranks = {rank: groups[f"k-hop, rank {rank}"][0].parameters for rank in (0, 8)}
     more = ranks[8] / ranks[0] - 1
     sentence = (
@@ -168,7 +155,22 @@ def judge(results: Sequence[RunResult]) -> Finding:
     )
     priced = f"{gap:.2f} nats" if premise else f"nothing here ({gap:.2f} nats)"
     brief = f"Sharing costs {priced}; 20 hops: {hops[8]:.0%} against {hops[0]:.0%}."
-    return Finding(verdict, sentence, table, brief)
+    return Finding(verdict, sentence, list(_table(groups)), brief)
+
+
+def _table(groups: Mapping[str, Sequence[RunResult]]) -> Iterator[dict[str, str]]:
+    """A row per arm."""
+    factors = factors_of(arms())
+    for name, runs in groups.items():
+        row = {"arm": name, "parameters": f"{runs[0].parameters:,}"}
+        on_text = factors[name]["data"] == "text"
+        for n in (1, TRAINED, 2 * TRAINED, 16):
+            shown = on_text and (name != UNTIED or n == TRAINED)
+            row[f"nats at {n} loops"] = plus_minus([nats(r, n) for r in runs]) if shown else "-"
+        for count in (10, 20, 30):
+            row[f"{count} hops"] = "-" if on_text else percent([best(r, count) for r in runs])
+        row["learning rate"] = f"{runs[0].rate:g}"
+        yield row
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:

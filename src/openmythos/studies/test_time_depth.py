@@ -1,7 +1,7 @@
 """What do more loops buy a language model at inference, and what do shortcuts of looping cost?"""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -165,31 +165,28 @@ def judge(results: Sequence[RunResult]) -> Finding:
         verdict = "holds"
     elif next(iter(statements.values())) and count >= 2:
         verdict = "holds in part"
-    table = [
-        {
-            "arm": name,
-            **{
-                f"{n} loop{'s' * (n > 1)}": plus_minus([nats(r)[n] for r in runs])
-                for n in (1, 2, 4, 8, 32)
-                if n in nats(runs[0])
-            },
-            **{
-                f"cache: {policy}": plus_minus([_added(r, policy) for r in runs])
-                for policy in POLICIES
-                if policy != "exact"
-            },
-            "training FLOPs": f"{statistics.mean(r.training_flops or 0 for r in runs):.2e}",
-            "learning rate": f"{runs[0].rate:g}",
-        }
-        for name, runs in groups.items()
-    ]
     used = f"8 loops are worth {gain:.3f} nats against 1"
     idle = "uses its loops" if gain >= USED else "hardly uses its loops"
     sentence = (
         f"The premise is a model that uses its loops ({used}, at least {USED}): "
         f"{'met' if gain >= USED else 'not met'}. {as_sentence(statements)}"
     )
-    return Finding(verdict, sentence, table, f"{used}: this model {idle}.")
+    return Finding(verdict, sentence, list(_table(groups)), f"{used}: this model {idle}.")
+
+
+def _table(groups: Mapping[str, Sequence[RunResult]]) -> Iterator[dict[str, str]]:
+    """A row per arm."""
+    for name, runs in groups.items():
+        row = {"arm": name}
+        for n in (1, 2, 4, 8, 32):
+            if n in nats(runs[0]):
+                row[f"{n} loop{'s' * (n > 1)}"] = plus_minus([nats(r)[n] for r in runs])
+        for policy in POLICIES:
+            if policy != "exact":
+                row[f"cache: {policy}"] = plus_minus([_added(r, policy) for r in runs])
+        row["training FLOPs"] = f"{statistics.mean(r.training_flops or 0 for r in runs):.2e}"
+        row["learning rate"] = f"{runs[0].rate:g}"
+        yield row
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:

@@ -16,7 +16,7 @@ from openmythos.train.config import RunConfig, TaskData, TiedLoops
 from openmythos.train.trainer import Trainer
 from openmythos.types import NextLogits, TokenIds
 
-# The running accuracy at the start and after each growth: neither mastered nor hopeless.
+# The running accuracy at the start and after each growth of the curriculum.
 _UNKNOWN = 0.5
 
 
@@ -33,8 +33,8 @@ class TaskSource(BatchSource):
     """Problems of a task under a curriculum; a step asks problems of one number of hops.
 
     A batch is a function of (seed, step, rank) and of the steps at which the curriculum grew, which
-    are the state. All draws come from one stream of random numbers, whose length per step depends
-    on the hops: to go back, or to resume, it is drawn again from the first step on.
+    are the state. All steps draw from one stream of random numbers, and how many a step draws
+    depends on its hops. For an earlier step, or to resume, the draws are repeated from step 0 on.
     """
 
     def __init__(self, config: RunConfig, rank: int = 0, world_size: int = 1) -> None:

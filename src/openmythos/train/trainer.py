@@ -48,18 +48,18 @@ class StepMetrics:
     mean_loops: float
     tokens: int
     tokens_per_second: float
-    flops: float  # of all ranks, forward and backward
+    flops: float  # forward and backward, of all ranks
     balance: float
     max_violation: float  # of the busiest expert, over recurrent MoE layers
     ponder_cost: float
     max_decay: float
     skipped: int  # steps so far whose loss or gradient was not finite: nothing was changed
     rollbacks: int  # so far, after a spike of the loss
-    mfu: float  # model FLOPs over those of matrix products in the same dtype, at most 1
+    mfu: float  # FLOPs per second as a share of those of matrix products in the same dtype
     # By loop, means over the positions that run it; empty at steps that are not logged.
     state_rms: tuple[float, ...]
     residual: tuple[float, ...]  # |h' - h| / |h'|
-    data: Mapping[str, float]  # what the data say of themselves, such as the hops reached
+    data: Mapping[str, float]  # metrics of the source, such as the hops reached
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON gives it back."""
@@ -73,11 +73,11 @@ class StepAbandoned(Exception):  # noqa: N818 - no error: training was asked to 
 
 
 class Trainer:
-    """Trains a model on the batches of a source from step `step` on.
+    """Trains a model on the batches of a source, from step `step` on.
 
     A model on the meta device is initialised here, sharded, on `config.device`. Training ends after
-    a step at which `stopping` was true on any rank. A single process checks it after every module
-    and abandons the step. `kept` are the dtypes that a resumed run began with.
+    a step at which `stopping` returned True on any rank; a single process calls it after every
+    module and abandons the step. `kept` are the dtypes that a resumed run began with.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Trainer:
     ) -> None:
         self.source, self.config = source, config
         self.rank, self.world_size = rank_and_world_size()
-        # Where ranks run other loops, they would call the coda, and gather its weights, less often.
         config.loss.check(model.config)
+        # Ranks with fewer loops would call the coda, and so gather its weights, less often.
         fits = self.world_size == 1 or not config.loss.collect_loops or config.loops.per == "batch"
         require(fits, "loss.kind", config.loss.kind, 'wants loops.per = "batch" on several ranks')
         self.device = next(model.parameters()).device
@@ -111,11 +111,11 @@ class Trainer:
         vocab_size, allowed = model.config.vocab_size, f"the data need {source.vocab_size}"
         require(source.vocab_size <= vocab_size, "model.vocab_size", vocab_size, allowed)
         self.counters = Counters()
-        self.stopping = False  # as of the last step, whether some rank was asked to
+        self.stopping = False  # whether any rank was asked to stop, as of the last step
         self.spiked = False  # whether the last step's loss was a spike
         self._asked_to_stop = stopping or (lambda: False)
         self._interruptible = stopping is not None and self.world_size == 1
-        self._changing = False  # the weights: a step is no longer abandoned
+        self._changing = False  # weights have changed in this step: it cannot be abandoned
         self._flops = TrainingFlops(model.config, source.seq_len)
         self._peak = 0.0  # FLOPs per second of this rank, measured after the first step
 
@@ -126,7 +126,7 @@ class Trainer:
 
     def steps(self) -> Iterator[StepMetrics]:
         """Run the remaining steps, yielding after each; stop iterating to stop training."""
-        hooks = self._ask_everywhere() if self._interruptible else []
+        hooks = self._stop_hooks() if self._interruptible else []
         try:
             while self.step < self.config.num_steps:
                 metrics = self.run_step()
@@ -199,10 +199,10 @@ class Trainer:
     def _update(
         self, parts: LossParts, router: Mapping[str, RouterStats], scale: float
     ) -> tuple[Tensor, bool]:
-        """(norm of the gradients, whether it and the loss are finite; else nothing is changed)."""
+        """(norm of the gradients, whether it and the loss are finite); if not, change nothing."""
         norm = clip_gradients(self.model.parameters(), self.config.clip_norm)
         counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
-        # Of numbers that all ranks share, so that all skip or none.
+        # Both are the same on all ranks, so that all skip the step or none.
         finite = bool(parts.total.isfinite() & norm.isfinite())
         self._changing = True
         if finite:
@@ -212,7 +212,7 @@ class Trainer:
         return norm, finite
 
     def _loops(self, place: int) -> LoopCounts:
-        """Of every row of all ranks."""
+        """The loops of every row of all ranks."""
         c = self.config
         if isinstance(c.loops, TiedLoops):
             loops = self.source.loops(place)
@@ -229,18 +229,18 @@ class Trainer:
 
     @torch.no_grad()
     def _last_logits(self, tokens: TokenIds, loops: LoopCounts) -> NextLogits:
-        """After the step, with the loops that this rank's rows ran in it."""
+        """Logits at the last position, with the loops that this rank's rows ran in the step."""
         self.model.eval()
         with autocast(self.dtypes.model, self.device):
             out = self.model(tokens.to(self.device), num_loops=self._as_one(loops), last_only=True)
         return out.logits[:, 0]
 
     def _as_one(self, loops: LoopCounts) -> LoopCounts | int:
-        """One number suffices where all rows agree, and spares sorting the batch."""
+        """One number if all rows run the same: the model then need not sort them."""
         return loops if self.config.loops.per == "sequence" else int(loops[0])
 
-    def _ask_everywhere(self) -> list[RemovableHandle]:
-        """Hooks on every module: forward and backward pass leave the step if training is to stop.
+    def _stop_hooks(self) -> list[RemovableHandle]:
+        """Hooks that raise StepAbandoned in the forward or backward pass of any module.
 
         They are on the model only while it trains.
         """
@@ -254,13 +254,13 @@ class Trainer:
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(ask)  # type: ignore[no-untyped-call]
 
-        # Compiled layers would make the question part of their graph.
+        # In compiled layers the hooks would become part of the graph.
         compiled = self.config.compile
         modules = [self.model.recurrent.injection] if compiled else self.model.modules()
         return [module.register_forward_hook(ask_both_ways) for module in modules]
 
     def logs(self, step: int) -> bool:
-        """Whether a step's metrics are written down."""
+        """Whether a step is logged."""
         return step % self.config.log_every == 0 or step + 1 == self.config.num_steps
 
     def _count(self, metrics: StepMetrics) -> None:
@@ -275,13 +275,13 @@ class Trainer:
         )
 
     def _mfu(self, rate: float) -> float:
-        """The share of the peak that a rank's FLOPs per second are.
+        """FLOPs per second of this rank as a share of the peak.
 
-        The peak is the highest rate seen in this process: of matrix products in the run's dtype,
-        or of a step, should the products have been timed on a busy processor.
+        The peak is the highest rate seen in this process: that of matrix products in the run's
+        dtype, or that of a step, if the products were timed on a busy processor.
         """
         if self._peak == 0:
-            # Where bf16 is emulated, much of a step is faster fp32.
+            # If bf16 is emulated, the parts of a step in fp32 are the fast ones.
             emulated = self.dtypes.model == "bf16" and not bf16_is_native(self.device)
             dtypes = [torch.float32] if self.dtypes.model == "fp32" or emulated else []
             dtypes += [torch.bfloat16] if self.dtypes.model == "bf16" else []
@@ -299,7 +299,7 @@ class Trainer:
         """(state_rms, residual) of all ranks and micro-batches."""
         if not self.model.recurrent.record_norms:
             return (), ()
-        # Some have run fewer loops; all know the most that any has.
+        # Micro-batches differ in their loops; `longest` is the most of any, on any rank.
         padded = [F.pad(x, (0, 0, 0, longest - len(x))) for x in sizes]
         positions, squares, changes = sum_over_ranks(torch.stack(padded).sum(0)).unbind(1)
         rms, residual = (squares / positions).sqrt(), changes / positions
@@ -308,9 +308,10 @@ class Trainer:
     def _backward(
         self, batch: Batch, loops: Tensor
     ) -> tuple[LossParts, dict[str, RouterStats], list[Tensor]]:
-        """Gradients of a step over its micro-batches; losses averaged, router statistics summed.
+        """Accumulate the gradients of a step over its micro-batches.
 
-        Last come the sizes of the states of each micro-batch, where they are watched.
+        Returns the mean losses, the sums of the router statistics, and the norms of the states of
+        each micro-batch if they are recorded.
         """
         c = self.config
         size = min(c.micro_size, len(batch.tokens))
@@ -321,10 +322,8 @@ class Trainer:
         for start in pieces:
             rows = slice(start, start + size)
             targets = batch.targets[rows].to(self.device)
-            documents = batch.documents[rows] if c.mask_documents else None
             # The start token after a document's last one stays a target: it says where to end.
-            if documents is not None:
-                documents = documents.to(self.device)
+            documents = batch.documents[rows].to(self.device) if c.mask_documents else None
             with autocast(self.dtypes.model, self.device):
                 losses = self.model.losses(
                     batch.tokens[rows].to(self.device),
