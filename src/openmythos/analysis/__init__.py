@@ -1,1 +1,1 @@
-"""Figures of runs, benchmarks and studies; measures of stability and routing."""
+"""Figures of runs and studies; measures of stability and routing."""

@@ -133,7 +133,7 @@ class Generate:
     min_p: float = 0.0
     """Keep tokens at least this many times as likely as the likeliest."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Random seed."""
     exit_rule: Annotated[str, shown("KIND")] = "fixed"
     """When to stop looping early: fixed, state_change, kl, kl_entropy or argmax."""
     step: Step = None
