@@ -1,4 +1,4 @@
-"""The evaluation that comes with a run: held-out loss against loops, as JSON, CSV and PNG."""
+"""The evaluation of a run on text: held-out loss against loops, as JSON, CSV and PNG."""
 
 import math
 import re
@@ -27,7 +27,7 @@ FILE = "eval.json"
 
 @dataclass(frozen=True)
 class LoopReport:
-    """Likelihood at each number of loops, and what plain compressors make of the bytes.
+    """Likelihood at each number of loops, and bits per byte of general-purpose compressors.
 
     `text` is what was scored, `step` the checkpoint it was scored with.
     """
@@ -50,7 +50,7 @@ class LoopReport:
 
     @property
     def gain(self) -> float:
-        """Share of the loss at the fewest loops that the best number of loops takes away."""
+        """How much lower the best loss is than that at the fewest loops, as a share of it."""
         fewest = self.bits_per_byte[min(self.loops)]
         return (fewest - self.best) / fewest
 
@@ -111,7 +111,7 @@ def evaluate(
 
 @contextmanager
 def _tokens(run: Run, data: Sequence[str]) -> Iterator[tuple[TokenShards, bytes]]:
-    """Tokens to score, and the bytes behind them."""
+    """Tokens to score, and the text that they encode."""
     if not data:
         shards = run.shards("held_out")
         yield shards, decode_text(run, shards)
@@ -123,12 +123,12 @@ def _tokens(run: Run, data: Sequence[str]) -> Iterator[tuple[TokenShards, bytes]
 
 
 def decode_text(run: Run, shards: TokenShards) -> bytes:
-    """The bytes behind token shards, start tokens dropped."""
+    """The text of token shards in UTF-8, without start tokens."""
     return run.tokenizer.decode(shards.read(0, len(shards)).tolist()).encode()
 
 
 def report_folder(run: Run, data: Sequence[str], step: int | None, out: str = "") -> Path:
-    """Where a report belongs: held-out text and newest checkpoint in the run folder, others below.
+    """The folder of a report: held-out text and newest checkpoint in the run folder, others below.
 
     `out` may be any folder but, for other text or an older checkpoint, the run's own.
     """
@@ -176,7 +176,7 @@ def write_report(report: LoopReport, folder: Path) -> None:
 
 
 def _written(path: Path, report: LoopReport) -> dict[int, Likelihood]:
-    """What an eval.json holds of the text, checkpoint and precision of a report."""
+    """The rows of an eval.json with the text, checkpoint and precision of a report."""
     try:
         found = read_json(path)
         same = (report.text, report.step, report.precision)

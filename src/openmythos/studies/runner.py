@@ -1,4 +1,4 @@
-"""Run a study: seeds in parallel processes, results kept as they come, then report and figure."""
+"""Run a study: seeds in parallel processes, results saved one by one, then report and figure."""
 
 import json
 import statistics
@@ -218,14 +218,14 @@ def _learned(study: Study, arm: Arm, run: RunConfig, quick: bool) -> tuple[dict[
 def _finished(
     pool: Executor, study: Study, work: Sequence[tuple[Arm, int]], quick: bool, device: str
 ) -> Iterator[RunResult]:
-    """Runs of (arm, seed), each the moment it is done."""
+    """Runs of (arm, seed), in the order in which they finish."""
     futures = [pool.submit(run_arm, study.name, arm, seed, quick, device) for arm, seed in work]
     for future in as_completed(futures):
         yield future.result()
 
 
 def _trial(study: Study, runs: Sequence[RunResult]) -> Trial:
-    """Of the runs of an arm at a learning rate, which differ in their seeds."""
+    """The trial that runs of one arm at one learning rate, with different seeds, make up."""
     fit = statistics.mean(map(study.fit, runs))
     seconds = round(sum(run.seconds for run in runs), 3)
     return Trial(runs[0].arm, runs[0].rate, runs[0].settings, fit, seconds)
@@ -240,7 +240,7 @@ def _tuned(arm: Arm, trials: Sequence[Trial]) -> Arm:
 def _refuse_others(
     out: Path, found: Sequence[RunResult] | Sequence[Trial], arms: Sequence[Arm]
 ) -> None:
-    """Raise where something kept is not of one of these arms with its settings."""
+    """Raise a ConfigError unless every result belongs to one of these arms, with its settings."""
     # Seeds share their settings, which take a millisecond to read.
     for one in {f"{one.arm} {json.dumps(one.settings)}": one for one in found}.values():
         if not any(arm.has(one.settings) for arm in arms if arm.name == one.arm):

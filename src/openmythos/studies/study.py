@@ -82,13 +82,13 @@ class Arm:
         return self._training(optimizer=replace(self.run.train.optimizer, lr=rate))
 
     def trials(self) -> "list[Arm]":
-        """This arm at each of its rates, as long as trials are."""
+        """This arm at each of its rates, with the number of steps of a trial."""
         steps = max(1, self.run.train.num_steps // self.trial_share)
         short = replace(self._training(num_steps=steps), rates=())
         return [short.at_rate(rate) for rate in self.rates]
 
     def quick(self) -> "Arm":
-        """The same machinery in a second or two: it shows that it runs, not what it finds."""
+        """This arm with three steps: shows that it runs, not what it finds."""
         data = self.run.data
         if isinstance(data, TextData):
             short = self._training(num_steps=3, batch_size=2).run
@@ -220,7 +220,7 @@ def plus_minus(values: Sequence[float], digits: int = 3) -> str:
 
 
 def as_sentence(statements: Mapping[str, bool]) -> str:
-    """What was asked, each with whether it is so."""
+    """Statements, each followed by (yes) or (no)."""
     return "; ".join(f"{text} ({'yes' if so else 'no'})" for text, so in statements.items()) + "."
 
 

@@ -1,4 +1,4 @@
-"""What every task makes, and what they share."""
+"""Batches of problems, and helpers that all tasks use."""
 
 from typing import NamedTuple
 

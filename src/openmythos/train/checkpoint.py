@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that are either whole or not there.
+"""Checkpoints of a run: each is a complete folder or does not exist.
 
     RUN/checkpoints/step-00000200/
         config.json                 of the model
@@ -8,7 +8,7 @@
 
 Weights and optimizer state go through torch's distributed checkpoints, which any number of ranks
 can read again. A checkpoint is written in the background, under a temporary name, and renamed when
-it is complete, so a crash or a full disk leaves the former one as it was.
+it is complete, so that a crash or a full disk leaves the previous one intact.
 """
 
 import os
@@ -45,9 +45,9 @@ from openmythos.train.optim import Optimizers
 FOLDER = "checkpoints"
 TRAINING_FILE, CHECKSUMS_FILE = "training.json", "checksums.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
-# Only these are ours: whatever else lies beside them is the user's.
+# Other entries of the folder belong to the user and are not touched.
 _NAME = re.compile(r"step-\d{8,}")
-# One process is what was meant.
+# Training in one process is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
@@ -69,18 +69,18 @@ class Counters(NamedTuple):
 class CheckpointWriter:
     """Saves checkpoints of a run in the background, one at a time, and removes old ones.
 
-    The newest `keep` stay, and with keep_every > 0 those whose step it divides.
+    Keeps the newest `keep` and, with keep_every > 0, those whose step is a multiple of it.
     """
 
     def __init__(self, run: Path, *, keep: int, keep_every: int = 0) -> None:
         self._folder, self._keep, self._keep_every = run / FOLDER, keep, keep_every
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        # Of its own: messages of the background must not meet those of the training.
+        # A group of its own: messages of the background must not mix with those of training.
         self._group = dist.new_group(backend="gloo") if rank_and_world_size()[1] > 1 else None
 
     def save(self, model: OpenMythos, optimizers: Optimizers, counters: Counters) -> None:
-        """Copy everything aside and return; all ranks call it at the same step."""
+        """Copy all tensors and return; the background writes. All ranks call it at one step."""
         self.wait()
         rank, world_size = rank_and_world_size()
         final = self._folder / f"step-{counters.step:08d}"
@@ -97,12 +97,12 @@ class CheckpointWriter:
         )
 
     def check(self) -> None:
-        """Raise what went wrong in the background, if it is known by now."""
+        """Raise the error of the background write, if it has failed by now."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the last checkpoint is whole; raises what went wrong."""
+        """Return when the last checkpoint is complete; raises the error if it failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -152,7 +152,7 @@ class CheckpointWriter:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """All whole checkpoints, oldest first; copies under other names and empty folders are none."""
+    """All complete checkpoints, oldest first; copies under other names do not count."""
     return _checkpoints(run / FOLDER)
 
 
@@ -167,12 +167,12 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint of a run folder."""
+    """The newest complete checkpoint of a run folder."""
     return checkpoint_at(run, None)
 
 
 def checkpoint_at(run: Path, step: int | None) -> Path:
-    """The checkpoint after so many steps; None: the newest."""
+    """The checkpoint after `step` steps; None: the newest."""
     found = {step_of(path): path for path in list_checkpoints(run)}
     if not found:
         raise ConfigError(f"{run}: holds no checkpoint yet; `openmythos train --resume` trains it")
@@ -182,10 +182,10 @@ def checkpoint_at(run: Path, step: int | None) -> Path:
 
 
 def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
-    """Raise a ConfigError that names the file unless all are there as they were written.
+    """Raise a ConfigError that names the file unless every file has its checksum.
 
-    Each rank reads its share of the files: the largest are as many as the ranks that wrote. The
-    error also names the newest older checkpoint that is whole, if there is one.
+    Each rank reads its share of the files; the largest are one per rank that wrote. The error also
+    names the newest older checkpoint that is complete, if there is one.
     """
     try:
         _verify(checkpoint, rank, world_size)
@@ -222,7 +222,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def load_model(checkpoint: Path, device: str | torch.device = "cpu") -> OpenMythos:
-    """The model of a checkpoint, whole, in eval mode, on a device (see `machine.choose_device`)."""
+    """The model of a checkpoint, in eval mode, on one device (see `machine.choose_device`)."""
     chosen = choose_device(device)
     verify(checkpoint)
     model = OpenMythos(storage.load_config(checkpoint))
@@ -231,14 +231,14 @@ def load_model(checkpoint: Path, device: str | torch.device = "cpu") -> OpenMyth
 
 
 def load_training(checkpoint: Path, model: OpenMythos, optimizers: Optimizers) -> Counters:
-    """Fill model and optimizers, spread over ranks or not, with what a checkpoint holds."""
+    """Fill model and optimizers, sharded or not, from a checkpoint."""
     rank, world_size = rank_and_world_size()
     verify(checkpoint, rank, world_size)
     wait_for_files()
     saved = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     names = [name.removeprefix(_OPTIMIZER) for name in saved if name.startswith(_OPTIMIZER)]
     try:
-        optimizers.expect(names)
+        optimizers.allocate_state(names)
     except ConfigError as error:
         raise ConfigError(f"{checkpoint}: {error}") from error
     _read(checkpoint, _tensors(model, optimizers))
@@ -282,7 +282,7 @@ def _read(checkpoint: Path, into: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What went wrong itself in place of torch's wrapping, which is no Exception."""
+    """Raise the original error instead of torch's wrapper, which is not an Exception."""
     try:
         yield
     except CheckpointException as error:
@@ -290,7 +290,7 @@ def _plain_errors() -> Iterator[None]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Steps before a checkpoint, by its name."""
+    """The number of steps before a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -303,7 +303,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the folder's entries on disk before it is renamed."""
+    """Write the folder's entries to disk before it is renamed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -56,9 +56,9 @@ Spikes = NoSpikes | Rollback
 
 
 class Divergence:
-    """Follows the steps that change nothing, since their loss or gradient is not finite.
+    """Watches for steps whose loss or gradient is not finite, which change no weights.
 
-    `since` is the first of those that go on up to the last step seen; None: that one was finite.
+    `since` is the first step of an unbroken series of them; None: the last step was finite.
     """
 
     def __init__(self) -> None:

@@ -76,11 +76,11 @@ class LossParts(NamedTuple):
 
 
 def training_loss(losses: MythosLosses, loss: Loss, model: OpenMythos) -> LossParts:
-    """All parts of the loss of one micro-batch; its mean over ranks is that of all their rows."""
+    """The loss of one micro-batch; its mean over ranks is the loss of all their rows."""
     total = loss.of(losses)
     zero = losses.cross_entropy.new_zeros(())
     balance, z = zero, zero
-    # Of rows that loop more often, here or on another rank, there is more to average over.
+    # Rows with more loops are routed more often: divide by the mean size over ranks.
     sizes = mean_over_ranks([x for s in losses.router.values() for x in (s.sequences, s.tokens)])
     for index, (name, stats) in enumerate(losses.router.items()):
         layer = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object per line in RUN/metrics.jsonl, and what follows from them."""
+"""Metrics of a run: one JSON object per line in RUN/metrics.jsonl, and summaries of them."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 class MetricsTail:
-    """Metrics of a run that is still being written; `read` costs what has been added since."""
+    """Metrics of a run that is still being written; `read` reads only what was added."""
 
     def __init__(self, run: Path) -> None:
         self._path = run / FILE
@@ -56,7 +56,7 @@ class MetricsTail:
         self.metrics: list[Metrics] = []
 
     def read(self) -> list[Metrics]:
-        """All metrics so far; of a file that is not there yet, none."""
+        """All metrics so far; none while the file does not exist."""
         try:
             with self._path.open("rb") as file:
                 if file.seek(0, 2) < self._place:
@@ -115,7 +115,7 @@ def _number(value: Any) -> Any:
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a step: a list's are called name/1, name/2 and so on; the step is left out."""
+    """The numbers of a step except its own; those of a list are called name/1, name/2, ..."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, list | tuple):

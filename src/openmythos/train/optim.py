@@ -144,7 +144,7 @@ class Optimizers:
     def tensors(self) -> dict[str, Tensor]:
         """The whole state, by parameter and field: "embed.weight.exp_avg".
 
-        Muon's of a stack comes by matrix, "experts.down.0.momentum_buffer".
+        Muon's state of a stack is split by matrix: "experts.down.0.momentum_buffer".
         """
         found: dict[str, Tensor] = {}
         for optimizer, parameter in self._parameters():
@@ -157,8 +157,8 @@ class Optimizers:
                     found[f"{name}.{field}"] = value
         return found
 
-    def expect(self, names: Iterable[str]) -> None:
-        """Make room for state of these names, as `tensors` has them, to be loaded into."""
+    def allocate_state(self, names: Iterable[str]) -> None:
+        """Allocate the state of these names, which are those of `tensors`, to be loaded into."""
         homes = {self._names[id(parameter)]: (o, parameter) for o, parameter in self._parameters()}
         for name in names:
             home, _, field = name.rpartition(".")
@@ -169,7 +169,7 @@ class Optimizers:
             if found is None or not _keeps(*found, field, by_matrix=by_matrix):
                 raise ConfigError(f"optimizer: has no place for the saved {name}; was it another?")
             optimizer, parameter = found
-            # All is of the parameter's shape but the number of steps.
+            # Every field has the parameter's shape, except the number of steps.
             if field not in optimizer.state[parameter]:
                 optimizer.state[parameter][field] = (
                     torch.zeros((), device=parameter.device)

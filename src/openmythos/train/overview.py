@@ -1,6 +1,6 @@
 """Many runs at a glance: which folders are runs, how far each is, and in what their configs differ.
 
-Runs are read as they lie on disk, whatever process trains them; no model or token is loaded.
+Only files are read, also while another process trains the run; no model is loaded.
 """
 
 import functools
@@ -72,7 +72,7 @@ def _learns_a_task(run: Path) -> bool:
 
 
 def summarize(run: Path, now: float | None = None) -> RunSummary:
-    """What is to be said of a run; a file that is damaged costs only what it would have told."""
+    """The summary of a run; a damaged file leaves only its own fields empty."""
     found, errors = _Parts(), []
     for read in (found.read_config, found.read_metrics, found.read_state, found.read_evaluation):
         try:
@@ -172,7 +172,8 @@ def differences(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
     Where runs have parts of different kinds, what only one of the kinds has goes without saying.
     """
     flat = [dict(_flattened(to_dict(config))) for config in configs]
-    shown = [key for key in dict.fromkeys(k for config in flat for k in config) if _told(key, flat)]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    shown = [key for key in keys if _is_shown(key, flat)]
     names = {key: key.removesuffix(".kind") for key in shown}
     lasts = [name.rpartition(".")[2] for name in names.values()]
     short = {
@@ -190,7 +191,7 @@ def _flattened(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
             yield f"{path}{key}", value
 
 
-def _told(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+def _is_shown(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
     values = [config[key] for config in configs if key in config]
     if any(value != values[0] for value in values):
         return True

@@ -1,4 +1,4 @@
-"""In which dtypes a run computes: asked for in its config, or left to the machine."""
+"""The dtypes that a run computes in: named in its config, or chosen for the machine."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ def choose(asked: str, device: torch.device, kept: Dtypes | None = None) -> Dtyp
     flags = torch.tensor([own.model == "bf16", own.muon == "bf16"], device=device).int()
     agreed = flags.clone()
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
-    # Other machines may not see the run folder: what rank 0 has read counts.
+    # Other machines may not see the run folder: all take what rank 0 has read.
     if rank == 0 and kept is not None:
         agreed = flags
     dist.broadcast(agreed, 0)
@@ -53,7 +53,7 @@ def choose(asked: str, device: torch.device, kept: Dtypes | None = None) -> Dtyp
 
 
 def line(asked: str, found: Dtypes, kept: Dtypes | None, device: torch.device) -> str:
-    """What to tell the user: the choice, or a warning where it is slow."""
+    """A line for the user: the choice, or a warning if it is slow."""
     slow = machine.slow_precision(found.model, device)
     if slow is not None:
         return slow
