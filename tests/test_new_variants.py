@@ -26,6 +26,7 @@ from openmythos.nn.facts import Fill, constant
 from openmythos.nn.feed_forward import FeedForwardLayer
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import Deltas, Linear, LowRank
+from openmythos.nn.rope_scaling import NoScaling
 from openmythos.nn.view import LayerView
 from openmythos.planning.cost import plan
 from openmythos.recurrence.exit_rules import ExitRule, LoopView
@@ -48,6 +49,7 @@ class Mean:
     kind: Literal["mean"] = "mean"
     width: int = 8
     rope_base: ClassVar[float] = 1.0
+    rope_scaling: ClassVar[NoScaling] = NoScaling()
     window: ClassVar[int] = 0
 
     def check(self, dim: int) -> None:

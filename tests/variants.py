@@ -27,6 +27,8 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy
+from openmythos.nn.feed_forward import GELU, GeGLU
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.view import LayerView
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.halting import ExitGate, Halting
@@ -72,6 +74,10 @@ EDGES: dict[str, Any] = {
 }
 
 
+# Members and fields that are not paired with all others, but occur in `OPTIONS`.
+UNPAIRED = {"exit_gate", "geglu", "gelu", "qk_norm_kind", "qk_bias", "bias"}
+
+
 def tiny(cls: type, **changes: Any) -> Any:
     """A small instance of one member of a union."""
     names = {field.name for field in fields(cls)}
@@ -91,7 +97,7 @@ def variations(union: Any) -> list[Any]:
     for base in members(union):
         found.append(base)
         hints = get_type_hints(type(base))
-        for field in fields(base):
+        for field in (field for field in fields(base) if field.name not in UNPAIRED):
             name, wanted, now = field.name, hints[field.name], getattr(base, field.name)
             others: list[Any] = [EDGES[name]] if name in EDGES else []
             if wanted is bool:
@@ -205,12 +211,16 @@ def _pairs(row: Row, axes: Mapping[str, Any]) -> set[tuple[Any, Any]]:
     return set(itertools.combinations([(axis, row[axis]) for axis in axes if axis in row], 2))
 
 
+def _paired(parts: list[Any]) -> list[Any]:
+    return [part for part in parts if part.kind not in UNPAIRED]
+
+
 AXES: dict[str, list[Any]] = {
     "attention": variations(Attention),
-    "recurrent_feed_forward": variations(FeedForward),
-    "injection": [part for part in variations(Injection) if part != Concat(bias=True)],
-    "halting": [part for part in variations(Halting) if part.kind != "exit_gate"],
-    "feed_forward": members(FeedForward),
+    "recurrent_feed_forward": _paired(variations(FeedForward)),
+    "injection": variations(Injection),
+    "halting": _paired(variations(Halting)),
+    "feed_forward": _paired(members(FeedForward)),
     "loop_embedding": variations(LoopEmbeddings),
     "loop_lora": variations(LoopLoRAs),
     "state_init": members(StateInit),
@@ -237,7 +247,14 @@ OPTIONS: list[dict[str, Any]] = [
         "embed_scale": 3.0,
         "injection": Concat(bias=True),
     },
-    {"block_norms": ("branch",), "logit_scale": 0.5, "injection": LTI(max_decay=1.0)},
+    {
+        "block_norms": ("branch",),
+        "logit_scale": 0.5,
+        "injection": LTI(max_decay=1.0),
+        "attention": tiny(GroupedQueryAttention, qk_norm=True, qk_norm_kind="width", head_dim=12),
+        "feed_forward": tiny(GeGLU),
+        "recurrent_feed_forward": tiny(GELU),
+    },
     {"block_norms": ("sum",), "logit_softcap": 4.0, "readout_norm": True},
 ]
 
@@ -279,8 +296,9 @@ FEW_VARIANT_IDS = [_variant_id(parts) for parts in _with_options(_FEW)]
 # Every combination of members of the unions that decide what a position can see or when it stops.
 COMBINATIONS = [
     tiny_config(attention=a, recurrent_feed_forward=f, injection=i, halting=h)
-    for a, f, i, h in itertools.product(*map(members, (Attention, FeedForward, Injection, Halting)))
-    if h.kind != "exit_gate"
+    for a, f, i, h in itertools.product(
+        *map(_paired, map(members, (Attention, FeedForward, Injection, Halting)))
+    )
 ]
 COMBINATION_IDS = [
     "-".join((c.attention.kind, c.recurrent_feed_forward.kind, c.injection.kind, c.halting.kind))

@@ -19,6 +19,7 @@ from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention, LatentAttentionLayer
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, LowRank
+from openmythos.nn.rope_scaling import YarnScaling
 from openmythos.nn.view import Cached, Halting, LayerView, NoCache
 
 DIM, EPS = 32, 1e-6
@@ -47,6 +48,16 @@ VARIANTS = {
     for kind, window, qk_norm, position in itertools.product(
         get_args(Attention), (0, 3), (False, True), ("rope", "none")
     )
+}
+VARIANTS |= {
+    "grouped_query-plain_norm": small(
+        GroupedQueryAttention, qk_norm=True, qk_norm_kind="plain", qk_bias=True
+    ),
+    "grouped_query-width_norm": small(
+        GroupedQueryAttention, qk_norm=True, qk_norm_kind="width", head_dim=6
+    ),
+    "grouped_query-partial": small(GroupedQueryAttention, rope_dim=2),
+    "grouped_query-yarn": small(GroupedQueryAttention, rope_scaling=YarnScaling()),
 }
 LATENT_VARIANTS = {
     name: config for name, config in VARIANTS.items() if isinstance(config, LatentAttention)
@@ -370,7 +381,7 @@ def test_kv_width_is_what_is_stored(name: str) -> None:
     if isinstance(config, LatentAttention):
         assert layer.kv_width == config.kv_latent_dim + config.rope_head_dim
     else:
-        assert layer.kv_width == 2 * config.num_kv_heads * DIM // config.num_heads
+        assert layer.kv_width == 2 * config.num_kv_heads * config.size(DIM)
 
 
 def test_one_rotary_key_serves_all_heads_of_latent_attention() -> None:
@@ -466,3 +477,13 @@ def test_heads_must_fit_the_width(dim: int, fits: bool) -> None:
         config.check(dim)
     if dim % 4 == 0:  # an odd head_dim cannot be rotated, but can do without
         small(GroupedQueryAttention, position="none").check(dim)
+
+
+def test_partial_rotation_leaves_the_other_features_as_they_are() -> None:
+    config = small(GroupedQueryAttention, rope_dim=2)
+    layer, x = build(config), torch.randn(1, 5, DIM, dtype=torch.double, device=here())
+    near, far = (context_of(config, TokenLayout(5, start, here())) for start in (0, 7))
+    width = layer.head_dim
+    moved = (layer.project_kv(x, near) != layer.project_kv(x, far)).view(5, -1, width).any(dim=0)
+    keys = moved[: config.num_kv_heads]
+    assert keys[:, :2].all() and not keys[:, 2:].any() and not moved[config.num_kv_heads :].any()

@@ -9,7 +9,7 @@ from torch import Tensor
 from variants import members, name_of
 
 from openmythos.nn.block import FeedForward
-from openmythos.nn.feed_forward import ReLU2, SwiGLU, SwiGLULayer
+from openmythos.nn.feed_forward import ReLU2, SwiGLU
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, LowRank
 from openmythos.nn.norm import RMSNorm
@@ -147,7 +147,7 @@ def test_inactive_positions_get_no_update_and_no_gradient(config: Any) -> None:
 
 
 def test_swiglu_is_its_formula_with_a_delta_on_the_way_out_too() -> None:
-    layer, x = SwiGLULayer(6, 10), torch.randn(2, 5, 6)
+    layer, x = SwiGLU(hidden_dim=10).build(6), torch.randn(2, 5, 6)
 
     def formula(down: Tensor) -> Tensor:
         gate, up = (x @ layer.gate_up.weight.T).chunk(2, dim=-1)
@@ -161,7 +161,7 @@ def test_swiglu_is_its_formula_with_a_delta_on_the_way_out_too() -> None:
 
 
 def test_swiglu_under_autocast_has_gradients_in_the_weights_dtype() -> None:
-    layer, x = SwiGLULayer(8, 16), torch.randn(1, 5, 8, requires_grad=True)
+    layer, x = SwiGLU(hidden_dim=16).build(8), torch.randn(1, 5, 8, requires_grad=True)
     layer(x, VIEW)[0].square().sum().backward()
     exact = layer.down.weight.grad
     layer.zero_grad()

@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -26,7 +28,7 @@ from transformers import (
 
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.block import Attention, Block, FeedForward
+from openmythos.nn.block import Attention, Block, FeedForward, NormPlace
 from openmythos.nn.cache import ExactCache, KVCache
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
@@ -34,6 +36,7 @@ from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.layout import TokenLayout, attention_context
 from openmythos.nn.moe import MoE
 from openmythos.nn.norm import RMSNorm
+from openmythos.nn.rope_scaling import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from openmythos.nn.view import LayerView, NoCache
 from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injection import NoInjection
@@ -96,11 +99,16 @@ MOE = MoE(num_experts=8, top_k=2, expert_dim=24, num_shared_experts=1, route_sca
 class PlainTransformer(nn.Module):
     """Our blocks, each run once: embedding, blocks, norm, head."""
 
-    def __init__(self, attention: Attention, feed_forwards: list[FeedForward]) -> None:
+    def __init__(
+        self,
+        attention: Attention,
+        feed_forwards: list[FeedForward],
+        norms: tuple[NormPlace, ...] = ("input",),
+    ) -> None:
         super().__init__()
         self.attention = attention
         self.embed = nn.Embedding(VOCAB, DIM)
-        self.blocks = nn.ModuleList(Block(DIM, attention, ff, EPS) for ff in feed_forwards)
+        self.blocks = nn.ModuleList(Block(DIM, attention, ff, EPS, norms) for ff in feed_forwards)
         self.norm = RMSNorm(DIM, EPS)
         self.head = nn.Linear(DIM, VOCAB, bias=False)
 
@@ -110,7 +118,9 @@ class PlainTransformer(nn.Module):
         start = 0 if cache is None else cache.length
         layout = TokenLayout(tokens.shape[1], start, tokens.device, mask)
         a = self.attention
-        context = attention_context(layout, a.rotary_dim(DIM), a.rope_base, a.window)
+        context = attention_context(
+            layout, a.rotary_dim(DIM), a.rope_base, a.window, a.rope_scaling
+        )
         x = self.embed(tokens)
         for index, block in enumerate(self.blocks):
             kv = NoCache() if cache is None else cache.prelude(index, tokens.shape[1])
@@ -221,6 +231,7 @@ class Case:
     attention: Attention
     feed_forwards: tuple[FeedForward, ...]
     convert: Callable[[Weights], Weights]
+    norms: tuple[NormPlace, ...] = ("input",)
 
 
 def _dense(config: PreTrainedConfig, model: type[PreTrainedModel], attention: Attention) -> Case:
@@ -237,12 +248,58 @@ def _deepseek(attention: Attention, interleaved: bool, **changes: Any) -> Case:
     )
 
 
+def _olmo2(weights: Weights) -> Weights:
+    """Norms on the branches' outputs; Llama's other name for one of them is in the way."""
+    source = {name.replace("post_attention_layernorm", "a"): w for name, w in weights.items()}
+    out = llama_weights(source, 2)
+    for layer in range(2):
+        there, here = f"model.layers.{layer}.", f"blocks.{layer}."
+        out[here + "attention_branch_norm.weight"] = source[there + "a.weight"]
+        theirs = there + "post_feedforward_layernorm.weight"
+        out[here + "feed_forward_branch_norm.weight"] = source[theirs]
+    return out
+
+
+def _scaled(rope: dict[str, Any], scaling: RopeScaling) -> Case:
+    rope = {"rope_theta": 10_000.0} | rope
+    config = LlamaConfig(**DENSE | {"max_position_embeddings": 4096}, rope_parameters=rope)
+    return _dense(config, LlamaForCausalLM, replace(GROUPED, rope_scaling=scaling))
+
+
 CASES = {
     "llama": _dense(LlamaConfig(**DENSE), LlamaForCausalLM, GROUPED),
     "mistral_window": _dense(
         MistralConfig(**DENSE, sliding_window=4), MistralForCausalLM, replace(GROUPED, window=4)
     ),
     "qwen3_qk_norm": _dense(Qwen3Config(**DENSE), Qwen3ForCausalLM, replace(GROUPED, qk_norm=True)),
+    "qwen3_wide_heads": _dense(
+        Qwen3Config(**DENSE | {"head_dim": 24}),
+        Qwen3ForCausalLM,
+        replace(GROUPED, qk_norm=True, head_dim=24),
+    ),
+    "olmo2": Case(
+        Olmo2Config(**{k: v for k, v in DENSE.items() if k != "head_dim"}),
+        Olmo2ForCausalLM,
+        replace(GROUPED, qk_norm=True, qk_norm_kind="width"),
+        (SWIGLU, SWIGLU),
+        _olmo2,
+        norms=("branch",),
+    ),
+    "rope_linear": _scaled({"rope_type": "linear", "factor": 4.0}, LinearScaling(factor=4.0)),
+    "rope_llama3": _scaled(
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        Llama3Scaling(original_context=64),
+    ),
+    "rope_yarn": _scaled(
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512},
+        YarnScaling(factor=8.0, original_context=512),
+    ),
     "deepseek_interleaved": _deepseek(LATENT, True),
     "deepseek_half_split": _deepseek(LATENT, False),
     "deepseek_direct_query": _deepseek(replace(LATENT, q_latent_dim=0), True, q_lora_rank=None),
@@ -264,7 +321,7 @@ def reference(case: Case) -> PreTrainedModel:
 
 
 def plain(case: Case, model: PreTrainedModel) -> PlainTransformer:
-    ours = PlainTransformer(case.attention, list(case.feed_forwards))
+    ours = PlainTransformer(case.attention, list(case.feed_forwards), case.norms)
     ours.load_state_dict(case.convert(dict(model.state_dict())))
     return ours.eval()
 

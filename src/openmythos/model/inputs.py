@@ -145,8 +145,13 @@ class ModelInputs:
 
 def _context(config: MythosConfig, layout: TokenLayout) -> AttentionContext:
     attention = config.attention
-    rotary_dim = attention.rotary_dim(config.dim)
-    return attention_context(layout, rotary_dim, attention.rope_base, attention.window)
+    return attention_context(
+        layout,
+        attention.rotary_dim(config.dim),
+        attention.rope_base,
+        attention.window,
+        attention.rope_scaling,
+    )
 
 
 def _check_loops(

@@ -24,7 +24,7 @@ class AttentionLayer(nn.Module, ABC):
     this loop: pass them to every `nn.linear.Linear`.
 
     The layer's config states `kv_width(dim)`, `rotary_dim(dim)` (0: no rotary tables are made),
-    `rope_base`, `window` (0: unlimited) and `build(dim, norm_eps)`.
+    `rope_base`, `rope_scaling`, `window` (0: unlimited) and `build(dim, norm_eps)`.
     """
 
     residual_outputs: tuple[str, ...] = ("output.weight",)

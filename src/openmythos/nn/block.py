@@ -6,7 +6,7 @@ from typing import Literal, cast
 from torch import nn
 
 from openmythos.nn.experts import ExpertWeights
-from openmythos.nn.feed_forward import FeedForwardLayer, ReLU2, RouterStats, SwiGLU
+from openmythos.nn.feed_forward import GELU, FeedForwardLayer, GeGLU, ReLU2, RouterStats, SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
@@ -15,7 +15,7 @@ from openmythos.nn.view import LayerView
 from openmythos.types import Hidden
 
 Attention = LatentAttention | GroupedQueryAttention
-FeedForward = SwiGLU | ReLU2 | MoE
+FeedForward = SwiGLU | GeGLU | ReLU2 | GELU | MoE
 
 
 # Where a norm stands around a branch f: on its input, on its output, on the sum of both.

@@ -1,6 +1,7 @@
 """Feed-forward layers: their interface, and the dense ones."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,8 @@ from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.linear import Linear, per_row
 from openmythos.nn.view import LayerView
 from openmythos.types import Hidden
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class RouterStats(NamedTuple):
@@ -87,10 +90,9 @@ def at_places(rows: Tensor, places: Tensor, shape: torch.Size) -> Hidden:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwiGLU:
-    """W_down (silu(W_gate x) * W_up x), Shazeer 2020."""
+class _Dense:
+    """Common to the dense layers."""
 
-    kind: Literal["swiglu"] = "swiglu"
     hidden_dim: int = 704
 
     def __post_init__(self) -> None:
@@ -100,59 +102,90 @@ class SwiGLU:
         """Per token kept for the backward pass: in the dtype of autocast, and in fp32."""
         return 2 * self.hidden_dim, 0
 
-    def build(self, dim: int) -> "SwiGLULayer":
-        return SwiGLULayer(dim, self.hidden_dim)
 
+@dataclass(frozen=True, kw_only=True)
+class SwiGLU(_Dense):
+    """W_down (silu(W_gate x) * W_up x), Shazeer 2020."""
 
-class SwiGLULayer(FeedForwardLayer):
-    """y = W_down (silu(g) * u) with [g | u] = W_gate_up x."""
+    kind: Literal["swiglu"] = "swiglu"
 
-    residual_outputs = ("down.weight",)
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.gate_up = Linear(dim, 2 * hidden_dim, bias=False)
-        self.down = Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]:
-        if view.active is not None:
-            return only_active(self, x, view)
-        gated = self.gate_up(x, view.deltas)
-        if self.down.delta_key in view.deltas:
-            gate, up = gated.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up, view.deltas), None
-        return gated_linear(gated, self.down.weight), None
+    def build(self, dim: int) -> "GatedLayer":
+        return GatedLayer(dim, self.hidden_dim, F.silu)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLU2:
+class GeGLU(_Dense):
+    """W_down (gelu(W_gate x) * W_up x), Shazeer 2020; gelu by its tanh approximation (Gemma)."""
+
+    kind: Literal["geglu"] = "geglu"
+
+    def build(self, dim: int) -> "GatedLayer":
+        return GatedLayer(dim, self.hidden_dim, _gelu)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLU2(_Dense):
     """W_down relu(W_up x)^2, So et al. 2021 (Primer)."""
 
     kind: Literal["relu2"] = "relu2"
     hidden_dim: int = 1024
 
-    def __post_init__(self) -> None:
-        require_int("hidden_dim", self.hidden_dim, minimum=1, maximum=MAX_WIDTH)
-
-    def kept_numbers(self, dim: int, *, cast: bool) -> tuple[int, int]:
-        """Per token kept for the backward pass: in the dtype of autocast, and in fp32."""
-        return 2 * self.hidden_dim, 0
-
-    def build(self, dim: int) -> "ReLU2Layer":
-        return ReLU2Layer(dim, self.hidden_dim)
+    def build(self, dim: int) -> "PlainLayer":
+        return PlainLayer(dim, self.hidden_dim, _relu2)
 
 
-class ReLU2Layer(FeedForwardLayer):
-    """y = W_down relu(W_up x)^2."""
+@dataclass(frozen=True, kw_only=True)
+class GELU(_Dense):
+    """W_down gelu(W_up x), by the tanh approximation of gelu (Hendrycks & Gimpel 2016)."""
+
+    kind: Literal["gelu"] = "gelu"
+    hidden_dim: int = 1024
+
+    def build(self, dim: int) -> "PlainLayer":
+        return PlainLayer(dim, self.hidden_dim, _gelu)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+class GatedLayer(FeedForwardLayer):
+    """y = W_down (activation(g) * u) with [g | u] = W_gate_up x."""
 
     residual_outputs = ("down.weight",)
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, activation: Activation) -> None:
         super().__init__()
-        self.up = Linear(dim, hidden_dim, bias=False)
+        self.gate_up = Linear(dim, 2 * hidden_dim, bias=False)
         self.down = Linear(hidden_dim, dim, bias=False)
+        self.activation = activation
 
     def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]:
         if view.active is not None:
             return only_active(self, x, view)
-        return self.down(F.relu(self.up(x, view.deltas)).square(), view.deltas), None
+        gated = self.gate_up(x, view.deltas)
+        if self.activation is not F.silu or self.down.delta_key in view.deltas:
+            gate, up = gated.chunk(2, dim=-1)
+            return self.down(self.activation(gate) * up, view.deltas), None
+        return gated_linear(gated, self.down.weight), None
+
+
+class PlainLayer(FeedForwardLayer):
+    """y = W_down activation(W_up x)."""
+
+    residual_outputs = ("down.weight",)
+
+    def __init__(self, dim: int, hidden_dim: int, activation: Activation) -> None:
+        super().__init__()
+        self.up = Linear(dim, hidden_dim, bias=False)
+        self.down = Linear(hidden_dim, dim, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]:
+        if view.active is not None:
+            return only_active(self, x, view)
+        return self.down(self.activation(self.up(x, view.deltas)), view.deltas), None

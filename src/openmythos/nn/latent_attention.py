@@ -5,7 +5,7 @@ head: right for prefill and training. The absorbed one folds the expansion into 
 so that all heads attend to the cached latent itself: right for decoding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from openmythos.nn.attention import AttentionLayer, Position
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear
 from openmythos.nn.norm import RMSNorm
+from openmythos.nn.rope_scaling import NoScaling, RopeScaling
 from openmythos.types import Hidden, KeyValues
 
 
@@ -38,6 +39,7 @@ class LatentAttention:
     value_head_dim: int = 32
     position: Position = "rope"
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=NoScaling)
     window: int = 0
     qk_norm: bool = False
 

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from openmythos.kernels.attention import attention
+from openmythos.nn.rope_scaling import NoScaling, RopeFrequencies
+
+NO_SCALING = NoScaling()
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,24 @@ class TokenLayout:
 
 
 def attention_context(
-    layout: TokenLayout, rotary_dim: int, base: float, window: int
+    layout: TokenLayout,
+    rotary_dim: int,
+    base: float,
+    window: int,
+    scaling: RopeFrequencies = NO_SCALING,
 ) -> AttentionContext:
     """The shared part of attention for `layout`; rotary_dim 0 means no rotary positions."""
     mask, is_causal = layout.mask(window)
     if rotary_dim == 0:
         return AttentionContext(None, None, mask, is_causal, window)
-    cos, sin = rope_tables(layout.positions(), rotary_dim, base)
+    cos, sin = rope_tables(layout.positions(), rotary_dim, base, scaling)
     return AttentionContext(cos.unsqueeze(1), sin.unsqueeze(1), mask, is_causal, window)
 
 
-def rope_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of angle_i = position * base^(-2i/d), [*positions.shape, rotary_dim] fp32.
+def rope_tables(
+    positions: Tensor, rotary_dim: int, base: float, scaling: RopeFrequencies = NO_SCALING
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of angle_i = position * frequency_i, [*positions.shape, rotary_dim] fp32.
 
     cos = [cos | cos],  sin = [-sin | sin]
 
@@ -138,8 +147,9 @@ def rope_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor
     `.to(dtype)` and make torch.compile recompile. Computed in every forward pass, so that no
     checkpoint depends on a maximum length.
     """
-    exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = base ** (-exponent / rotary_dim)
-    angle = positions.to(torch.float32).unsqueeze(-1) * frequency
+    frequencies = scaling.frequencies(rotary_dim, base, positions.device)
+    angle = positions.to(torch.float32).unsqueeze(-1) * frequencies
     cos, sin = angle.cos(), angle.sin()
+    if scaling.amplitude != 1:
+        cos, sin = cos * scaling.amplitude, sin * scaling.amplitude
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -19,7 +19,7 @@ from openmythos.kernels.precision import at_least_fp32, no_autocast
 from openmythos.nn.dispatch import TokenDispatcher, dispatched_experts
 from openmythos.nn.experts import Experts, ExpertWeights
 from openmythos.nn.facts import Fill, constant, multiply_adds
-from openmythos.nn.feed_forward import FeedForwardLayer, RouterStats, SwiGLULayer, at_places
+from openmythos.nn.feed_forward import FeedForwardLayer, GatedLayer, RouterStats, at_places
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, per_row
 from openmythos.nn.view import LayerView
 from openmythos.types import Hidden, Tokens
@@ -149,7 +149,7 @@ class MoELayer(FeedForwardLayer):
         self.router = Router(config, dim)
         self.experts = Experts(config.num_experts, dim, config.expert_dim)
         self.shared_expert = (
-            SwiGLULayer(dim, config.num_shared_experts * config.expert_dim)
+            GatedLayer(dim, config.num_shared_experts * config.expert_dim, F.silu)
             if config.num_shared_experts
             else None
         )
