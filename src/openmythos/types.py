@@ -11,7 +11,6 @@ from torch import Tensor
 
 # One entry per position of a padded batch.
 TokenIds = Int[Tensor, "batch seq"]
-Positions = Int[Tensor, "batch seq"]
 Mask = Bool[Tensor, "batch seq"]
 PerToken = Float[Tensor, "batch seq"]
 LoopsPerToken = Int[Tensor, "batch seq"]
@@ -20,8 +19,6 @@ Logits = Float[Tensor, "batch seq vocab"]
 
 # One entry per sequence.
 LoopCounts = Int[Tensor, "batch"]
-Lengths = Int[Tensor, "batch"]
-SequenceMask = Bool[Tensor, "batch"]
 NextTokenIds = Int[Tensor, "batch"]
 NextLogits = Float[Tensor, "batch vocab"]
 
@@ -30,23 +27,12 @@ Queries = Float[Tensor, "batch heads seq head_dim"]
 Keys = Float[Tensor, "batch kv_heads kv_seq head_dim"]
 Values = Float[Tensor, "batch kv_heads kv_seq value_dim"]
 AttentionOutput = Float[Tensor, "batch heads seq value_dim"]
-AttentionMask = Bool[Tensor, "batch #heads seq kv_seq"]
+AttentionMask = Bool[Tensor, "#batch 1 seq kv_seq"]
 
 # What an attention layer stores per token.
 KeyValues = Float[Tensor, "batch kv_seq kv_width"]
 
-# Positions flattened, as experts and packed halting see them.
+# Positions in one list, as experts see them.
 Tokens = Float[Tensor, "tokens dim"]
-TokenMask = Bool[Tensor, "tokens"]
-RouterScores = Float[Tensor, "tokens experts"]
-ExpertIds = Int[Tensor, "tokens top_k"]
-ExpertWeights = Float[Tensor, "tokens top_k"]
-ExpertCounts = Int[Tensor, "experts"]
-PerExpert = Float[Tensor, "experts"]
 
-# Stacked over loops.
-States = Float[Tensor, "loops batch seq dim"]
-HaltWeights = Float[Tensor, "loops batch seq"]
-
-Channels = Float[Tensor, "dim"]
 Scalar = Float[Tensor, ""]

@@ -6,7 +6,7 @@ which document each token belongs to, so that attention can stop at their bounda
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class EvaluationBatch(Batch):
     weights: PerToken
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """What the trainer reads: batches that are a function of (seed, step, rank) and of `state`.
 

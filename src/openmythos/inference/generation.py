@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Request:
         require_int("prefill_chunk", self.prefill_chunk, minimum=0)
 
 
+@runtime_checkable
 class DecodableModel(Protocol):
     """What decoding needs of a model: sizes, a cache, and the logits that follow some tokens."""
 

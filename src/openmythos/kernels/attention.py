@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openmythos import kernels
 from openmythos.kernels.precision import as_autocast
+from openmythos.types import AttentionMask, AttentionOutput, Keys, Queries, Values
 
 # Up to so many keys a block has 64 queries, beyond 128.
 FEW_KEYS = 512
@@ -37,23 +38,21 @@ def reference(
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Queries,
+    key: Keys,
+    value: Values,
     *,
-    mask: Tensor | None = None,
+    mask: AttentionMask | None = None,
     is_causal: bool = False,
     window: int = 0,
     packed: bool = False,
     scale: float,
-) -> Tensor:
-    """softmax(scale q k^T) v: [batch, heads, seq, value_dim].
+) -> AttentionOutput:
+    """softmax(scale q k^T) v; heads must be a multiple of kv_heads.
 
-    query [batch, heads, seq, head_dim], key [batch, kv_heads, total, head_dim] and value [batch,
-    kv_heads, total, value_dim], kv_heads dividing heads. mask [batch or 1, 1, seq, total], True =
-    may attend: no key later than the query, and with window > 0 none that is `window` or more keys
-    older. `is_causal` is the plain causal mask, which is not built. Without either every query sees
-    every key. The queries are the last of the keys, unless `packed`.
+    mask: True = may attend; no key later than the query, and with window > 0 none that is `window`
+    or more keys older. `is_causal` is the plain causal mask, which is not built. Without either
+    every query sees every key. The queries are the last of the keys, unless `packed`.
     """
     tuned = kernels.fast(query.device)
     if tuned is None:

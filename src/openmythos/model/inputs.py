@@ -47,7 +47,7 @@ class ModelInputs:
     backprop_loops: int
     collect: Collection[int]
     cache: KVCache | None
-    initial_state: Hidden | None
+    initial_state: Tensor | None
     training: bool
 
     @classmethod

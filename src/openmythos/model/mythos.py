@@ -82,7 +82,7 @@ class OpenMythos(Decodable, Pretrained):
         cache: KVCache | None = None,
         exit_rule: ExitRule | None = None,
         collect_loops: CollectLoops = (),
-        initial_state: Hidden | None = None,
+        initial_state: Tensor | None = None,
         last_only: bool = False,
     ) -> MythosOutput:
         """Run tokens [batch, seq] through num_loops loops (one number, or one per sequence).

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.feed_forward import GELU, FeedForwardLayer, GeGLU, ReLU2, RouterStats, SwiGLU
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
     def forward(
         self, x: Hidden, view: LayerView, *, last_only: bool = False
-    ) -> tuple[Hidden, RouterStats | None]:
+    ) -> tuple[Tensor, RouterStats | None]:
         """(x [batch, seq, dim], router statistics if the view collects them).
 
         last_only: keys and values of all positions, but the output of the last one alone.

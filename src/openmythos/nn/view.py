@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from openmythos.types import KeyValues, Mask
 Project = Callable[[], Tensor]
 
 
+@runtime_checkable
 class KVView(Protocol):
     """The keys and values that one attention layer sees in one call."""
 

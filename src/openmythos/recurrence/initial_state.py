@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ def position_noise(
     return torch.erfinv(uniform).mul_(math.sqrt(2))
 
 
+@runtime_checkable
 class InitialState(Protocol):
     """Interface of the initial states."""
 

@@ -36,7 +36,7 @@ class LoopPlan:
     cache: KVCache | None = None
     exits: ExitTracker | None = None
     collect: Collection[int] = ()
-    initial_state: Hidden | None = None
+    initial_state: Tensor | None = None
 
 
 def run(
