@@ -18,7 +18,7 @@ from openmythos.nn.view import KVView, LayerView
 from openmythos.recurrence.exit_rules import ExitTracker
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
 from openmythos.recurrence.schedule import LoopPlan
-from openmythos.types import Hidden, LoopCounts, TokenIds
+from openmythos.types import LoopCounts, TokenIds
 
 
 def whole_number(value: Any) -> Any:
