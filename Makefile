@@ -38,8 +38,10 @@ SHAPES := tests/kernels tests/nn tests/recurrence $(addprefix tests/model/test_i
 	test_bf16_weights test_exit_rules_do_not_look_ahead \
 	test_left_padding_and_the_other_rows_change_nothing)
 
+CHECKED := openmythos.kernels,openmythos.nn,openmythos.recurrence,openmythos.model.mythos,beartype.beartype
+
 test-shapes: $(VENV)/.installed-dev  ## run tests of the layers with run-time checks of all shapes
-	$(PYTEST) -m "not slow and not compile" --jaxtyping-packages=openmythos,beartype.beartype \
+	$(PYTEST) -m "not slow and not compile" --jaxtyping-packages=$(CHECKED) \
 		$(SHAPES) $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, formatting, which room imports which, and words

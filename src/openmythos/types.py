@@ -1,8 +1,8 @@
 """Names for the tensors that cross a public signature, each with its shape.
 
-An alias is a plain ``Tensor`` to mypy and costs nothing at run time. The tests check dtype, rank
-and sizes with ``pytest --jaxtyping-packages=openmythos,beartype.beartype``: within one call, a
-size of one name must be the same everywhere, so two lengths that may differ have two names here.
+An alias is a plain ``Tensor`` to mypy and costs nothing at run time. ``make test-shapes`` checks
+dtype, rank and sizes: within one call, a size of one name must be the same everywhere, so two
+lengths that may differ have two names here.
 The checker cannot look inside ``torch.compile``; tests that compile run without it.
 """
 

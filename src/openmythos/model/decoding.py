@@ -83,7 +83,7 @@ class Decodable(nn.Module, ABC):
         *,
         last_only: bool = False,
         probed_loop: int | None = None,
-    ) -> Hidden:
+    ) -> Tensor:
         """Coda and norm on a state: what the head reads.
 
         `router` is given where the coda's statistics are wanted. `probed_loop`: only to see what

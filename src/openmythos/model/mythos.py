@@ -203,7 +203,7 @@ class OpenMythos(Decodable, Pretrained):
         *,
         last_only: bool = False,
         probed_loop: int | None = None,
-    ) -> Hidden:
+    ) -> Tensor:
         """Coda and norm on a state: what the head reads; see `Decodable`."""
         x, cache, seq = state, inputs.cache, state.shape[1]
         for index, layer in enumerate(self.coda):
