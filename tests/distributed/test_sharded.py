@@ -25,12 +25,16 @@ from openmythos import machine
 from openmythos.config import ConfigError
 from openmythos.distributed.parallelize import Parallel
 from openmythos.distributed.ranks import sum_over_ranks
+from openmythos.model import presets
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.loop_sampling import FixedLoops, Granularity, PoissonLoops
-from openmythos.train.config import TrainConfig
+from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.tasks import KHop
+from openmythos.train.config import TiedLoops, TrainConfig
 from openmythos.train.loss import DeepSupervision
 from openmythos.train.optim import Muon
 from openmythos.train.precision import Dtypes, choose
+from openmythos.train.task_source import task_trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -58,6 +62,15 @@ CASES: dict[str, tuple[int, Any, TrainConfig]] = {
     "truncated": (2, MODEL, replace(SHORT, backprop_loops=1)),
     "two groups of two": (4, MODEL, replace(SHORT, parallel=Parallel(replicate=2, shard=2))),
 }
+
+
+HOPS = on_task(
+    replace(presets.hops(), dim=32),
+    KHop(),
+    replace(TASK_TRAINING, num_steps=6, batch_size=4, loops=TiedLoops(extra=2), device="cpu"),
+    max_hops=6,
+    mastery=1e-3,
+)
 
 
 def all_gathers(shards: Path, num_loops: int) -> int:
@@ -116,6 +129,7 @@ def work(folder: Path) -> dict[str, Any]:
     }
     if ranks == 2:
         found["choices"] = choices(dist.get_rank())
+        found["hops"] = [metrics.as_dict() for metrics in task_trainer(HOPS).steps()]
         found["heard"] = {per: first_step(folder / "shards", per) for per in GRANULARITIES}
         found["gathers"] = [all_gathers(folder / "shards", n) for n in (1, 4, 9)]
         with pytest.raises(ConfigError, match="replicate = 3: times shard = 1 must be"):
@@ -135,6 +149,15 @@ def test_ranks_together_take_the_steps_of_one(together: Together, name: str) -> 
     assert len(alone) == config.num_steps
     for rank in range(ranks):
         assert_same_steps(found[rank][name], alone, rough=rough)
+
+
+def test_ranks_share_a_curriculum(together: Together) -> None:
+    alone = list(task_trainer(HOPS).steps())
+    reached = [metrics.data["hops"] for metrics in alone]
+    assert reached[0] < reached[-1] == 6
+    for found in together(2, "sharded")[1]:
+        assert_same_steps(found["hops"], alone)
+        assert [metrics["hops"] for metrics in found["hops"]] == reached
 
 
 @pytest.mark.parametrize("per", GRANULARITIES)

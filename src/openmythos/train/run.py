@@ -284,7 +284,7 @@ def _trainer(
     kept = precision.read(run.folder) if found else None
     trainer = Trainer(model, source, config, stopping, kept)
     if found:
-        trainer.go_on(load_training(found[-1], trainer.model, trainer.optimizers))
+        trainer.resume(load_training(found[-1], trainer.model, trainer.optimizers))
     if rank == 0:
         if resume and not found:
             on_message(f"{run.folder}: no checkpoint yet, training starts at step 0")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openmythos.config import require
 from openmythos.data.loader import Batch, BatchSource
-from openmythos.distributed.ranks import mean_over_ranks
+from openmythos.distributed.ranks import mean_over_ranks, rank_and_world_size
 from openmythos.model.mythos import OpenMythos
 from openmythos.tasks import TaskBatch
 from openmythos.train.config import RunConfig, TaskData, TiedLoops
@@ -35,6 +35,8 @@ class TaskSource(BatchSource):
     A batch is a function of (seed, step, rank) and of the steps at which the curriculum grew, which
     are the state. All steps draw from one stream of random numbers, and how many a step draws
     depends on its hops. For an earlier step, or to resume, the draws are repeated from step 0 on.
+    If the rows of a task differ in their number of targets (`SystematicHops`), the mean over ranks
+    or micro-batches weighs each of these alike, not each target.
     """
 
     def __init__(self, config: RunConfig, rank: int = 0, world_size: int = 1) -> None:
@@ -130,7 +132,7 @@ def task_trainer(config: RunConfig) -> Trainer:
     """Ready for the first step of a run that learns a task, without a run folder."""
     with torch.device("meta"):
         model = OpenMythos(config.model)
-    return Trainer(model, TaskSource(config), config.train)
+    return Trainer(model, TaskSource(config, *rank_and_world_size()), config.train)
 
 
 def accuracy(last_logits: NextLogits, answers: Tensor) -> Tensor:

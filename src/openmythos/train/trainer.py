@@ -139,16 +139,16 @@ class Trainer:
             for hook in hooks:
                 hook.remove()
 
-    def go_on(self, saved: Counters) -> None:
-        """Go on from a checkpoint whose weights have been loaded."""
+    def resume(self, saved: Counters) -> None:
+        """Continue from a checkpoint; its weights and optimizer state have been loaded."""
         self.counters = saved
         self.source.load(saved.source)
 
     def roll_back(self, saved: Counters) -> None:
-        """Go on from a checkpoint that has been loaded, with the data that follow the spike."""
+        """Continue from an earlier checkpoint, with the batches that follow the spike."""
         now = self.counters
         passed = now.passed + now.step - saved.step
-        self.go_on(saved._replace(rollbacks=now.rollbacks + 1, passed=passed))
+        self.resume(saved._replace(rollbacks=now.rollbacks + 1, passed=passed))
         self.spiked = False
 
     def run_step(self) -> StepMetrics:
