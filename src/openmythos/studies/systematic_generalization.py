@@ -1,6 +1,6 @@
 """Are facts composed that training never composed? A loop against as many layers of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,17 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import looped, stacked
 from openmythos.studies.learning import TASK_TRAINING, on_task
-from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, percent
+from openmythos.studies.study import (
+    Arm,
+    Curve,
+    Finding,
+    RunResult,
+    Study,
+    Verdict,
+    by_arm,
+    curve_of,
+    percent,
+)
 from openmythos.tasks import SystematicHops
 from openmythos.tasks.split import Part
 from openmythos.train.config import RunConfig, TiedLoops
@@ -94,14 +104,19 @@ def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     return found
 
 
-def best(found: dict[str, Any], part: Part) -> float:
+def by_loops(found: Mapping[str, Any], part: Part) -> Curve:
+    """Accuracy on a part by loops, of a curve or of one of its snapshots."""
+    return curve_of({loops: x for loops, x in found[part].items() if loops != "pairs"})
+
+
+def best(found: Mapping[str, Any], part: Part) -> float:
     """The highest accuracy on a part, over loops."""
-    return max(share for loops, share in found[part].items() if loops != "pairs")
+    return max(by_loops(found, part).values())
 
 
 def fit(result: RunResult) -> float:
     """Accuracy on held-out pairs of facts that training did compose with others."""
-    return best(dict(result.curve), "held_out")
+    return best(result.curve, "held_out")
 
 
 def emerged(result: RunResult) -> int | None:
@@ -116,8 +131,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     """Bars: looped >= 75% on ood pairs, unshared <= 10% (means over seeds), on >= 200 pairs."""
     groups = by_arm(results)
     mean = {
-        name: sum(best(dict(r.curve), "ood") for r in runs) / len(runs)
-        for name, runs in groups.items()
+        name: sum(best(r.curve, "ood") for r in runs) / len(runs) for name, runs in groups.items()
     }
     looped_mean, unshared = mean[LOOPED], mean[UNSHARED]
     pairs = int(results[0].curve["ood"]["pairs"])
@@ -134,7 +148,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         {
             "arm": name,
             "parameters": f"{runs[0].parameters:,}",
-            **{part: percent([best(dict(r.curve), part) for r in runs]) for part in PARTS},
+            **{part: percent([best(r.curve, part) for r in runs]) for part in PARTS},
             "step of half the ood": ", ".join(str(emerged(r) or "never") for r in runs),
             "minutes per run": f"{sum(r.seconds for r in runs) / len(runs) / 60:.1f}",
         }
@@ -147,7 +161,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Accuracy on ood pairs against training steps, and against loops after training."""
     by_step: dict[str, dict[float, list[float]]] = {}
-    by_loops: dict[str, dict[float, list[float]]] = {}
+    after: dict[str, dict[float, list[float]]] = {}
     rows: list[dict[str, object]] = []
     for result in results:
         for step, found in result.curve["by_step"].items():
@@ -155,12 +169,10 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
             for part in PARTS:
                 row = {"arm": result.arm, "seed": result.seed, "step": int(step), "part": part}
                 rows.append(row | {"accuracy": best(found, part)})
-        line = by_loops.setdefault(result.arm, {})
-        for loops, share in result.curve["ood"].items():
-            if loops != "pairs":
-                line.setdefault(int(loops), []).append(share)
+        for loops, share in by_loops(result.curve, "ood").items():
+            after.setdefault(result.arm, {}).setdefault(loops, []).append(share)
     figure = study_plots.line_panels(
-        {"pairs of facts never composed (ood)": by_step, "the same, after training": by_loops},
+        {"pairs of facts never composed (ood)": by_step, "the same, after training": after},
         x_labels=["training steps", "num_loops at inference (layers: 1)"],
         y_labels=["accuracy [%]"],
         percent=True,
