@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp, vmap
 from variants import here
 
@@ -291,6 +292,19 @@ def test_transforms_of_the_reference(name: str) -> None:
     found = jvp(grad(value), (x,), (direction,))[1]
     wanted = torch.autograd.functional.hvp(value, x, direction)[1]
     torch.testing.assert_close(found, wanted)
+
+
+# Norm
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
+def test_a_norm_trains_after_it_was_first_met_in_another_mode(mode: Any) -> None:
+    eps = 0.0123 if mode is FakeTensorMode else 0.0321  # met nowhere else: it is cached
+    with mode():
+        rms_norm(torch.randn(2, 6), torch.ones(6), eps)
+    x = torch.randn(2, 6, requires_grad=True)
+    rms_norm(x, torch.ones(6), eps).sum().backward()
+    assert x.grad is not None and type(x.grad) is Tensor
 
 
 # Cross-entropy

@@ -21,9 +21,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     tuned = kernels.fast(x.device)
     if tuned is None:
         return reference(x, weight, eps)
-    # Torch's kernel, one piece on a GPU, refuses a weight of another dtype.
-    weight = weight.to(x.dtype)
-    if not tuned.own_forms or torch.compiler.is_compiling():
+    weight = weight.to(x.dtype)  # torch's kernel, one piece on a GPU, refuses another dtype
+    # Fake tensors and other subclasses must not meet the cached tensor of `_norm`.
+    plain = not torch.compiler.is_compiling() and type(x) is Tensor
+    if not (tuned.own_forms and plain):
         return F.rms_norm(x, weight.shape, weight, eps)
     if not torch.is_grad_enabled():
         return _norm(x, weight, eps)[0]
