@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from openmythos.inference import generation
 from openmythos.inference.sampling import Sampling
 from openmythos.model.config import MythosConfig
+from openmythos.model.head import logits_of
 from openmythos.model.inputs import ModelInputs, whole_number
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
 from openmythos.nn.feed_forward import RouterStats
@@ -67,6 +68,7 @@ class Decodable(nn.Module, ABC):
     config: MythosConfig
     embed: nn.Embedding
     coda: nn.ModuleList
+    head: nn.Linear | None
 
     @abstractmethod
     def run(
@@ -84,15 +86,20 @@ class Decodable(nn.Module, ABC):
         last_only: bool = False,
         probed_loop: int | None = None,
     ) -> Tensor:
-        """Coda and norm on a state: what the head reads.
+        """Coda and norm on a state: what the head reads, [batch, seq or 1, dim].
 
         `router` is given where the coda's statistics are wanted. `probed_loop`: only to see what
         the model would say after that loop, for an exit rule.
         """
 
-    @abstractmethod
     def logits(self, hidden: Hidden) -> Logits:
         """[batch, seq, vocab] of what `hidden` returned."""
+        return logits_of(self.config, hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab_size, dim], the embedding's where they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
 
     @property
     def device(self) -> torch.device:

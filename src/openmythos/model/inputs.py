@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from openmythos.nn.view import KVView, LayerView
 from openmythos.recurrence.exit_rules import ExitTracker
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
 from openmythos.recurrence.schedule import LoopPlan
-from openmythos.types import LoopCounts, TokenIds
+from openmythos.types import LoopCounts, Mask, TokenIds
 
 
 def whole_number(value: Any) -> Any:
@@ -34,6 +34,28 @@ def whole_number(value: Any) -> Any:
 
 
 CollectLoops = Collection[int] | Literal["all"]
+
+
+class PassOptions(TypedDict, total=False):
+    """How a pass of the model runs.
+
+    num_loops: one number, or one per sequence [batch]; default: the config's.
+    backprop_loops: loops of each sequence, counted from its last, that carry gradient (0: all).
+    attention_mask: [batch, seq], False at padding; left padding where a cache is used.
+    documents: [batch, seq] document numbers of packed rows; attention stays inside each.
+    cache: appended to but not advanced; call `cache.advance(seq)` after the pass. With one the pass
+        is inference, whatever mode the module is in.
+    collect_loops: loop counts after which to keep states and logits too: (1, 2, 4), or "all".
+    initial_state: h_0 [batch, seq, dim] of these tokens, in place of the model's own.
+    """
+
+    num_loops: SupportsIndex | LoopCounts | None
+    backprop_loops: int
+    attention_mask: Mask | None
+    documents: Tensor | None
+    cache: KVCache | None
+    collect_loops: CollectLoops
+    initial_state: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +77,18 @@ class ModelInputs:
         cls,
         config: MythosConfig,
         tokens: Tensor,
-        *,
         in_training: bool,
-        num_loops: SupportsIndex | Tensor | None,
-        backprop_loops: int,
-        collect_loops: CollectLoops,
+        *,
+        num_loops: SupportsIndex | Tensor | None = None,
+        backprop_loops: int = 0,
+        collect_loops: CollectLoops = (),
         attention_mask: Tensor | None = None,
         documents: Tensor | None = None,
         cache: KVCache | None = None,
         initial_state: Tensor | None = None,
         has_exits: bool = False,
     ) -> "ModelInputs":
-        """See `OpenMythos.forward`; raises a ValueError that names what cannot be run."""
+        """For the options see `PassOptions`; a ValueError names what cannot be run."""
         layout = token_layout(config, tokens, attention_mask, documents, cache)
         training = in_training and cache is None  # with a cache it is inference
         if has_exits and training:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from openmythos.kernels.cross_entropy import IGNORE
 from openmythos.model.config import MythosConfig
 from openmythos.model.decoding import Decodable, exit_tracker, probe_unrun_loops
-from openmythos.model.head import logits_of, loss_of, weighted_sum
+from openmythos.model.head import loss_of, weighted_sum
 from openmythos.model.init import init_weights
-from openmythos.model.inputs import CollectLoops, ModelInputs, check_targets
-from openmythos.model.outputs import MythosLosses, MythosOutput
+from openmythos.model.inputs import ModelInputs, PassOptions, check_targets
+from openmythos.model.outputs import MythosLosses, MythosOutput, without_none
 from openmythos.model.storage import Pretrained
 from openmythos.nn.block import Block, FeedForward
-from openmythos.nn.cache import KVCache
 from openmythos.nn.feed_forward import RouterStats
 from openmythos.nn.norm import RMSNorm
 from openmythos.nn.view import KVView, NoCache
@@ -25,7 +24,7 @@ from openmythos.recurrence.conditioning import Conditioning
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.trace import RecurrentOutput
-from openmythos.types import Hidden, Logits, LoopCounts, Mask, TokenIds
+from openmythos.types import Hidden, TokenIds
 
 
 class OpenMythos(Decodable, Pretrained):
@@ -71,45 +70,21 @@ class OpenMythos(Decodable, Pretrained):
             generator = None if seed is None else torch.Generator(device).manual_seed(seed)
             init_weights(self, zero_outputs=config.zero_init_outputs, generator=generator)
 
-    def forward(  # noqa: PLR0913
+    def forward(
         self,
         tokens: TokenIds,
         *,
-        num_loops: SupportsIndex | LoopCounts | None = None,
-        backprop_loops: int = 0,
-        attention_mask: Mask | None = None,
-        documents: Tensor | None = None,
-        cache: KVCache | None = None,
         exit_rule: ExitRule | None = None,
-        collect_loops: CollectLoops = (),
-        initial_state: Tensor | None = None,
         last_only: bool = False,
+        **options: Unpack[PassOptions],
     ) -> MythosOutput:
-        """Run tokens [batch, seq] through num_loops loops (one number, or one per sequence).
+        """Run tokens [batch, seq] through num_loops loops; `PassOptions` has all options.
 
-        backprop_loops: loops of each sequence, counted from its last, that carry gradient (0: all).
-        attention_mask: False at padding; left padding where a cache is used.
-        documents: [batch, seq] document numbers of packed rows; attention stays inside each.
-        cache: appended to but not advanced; call `cache.advance(seq)` after the forward pass. With
-            one the pass is inference, whatever mode the module is in.
-        exit_rule: inference only, lets positions stop before num_loops.
-        collect_loops: loop counts after which to keep states and logits too: (1, 2, 4), or "all".
-        initial_state: h_0 [batch, seq, dim] of these tokens, in place of the model's own.
-        last_only: logits of the last position alone, [batch, 1, vocab], which spares the head and
-            the last coda layer all others.
+        exit_rule: inference only, lets positions stop before num_loops. last_only: logits of the
+        last position alone, [batch, 1, vocab]: the head and the last coda layer run for no other.
         """
         inputs = ModelInputs.check(
-            self.config,
-            tokens,
-            in_training=self.training,
-            num_loops=num_loops,
-            backprop_loops=backprop_loops,
-            attention_mask=attention_mask,
-            documents=documents,
-            cache=cache,
-            initial_state=initial_state,
-            has_exits=exit_rule is not None,
-            collect_loops=collect_loops,
+            self.config, tokens, self.training, has_exits=exit_rule is not None, **options
         )
         recurrence, router = self.run(inputs, exit_rule)
         ordered = inputs.sorted_rows(recurrence.order)
@@ -118,38 +93,27 @@ class OpenMythos(Decodable, Pretrained):
             for loops, state in recurrence.outputs.items()
         }
         hidden = self.hidden(recurrence.state, inputs, router, last_only=last_only)
-        if cache is not None:
-            cache.note_exits(recurrence.loops_used)
-        return MythosOutput(self.logits(hidden), recurrence, _known(router), loop_logits)
+        if inputs.cache is not None:
+            inputs.cache.note_exits(recurrence.loops_used)
+        return MythosOutput(self.logits(hidden), recurrence, without_none(router), loop_logits)
 
     def losses(
         self,
         tokens: TokenIds,
         targets: TokenIds,
         *,
-        num_loops: SupportsIndex | LoopCounts | None = None,
-        backprop_loops: int = 0,
-        documents: Tensor | None = None,
-        collect_loops: CollectLoops = (),
         by_halting: bool = False,
+        **options: Unpack[PassOptions],
     ) -> MythosLosses:
         """Cross-entropy against targets [batch, seq]; a target of IGNORE = -100 does not count.
 
-        The arguments are those of `forward`, the losses those of its logits, but the logits of all
-        tokens are never in memory at once. by_halting: an entry of `by_loop` is the mean over all
-        targets of the loss times the weight that halting gives that loop, so that they add up to
-        the expected loss; the logits of a loop are in memory then.
+        The losses are those of the logits of `forward`, but the logits of all tokens are never in
+        memory at once. by_halting: an entry of `by_loop` is the mean over all targets of the loss
+        times the weight that halting gives that loop, so that the entries add up to the expected
+        loss; the logits of one loop are in memory then.
         """
         check_targets(targets, tokens, self.config.vocab_size)
-        inputs = ModelInputs.check(
-            self.config,
-            tokens,
-            in_training=self.training,
-            num_loops=num_loops,
-            backprop_loops=backprop_loops,
-            documents=documents,
-            collect_loops=collect_loops,
-        )
+        inputs = ModelInputs.check(self.config, tokens, self.training, **options)
         recurrence, router = self.run(inputs)
         ordered, sorted_targets = inputs.sorted_rows(recurrence.order), targets
         if recurrence.order is not None:
@@ -167,7 +131,7 @@ class OpenMythos(Decodable, Pretrained):
             else:
                 by_loop[loops] = loss(hidden=hidden, targets=some)
         final = loss(hidden=self.hidden(recurrence.state, inputs, router), targets=targets)
-        return MythosLosses(final, by_loop, recurrence, _known(router))
+        return MythosLosses(final, by_loop, recurrence, without_none(router))
 
     def run(
         self, inputs: ModelInputs, exit_rule: ExitRule | None = None
@@ -218,14 +182,6 @@ class OpenMythos(Decodable, Pretrained):
                 router[f"coda.{index}"] = stats
         return self.norm(x[:, -1:] if last_only else x)
 
-    def logits(self, hidden: Hidden) -> Logits:
-        return logits_of(self.config, hidden, self.head_weight)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[vocab_size, dim], the embedding's where they are tied."""
-        return self.embed.weight if self.head is None else self.head.weight
-
     def compile_layers(self, **options: Any) -> None:
         """torch.compile all layers, the shared ones once for all loops; options are its own."""
         # `Module.compile` leaves nothing behind in a copy: that one runs its own weights, eagerly.
@@ -240,7 +196,3 @@ class OpenMythos(Decodable, Pretrained):
             layer = self.get_submodule(name)
             assert isinstance(layer, Block)
             layer.feed_forward.update_router_bias(count)
-
-
-def _known(router: Mapping[str, RouterStats | None]) -> dict[str, RouterStats]:
-    return {name: stats for name, stats in router.items() if stats is not None}

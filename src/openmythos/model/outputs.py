@@ -37,3 +37,8 @@ class MythosLosses:
     by_loop: Mapping[int, Tensor]
     recurrence: RecurrentOutput
     router: Mapping[str, RouterStats]
+
+
+def without_none(router: Mapping[str, RouterStats | None]) -> dict[str, RouterStats]:
+    """The statistics of the layers that route."""
+    return {name: stats for name, stats in router.items() if stats is not None}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,6 +99,9 @@ def _check_names(
         raise ConfigError(f"{path}: tensor {surplus[0]} is not part of this model")
 
 
+M = TypeVar("M", bound="Pretrained")
+
+
 class Pretrained(nn.Module):
     """The part of the model that writes it to a folder and reads it back."""
 
@@ -109,7 +112,9 @@ class Pretrained(nn.Module):
         save(Path(folder), self.config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls: type[M], folder: str | Path, *, device: str | torch.device = "cpu"
+    ) -> M:
         """Load what `save_pretrained` wrote onto a device; "auto" is the accelerator, if any.
 
         A file that does not fit, or a device that is not there, raises a ConfigError.

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ def plain_frequencies(rotary_dim: int, base: float, device: torch.device) -> Ten
     return frequencies
 
 
+@runtime_checkable
 class RopeFrequencies(Protocol):
     """Interface of the scalings."""
 
