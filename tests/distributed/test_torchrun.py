@@ -93,6 +93,7 @@ def losses(run: Path) -> list[Any]:
     return [metrics["loss"] for metrics in read_metrics(run)]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_a_run_that_one_goes_on_with(here: Path) -> None:
     assert main([*NEW, "--out", "alone", "--set", *SETTINGS]) == 0
     both = two_ranks(*NEW, "--out", "both", "--set", *SETTINGS, "train.num_steps=3")

@@ -28,7 +28,7 @@ def trained(model: OpenMythos, backprop_loops: int) -> tuple[torch.Tensor, dict[
     return total.detach(), gradients(model)
 
 
-@pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
+@pytest.mark.parametrize("config", FEW_VARIANTS[::2], ids=FEW_VARIANT_IDS[::2])
 def test_loops_without_rows_change_nothing(config: MythosConfig) -> None:
     model = tiny_model(config)
     for backprop_loops in (0, 1):

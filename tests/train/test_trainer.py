@@ -25,6 +25,7 @@ from openmythos.recurrence.loop_sampling import (
     LoopCurriculum,
     LoopSampling,
     NoCurriculum,
+    PoissonLoops,
     UniformLoops,
     sample_loops,
 )
@@ -228,8 +229,10 @@ def test_every_choice_trains(shards: TokenShards, choice: dict[str, Any]) -> Non
     assert_finite(train(shards, model, **({"loops": PER_SEQUENCE} | changes)))
 
 
-@pytest.mark.parametrize("sampling", get_args(LoopSampling))
-@pytest.mark.parametrize("per", ["batch", "sequence"])
+@pytest.mark.parametrize(
+    ("sampling", "per"),
+    [(PoissonLoops, "batch"), *((kind, "sequence") for kind in get_args(LoopSampling))],
+)
 def test_loops_of_a_step_follow_from_seed_and_step(
     shards: TokenShards, sampling: Any, per: Any
 ) -> None:
