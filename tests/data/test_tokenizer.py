@@ -139,6 +139,7 @@ def test_indentation_is_one_token() -> None:
     assert b"):\n        " in pieces
 
 
+@pytest.mark.slow
 def test_compression_of_unseen_source() -> None:
     corpus = Corpus(["stdlib"])
     bpe = BPETokenizer.train((document.text for document in corpus.train()), 4096)

@@ -86,6 +86,7 @@ def test_latent_attention_and_experts_train_as_in_eager_mode() -> None:
     check_training(*models, num_loops=3)
 
 
+@pytest.mark.slow
 def test_few_tokens_meet_their_experts_one_by_one_in_compiled_code_too() -> None:
     parts = {"recurrent_feed_forward": MoE(num_experts=24, top_k=2, expert_dim=16)}
     check_generation(*pair(TRACED, **parts))

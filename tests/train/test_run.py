@@ -126,7 +126,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("changes", "stop"),
-    [*((changes, 3) for changes in VARIANTS), *((changes, 2) for changes in VARIANTS[:2])],
+    [*((changes, 3) for changes in VARIANTS), (VARIANTS[1], 2)],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else f"after {x}, saved every 2",
 )
 def test_resumed_equals_uninterrupted(

@@ -181,9 +181,10 @@ def test_checkpointed_loops_change_nothing(
     assert [metric.max_violation for metric in spared] == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layers_train(
     shards: TokenShards, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
