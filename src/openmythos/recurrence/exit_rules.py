@@ -7,7 +7,7 @@ keys and values, and costs no feed-forward compute in later loops.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,16 @@ class LoopStates(NamedTuple):
     previous: Hidden
     state: Hidden
     output: Hidden
+
+
+@runtime_checkable
+class Converging(Protocol):
+    """Interface of exit rules: the config of a rule is the rule."""
+
+    needs_logits: ClassVar[bool]  # whether `LoopView.logits` are computed for it
+
+    def converged(self, view: LoopView) -> Mask:
+        """[batch, seq] whether a further loop would change little, after the loop of the view."""
 
 
 @dataclass(frozen=True, kw_only=True)

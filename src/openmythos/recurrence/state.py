@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from openmythos.nn.experts import ExpertWeights
@@ -14,6 +14,9 @@ from openmythos.nn.linear import Deltas
 from openmythos.nn.view import Halting, KVView, LayerView, NoCache
 from openmythos.recurrence.injection import Drive
 from openmythos.types import Hidden, KeyValues, LoopsPerToken, Mask
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class LoopState(NamedTuple):
@@ -31,6 +34,14 @@ class LoopState(NamedTuple):
         shape = hidden.shape[:2]
         active = hidden.new_ones(shape, dtype=torch.bool) if can_stop else None
         return cls(hidden, hidden.new_zeros(shape, dtype=torch.long), active, halt, ())
+
+    def moved(
+        self, hidden: Hidden, active: Mask, halt: Any, views: Sequence[LayerView]
+    ) -> "LoopState":
+        """After a loop of the active positions, which the layers have seen through `views`."""
+        assert self.active is not None
+        kept = tuple(view.kv.kept() for view in views if isinstance(view.kv, Halting))
+        return LoopState(hidden, self.loops_used + self.active, active, halt, kept)
 
     def running(self) -> Mask | None:
         """`active`, or None while every position is."""
@@ -83,3 +94,20 @@ class LoopInputs:
             LayerView(self.context, source, deltas, weights, active, self.collects)
             for source, weights in zip(sources, self.expert_weights, strict=True)
         ]
+
+
+class Scheduled(nn.Module):
+    """What `recurrence.schedule` reads of the block besides its definition.
+
+    `checkpoint_loops` recomputes every loop in the backward pass, `record_norms` asks for the norm
+    of every loop's state, and `sync_num_loops(n)` is the maximum of n over the ranks of an
+    expert-parallel group.
+    """
+
+    checkpoint_loops = False
+    record_norms = False
+    sync_num_loops: Callable[[int], int] | None = None
+
+    def scheduled(self, run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """run(...) as one forward pass of this module: FSDP gathers the weights once for it."""
+        return run(*args, **kwargs)
