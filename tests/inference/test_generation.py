@@ -54,5 +54,5 @@ def test_a_request_is_checked_before_the_model_is_called() -> None:
     with pytest.raises(ValueError, match="longer than the context of 32"):
         stream(model, torch.tensor([[1]]), Request(max_new_tokens=32))
     with pytest.raises(ValueError, match="outside the vocabulary of 10"):
-        stream(model, torch.tensor([[10]]), Request())
+        stream(model, torch.tensor([[10]]), Request(max_new_tokens=1))
     assert model.seen == []

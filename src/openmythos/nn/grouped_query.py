@@ -119,8 +119,8 @@ class GroupedQueryAttentionLayer(AttentionLayer):
             for width in (heads, kv_heads)
         )
         if config.qk_bias:
-            self.query_bias = nn.Parameter(torch.empty(heads))
-            self.key_bias = nn.Parameter(torch.empty(kv_heads))
+            self.query_bias = nn.Parameter(torch.zeros(heads))
+            self.key_bias = nn.Parameter(torch.zeros(kv_heads))
 
     def fills(self) -> dict[str, Fill]:
         biases = ("query_bias", "key_bias") if self.config.qk_bias else ()
