@@ -1,8 +1,8 @@
-"""Routed experts split over ranks: rows are sent to the rank of their expert and back.
+"""Expert parallelism: experts sharded over ranks, tokens dispatched and combined by all-to-all.
 
 Every `Parallel.experts` neighbouring ranks are an experts group. Rank i of a group holds the i-th
-part of each stack of experts; groups, and replicas of them, share that part by FSDP2 as all ranks
-share the other weights. No row is dropped: ranks first tell each other how many are to come.
+part of each expert stack. FSDP2 shards that part over the groups (and replicates it, with HSDP) as
+it shards other weights over all ranks. No row is dropped: ranks first exchange the row counts.
 """
 
 import functools
@@ -26,12 +26,12 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.dispatch import Dispatched
 from openmythos.nn.moe import MoELayer
 
-# Which mesh each parameter is to be sharded on, where that is not the others'.
+# The mesh and dimension that FSDP2 shards a parameter on; None: the default.
 Placement = Callable[[nn.Parameter], ShardPlacementResult | None]
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to other ranks, arriving by rank; their gradients go the way back."""
+    """All-to-all of rows, received in order of rank; backward returns their gradients."""
 
     @staticmethod
     def forward(ctx, rows, sent, received, group):  # type: ignore[no-untyped-def]
@@ -54,7 +54,7 @@ def _all_to_all(
 
 
 class AllToAllDispatcher:
-    """An `nn.dispatch.TokenDispatcher` among the ranks of a group, each with as many experts."""
+    """An `nn.dispatch.TokenDispatcher` over a group of ranks with equally many experts each."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -87,14 +87,14 @@ def check_experts(model: OpenMythos, experts: int) -> None:
 
 
 def split_experts(model: OpenMythos, mesh: DeviceMesh) -> Placement:
-    """Split the stacks over the mesh's "experts", before FSDP2, which gets what is returned."""
+    """Shard the expert stacks over the mesh's "experts"; returns the placements for FSDP2."""
     group = mesh.get_group("experts")
     names = tuple(name for name in mesh.mesh_dim_names or () if name != "experts")
     split = set()
     for layer in _layers(model):
         layer.dispatcher = AllToAllDispatcher(group)
         for name, weight in layer.experts.named_parameters():
-            # All ranks come with the same weights: none need be sent.
+            # All ranks have the same weights: no broadcast is needed.
             part = distribute_tensor(
                 weight.detach(), mesh["experts"], [Shard(0)], src_data_rank=None
             )
@@ -111,15 +111,15 @@ def split_experts(model: OpenMythos, mesh: DeviceMesh) -> Placement:
 
 
 def average_over_all(units: Sequence[nn.Module]) -> None:
-    """Have FSDP2 divide gradients of experts by the number of all ranks, as it does the others'.
+    """Make FSDP2 divide expert gradients by the world size, as it does all other gradients.
 
-    In an experts group they are summed already, for a loss that is a mean over ranks.
+    They are sums over the rows of their experts group already; the loss is a mean over ranks.
     """
     for unit in units:
         for group in fully_shard.state(unit)._fsdp_param_groups:  # type: ignore[attr-defined]
             if group.mesh_info.mesh.size() < dist.get_world_size():
                 group.gradient_divide_factor = float(dist.get_world_size())
-                # Gloo cannot scale while it sums. Torch divides for a group of one without.
+                # Gloo cannot scale in a reduction. In a group of one, torch divides without this.
                 group.force_sum_reduction_for_comms = group.mesh_info.shard_mesh_size > 1
 
 

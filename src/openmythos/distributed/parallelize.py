@@ -115,7 +115,7 @@ def parallelize(
 
 
 def reduce_gradients(model: OpenMythos, on: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks: only a step's last one does."""
+    """Set whether the next backward pass reduces gradients over ranks (the last of a step)."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
 

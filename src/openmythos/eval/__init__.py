@@ -1,1 +1,1 @@
-"""How good a model is, against the number of loops."""
+"""Evaluation by number of loops: likelihood of text, accuracy on tasks."""

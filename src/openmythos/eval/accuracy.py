@@ -10,7 +10,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.tasks import Task
 from openmythos.train.task_source import accuracy
 
-# Problems of n hops are drawn from this seed + n; no training comes near it.
+# Problems of n hops are drawn from this seed + n; far from the seeds of training.
 ASKED_SEED = 10_000
 
 
@@ -24,7 +24,7 @@ def accuracy_map(
     examples: int = 400,
     precision: str = "fp32",
 ) -> dict[int, dict[int, float]]:
-    """found[h][T]: share of right answers at h hops after T loops, all T from one pass."""
+    """Accuracy at h hops after T loops, as found[h][T]; one pass gives all T."""
     model.eval()
     found: dict[int, dict[int, float]] = {}
     for hop in hops:

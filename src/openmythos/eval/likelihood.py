@@ -83,9 +83,9 @@ def decoded_loss(
     window: int,
     windows: int,
 ) -> float:
-    """Mean nats per token of the second halves of windows, decoded with the policy token by token.
+    """Mean nats per token over the second half of each window, decoded token by token.
 
-    The first half of each window is the prompt; a sharing policy changes what is seen of it.
+    The first half is the prompt, cached with the same `policy`.
     """
     half = window // 2
     batch = next(iter(evaluation_windows(shards, window, batch_size=windows)))

@@ -1,1 +1,1 @@
-"""Text in, text out."""
+"""Generation: decoding with a KV cache, sampling, text."""

@@ -78,7 +78,7 @@ class DecodeStep(NamedTuple):
     """One new token of every row; rows that have ended repeat their stop token."""
 
     tokens: NextTokenIds
-    loops_used: Tensor  # [batch], loops behind the logits that this token was drawn from
+    loops_used: Tensor  # [batch], loops run for the logits of this token
 
 
 def stream(
@@ -121,7 +121,7 @@ def prefill(
     cache: KVCache,
     attention_mask: Mask | None = None,
 ) -> tuple[NextLogits, LoopCounts]:
-    """Feed a prompt to an empty cache; as `next_logits`, of its last token."""
+    """Feed a prompt to an empty cache; returns `next_logits` of its last token."""
     seq = prompt.shape[1]
     chunk = request.prefill_chunk or seq
     for start in range(0, seq, chunk):
@@ -134,7 +134,7 @@ def prefill(
 def decode_one_token(
     model: DecodableModel, tokens: NextTokenIds, request: Request, cache: KVCache
 ) -> tuple[NextLogits, LoopCounts]:
-    """Append a token to every row; as `next_logits`, of that token."""
+    """Append a token to every row; returns `next_logits` of that token."""
     return _next(model, tokens[:, None], request, cache, None)
 
 
@@ -173,8 +173,8 @@ def _stream(
 ) -> Iterator[DecodeStep]:
     if request.max_new_tokens == 0:
         return
-    # The cache makes it inference. The mode of the module is not touched: other threads may train
-    # or generate with it.
+    # A cache means inference. train() and eval() are not called: other threads may be using the
+    # model.
     device = model.device
     prompt = prompt.to(device)
     if attention_mask is not None:
@@ -187,7 +187,7 @@ def _stream(
         prefill=request.prefill,
         decode=request.decode,
     )
-    # Tokens are drawn, and their ends noticed, on the CPU.
+    # Sampling and the check for stop tokens run on the CPU.
     generator = torch.Generator("cpu").manual_seed(request.sampling.seed)
     stop_ids = torch.tensor(request.stop_ids, dtype=torch.long, device="cpu")
     ended = torch.zeros(batch, dtype=torch.bool, device="cpu")

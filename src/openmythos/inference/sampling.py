@@ -36,9 +36,9 @@ class Sampling:
 
 
 def filtered_logits(logits: NextLogits, sampling: Sampling) -> NextLogits:
-    """Logits / temperature with everything that the filters drop at -inf."""
-    # The maximum at 0, so that no temperature makes an infinity of it; fp32 takes a smaller one
-    # than its smallest number for 0.
+    """Logits / temperature; -inf for the tokens that the filters drop."""
+    # Shift the maximum to 0: dividing by a small temperature then cannot give +inf. A temperature
+    # below the smallest fp32 number would be rounded to 0.
     logits = logits.float()
     temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
@@ -59,12 +59,12 @@ def filtered_logits(logits: NextLogits, sampling: Sampling) -> NextLogits:
 
 
 def sample(logits: NextLogits, sampling: Sampling, generator: torch.Generator) -> NextTokenIds:
-    """One token per row, on the CPU: a device is waited for once, and a seed means the same on all.
+    """One token per row, drawn on the CPU: one device sync; seeds work alike on all devices.
 
     Raises a ValueError where the logits are not finite.
     """
     if sampling.temperature == 0:
-        # Largest and where, in one transfer: fp64 holds every id and every logit.
+        # Maximum and its index in one transfer: fp64 represents ids and logits exactly.
         highest, place = logits.max(dim=-1)
         score, token = torch.stack((highest.double(), place.double())).cpu()
         _check_finite(score)

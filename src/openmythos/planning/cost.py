@@ -1,8 +1,8 @@
-"""What a config costs before anybody pays for it: parameters, cache, arithmetic, training memory.
+"""Costs of a config before it is built: parameters, KV cache, FLOPs, training memory.
 
-All from the config alone, for a trillion parameters as fast as for a thousand. Weights are counted
-on the module itself, built on the meta device, so that the counts cannot drift from the model. The
-memory of training is an estimate, the rest is exact.
+All follow from the config and take no longer for larger models. Weights are counted on the module
+itself, built on the meta device, so that the counts cannot drift from the model. Training memory
+is an estimate, the rest is exact.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ FP32 = 4
 class ParameterCount:
     """Numbers of weights. The parts from `embedding` to `head` add up to `total`; a tied head is 0.
 
-    `active` counts the routed experts at top_k / num_experts and all else in full, the deltas of
-    every loop and the whole embedding included.
+    `active` counts the routed experts at top_k / num_experts and all other weights in full,
+    including the embedding and the LoRA deltas of every loop.
     """
 
     total: int
@@ -41,16 +41,16 @@ class ParameterCount:
     coda: int
     norm: int
     head: int
-    routed_experts: int  # of the parts above
-    loop_lora: int  # of `recurrent`
+    routed_experts: int  # included in the parts above
+    loop_lora: int  # included in `recurrent`
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
     """Bytes of a training step on one device, without sharding.
 
-    `total` is reached without checkpointing and a bound with it: the logits are gone by the time
-    the first loop is computed anew.
+    `total` is the peak without activation checkpointing, and an upper bound with it: the logits are
+    freed before the first loop is recomputed.
     """
 
     weights: int
@@ -69,7 +69,7 @@ class Plan:
     """All costs of a config for one choice of context, batch and loops.
 
     `dtype` is that of inference, of the cache and of the activations in training. FLOPs are per
-    token; `checkpointed` is the memory with every loop recomputed in the backward pass.
+    token; `checkpointed` is the memory with activation checkpointing of every loop.
     """
 
     context: int
@@ -98,7 +98,7 @@ def plan(
     optimizer: Optimizer = "adamw",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Plan:
-    """Everything this file can say; context and num_loops default to the config's."""
+    """All costs of a config; context and num_loops default to its own."""
     context = config.context if context is None else context
     loops = config.num_loops if num_loops is None else num_loops
     for name, value in (("context", context), ("batch", batch), ("num_loops", loops)):
@@ -169,7 +169,7 @@ def cache_bytes(
     """Keys and values of a full cache: kv_width numbers per token and slot.
 
     A prelude or coda layer has one slot, a recurrent one as many as the policy (default: exact)
-    wants for num_loops.
+    needs for num_loops.
     """
     loops = config.num_loops if num_loops is None else num_loops
     policy = ExactCache() if policy is None else policy
@@ -200,7 +200,7 @@ def training_flops_per_token(
 ) -> int:
     """Forward and backward; the latter costs twice the former wherever gradient flows.
 
-    Recomputation (checkpointed loops) is not counted: it is a choice of how, not of what.
+    Recomputation by activation checkpointing is not counted.
     """
     loops = config.num_loops if num_loops is None else num_loops
     flops = TrainingFlops(config, config.context if context is None else context)
@@ -208,7 +208,7 @@ def training_flops_per_token(
 
 
 class TrainingFlops:
-    """Of one config and context, for many numbers of loops: see `training_flops_per_token`."""
+    """`training_flops_per_token` of one config and context, for many numbers of loops."""
 
     def __init__(self, config: MythosConfig, context: int) -> None:
         self._once, self._per_loop = _flops(config, context)
@@ -235,9 +235,8 @@ def training_memory(
     gradients    fp32
     optimizer    fp32; adamw: two moments, muon: one for the matrices of the layers, else two
     activations  what autograd keeps per token (`_layer_bytes`) and the state of every loop; loops
-                 without gradient keep nothing, of checkpointed ones one at a time is computed anew
-    logits       of one chunk of the loss, as on an accelerator: in `dtype`, and in fp32 two more
-                 such matrices
+                 without gradient keep nothing; with checkpointing, one loop at a time is kept
+    logits       of one chunk of the loss, as on an accelerator: one matrix in `dtype`, two in fp32
     """
     model, c, size = on_meta(config), config, dtype.itemsize
     total = _numel(model)
@@ -264,7 +263,7 @@ def _grad_loops(num_loops: int, backprop_loops: int) -> int:
 
 @lru_cache(maxsize=4)
 def on_meta(config: MythosConfig) -> OpenMythos:
-    """The model without its numbers."""
+    """The model on the meta device: shapes without values."""
     with torch.device("meta"):
         return OpenMythos(config)
 
@@ -279,7 +278,7 @@ def _matrix_numel(model: OpenMythos) -> int:
 
 
 def _flops(config: MythosConfig, context: int) -> tuple[float, float]:
-    """(once, per loop), per token."""
+    """Forward FLOPs per token: (outside the loops, per loop)."""
     model, c = on_meta(config), config
     recurrent, lora = model.recurrent, model.recurrent.conditioning.lora
     once = sum(map(multiply_adds, (model.prelude, model.coda))) + c.vocab_size * c.dim

@@ -16,7 +16,7 @@ from openmythos.nn.moe import MoELayer
 from openmythos.planning import cost
 
 USABLE = 0.9  # the rest is for the communication library, fragmentation, and all not counted here
-MAX_TRIED = 2**20  # of devices and batch, all of whose divisors are tried
+MAX_TRIED = 2**20  # limit of devices and batch: all their divisors are tried
 BF16 = torch.bfloat16
 
 
@@ -31,7 +31,7 @@ class Settings:
     experts: int = 1  # devices over which the routed experts are sharded
 
     def overrides(self) -> list[str]:
-        """The settings of `openmythos train`."""
+        """The settings as overrides for `openmythos train`."""
         chosen = [
             "train.precision=bf16",
             f"train.batch_size={self.batch * self.gpus}",
@@ -69,7 +69,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """The settings that were found, or with `fits` False those that need least."""
+    """The settings found; if `fits` is False, those that need the least memory."""
 
     fits: bool
     settings: Settings
@@ -87,7 +87,7 @@ def find(
     num_loops: int | None = None,
     backprop_loops: int = 0,
 ) -> Fit:
-    """The fastest settings that fit `batch` sequences per device into `memory` bytes of each.
+    """The fastest settings that fit `batch` sequences per device into `memory` bytes per device.
 
     Tried in order of their cost in time: smaller micro-batches, activation checkpointing, expert
     parallelism.
@@ -167,7 +167,7 @@ def device_memory(
 
 
 def _units(config: MythosConfig, experts: int) -> tuple[int, list[int]]:
-    """Number of full weights on a device: those outside of all units, and those of each unit."""
+    """Numbers of weights after the all-gather: outside all FSDP units, and of each unit."""
     model = cost.on_meta(config)
     units = (*model.prelude, model.recurrent, *model.coda)
     outside = _numel(model) - sum(map(_numel, units))

@@ -51,7 +51,7 @@ SHARE, SPARE = 0.99, 5
 
 
 def rules() -> dict[str, ExitRule]:
-    """Rules that no training prepares for; each judges the whole prefix, or each token alone."""
+    """Exit rules without training; each decides for the whole prefix, or for each token."""
     whole: dict[str, StateChangeExit | KLExit | KLEntropyExit] = {
         "state change < 3%": StateChangeExit(threshold=0.03, scope="prefix", patience=2),
         "KL < 1e-3": KLExit(threshold=1e-3, scope="prefix", patience=2),
@@ -162,7 +162,7 @@ def measure_hops(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
 
 
 class Stopped(NamedTuple):
-    """What a rule reaches, and at what cost."""
+    """Score of an exit rule, and the mean loops it used."""
 
     score: float  # accuracy; on text nats per token
     loops: float
@@ -177,7 +177,7 @@ def of_text(run: RunResult, rule: str) -> Stopped:
 
 
 def fit(result: RunResult) -> float:
-    """Accuracy with all loops within the training range; on text, less loss with all loops."""
+    """Accuracy with all loops within the training range; on text, the negative loss."""
     if result.arm in text_arms():
         return -of_text(result, ALL).score
     trained = [row.score for hops, row in by_hops(result, ALL).items() if hops <= 20]
@@ -201,8 +201,8 @@ def spearman(left: torch.Tensor, right: torch.Tensor) -> float:
 def summarise(
     runs: Sequence[RunResult], rule: str, without: Sequence[RunResult]
 ) -> dict[str, list[float]]:
-    """Per quantity a value per seed: what a rule reaches, as a share of what the model of `without`
-    with the same seed reaches with all loops, and the best fixed number of loops of equal cost."""
+    """Quantities of a rule, one value per seed: accuracy, its least share of the accuracy of
+    `without` with all loops (same seed), loops, and the best fixed number of loops at that cost."""
     never_stops = {run.seed: by_hops(run, ALL) for run in without}
     names = ("accuracy", "share", "loops", "excess", "spearman", "fixed")
     found: dict[str, list[float]] = {name: [] for name in names}
@@ -274,7 +274,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 
 def text_rows(runs: Sequence[RunResult]) -> Iterator[dict[str, str]]:
-    """What the rules of a text arm need and what the same loops give every token alike."""
+    """Table rows of a text arm: each rule, and the best fixed number of loops at its cost."""
     for rule in runs[0].curve["rules"]:
         score, loops = zip(*(of_text(run, rule) for run in runs), strict=True)
         fixed = [

@@ -45,7 +45,7 @@ def looped(window: int = WINDOW) -> MythosConfig:
 
 
 def stacked(layers: int, dim: int) -> MythosConfig:
-    """`layers` layers of their own, run once: the same code without a loop."""
+    """A model without loops: `layers` unshared layers, run once."""
     feed_forward = SwiGLU(hidden_dim=dim * 21 // 8 // 8 * 8)
     return replace(
         looped(),
@@ -141,7 +141,7 @@ def shown(runs: Sequence[RunResult], hops: int) -> str:
 
 
 def flat(result: RunResult, hops: int) -> float:
-    """Largest loss of accuracy at twice the loops that first reach 99% of the best, or beyond."""
+    """Largest drop in accuracy from twice the loops that first reach 99% of the best on."""
     row = grid_of(result.curve).get(hops, {})
     if not row:
         return 0.0

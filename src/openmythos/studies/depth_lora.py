@@ -45,7 +45,7 @@ RECOVERED = 0.5
 
 
 def with_rank(base: MythosConfig, rank: int, num_loops: int) -> MythosConfig:
-    """Every linear map of the loop with a delta of that rank per loop."""
+    """The config with a LoRA delta of that rank for each loop on every linear map."""
     if rank == 0:
         return base
     lora = LoopLoRA(rank=rank, num_loops=num_loops, targets=("attention.*", "feed_forward.*"))
@@ -68,7 +68,7 @@ def arms() -> list[Arm]:
             Arm.on_text(f"text, rank {r}", with_rank(text_model(LTI()), r, TRAINED), training)
             for r in RANKS
         ),
-        # Its best rate lies higher.
+        # The best learning rate of this arm is higher.
         replace(Arm.on_text(UNTIED, untied(), once), rates=(*RATES, 8e-3, 16e-3)),
     ]
     on_hops = [
@@ -98,7 +98,7 @@ def measure(trained: TextRun | OpenMythos, arm: Arm, quick: bool) -> dict[str, A
 
 
 def nats(result: RunResult, loops: int) -> float:
-    """Held-out loss after so many loops; of the untied model, after its layers."""
+    """Held-out loss after so many loops; of the untied model, after all layers."""
     curve = curve_of(result.curve)
     return curve.get(loops, curve[1])
 

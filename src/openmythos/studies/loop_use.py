@@ -33,9 +33,9 @@ BASE = "base"
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 NEEDED = 0.1  # nats that the base must gain for the others to be compared with it
 TRAINED = 6
-# Expected to take the gain away: at most this share of it is left, in the mean over seeds.
+# Expected to remove the gain: at most this share is left, mean over seeds.
 TAKES, LEFT = ("prelude and coda", "untied head"), 0.5
-# Expected to leave it: it changes by at most this share.
+# Expected to keep the gain: it changes by at most this share.
 LEAVES, CHANGED = ("zero-initialised outputs", "experts", "latent attention", "LoRA per loop"), 0.25
 # Not drawn: their lines would lie behind the legend.
 TABLE_ONLY = ("AdamW", "half the steps")

@@ -42,7 +42,7 @@ TASKS: dict[str, tuple[Task, int, int, int]] = {  # task, fewest and most hops, 
 
 
 def model(task: Task, layers: int, loops: int) -> MythosConfig:
-    """A block of layers run so many times on the embedding: nothing before, after or injected."""
+    """A block of `layers` layers, run `loops` times: no prelude, coda or injection."""
     feed_forward = SwiGLU(hidden_dim=168)
     return MythosConfig(
         vocab_size=task.vocab_size,

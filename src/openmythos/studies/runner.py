@@ -34,7 +34,7 @@ from openmythos.studies.text import trained_on_text
 from openmythos.train.config import RunConfig, TextData
 from openmythos.train.task_source import task_trainer
 
-# No run has it or one after it: rates are chosen on other data than the results are reported on.
+# First seed of trials, above those of runs: rates are not tuned on the reported runs.
 TRIAL_SEED = 1000
 
 STUDIES: dict[str, Study] = {
@@ -160,7 +160,7 @@ def _concluded(
 
 
 def _older_trials(tried: Sequence[Trial], arms: Sequence[Arm]) -> list[str]:
-    """A line for the trials that these arms would not make, if there are any."""
+    """A note on the trials that these arms would no longer make, if there are any."""
     asked = {arm.name: arm.trials() for arm in arms}
     older = [
         trial
@@ -225,14 +225,14 @@ def _finished(
 
 
 def _trial(study: Study, runs: Sequence[RunResult]) -> Trial:
-    """The trial that runs of one arm at one learning rate, with different seeds, make up."""
+    """Combine runs of one arm at one learning rate, with different seeds, into a trial."""
     fit = statistics.mean(map(study.fit, runs))
     seconds = round(sum(run.seconds for run in runs), 3)
     return Trial(runs[0].arm, runs[0].rate, runs[0].settings, fit, seconds)
 
 
 def _tuned(arm: Arm, trials: Sequence[Trial]) -> Arm:
-    """The arm at the rate that fits best; of equals, at the lowest."""
+    """The arm at the rate with the best fit; the lowest of equal ones."""
     own = sorted((t for t in trials if t.arm == arm.name), key=lambda trial: trial.rate)
     return arm.at_rate(max(own, key=lambda trial: trial.fit).rate) if own else arm
 
@@ -241,7 +241,7 @@ def _refuse_others(
     out: Path, found: Sequence[RunResult] | Sequence[Trial], arms: Sequence[Arm]
 ) -> None:
     """Raise a ConfigError unless every result belongs to one of these arms, with its settings."""
-    # Seeds share their settings, which take a millisecond to read.
+    # Check equal settings once: parsing takes a millisecond, and seeds share them.
     for one in {f"{one.arm} {json.dumps(one.settings)}": one for one in found}.values():
         if not any(arm.has(one.settings) for arm in arms if arm.name == one.arm):
             raise ConfigError(
@@ -251,7 +251,7 @@ def _refuse_others(
 
 
 def _in_order(done: Mapping[tuple[str, int], RunResult], arms: Sequence[Arm]) -> list[RunResult]:
-    """By arm as the study lists them, then by seed."""
+    """Results sorted by arm, in the order of the study, then by seed."""
     places = {arm.name: place for place, arm in enumerate(arms)}
     return [done[key] for key in sorted(done, key=lambda key: (places[key[0]], key[1]))]
 

@@ -33,9 +33,9 @@ INJECTIONS: dict[str, Injection] = {
     "none": NoInjection(),
 }
 SAMPLING: tuple[Granularity, ...] = ("batch", "sequence")
-# A run diverges that is not finite, or ends this many nats above its own best tenth.
+# A run has diverged if its loss is not finite, or ends this many nats above its best tenth.
 WORSE = 0.3
-ENOUGH = 0.2  # share of runs in which what is claimed of an injection must be seen
+ENOUGH = 0.2  # share of runs that must show what is claimed of an injection
 
 
 def name_of(injection: str, per: str, rate: float) -> str:
@@ -137,10 +137,10 @@ def by_injection(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
-    """Two statements. Mechanism: no run of LTI has rho >= 1 or a state that overflows, of concat,
-    whose linear part is learned freely, at least a fifth of the runs have rho > 1 and a fifth
-    overflow. Training: LTI never diverges, with every other injection at least a fifth of the runs
-    do, and the best loss of LTI is within 2% of the best of any."""
+    """Two statements. Mechanism: no run of LTI has rho >= 1 or a state that overflows; of concat,
+    whose linear part is unconstrained, at least a fifth of the runs have rho > 1 and a fifth
+    overflow. Training: LTI never diverges; with every other injection at least a fifth of the runs
+    do; the best loss of LTI is within 2% of the best of any."""
     runs_of = by_injection(results)
     share = {name: statistics.mean(map(diverged, runs)) for name, runs in runs_of.items()}
     overflow = {name: sum(map(overflows, runs)) for name, runs in runs_of.items()}
@@ -200,7 +200,7 @@ def _table(results: Sequence[RunResult]) -> Iterator[dict[str, str]]:
 
 
 def _typical(sizes: Sequence[float | None]) -> str:
-    """Their median; those that are not finite are the largest."""
+    """The median as text; sizes that are not finite count as the largest."""
     median = sorted(math.inf if size is None else size for size in sizes)[len(sizes) // 2]
     return "overflow" if math.isinf(median) else f"{median:.3g}"
 

@@ -1,8 +1,8 @@
 """What a study is, and how its runs become a report.
 
 A study fixes its claim, arms, measure and verdict rule in code, before any run. A run is an arm
-with a seed; its result is plain data, written the moment it is there, so that an interrupted study
-goes on where it stopped and nothing is run twice.
+with a seed; its result is plain data, written as soon as it is known, so that an interrupted
+study resumes where it stopped.
 """
 
 import math
@@ -22,8 +22,8 @@ from openmythos.tasks import Task
 from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
 from openmythos.train.task_source import fitted
 
-# "premise not met": what the claim takes for granted is not so here (such as that sharing weights
-# costs something), so that it was not tested, whatever the other bars say.
+# "premise not met": an assumption of the claim does not hold here (such as that sharing weights
+# costs something), so the claim was not tested, whatever the other bars say.
 Verdict = Literal["holds", "holds in part", "does not hold here", "premise not met"]
 Curve = dict[int, float]  # by loops
 Grid = dict[int, Curve]  # by hops, then by loops
@@ -31,12 +31,11 @@ Grid = dict[int, Curve]  # by hops, then by loops
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One thing that is compared: a model, the text or task it learns, and its training.
+    """One alternative that is compared: a model, the text or task it learns, and its training.
 
-    Where `rates` names learning rates, each is tried with one step of `trial_share` and
-    `trial_seeds` seeds that no run has; the runs take the one that fits best in the mean. Otherwise
-    they take the optimizer's own. `factors` are what the arms differ in, by which a study groups
-    them.
+    Each learning rate in `rates` is tried for num_steps / trial_share steps on `trial_seeds` seeds
+    that no run uses; runs use the one with the best mean fit. Without `rates` they use the
+    optimizer's `lr`. `factors` are what the arms differ in; a study groups them by these.
     """
 
     name: str
@@ -51,13 +50,13 @@ class Arm:
     def on_text(cls, name: str, model: MythosConfig, training: TrainConfig) -> "Arm":
         """An arm that learns text; each of three learning rates is tried at half length.
 
-        With three seeds: at a rate that is too high for some seeds, others do best of all.
+        On three seeds: a rate that is too high for some seeds can be the best for others.
         """
         run = on_text(model, training)
         return cls(name=name, run=run, rates=RATES, trial_share=2, trial_seeds=3)
 
     def has(self, settings: Mapping[str, Any]) -> bool:
-        """Whether stored settings are this arm's; what they do not name is at its default."""
+        """Whether stored settings are this arm's; missing fields have their defaults."""
         try:
             return config_of(settings) == self.run
         except ConfigError:
@@ -73,7 +72,7 @@ class Arm:
 
     @property
     def task(self) -> Task:
-        """Of an arm that learns one."""
+        """The task of an arm that learns one."""
         assert isinstance(self.run.data, TaskData)
         return self.run.data.task
 
@@ -102,7 +101,7 @@ class Arm:
         return replace(self, run=fitted(run))
 
     def changed(self, overrides: Sequence[str]) -> "Arm":
-        """With "a.b=value" set in its run."""
+        """This arm with overrides ("a.b=value") of its run."""
         return replace(self, run=fitted(apply_overrides(self.run, overrides)))
 
     def _training(self, **changes: Any) -> "Arm":
@@ -136,7 +135,7 @@ class RunResult:
     settings: Mapping[str, Any]
     curve: Mapping[str, Any]  # what the study's measure found
     parameters: int
-    training_flops: int | float | None  # None: not counted rightly when it ran, nor derivable
+    training_flops: int | float | None  # None: counted wrongly at the time, not derivable
     seconds: int | float
     commit: str
 
@@ -179,14 +178,14 @@ class Study:
     method: str
     not_shown: tuple[str, ...]
     arms: Callable[[], Sequence[Arm]]
-    # (model, or the TextRun of what learned text; arm; quick) -> curve
+    # (model, or TextRun if the arm learns text; arm; quick) -> curve
     measure: Callable[..., dict[str, Any]]
     fit: Callable[[RunResult], float]  # how well a run learned its training range: tunes rates
     judge: Callable[[Sequence[RunResult]], Finding]
     draw: Callable[[Sequence[RunResult]], Any]  # -> (figure, rows)
-    # Times that a run is measured on its way, evenly spaced: curve["by_step"].
+    # Number of evenly spaced measurements during training: curve["by_step"].
     snapshots: int = 0
-    # What is not as it was fixed before the first run, and why.
+    # Deviations from what was fixed before the first run, and why.
     changed: tuple[str, ...] = ()
 
 
@@ -199,7 +198,7 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
 
 
 def percent(values: Sequence[float]) -> str:
-    """Shares as "97.3 ± 1.2"; where that reaches below 0 or above 100, "82.0 (10.1 to 100.0)"."""
+    """Shares in percent: "97.3 ± 1.2", or "82.0 (10.1 to 100.0)" if that would leave 0 to 100."""
     mean, half = mean_and_half_width([100 * value for value in values])
     if half > min(mean, 100 - mean) and half > 0:
         return f"{mean:.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
@@ -240,7 +239,7 @@ def grid_of(stored: Mapping[str, Any]) -> Grid:
 
 
 def to_json(grid: Mapping[int, Any]) -> dict[str, Any]:
-    """A curve or a grid, as JSON has it: its keys are strings."""
+    """A curve or a grid as JSON, where keys are strings."""
     return {str(n): to_json(x) if isinstance(x, Mapping) else x for n, x in grid.items()}
 
 
@@ -259,7 +258,7 @@ def report_markdown(
     tried: Sequence[Trial] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """report.md; `notes` are what differs from what the study asks for today."""
+    """The text of report.md; `notes` are deviations from the current study."""
     by_name = [{run.seed for run in runs} for runs in by_arm(results).values()]
     shared = set.intersection(*by_name)
     more = set.union(*by_name) - shared

@@ -1,4 +1,4 @@
-"""Are facts composed that training never composed? A loop against as many layers of their own."""
+"""Does a model compose facts that training never composed? A loop against unshared layers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ TASK = SystematicHops(num_entities=25, num_relations=28, alone=0.105)
 PARTS: tuple[Part, ...] = ("train", "held_out", "ood")
 LOOPS = (2, 3, 4, 5, 6, 8)
 LOOPED, UNSHARED = "looped", "6 layers"
-# Embeddings that do not decay, as everywhere else in this library.
+# No weight decay on embeddings, as everywhere else in this library.
 PLAIN = ", embeddings without decay"
 EMERGED = 0.5
 
@@ -94,7 +94,7 @@ def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(10_000)
         asked = replace(arm.task, one_hop=0.0)
         batch = asked.sample(40 if quick else 1000, 2, generator, part)
-        # Of few pairs a thousand draws repeat most: each counts once.
+        # A thousand draws from few pairs repeat most of them: count each once.
         first = torch.unique(batch.tokens, dim=0, return_inverse=True)[1]
         order = torch.stack([(first == i).nonzero()[0, 0] for i in range(int(first.max()) + 1)])
         tokens, answers = (x[order].to(model.device) for x in (batch.tokens, batch.answers()))

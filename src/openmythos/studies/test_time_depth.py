@@ -35,7 +35,7 @@ from openmythos.studies.study import (
 from openmythos.studies.text import TextRun, text_model, text_training
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-FITTED = 8  # loops that a law is fitted on; beyond, it is asked
+FITTED = 8  # laws are fitted up to this many loops and tested beyond
 USED = 0.1  # nats that 8 loops gain over 1 in a model that uses its loops; Parcae's 140M gains 0.33
 BASE = "per sequence"
 POLICIES: dict[str, CachePolicy] = {
@@ -79,7 +79,7 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
 
 
 def law_error(curve: Mapping[int, float], law: str) -> tuple[float, float]:
-    """(largest error within, largest error beyond) of `fitted`."""
+    """Largest errors of `fitted`: (up to FITTED loops, beyond)."""
     predicted = fitted(curve, law)
     errors = {n: abs(predicted[n] - loss) for n, loss in curve.items()}
     beyond = [error for n, error in errors.items() if n > FITTED]
@@ -87,7 +87,7 @@ def law_error(curve: Mapping[int, float], law: str) -> tuple[float, float]:
 
 
 def fitted(curve: Mapping[int, float], law: str) -> dict[int, float]:
-    """The curve as L + a e^(-b T) or L + a T^(-b) of its first FITTED loops says it is.
+    """The curve predicted by L + a e^(-b T) or L + a T^(-b), fitted to its first FITTED loops.
 
     L and a by least squares for each b of a fine grid; the b with the least squared error is taken.
     """
@@ -113,12 +113,12 @@ def nats(result: RunResult) -> Curve:
 
 
 def fit(result: RunResult) -> float:
-    """Less loss at the mean number of loops is better."""
+    """The negative loss at the mean number of loops."""
     return -_at_mean(nats(result))
 
 
 def _at_mean(curve: Mapping[int, float]) -> float:
-    """Loss at the mean number of loops in training; of a quick run at the most that it tried."""
+    """Loss at the mean number of loops in training; of a quick run at the most it measured."""
     return curve.get(4, curve[max(curve)])
 
 
@@ -190,10 +190,10 @@ def _table(groups: Mapping[str, Sequence[RunResult]]) -> Iterator[dict[str, str]
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
-    """Held-out loss against loops, less a run's own where training spends most of its steps, and
-    the two laws of the base.
+    """Held-out loss against loops, relative to each run's loss at the mean number of training
+    loops, and the two laws of the base.
 
-    Seeds differ by more than loops do.
+    Relative, because seeds differ by more than loops do.
     """
     by_loops: dict[str, dict[int, list[float]]] = {}
     laws: dict[str, dict[int, list[float]]] = {}

@@ -27,7 +27,7 @@ VOCAB_SIZE = 1024
 
 
 class TextRun(NamedTuple):
-    """What training on text leaves for a measure."""
+    """What `Study.measure` gets of a run on text."""
 
     model: OpenMythos
     history: tuple[StepMetrics, ...]

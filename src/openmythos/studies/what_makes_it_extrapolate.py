@@ -40,16 +40,16 @@ HOPS = (5, 10, *BEYOND)
 LOOPS = (5, 10, 16, 20, 25, 30, 40, 60, 80)
 LATE = 20  # hops at which overthinking is measured: twice the trained
 BASE = "base"
-# A change of fewer points is none.
+# A smaller drop in accuracy does not count.
 TOLERANCE = 0.05
 FULL_ATTENTION = "attention: full"
 CARRIES = ("injection: add", "injection: concat", "injection: none", FULL_ATTENTION)
 RATES = (1.5e-3, 3e-3, 6e-3)
-# A third of the steps ends near chance. What is found to cost something, and what it is compared
-# with, is trained at the rate that fits best with all steps, too.
+# Trials with a third of the steps end near chance. Changes that cost accuracy, and their base, are
+# also trained at the rate that is best in trials of full length.
 TRIED_IN_FULL = (BASE, *CARRIES, "ACT halting")
 FULL = ", rate tried in full"
-# Does what costs something cost time, or extrapolation? At the rates so found.
+# Do these changes cost training time or extrapolation? Longer runs at the rates so found.
 LONG = {
     "injection: add": 3e-3,
     "injection: concat": 1.5e-3,
@@ -121,8 +121,8 @@ def beyond(result: RunResult) -> float:
 def effects(results: Sequence[RunResult]) -> dict[str, list[float]]:
     """Per arm, what its change does to the accuracy beyond training, seed by seed.
 
-    An arm whose rate was tried in full is compared with a base whose rate was, too; where it came
-    to the rate that the arm had before, it is the same runs again, and left out.
+    An arm tuned in trials of full length is compared with the base tuned likewise. It is left out
+    if that gave the same rate as short trials: its runs are then the same.
     """
     groups, factors = by_arm(results), factors_of(arms())
     bases = {
@@ -143,7 +143,7 @@ def effects(results: Sequence[RunResult]) -> dict[str, list[float]]:
 
 
 def costs(values: Sequence[float]) -> bool:
-    """Whether a change costs more than the tolerance, by the interval where there is one."""
+    """Whether a change costs more than TOLERANCE; with several seeds, the whole interval."""
     mean, half = mean_and_half_width(values)
     return mean + (half if half == half else 0.0) < -TOLERANCE
 
@@ -161,7 +161,7 @@ class Changes(NamedTuple):
 
     needed: dict[str, str]  # of CARRIES: costs in every comparison
     faster: dict[str, str]  # of CARRIES: costs at equal steps, not after more
-    harmless: dict[str, float]  # of the others, their worst points
+    harmless: dict[str, float]  # the others, with their worst effect
     wrong: dict[str, str]
 
 
@@ -169,7 +169,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     """A change is counted once, however many arms have it. An injection other than LTI, and full
     attention, must each cost more than 5 points (by the interval) in every comparison; no other
     change may cost more in any (in the mean). In part: one of the first does, and most of the
-    others do not. The base at another rate is no claim."""
+    others do not. The base at another rate is not judged."""
     groups, changes, factors = by_arm(results), effects(results), factors_of(arms())
     by_change: dict[str, dict[str, list[float]]] = {}
     for name, values in changes.items():
@@ -279,9 +279,9 @@ def _points(arms_of: Mapping[str, Sequence[float]]) -> str:
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
-    """Accuracy beyond training of every change, a panel per comparison; what is lost by looping on.
+    """Accuracy beyond training of every change, a panel per comparison; loss by overthinking.
 
-    An arm that is another's runs again is not drawn.
+    Arms that repeat the runs of another arm are not drawn.
     """
     groups, changes, factors = by_arm(results), effects(results), factors_of(arms())
     rows = [

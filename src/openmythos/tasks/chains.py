@@ -18,10 +18,10 @@ Supervision = Literal["prefix", "answer"]
 class KHop:
     """k-hop over parametric facts: e_0 r_1 ... r_k -> r_k(... r_1(e_0)).
 
-    Relations are random permutations of the entities, drawn once from facts_seed: no map that
-    collapses, so no answer is likelier than another, and nothing in the input tells them
-    (Loop, Think & Generalize). supervision "prefix" makes every prefix a query, "answer" the whole
-    chain only. readout "padded" asks at a read-out token at a fixed place behind max_hops columns.
+    Relations are random permutations of the entities, drawn once from facts_seed: all answers are
+    equally likely, and the facts are not in the input (Loop, Think & Generalize). With supervision
+    "prefix" every prefix is a query, with "answer" only the whole chain. readout "padded" pads to
+    max_hops columns and puts the answer at a read-out token behind them.
     """
 
     kind: Literal["k_hop"] = "k_hop"
@@ -44,7 +44,7 @@ class KHop:
 
     @property
     def padding(self) -> int:
-        """The token of columns that ask nothing."""
+        """The padding token."""
         return self.num_entities + self.num_relations
 
     @property
@@ -104,7 +104,7 @@ class PointerChasing:
 
     @property
     def vocab_size(self) -> int:
-        """Entities and the step."""
+        """Entities and the step token."""
         return self.num_entities + 1
 
     @property
@@ -129,7 +129,7 @@ class PointerChasing:
 
 @dataclass(frozen=True, kw_only=True)
 class PHop:
-    """p-hop induction (Sanford et al. 2024): follow "what came after the last time" p times.
+    """p-hop induction (Sanford et al. 2024): p jumps, each to the token after the previous match.
 
     find(v, i) = max{j <= i : v_{j-1} = v_i};  the answer at i is v at the p-th iterate of find,
     or the symbol for "nothing" where some step finds no j. p is the difficulty.
@@ -162,7 +162,7 @@ class PHop:
         """The problems of given symbols [batch, length]."""
         batch, length = symbols.shape
         rows = torch.arange(batch)
-        # Column length stands for "nothing": it finds itself and reads as the extra symbol.
+        # Column `length` means "nothing": it maps to itself and reads as the extra symbol.
         found = torch.full((batch, length + 1), length)
         after = torch.full((batch, self.alphabet), length)
         for i in range(length):

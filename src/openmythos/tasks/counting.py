@@ -17,9 +17,9 @@ PLUS, EQUALS = 10, 11
 class Addition:
     """a_1 + a_2 + ... + a_n = sum, each operand of `digits` digits, most significant first.
 
-    The sum is written least significant digit first, as carries go, in as many digits as the
-    largest sum of max_operands has. The difficulty is n; the answer is right when every digit is,
-    of which `answer_at` names the last.
+    The sum is written least significant digit first, as carries go, with as many digits as the
+    largest sum of max_operands has. The difficulty is n. An answer is right if every digit is;
+    `answer_at` is the position of the last one.
     """
 
     kind: Literal["addition"] = "addition"
@@ -37,7 +37,7 @@ class Addition:
 
     @property
     def chance(self) -> float:
-        """Of guessing all digits of one operand's width."""
+        """Probability of guessing as many digits as an operand has."""
         return 0.1**self.digits
 
     @property

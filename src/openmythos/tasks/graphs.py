@@ -14,8 +14,8 @@ class Reachability:
     """u_1 v_1 ... u_m v_m ? s a b -> the one of a and b that edges lead to from s.
 
     Two trees grow over the nodes, one from s; the right candidate lies exactly `hops` edges below
-    s, the wrong one as deep in the other tree, and every node carries a random name. So neither
-    depth nor degree tells, only the path does. Edges come in random order.
+    s, the wrong one as deep in the other tree, and every node carries a random name. So depth
+    and degree do not give the answer away. Edges come in random order.
     """
 
     kind: Literal["reachability"] = "reachability"

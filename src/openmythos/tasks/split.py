@@ -15,14 +15,13 @@ Part = Literal["train", "held_out", "ood"]
 
 @dataclass(frozen=True, kw_only=True)
 class SystematicHops:
-    """Chains over parametric facts of which some are only ever asked alone (arXiv 2405.15071).
+    """Chains over parametric facts, some of which training never composes (arXiv 2405.15071).
 
-    A fact is (relation, entity). A share `alone` of them occurs in training as a single hop only:
-    "ood" chains are made of these alone. Of the pairs of other facts that can follow each other
-    (entity, first relation, second relation), a share `held_out` occurs in no training chain of
-    two hops: "held_out" chains are made of those. In a training batch of longer chains a share
-    `one_hop` of the rows asks one fact, whichever, and ends there; `echo` also asks for the entity
-    at its own place.
+    A fact is (relation, entity). A share `alone` of the facts occurs in training only as single
+    hops; "ood" chains consist of these. A pair of other facts is (entity, first relation, second
+    relation). A share `held_out` of the pairs occurs in no two-hop chain of training; "held_out"
+    chains consist of these. In training batches of longer chains, a share `one_hop` of the rows is
+    a single hop with any fact. With `echo`, the first entity is also a target, at its own position.
     """
 
     kind: Literal["systematic_hops"] = "systematic_hops"
@@ -59,7 +58,7 @@ class SystematicHops:
         return 1 / self.num_entities
 
     def is_alone(self) -> Tensor:
-        """[num_relations, num_entities], True for facts that training asks alone only."""
+        """[num_relations, num_entities], True for facts that training asks only as single hops."""
         count = round(self.alone * self.num_relations * self.num_entities)
         return self._draw(1, count, (self.num_relations, self.num_entities))
 
@@ -77,7 +76,7 @@ class SystematicHops:
     def sample(
         self, batch: int, hops: int, generator: torch.Generator, part: Part = "train"
     ) -> TaskBatch:
-        """`batch` chains of `hops` hops of a part, in training with rows of a single hop."""
+        """`batch` chains of `hops` hops of a part; "train" includes rows with a single hop."""
         singles = round(self.one_hop * batch) if part == "train" and hops > 1 else 0
         made = self._chains(batch - singles, hops, generator, part)
         if singles:
@@ -93,7 +92,7 @@ class SystematicHops:
         return made
 
     def _chains(self, batch: int, hops: int, generator: torch.Generator, part: Part) -> TaskBatch:
-        """Chains of a part alone; one hop of "train" may be any fact."""
+        """Chains of one part only; a single hop of "train" may be any fact."""
         chosen = []
         missing = batch
         while missing:

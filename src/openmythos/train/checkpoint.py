@@ -58,7 +58,7 @@ class Counters(NamedTuple):
     compared with, `source` the state of the data (see `BatchSource.state`).
     """
 
-    step: int = 0  # the next one
+    step: int = 0  # next step
     skipped: int = 0
     rollbacks: int = 0
     passed: int = 0
@@ -76,7 +76,7 @@ class CheckpointWriter:
         self._folder, self._keep, self._keep_every = run / FOLDER, keep, keep_every
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        # A group of its own: messages of the background must not mix with those of training.
+        # A separate process group: background collectives must not mix with those of training.
         self._group = dist.new_group(backend="gloo") if rank_and_world_size()[1] > 1 else None
 
     def save(self, model: OpenMythos, optimizers: Optimizers, counters: Counters) -> None:
@@ -295,7 +295,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """A folder, or a file of its name."""
+    """Delete a folder, or a file of that name."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

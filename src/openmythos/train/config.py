@@ -19,7 +19,7 @@ from openmythos.train.loss import FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
 from openmythos.train.trackers import Tracker
 
-# Of a signed integer of 64 bits, in which torch takes its seeds.
+# Largest signed 64-bit integer: the limit of torch's seeds.
 _LARGEST = 2**63 - 1
 # Several times the largest batches known; a step of more would need hours and all memory.
 MAX_STEP_TOKENS = 2**28
@@ -32,8 +32,8 @@ class TextData:
     `held_out` is the share of documents never trained on, `field` the text column of JSONL and
     parquet, `limit_mb` > 0 stops reading a corpus (a streamed one, say) after that many megabytes;
     with `skip_bad_rows` a row without text is left out and counted, else it is an error.
-    Paths may instead all be prepared folders (`data.prepared`), which decided these things; they
-    are read at the shares of `weights`, one for each (none: each as often as it has tokens).
+    Paths may instead all be prepared folders (`data.prepared`), where these settings are fixed.
+    `weights`, one per folder, are their shares of the batches (none: proportional to tokens).
     """
 
     kind: Literal["text"] = "text"
@@ -54,7 +54,7 @@ class TextData:
             require_number("weights", weight, above=0, below=float("inf"))
 
     def require_honoured(self, prepared: bool) -> None:
-        """Raise if something is set that such paths cannot follow."""
+        """Raise a ConfigError if something is set that has no effect on paths of this kind."""
         if not prepared:
             allowed = "only prepared folders can be weighted, see `openmythos data prepare`"
             require(not self.weights, "data.weights", list(self.weights), allowed)
@@ -68,11 +68,11 @@ class TextData:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """Problems of a task, drawn in every step; longer ones as the shorter ones are mastered.
+    """Problems of a task, sampled in every step, with a curriculum on the number of hops.
 
     A step draws hops uniformly from `min_hops` to the curriculum's reach, which starts at
-    `first_hops` and grows by two, up to `max_hops`, whenever the running accuracy at the answer of
-    its longest quarter passes `mastery` (first_hops = max_hops: no curriculum).
+    `first_hops` and grows by two, up to `max_hops`, whenever the running accuracy on the
+    longest quarter of the problems passes `mastery` (first_hops = max_hops: no curriculum).
     """
 
     kind: Literal["task"] = "task"
@@ -96,7 +96,7 @@ Data = TextData | TaskData
 
 @dataclass(frozen=True, kw_only=True)
 class TiedLoops:
-    """As many loops as the problem has hops, and uniformly 0 ... extra more."""
+    """As many loops as the problem has hops, plus a uniform random number from 0 to `extra`."""
 
     kind: Literal["tied"] = "tied"
     extra: int = 6
@@ -110,13 +110,13 @@ class TiedLoops:
 class TrainConfig:
     """How to train.
 
-    A step sees batch_size sequences of seq_len tokens (of a task: of as many as its problems have),
-    in micro-batches of micro_batch_size (0: all at once). Loops are drawn from `loops` under
-    `curriculum`, "tied" ones, of tasks alone, follow the hops; only the last backprop_loops of each
-    sequence carry gradient (0: all). `mask_documents` keeps attention inside each packed document.
-    precision "bf16" is autocast over fp32 weights; "auto" is bf16 where the device computes it
-    natively, else fp32 (see `train.precision`). Of checkpoints the newest keep_checkpoints stay,
-    and with keep_every > 0 those whose step it divides. `trackers` get what metrics.jsonl gets.
+    A step uses batch_size sequences of seq_len tokens (a task sets its own seq_len), in
+    micro-batches of micro_batch_size (0: all at once). Loops are sampled from `loops` under
+    `curriculum`; "tied" loops, for tasks only, follow the hops. Only the last backprop_loops of
+    each sequence carry gradient (0: all). `mask_documents` keeps attention inside each packed
+    document. precision "bf16" is autocast over fp32 weights; "auto" is bf16 where the device
+    computes it natively, else fp32 (see `train.precision`). The newest keep_checkpoints are kept,
+    and with keep_every > 0 those at its multiples. `trackers` receive the lines of metrics.jsonl.
     """
 
     num_steps: int = 200
@@ -169,7 +169,7 @@ class TrainConfig:
         require(fits, "parallel.experts", self.parallel.experts, allowed)
 
     def require_gather(self, precision: str) -> None:
-        """Raise unless weights may travel in the dtype of `parallel.gather` in that precision."""
+        """Raise unless weights may be all-gathered in `parallel.gather` with that precision."""
         gather = self.parallel.gather
         allowed = f"must be fp32 with precision = {precision}"
         if self.precision == "auto":
@@ -184,10 +184,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a run is a function of.
+    """The complete config of a run.
 
-    The model's vocabulary follows the tokenizer or the task: `model.vocab_size` is raised to it
-    where it is smaller, so that `model` alone need not know the data. A task needs no tokenizer.
+    The model's vocabulary follows the tokenizer or the task: `model.vocab_size` is raised to
+    theirs if it is smaller. A task needs no tokenizer.
     """
 
     model: MythosConfig = field(default_factory=MythosConfig)

@@ -1,4 +1,4 @@
-"""The folder of a new run: whole, or not there."""
+"""Create the folder of a run so that a failure leaves no partial run."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from openmythos.data.tokenizer import TOKENIZER_FILE
 from openmythos.train.state import LOCK_FILE, lock
 
 CONFIG_FILE = "config.toml"
-# Where a new run lies until it is whole, and what may be there of one that is not.
+# Where a run is written until it is complete, and what an interrupted creation may leave.
 _UNFINISHED = ".unfinished"
 _PARTS = ("tokens", TOKENIZER_FILE, _UNFINISHED)
 
 
 def require_free(folder: Path) -> None:
-    """Raise unless nothing is there, or an empty folder, or what an interrupted `create` left."""
+    """Raise unless the folder is missing, empty, or left by an interrupted `create`."""
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
@@ -28,7 +28,7 @@ def require_free(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a place inside the folder to write to; at the end all of it moves into the folder.
+    """Yield a temporary subfolder to write to; on success its content moves into the folder.
 
     The folder itself is never replaced: it may be a mount point, a link or ".".
     """
@@ -57,7 +57,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _remove_parts(folder: Path) -> None:
-    """Of a run that is not whole; its mark goes last, by which it is known for one."""
+    """Remove an incomplete run; last its marker, so that an interrupted removal is recognised."""
     for name in _PARTS:
         path = folder / name
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""What a run does when its loss jumps."""
+"""Guards against loss spikes and losses that are not finite."""
 
 import math
 import statistics
@@ -8,16 +8,16 @@ from typing import ClassVar, Literal
 
 from openmythos.config import require_int, require_number
 
-# Of a normal distribution, standard deviation over median absolute deviation.
+# Standard deviation / median absolute deviation of a normal distribution.
 _SIGMA_PER_MAD = 1.4826
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoSpikes:
-    """Goes on whatever the loss does."""
+    """Ignores loss spikes."""
 
     kind: Literal["none"] = "none"
-    window: ClassVar[int] = 0  # losses that it looks at
+    window: ClassVar[int] = 0  # number of earlier losses needed
     at_most: ClassVar[int] = 0
 
     def is_spike(self, recent: Sequence[float], loss: float) -> bool:
@@ -26,11 +26,11 @@ class NoSpikes:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback:
-    """Goes back to the newest checkpoint, and on with other data, where the loss jumps.
+    """After a loss spike, continues from the newest checkpoint with other data.
 
-    A jump is a loss `deviations` standard deviations above the median of the last `window` steps;
-    both are robust: the deviation is that of the median absolute deviation. PaLM (arXiv 2204.02311,
-    5.1) goes back by hand in the same way. After `at_most` times the run goes on regardless.
+    A spike is a loss `deviations` standard deviations above the median of the last `window` steps.
+    The standard deviation is estimated from the median absolute deviation. PaLM (arXiv 2204.02311,
+    5.1) did the same by hand. After `at_most` rollbacks, spikes are ignored.
     """
 
     kind: Literal["rollback"] = "rollback"
@@ -44,7 +44,7 @@ class Rollback:
         require_int("at_most", self.at_most, minimum=1)
 
     def is_spike(self, recent: Sequence[float], loss: float) -> bool:
-        """Whether a loss jumps out of the `window` before it, if there are as many."""
+        """Whether a loss is a spike; False until there are `window` losses before it."""
         if len(recent) < self.window:
             return False
         median = statistics.median(recent)
@@ -58,7 +58,7 @@ Spikes = NoSpikes | Rollback
 class Divergence:
     """Watches for steps whose loss or gradient is not finite, which change no weights.
 
-    `since` is the first step of an unbroken series of them; None: the last step was finite.
+    `since` is the first step of the current series of them; None: the last step was finite.
     """
 
     def __init__(self) -> None:

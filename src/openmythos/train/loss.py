@@ -76,7 +76,7 @@ class LossParts(NamedTuple):
 
 
 def training_loss(losses: MythosLosses, loss: Loss, model: OpenMythos) -> LossParts:
-    """The loss of one micro-batch; its mean over ranks is the loss of all their rows."""
+    """The loss of one micro-batch; the mean over ranks is the loss of the rows of all ranks."""
     total = loss.of(losses)
     zero = losses.cross_entropy.new_zeros(())
     balance, z = zero, zero

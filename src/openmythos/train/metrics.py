@@ -11,7 +11,7 @@ from openmythos.config import ConfigError, require, unknown_name
 
 FILE = "metrics.jsonl"
 Metrics = dict[str, Any]  # numbers, and lists of numbers by loop
-# A pace is that of this many logged steps, so that one slow step does not set it.
+# Speeds are medians over this many logged steps, robust to single slow ones.
 RECENT = 20
 
 
@@ -141,17 +141,17 @@ def chosen_metrics(asked: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def tokens_seen(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Training tokens up to and with each logged step; steps that were not logged count alike."""
+    """Training tokens seen after each logged step; unlogged steps count as the next logged one."""
     return _accumulated(metrics, [float(m["tokens"]) for m in metrics])
 
 
 def seconds_trained(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Seconds spent in steps up to and with each logged one, evaluation and pauses left out."""
+    """Seconds of training after each logged step, without evaluation and pauses."""
     return _accumulated(metrics, [seconds_per_step(m) for m in metrics])
 
 
 def seconds_per_step(metrics: Mapping[str, Any]) -> float:
-    """What one logged step took; nan where it is not known."""
+    """Duration of a logged step; nan if unknown."""
     speed = float(metrics.get("tokens_per_second", math.nan))
     return float(metrics.get("tokens", math.nan)) / speed if speed > 0 else math.nan
 
@@ -163,7 +163,7 @@ def recent_median(metrics: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def seconds_left(metrics: Sequence[Mapping[str, Any]], num_steps: int) -> float:
-    """Until the last step at the pace of the last logged ones; nan where it is not known."""
+    """Estimated seconds to the end of training, from the last logged steps; nan if unknown."""
     paces = [s for m in metrics[-RECENT:] if math.isfinite(s := seconds_per_step(m))]
     return median(paces) * (num_steps - 1 - metrics[-1]["step"]) if paces else math.nan
 

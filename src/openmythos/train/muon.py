@@ -45,7 +45,7 @@ class MuonStep(torch.optim.Optimizer):
                     _local(weight).mul_(1 - lr * decay).add_(along, alpha=-rate)
 
     def _update(self, weight: Tensor, momentum: float) -> Tensor:
-        """This rank's share of Nesterov's momentum."""
+        """This rank's shard of the Nesterov momentum."""
         assert weight.grad is not None
         state = self.state[weight]
         if "momentum_buffer" not in state:
@@ -80,7 +80,7 @@ class MuonStep(torch.optim.Optimizer):
 
 
 def _together(weights: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Weights grouped by those that are orthogonalised in one batched call."""
+    """Group the weights that are orthogonalised in one batched call."""
     found: dict[Any, list[nn.Parameter]] = {}
     for weight in weights:
         key: Any = id(weight)

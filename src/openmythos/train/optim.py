@@ -24,7 +24,7 @@ from openmythos.nn.facts import undecayed
 from openmythos.train.muon import MuonStep
 
 _EMBEDDINGS = ("embed.", "head.")
-# Larger than any use; far below where the product with a weight is not finite.
+# Above any useful value, and far below an overflow of its product with a weight.
 _MAX_DECAY = 1000.0
 
 
@@ -43,7 +43,7 @@ class AdamW:
         _check_adam(self.lr, self.weight_decay, self.beta1, self.beta2)
 
     def build(self, model: nn.Module, dtype: torch.dtype | None = None) -> "Optimizers":
-        """`dtype` is Muon's; AdamW computes in that of the weights."""
+        """`dtype` has no effect (see `Muon.build`): AdamW computes in the dtype of the weights."""
         decayed, plain = _split(model, embeddings=self.decay_embeddings)
         groups = [
             {"params": part, "weight_decay": weight_decay}
@@ -59,8 +59,8 @@ class AdamW:
 class Muon:
     """Muon for matrices (Jordan et al. 2024; scaled to AdamW's step, arXiv 2502.16982), AdamW else.
 
-    `lr` is for both, in AdamW's units; `adamw_lr_scale` multiplies it for AdamW's parameters. The
-    weight decay falls linearly to `final_decay` times what it is.
+    Both use `lr`, in AdamW's units; `adamw_lr_scale` multiplies it for AdamW's parameters. The
+    weight decay changes linearly to `final_decay` times its initial value.
     """
 
     kind: Literal["muon"] = "muon"
@@ -102,7 +102,7 @@ Optimizer = AdamW | Muon
 
 
 def _matrices(weight: Tensor, stacked: Tensor) -> dict[int, Tensor]:
-    """The matrices of a stack that this rank has, by number; they share its memory."""
+    """The local matrices of a stack by their global index; views, not copies."""
     first = 0
     if isinstance(weight, DTensor):
         _, offset = compute_local_shape_and_global_offset(
@@ -116,7 +116,7 @@ def _matrices(weight: Tensor, stacked: Tensor) -> dict[int, Tensor]:
 class Optimizers:
     """One or more optimisers stepped together, with learning rates scaled by a schedule.
 
-    `names` has the name of every parameter by its id: the state is saved under them.
+    `names` maps the id of each parameter to the name under which its state is saved.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Optimizers:
         return found
 
     def allocate_state(self, names: Iterable[str]) -> None:
-        """Allocate the state of these names, which are those of `tensors`, to be loaded into."""
+        """Allocate the state of these names (see `tensors`) so that it can be loaded in place."""
         homes = {self._names[id(parameter)]: (o, parameter) for o, parameter in self._parameters()}
         for name in names:
             home, _, field = name.rpartition(".")
@@ -186,7 +186,7 @@ class Optimizers:
 def _keeps(
     optimizer: torch.optim.Optimizer, parameter: Tensor, field: str, *, by_matrix: bool
 ) -> bool:
-    """Whether an optimizer saves such state of a parameter."""
+    """Whether an optimizer saves this field of the state of a parameter."""
     is_muon = isinstance(optimizer, MuonStep)
     fields = ("momentum_buffer",) if is_muon else ("step", "exp_avg", "exp_avg_sq")
     return field in fields and by_matrix == _saved_by_matrix(optimizer, parameter)

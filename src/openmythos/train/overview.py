@@ -26,7 +26,7 @@ from openmythos.train.state import RunState, State, read_state
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """A run in one line. None is what it does not have (yet); `error` says what cannot be read.
+    """A run in one line. Unknown fields are None; `error` says what cannot be read.
 
     `age` is seconds since the last step, `bits_per_byte` the best of eval.json, at `loops` loops.
     """
@@ -64,7 +64,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
 
 
 def _learns_a_task(run: Path) -> bool:
-    """Whether the config says so; other programs have files of its name, too."""
+    """Whether the config is of a run on a task; other programs use that file name, too."""
     try:
         return isinstance(load_toml(RunConfig, run / CONFIG_FILE).data, TaskData)
     except ConfigError:
@@ -147,18 +147,18 @@ class _Parts:
 
 
 def _bits(value: float | None) -> float:
-    """Of a diverged model there is none."""
+    """Bits per byte for comparisons: infinity for None, which a diverged model has."""
     return math.inf if value is None else float(value)
 
 
 @functools.lru_cache
 def _parameters(model: MythosConfig) -> int:
-    # Many runs are of one model, which is built (on the meta device) to be counted.
+    # Cached: counting builds the model (on the meta device), and many runs share one.
     return cost.parameters(model).total
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """A short name per run: its folder's, or its path where two folders are called alike."""
+    """A short name per run: its folder's, or its path if two folders have the same name."""
     folders = [run.resolve().name for run in runs]
     return [
         str(run) if folders.count(folder) > 1 else folder
@@ -167,9 +167,9 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 
 def differences(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
-    """Per config the values in which it differs from the others, under names as short as can be.
+    """For each config the values that differ from the others, under the shortest clear names.
 
-    Where runs have parts of different kinds, what only one of the kinds has goes without saying.
+    If a part has different kinds, the fields that only one kind has are left out.
     """
     flat = [dict(_flattened(to_dict(config))) for config in configs]
     keys = dict.fromkeys(key for config in flat for key in config)
@@ -199,7 +199,7 @@ def _is_shown(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _explained(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a part above this key is of several kinds."""
+    """Whether this key is in a part whose kind differs between the configs."""
     parts = key.split(".")
     above = [".".join([*parts[:end], "kind"]) for end in range(1, len(parts))]
     return any(len({config.get(kind) for config in configs}) > 1 for kind in above)

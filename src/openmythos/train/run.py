@@ -1,14 +1,14 @@
 """Run folders: from a config to tokens, tokenizer, checkpoints and metrics on disk, and back.
 
 RUN/
-    config.toml                 everything that the run is a function of
-    tokenizer.json              of text; a task needs neither this nor tokens
+    config.toml                 the complete config of the run
+    tokenizer.json              runs on text only, like tokens/
     tokens/{train,held_out}/    memory-mapped shards; or
-    tokens/prepared.json        the prepared folders that it reads instead, and their sha256
+    tokens/prepared.json        paths and sha256 of prepared folders that are read instead
     metrics.jsonl               one object per logged step
     state.json                  what the run is doing, see `train.state`
     .lock                       held by the process that trains
-    machine.json                in which dtypes it computes, and on what, see `train.precision`
+    machine.json                dtypes and hardware, see `train.precision`
     checkpoints/step-*/         see `train.checkpoint`
 """
 
@@ -100,7 +100,7 @@ class Run:
         require_packages(config.train.trackers)
         choose_device(config.train.device, "train.device")
         with torch.device("meta"):
-            OpenMythos(config.model)  # a model that cannot be built is refused before the work
+            OpenMythos(config.model)  # fail early if the model cannot be built
         with new_folder(folder) as unfinished:
             if isinstance(config.data, TextData):
                 report = progress or (lambda _stage, _done: None)
@@ -114,7 +114,7 @@ class Run:
 
     @classmethod
     def _with_text(cls, folder: Path, config: RunConfig, data: TextData, report: Progress) -> "Run":
-        """With a tokenizer and token shards, of at least one window."""
+        """Create a run on text: its tokenizer, and token shards of at least one window."""
         prepared = References.of(data.paths)
         data.require_honoured(prepared is not None)
         if prepared is None:
@@ -130,14 +130,14 @@ class Run:
             _write_tokens(corpus, tokenizer, folder / "tokens", report)
         else:
             prepared.save(folder / "tokens")
-            # Damaged text makes no run; several ranks find it when they divide the reading.
+            # Refuse damaged text here; several ranks verify it later, each a share of the files.
             prepared.shards("train", verify=rank_and_world_size()[1] == 1)
         tokenizer.save(folder)
         return cls(folder, config, tokenizer)
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """Open what `create` made."""
+        """Open an existing run folder."""
         if not (folder / CONFIG_FILE).is_file():
             raise ConfigError(f"{folder}: is not the folder of a run: it has no {CONFIG_FILE}")
         config = load_toml(RunConfig, folder / CONFIG_FILE)
@@ -149,7 +149,7 @@ class Run:
         return TokenShards.join(self.sources(part, verify=verify))
 
     def sources(self, part: str, *, verify: bool = True) -> list[TokenShards]:
-        """The same, one by one where the run reads several prepared folders."""
+        """The same as a list: one entry, or one per prepared folder."""
         folder = self.folder / "tokens"
         prepared = References.load(folder)
         if prepared is None:
@@ -163,7 +163,7 @@ class Run:
     def source(
         self, rank: int = 0, world_size: int = 1, *, verify: tuple[int, int] | None = None
     ) -> BatchSource:
-        """The batches of a rank; of text after it has checked share (rank, ranks) of the files."""
+        """The batches of a rank. `verify` = (rank, ranks) first checks that share of the text."""
         config = self.config.train
         if isinstance(self.config.data, TaskData):
             return TaskSource(self.config, rank, world_size)
@@ -249,14 +249,14 @@ def train(
         held.release()
         raise
     holding = _holding(held, steps)
-    next(holding)  # up to where closing it releases the lock
+    next(holding)  # enter the context: from here on, closing it releases the lock
     return holding
 
 
 def _holding(
     held: FileLock, steps: Generator[StepMetrics, None, None]
 ) -> Generator[Any, None, None]:
-    """None at first, then the steps; releases the lock at their end or when it is closed."""
+    """Yield None, then the steps; release the lock at the end or when closed."""
     with ExitStack() as stack:
         stack.callback(held.release)
         yield None
@@ -266,12 +266,12 @@ def _holding(
 def _trainer(
     run: Run, resume: bool, stopping: Callable[[], bool] | None, on_message: Callable[[str], None]
 ) -> Trainer:
-    """Ready for the next step."""
+    """A trainer that is ready for the next step of the run."""
     config = run.config.train
     rank, world_size = rank_and_world_size()
     if rank == 0:
         require_packages(config.trackers)
-    # Machines may have copies of their own.
+    # The ranks of each machine verify all files: it may have its own copy.
     source = run.source(rank, world_size, verify=launched_here())
     wait_for_files()
     found = list_checkpoints(run.folder) if resume else []

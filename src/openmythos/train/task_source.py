@@ -1,4 +1,4 @@
-"""Batches of a task, whose problems grow longer as the shorter ones are mastered."""
+"""Batches of a task, with a curriculum on the number of hops."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +21,7 @@ _UNKNOWN = 0.5
 
 
 class _Drawn(NamedTuple):
-    """What a step asks."""
+    """The problems and loops of one step."""
 
     step: int
     hops: int
@@ -30,13 +30,13 @@ class _Drawn(NamedTuple):
 
 
 class TaskSource(BatchSource):
-    """Problems of a task under a curriculum; a step asks problems of one number of hops.
+    """Problems of a task under a curriculum; those of one step have the same number of hops.
 
     A batch is a function of (seed, step, rank) and of the steps at which the curriculum grew, which
-    are the state. All steps draw from one stream of random numbers, and how many a step draws
+    are the saved state. All steps share one random stream, and the number of draws of a step
     depends on its hops. For an earlier step, or to resume, the draws are repeated from step 0 on.
-    If the rows of a task differ in their number of targets (`SystematicHops`), the mean over ranks
-    or micro-batches weighs each of these alike, not each target.
+    If rows differ in their number of targets (`SystematicHops`), the loss weighs ranks and
+    micro-batches equally, not targets.
     """
 
     def __init__(self, config: RunConfig, rank: int = 0, world_size: int = 1) -> None:
@@ -54,7 +54,7 @@ class TaskSource(BatchSource):
 
     @property
     def reach(self) -> int:
-        """The most hops that are asked."""
+        """The current largest number of hops."""
         return self._reached[-1][1]
 
     def batch(self, step: int) -> Batch:
@@ -66,7 +66,7 @@ class TaskSource(BatchSource):
         return self._draw(step).loops
 
     def learned(self, step: int, last_logits: Callable[[TokenIds], NextLogits]) -> None:
-        """Follow the accuracy at the longest problems, and grow where they are mastered."""
+        """Update the accuracy on the longest problems; increase `reach` if they are mastered."""
         drawn, reach = self._draw(step), self.reach
         if reach == self._data.max_hops or drawn.hops < 0.75 * reach:
             return
@@ -111,12 +111,12 @@ class TaskSource(BatchSource):
 
 
 def longest(data: TaskData) -> int:
-    """Tokens of a problem of the most hops."""
+    """Sequence length of a problem with max_hops hops."""
     return data.task.sample(1, data.max_hops, torch.Generator()).tokens.shape[1]
 
 
 def fitted(config: RunConfig) -> RunConfig:
-    """With the vocabulary and the sequence length that its task needs, if it has a task."""
+    """Set the vocabulary and sequence length that the task needs; text: unchanged."""
     data, model = config.data, config.model
     if not isinstance(data, TaskData):
         return config
@@ -129,7 +129,7 @@ def fitted(config: RunConfig) -> RunConfig:
 
 
 def task_trainer(config: RunConfig) -> Trainer:
-    """Ready for the first step of a run that learns a task, without a run folder."""
+    """A trainer for a task, without a run folder, ready for the first step."""
     with torch.device("meta"):
         model = OpenMythos(config.model)
     return Trainer(model, TaskSource(config, *rank_and_world_size()), config.train)

@@ -62,7 +62,7 @@ class StepMetrics:
     data: Mapping[str, float]  # metrics of the source, such as the hops reached
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON gives it back."""
+        """The fields as in metrics.jsonl: tuples as lists, `data` merged in."""
         found = asdict(self)
         found |= found.pop("data")
         return {key: list(x) if isinstance(x, tuple) else x for key, x in found.items()}
@@ -91,7 +91,7 @@ class Trainer:
         self.source, self.config = source, config
         self.rank, self.world_size = rank_and_world_size()
         config.loss.check(model.config)
-        # Ranks with fewer loops would call the coda, and so gather its weights, less often.
+        # The coda runs after every loop: with unequal loops its all-gathers would not match.
         fits = self.world_size == 1 or not config.loss.collect_loops or config.loops.per == "batch"
         require(fits, "loss.kind", config.loss.kind, 'wants loops.per = "batch" on several ranks')
         self.device = next(model.parameters()).device
@@ -121,7 +121,7 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """The next one."""
+        """Number of the next step."""
         return self.counters.step
 
     def steps(self) -> Iterator[StepMetrics]:
@@ -199,7 +199,7 @@ class Trainer:
     def _update(
         self, parts: LossParts, router: Mapping[str, RouterStats], scale: float
     ) -> tuple[Tensor, bool]:
-        """(norm of the gradients, whether it and the loss are finite); if not, change nothing."""
+        """Step if loss and gradient are finite; returns (gradient norm, whether they are)."""
         norm = clip_gradients(self.model.parameters(), self.config.clip_norm)
         counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
         # Both are the same on all ranks, so that all skip the step or none.
@@ -212,7 +212,7 @@ class Trainer:
         return norm, finite
 
     def _loops(self, place: int) -> LoopCounts:
-        """The loops of every row of all ranks."""
+        """Number of loops of each row of the global batch."""
         c = self.config
         if isinstance(c.loops, TiedLoops):
             loops = self.source.loops(place)
@@ -236,7 +236,7 @@ class Trainer:
         return out.logits[:, 0]
 
     def _as_one(self, loops: LoopCounts) -> LoopCounts | int:
-        """One number if all rows run the same: the model then need not sort them."""
+        """A single int if all rows run equally many loops: the model then need not sort them."""
         return loops if self.config.loops.per == "sequence" else int(loops[0])
 
     def _stop_hooks(self) -> list[RemovableHandle]:
@@ -277,8 +277,8 @@ class Trainer:
     def _mfu(self, rate: float) -> float:
         """FLOPs per second of this rank as a share of the peak.
 
-        The peak is the highest rate seen in this process: that of matrix products in the run's
-        dtype, or that of a step, if the products were timed on a busy processor.
+        The peak is the highest rate seen in this process: of matrix products in the run's dtype,
+        or of a step, if the processor was busy while the products were timed.
         """
         if self._peak == 0:
             # If bf16 is emulated, the parts of a step in fp32 are the fast ones.
@@ -290,7 +290,7 @@ class Trainer:
         return rate / self._peak
 
     def _flops_per_token(self, loops: LoopCounts) -> float:
-        """Summed over rows, each with its own number of loops."""
+        """FLOPs per token, summed over rows with their own numbers of loops."""
         return sum(self._flops.per_token(n, self.config.backprop_loops) for n in loops.tolist())
 
     def _by_loop(
