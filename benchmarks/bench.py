@@ -1,14 +1,14 @@
 """Time this project's models beside its peers' in one run; writes results/bench/KIND.
 
-KIND is the kind of processor, such as avx2 or avx512-bf16. Where bf16 is emulated the contenders
-that use it are left out, unless they are asked for by name.
+KIND is the kind of processor, such as avx2 or avx512-bf16. On processors that emulate bf16, the
+contenders in bf16 are skipped unless they are named on the command line.
 
     make bench                                     (own virtual environment, both workloads)
     python benchmarks/bench.py --workload S --threads 1 --rounds 7 --set seq=512 batch=4
 
-Contenders take turns (A B A B ...), so that a machine that slows down slows all of them, each in
-a process of its own; a figure is the median over rounds. This project's processes set the allocator
-as its command line does, the others have it as the system sets it up.
+Contenders take turns (A B A B ...), so that a slowdown of the machine affects all of them. Each
+runs in its own process; a figure is the median over rounds. This project's processes use the malloc
+settings of its command line, the others the system's defaults.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from openmythos.planning import cost
 PROMPT = 512
 FP32 = ("openmythos-fp32", "openmythos-compiled")
 BF16 = ("openmythos-bf16", "openmythos-bf16-compiled")
-# What the project has set itself to reach: ratios to the reference, S and M, by the best of some.
+# Goals: (contenders, figure, speed-up of the best of them over the reference on (S, M)).
 FLOORS = (
     (FP32, "training step", (1.35, 1.4)),
     (BF16, "training step", (2.0, 2.3)),
@@ -68,7 +68,7 @@ def median_seconds(run: Callable[[], object], rounds: int) -> float:
 
 
 def chosen(asked: list[str] | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The contenders to time, and why others are left out."""
+    """(contenders to time, reason for each one that is skipped)."""
     if asked or bf16_is_native():
         return tuple(asked or CONTENDERS), {}
     why = f"bf16 is not native on this processor ({processor_kind()}): it would be emulated"
@@ -97,7 +97,7 @@ def machine_limits(threads: int, names: tuple[str, ...]) -> dict[str, float]:
 
 
 def measures(workload: Workload) -> dict[str, Callable[[Contender], Callable[[], object]]]:
-    """Per figure, a function that prepares a contender and returns what is timed."""
+    """For each figure, a function that prepares a contender and returns the function to time."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(batch: int, seq: int) -> torch.Tensor:
@@ -134,7 +134,7 @@ def measures(workload: Workload) -> dict[str, Callable[[Contender], Callable[[],
 
 
 def bound_seconds(workload: Workload, figure: str, limits: dict[str, float], peak: str) -> float:
-    """The least time that the useful work can take here: arithmetic or memory, what is more."""
+    """Lower bound of the time on this machine: the larger of arithmetic and memory traffic."""
     config, loops = workload.config(), workload.loops
     parameters = cost.parameters(config)
     weight = 2 if peak == "bf16" else 4
@@ -151,7 +151,7 @@ def bound_seconds(workload: Workload, figure: str, limits: dict[str, float], pea
         per_token = cost.forward_flops_per_token(config, num_loops=loops, context=PROMPT)
     else:
         count = int(figure.split()[-1])
-        # A token at the end sees all keys, twice the mean of a causal pass.
+        # A new token attends to all keys, twice the mean over a causal forward pass.
         per_token = cost.forward_flops_per_token(config, num_loops=loops, context=2 * PROMPT)
         cache = cost.cache_bytes(
             config,
@@ -171,7 +171,7 @@ def _as_installed(name: str) -> None:
 
 
 def serve(pipe: Connection, workload: Workload, name: str, threads: int) -> None:
-    """A contender in a process of its own: what one leaves in the allocator slows no other."""
+    """Run a contender in its own process, so that contenders do not share an allocator."""
     torch.set_num_threads(threads)
     _as_installed(name)
     contender, figures = CONTENDERS[name](workload), measures(workload)
@@ -198,7 +198,7 @@ def serve(pipe: Connection, workload: Workload, name: str, threads: int) -> None
 
 
 def time_workload(workload: Workload, names: tuple[str, ...], threads: int, rounds: int) -> Any:
-    """Median seconds of every figure and contender, and cache bytes per token."""
+    """Median seconds for every figure and contender, and KV cache bytes per token."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -222,30 +222,30 @@ def time_workload(workload: Workload, names: tuple[str, ...], threads: int, roun
             for name in names:
                 ask(name, "prepare", figure)
             taken: dict[str, list[float]] = {name: [] for name in names}
-            # A decode step is short: more of them per turn cost nothing.
+            # Decode steps are short, so time several of them per turn.
             steps = 5 if figure.startswith("decode") else 1
             for turn in range(rounds + 1):
                 for name in names:
                     times = ask(name, "run", steps)
                     if turn:
                         taken[name] += times
-                    else:  # it warms up, and compiles
+                    else:  # first call: warmup and compilation
                         first.setdefault(figure, {})[name] = times[0]
                 bar.advance(task)
             seconds[figure] = {name: statistics.median(times) for name, times in taken.items()}
     cache = {name: ask(name, "cache", 64) for name in names}
     for name in names:
         pipes[name].send(("stop", None))
-    for process in processes:  # what is next measured shall have the machine for itself
+    for process in processes:  # no other process while the next workload is measured
         process.join()
     return {"seconds": seconds, "first_call_seconds": first, "cache_bytes_per_token": cache}
 
 
 def peak_megabytes(workload: Workload, name: str) -> float:
-    """What model, optimizer and three steps add to the peak memory of this process."""
+    """Peak memory in MiB that model, optimizer and three steps add to this process."""
     torch.set_num_threads(1)
     _as_installed(name)
-    # Libraries and kernels that any training step loads are not the model's.
+    # A small model first: libraries and kernels that any training step loads do not count.
     small = CONTENDERS[name](with_shape(S, batch=1, seq=64))
     small.start_training()
     small.train_step(*torch.zeros(2, 1, 64, dtype=torch.long))
@@ -273,7 +273,7 @@ def measure_memory(workload: Workload, names: tuple[str, ...]) -> dict[str, floa
 
 
 def report(workload: Workload, threads: int, result: dict[str, Any], limits: Any) -> None:
-    """Print a table of times, ratios to the reference and shares of the bound."""
+    """Print a table of times, ratios to the reference and fractions of the bound."""
     seconds = result["seconds"]
     names = list(next(iter(seconds.values())))
     table = Table("", *names, title=f"workload {workload.name}, {threads} thread(s)")
@@ -299,7 +299,7 @@ def report(workload: Workload, threads: int, result: dict[str, Any], limits: Any
 
 
 def check_floors(results: list[dict[str, Any]]) -> list[str]:
-    """What the floors ask and this run did not show."""
+    """A message for each goal that this run missed or did not measure."""
     missed = []
 
     def expect(fits: bool, text: str) -> None:
@@ -372,13 +372,13 @@ def write_results(
     results: list[dict[str, Any]],
     skipped: dict[str, str],
 ) -> None:
-    """bench-NAME.json, .png and .csv of one workload; other numbers of threads there are kept."""
+    """Write bench-NAME.json, .png and .csv; results with other numbers of threads are kept."""
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"bench-{results[0]['workload']['name'].replace(' ', '-')}.json"
     measured = {result["threads"] for result in results}
     kept = read_json(path)["results"] if path.exists() else []
     for result in results:
-        # Memory does not depend on threads: what was measured before still holds.
+        # Memory does not depend on the number of threads, so an earlier measurement is kept.
         if "peak_megabytes" not in result and kept and "peak_megabytes" in kept[0]:
             result["peak_megabytes"] = kept[0]["peak_megabytes"]
     results = [result for result in kept if result["threads"] not in measured] + results
@@ -401,7 +401,7 @@ def write_results(
 
 
 def draw_figure(results: list[dict[str, Any]], path: Path) -> None:
-    """Ratios to the reference; no figure without it."""
+    """Draw ratios to the reference; no figure if the reference was not timed."""
     if not all(REFERENCE in result["seconds"]["forward"] for result in results):
         return
     bars = {

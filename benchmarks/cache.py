@@ -2,9 +2,9 @@
 
     python benchmarks/cache.py --seeds 3
 
-Bytes: presets at 16 loops against full multi-head keys and values of the same executed depth.
-Loss: the demo model, trained here with each seed, scored on held-out text token by token with a
-cache, under every sharing policy; the first half of a window is the prompt.
+Bytes: presets at 16 loops, compared with multi-head keys and values at the same effective depth.
+Loss: the demo model is trained with each seed, then scored on held-out text token by token with
+each cache policy. The first half of each window is the prompt.
 """
 
 import argparse
@@ -51,7 +51,7 @@ OUT = Console(highlight=False, markup=False)
 
 
 def sizes() -> list[dict[str, Any]]:
-    """Bytes per token in bf16, whole cache and the share of the recurrent block."""
+    """Cache bytes per token in bf16: in total, and of the recurrent block."""
     rows = []
     for name in PRESETS:
         config = presets.get(name)
@@ -79,7 +79,7 @@ def sizes() -> list[dict[str, Any]]:
 
 
 def trained_losses(seed: int) -> dict[str, float]:
-    """Nats per token under every policy, of the demo model trained with this seed."""
+    """Train the demo model with this seed; returns nats per token for every cache policy."""
     recipe = catalogue.get("demo")
     recipe = replace(recipe, train=replace(recipe.train, seed=seed))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Write what results/ says into README.md and docs/; no number there is typed by hand.
 
-python benchmarks/claims.py           # writes README.md, and in docs/ what comes from results/
-python benchmarks/claims.py --check   # exit code 1 where they say something else
+python benchmarks/claims.py           # update README.md and the generated parts of docs/
+python benchmarks/claims.py --check   # exit code 1 if one of them is out of date
 """
 
 import argparse
@@ -19,8 +19,8 @@ from openmythos.studies.runner import STUDIES
 from openmythos.studies.study import mean_and_half_width
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("avx512-bf16", "avx2")  # of processors; the first has every figure
-IN_DOCS_ONLY = {"loop-use"}  # of the README it is a footnote: it explains the demo
+KINDS = ("avx512-bf16", "avx2")  # of processors; all figures were measured on the first
+IN_DOCS_ONLY = {"loop-use"}  # only a footnote in the README: it explains the demo
 
 
 def load(results: Path, name: str) -> Any:
@@ -32,7 +32,7 @@ def row(claim: str, measured: str, where: str) -> str:
 
 
 def study_rows(results: Path) -> Iterator[str]:
-    """The studies that have been run, each in at most 25 words."""
+    """A table row for each study that has been run, in at most 25 words."""
     for name, study in STUDIES.items():
         if name not in IN_DOCS_ONLY and (results / name / "report.md").exists():
             finding = load(results, f"{name}/results.json")["finding"]
@@ -41,7 +41,7 @@ def study_rows(results: Path) -> Iterator[str]:
 
 
 def demo_numbers(results: Path) -> tuple[dict[int, list[float]], int]:
-    """Held-out bits per byte of every seed by loops, and the loops that are best in the mean."""
+    """(held-out bits per byte of every seed by loops, number of loops with the best mean)."""
     runs = load(results, "demo/results.json")["runs"]
     bits = {
         int(loops): [run["held_out"][loops]["bits_per_byte"] for run in runs]
@@ -60,7 +60,7 @@ def counted(loops: int) -> str:
 
 
 def demo_sentence(results: Path) -> str:
-    """What the demo's language model reaches, for the README."""
+    """The README's sentence on the results of the demo's language model."""
     bits, best = demo_numbers(results)
     demo = load(results, "demo/results.json")
     compressed = demo["runs"][0]["compressors_bits_per_byte"]
@@ -102,12 +102,12 @@ def demo_rows(results: Path) -> Iterator[str]:
 
 
 def kinds(results: Path, file: str) -> list[str]:
-    """The kinds of processor on which this file of results/bench was measured."""
+    """The kinds of processor for which results/bench has this file."""
     return [kind for kind in KINDS if (results / "bench" / kind / file).exists()]
 
 
 def bench_runs(results: Path) -> dict[tuple[str, str], list[Any]]:
-    """What `make bench` measured, by workload and kind of processor; one per number of threads."""
+    """Results of `make bench` by (workload, kind of processor): one per number of threads."""
     return {
         (name, kind): load(results, f"bench/{kind}/bench-{name}.json")["results"]
         for name in "SM"
@@ -129,11 +129,11 @@ def kinds_table(results: Path) -> str:
 
 
 def bench_rows(results: Path) -> Iterator[str]:
-    """Ratios to the reference on one thread by kind of processor, S; M, and bytes of cache."""
+    """Rows of speed-ups on one thread by kind of processor, workloads S and M, and cache bytes."""
     runs = {key: found[0] for key, found in bench_runs(results).items()}
 
     def ratio(figure: str, name: str) -> str:
-        """As `avx512-bf16 1.30x; 1.22x, avx2 1.31x`, for the kinds that have it."""
+        """Such as `avx512-bf16 1.30x; 1.22x, avx2 1.31x` (S; M); kinds without it are omitted."""
         by_kind: dict[str, list[str]] = {}
         for (_, kind), run in runs.items():
             if name in run["ratio"][figure]:
@@ -164,7 +164,7 @@ def bench_rows(results: Path) -> Iterator[str]:
             "([some goals missed](docs/performance.md))",
             "same",
         )
-    # The same on every processor.
+    # Cache sizes are the same on every processor.
     held = [run["cache_bytes_per_token"] for (_, kind), run in runs.items() if kind == KINDS[0]]
     less = [one["open-mythos"] / one[fp32] for one in held]
     yield row(
@@ -314,21 +314,21 @@ def claims_table(results: Path) -> str:
 
 
 def in_docs(text: str) -> str:
-    """Its links, as a page in docs/ needs them."""
+    """The text with links relative to docs/ instead of the repository root."""
     return text.replace("](results/", "](../results/").replace("](docs/", "](")
 
 
 def shown_share(run: Any, share: float) -> str:
-    """A share of the bound; nothing where the bound was measured on a busy machine.
+    """A fraction of the bound, or "?" if the bound was measured on a busy machine.
 
-    No share can pass 1, so the limits of a run in which one does are not the machine's.
+    No fraction can exceed 1: if one does, the measured limits of that run are too low.
     """
     shares = [x for figure in run["share_of_bound"].values() for x in figure.values()]
     return "?" if max(shares) > 1 else f"{share:.0%}"
 
 
 def speed_tables(results: Path) -> str:
-    """Per workload, processor and number of threads all figures of all contenders."""
+    """A table per workload, processor and number of threads, of all figures and contenders."""
     lines: list[str] = []
     shapes = {
         "S": "width 256, 16 experts top-2, 4 loops, 8 x 256 tokens",
@@ -361,7 +361,7 @@ def speed_tables(results: Path) -> str:
 
 
 def floors_table(results: Path) -> str:
-    """What bench.py asks against what it found; bold: below."""
+    """Goals of bench.py and the measured values; goals that were missed are in bold."""
     found = bench_runs(results).items()
     runs = [run for _, by_threads in found for run in by_threads]
     heads = [f"{n}, {run['threads']}, {kind}" for (n, kind), by in found for run in by]
@@ -405,14 +405,14 @@ def floors_table(results: Path) -> str:
 
 
 def replaced(text: str, name: str, content: str) -> str:
-    """The text with new content between the marks of that name."""
+    """The text with new content between the two markers of that name."""
     begin, end = f"<!-- {name}: from results/, by `make claims` -->", f"<!-- end of {name} -->"
     before, rest = text.split(begin, 1)
     return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def results_page(results: Path) -> str:
-    """docs/results.md: every study's report, its heading one level down, its figure linked."""
+    """docs/results.md: all studies' reports, with headings one level lower and linked figures."""
     done = [name for name in STUDIES if (results / name / "report.md").exists()]
     lines = [
         "# Results",
@@ -468,7 +468,7 @@ VERDICTS = (
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """What every generated page should say."""
+    """The content of every generated page, by path."""
     results = root / "results"
     readme, performance, architecture = (
         root / name for name in ("README.md", "docs/performance.md", "docs/architecture.md")

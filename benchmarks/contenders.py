@@ -1,7 +1,7 @@
 """The models that `bench.py` times: this project's and its peers', behind one interface.
 
-A contender has the shapes of a `Workload` and runs all its loops; what a peer cannot do is left out
-of the table. Peers are imported only here and only when they take part.
+A contender has the shapes of a `Workload` and runs all its loops. The table omits what a peer does
+not support. Peers are imported only here and only when they are timed.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from openmythos.recurrence.loop_lora import LoopLoRA
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes shared by all contenders; `shared_dim` is the whole width of the shared experts."""
+    """Shapes common to all contenders; `shared_dim` is the total width of the shared experts."""
 
     name: str
     dim: int
@@ -88,7 +88,7 @@ class Contender(ABC):
     model: nn.Module
 
     def start_training(self) -> None:
-        """AdamW fused for all: it is what every one of them would use."""
+        """Set up fused AdamW, the same optimizer for all contenders."""
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
@@ -105,14 +105,14 @@ class Contender(ABC):
 
     @abstractmethod
     def prefill(self, tokens: Tensor, room: int) -> Any:
-        """A cache that holds the tokens and has room for more; logits of the last token only.
+        """Fill a new cache that has `room` for more tokens, as the model's own `generate` does.
 
-        As each model's own `generate` does it: the reference's computes the logits of all.
+        Computes logits of the last token only; the reference computes those of all tokens.
         """
 
     @abstractmethod
     def decode(self, cache: Any, tokens: Tensor) -> None:
-        """Logits of one more token [batch, 1], which joins the cache."""
+        """Compute the logits of one more token, [batch, 1], and add it to the cache."""
 
     @abstractmethod
     def cache_bytes(self, cache: Any) -> int:
@@ -120,7 +120,7 @@ class Contender(ABC):
 
 
 class Ours(Contender):
-    """Trained in fp32 or under bf16 autocast; what is trained so is served with bf16 weights."""
+    """OpenMythos in fp32, or in bf16: trained with autocast, served with bf16 weights."""
 
     def __init__(self, workload: Workload, precision: Precision, *, compiled: bool = False) -> None:
         self.name = f"openmythos {precision}" + (" compiled" if compiled else "")
@@ -129,7 +129,7 @@ class Ours(Contender):
         self.served: OpenMythos | None = None
         self.model = OpenMythos(workload.config(), seed=0)
         if compiled:
-            # One process meets every shape and mode here, more than anybody who trains or serves.
+            # This process uses more shapes and modes than training or serving would.
             torch._dynamo.config.recompile_limit = 64
             self.model.compile_layers()
 
@@ -163,7 +163,7 @@ class Ours(Contender):
 
 
 class Reference(Contender):
-    """open-mythos 0.5.0, with its halting threshold out of reach, so that every loop runs."""
+    """open-mythos 0.5.0. Its halting threshold is unreachable, so that all loops run."""
 
     name = "open-mythos 0.5.0"
 
@@ -216,7 +216,7 @@ class Reference(Contender):
 
 
 class DeepSeek(Contender):
-    """DeepSeek-V3 of `transformers`, not looped: as many layers as the others execute."""
+    """DeepSeek-V3 of `transformers`, not looped, with as many layers as the others execute."""
 
     name = "transformers DeepSeek-V3"
 
@@ -250,7 +250,7 @@ class DeepSeek(Contender):
             experts_implementation="grouped_mm",
         )
         self.model = DeepseekV3ForCausalLM(config)
-        # The name changed with transformers 5.24.
+        # The argument was renamed in transformers 5.24.
         known = inspect.signature(self.model.forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"
 
@@ -283,6 +283,6 @@ REFERENCE = "open-mythos"
 
 
 def with_shape(workload: Workload, **changes: int) -> Workload:
-    """The workload with other numbers, named after them."""
+    """The workload with changed sizes, which are added to its name."""
     name = workload.name + "".join(f" {key}={value}" for key, value in sorted(changes.items()))
     return replace(workload, name=name, **changes)

@@ -2,8 +2,8 @@
 
     python benchmarks/demo_seeds.py --seeds 3
 
-Every number that the README quotes of the demo comes from here. A seed changes weights, data order
-and loops; corpus, split and tokenizer are the same.
+All numbers on the demo in the README come from here. A seed changes initial weights, data order and
+sampled loops; corpus, split and tokenizer stay the same.
 """
 
 import argparse

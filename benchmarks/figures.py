@@ -13,7 +13,7 @@ Figure = Any  # matplotlib's
 def speed_ratios(
     panels: Mapping[str, Mapping[str, Mapping[str, float | int]]], *, reference: str
 ) -> Figure:
-    """Bars by panel, measure and contender: speed relative to the reference, log scale."""
+    """Speed relative to the reference on a log scale: bars by panel, measure and contender."""
     if not panels or not all(panels.values()):
         raise ValueError("panels: no bar to draw")
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
@@ -68,9 +68,9 @@ def cost_lines(
     x_names: Sequence[str] = (),
     logarithmic: bool = True,
 ) -> Figure:
-    """One panel per x quantity: lines of a cost against it, with a y label per panel.
+    """Lines of a cost against x: a panel per x quantity, each with its y label.
 
-    `x_names` are the tick labels at x = 0, 1, ... instead of numbers.
+    `x_names` are tick labels at x = 0, 1, ... in place of the numbers.
     """
     if not panels or not all(panels.values()):
         raise ValueError("panels: no line to draw")

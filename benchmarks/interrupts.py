@@ -2,9 +2,9 @@
 
     python benchmarks/interrupts.py --times 10
 
-Prints a line per signal and writes results/scale/interrupts.json. The bar is 2 s, whatever the
-command does at that moment: importing, reading, training a tokenizer, in the middle of a step.
-Every other signal is SIGTERM. A command must leave by the signal's exit code, without a traceback.
+Prints a line per signal and writes results/scale/interrupts.json. Every process must end within
+2 s, whether it is importing, reading, training a tokenizer or in a training step. SIGINT and
+SIGTERM alternate. The exit code must be that of the signal, and there must be no traceback.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from openmythos.files import write_json
 from openmythos.machine import describe
 
 LARGE = ("tokenizer.kind=bytes", "data.limit_mb=1", "train.batch_size=32")
-# Seconds in which the signal falls: the first ones are spent on importing torch.
+# The signal is sent within this many seconds; the first seconds go to importing torch.
 COMMANDS: dict[str, tuple[tuple[str, ...], float]] = {
     "demo, hops": (("demo", "--out", "{new}"), 25.0),
     "demo, text": (("demo", "--hops-steps", "0", "--out", "{new}"), 60.0),
     "train": (("train", "--recipe", "small", "--out", "{new}"), 60.0),
-    # Reads little and soon trains: steps of some ten seconds.
+    # Little to read, so training starts soon; a step takes about ten seconds.
     "train, large steps": (
         ("train", "--recipe", "small", "--out", "{new}", "--set", *LARGE),
         60.0,
@@ -51,7 +51,7 @@ def command(*argv: str) -> list[str]:
 
 
 def interrupt(argv: list[str], delay: float, number: signal.Signals) -> dict[str, Any]:
-    """Start a command, send it a signal after a while, wait for its end."""
+    """Start a command, send it a signal after `delay` seconds and wait until it ends."""
     child = subprocess.Popen(
         command(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -3,9 +3,9 @@
     python benchmarks/kills.py --kills 25
 
 Writes results/scale/kills.json. Most kills are SIGKILL, a third of these while a checkpoint is
-being written; some are SIGTERM, and some take the process the room for its files (RLIMIT_FSIZE), as
-a full disk does. Every child is the command that a user types. At the end metrics and weights must
-be those of the run left alone, bit for bit.
+being written; some are SIGTERM, and some limit the size of files (RLIMIT_FSIZE), as a full disk
+does. The command is the one that users run. At the end, metrics and weights must be bit-identical
+to those of the uninterrupted run.
 """
 
 import argparse
@@ -46,13 +46,13 @@ def steps_done(run: Path) -> int:
 
 
 def kill_once(run: Path, argv: list[str], way: str, delay: float) -> dict[str, Any]:
-    """Start a command, let it train for `delay` seconds, then stop it; what it leaves."""
+    """Start a command, stop it after `delay` seconds of training; returns what was left."""
     before = steps_done(run) if (run / "metrics.jsonl").is_file() else 0
     kept = {path.name for path in list_checkpoints(run)}
     child = subprocess.Popen(
         command(*argv), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    # Trains as soon as it has rewritten the log without the steps that come again.
+    # On resuming, the log is first rewritten without the steps after the checkpoint.
     while child.poll() is None and not trains(run, before, kept):
         time.sleep(0.005)
     time.sleep(delay)
@@ -76,12 +76,12 @@ def kill_once(run: Path, argv: list[str], way: str, delay: float) -> dict[str, A
 
 
 def being_written(run: Path) -> bool:
-    """Whether there is a checkpoint that is not whole."""
+    """Whether there is an incomplete checkpoint."""
     return any((run / FOLDER).glob(".step-*.tmp"))
 
 
 def trains(run: Path, before: int, kept: set[str]) -> bool:
-    """Whether a step was made since: the log has changed, or there is a new checkpoint."""
+    """Whether training has started: the log has changed, or there is a new checkpoint."""
     if not (run / "metrics.jsonl").is_file():
         return False
     now = steps_done(run)
@@ -89,7 +89,7 @@ def trains(run: Path, before: int, kept: set[str]) -> bool:
 
 
 def compare(alone: Path, killed: Path) -> dict[str, Any]:
-    """Numbers of steps and of tensors, and of those that differ."""
+    """Count steps and tensors, and how many of them differ between the two runs."""
     wanted, found = (
         [{k: v for k, v in m.items() if k not in NOT_COMPARED} for m in read_metrics(run)]
         for run in (alone, killed)
@@ -105,7 +105,7 @@ def compare(alone: Path, killed: Path) -> dict[str, Any]:
 
 
 def measure(folder: Path, kills: int, num_steps: int, seed: int) -> dict[str, Any]:
-    """All kills on one run; see the head of this file."""
+    """Kill and resume one run `kills` times, then compare; see the top of this file."""
     chance = random.Random(seed)
     text = folder / "text.txt"
     text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(2000)))

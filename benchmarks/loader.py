@@ -2,8 +2,8 @@
 
     python benchmarks/loader.py --steps 4
 
-The recipe `small` on Python's own source: as many whole steps as asked, after one to warm up, and
-what `Loader.batch` takes of each. The loader is also timed alone, over many more steps.
+Runs the recipe `small` on Python's source code: after a warmup step, --steps training steps and the
+time of `Loader.batch` in each. The loader is also timed alone, over many more steps.
 """
 
 import argparse
@@ -31,7 +31,7 @@ OUT = Console(highlight=False, markup=False)
 
 
 class Timed(Loader):
-    """The same loader; notes how long each batch takes, in seconds."""
+    """Wraps a loader and records the seconds that each batch takes."""
 
     def __init__(self, loader: BatchSource) -> None:
         vars(self).update(vars(loader))
@@ -45,7 +45,7 @@ class Timed(Loader):
 
 
 def measure(recipe: RunConfig, steps: int, batches: int) -> dict[str, Any]:
-    """Seconds per step and per batch of a recipe, and the share of one in the other."""
+    """Seconds per step and per batch of a recipe, and the loader's share of the step time."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / "run", recipe)
         config = run.config.train

@@ -2,12 +2,12 @@
 
     python benchmarks/memory.py
 
-Against the number of loops: backpropagation through all, through the last four, and activation
-checkpointing; the loss in chunks of tokens against full logits; the estimate of `openmythos plan`
-against measurement, on one process and on two ranks. Every case is a process of its own, on one
-thread; memory is what training adds to the resident memory of the process, weights and optimizer
-included. Each tensor is mapped on its own, so that fragmentation does not count, and attention is
-torch's own kernel, which needs as much memory as on an accelerator.
+By number of loops: backpropagation through all loops, truncated to the last four, and with
+activation checkpointing. Also the chunked loss against full logits, and the estimate of `openmythos
+plan` against measurement, on one process and on two ranks. Every case runs in its own process, on
+one thread. Memory is the increase of resident memory, including weights and optimizer. malloc uses
+mmap for every tensor, so that fragmentation does not count. Attention is torch's own kernel, which
+needs as much memory as on an accelerator.
 """
 
 import argparse
@@ -47,13 +47,13 @@ PLANNED = {
 
 
 def resident() -> int:
-    """Bytes of this process now; forgets its peak so far (Linux)."""
+    """Resident bytes of this process; also resets its peak (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes()
 
 
 def step_of(case: Mapping[str, Any]) -> dict[str, float]:
-    """MiB and seconds of training steps, in this process."""
+    """MiB added and median seconds of training steps, run in this process."""
     torch.set_num_threads(1)
     kernels.CPU = replace(kernels.CPU, blocks=False)
     ranks = case.get("ranks", 1)
@@ -95,7 +95,7 @@ def step_of(case: Mapping[str, Any]) -> dict[str, float]:
 
 
 def in_a_process(case: Mapping[str, Any]) -> dict[str, float]:
-    """`step_of` in processes of its own; of several ranks the largest."""
+    """Run `step_of` in new processes, one per rank; returns the maximum over ranks."""
     ranks = case.get("ranks", 1)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -116,7 +116,7 @@ def in_a_process(case: Mapping[str, Any]) -> dict[str, float]:
 
 
 def planned(case: Mapping[str, Any]) -> float:
-    """MiB that `cost.training_memory`, with its parts sharded over ranks, estimates."""
+    """MiB that `cost.training_memory` estimates, with its sharded parts divided by the ranks."""
     dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
     ranks, batch = case.get("ranks", 1), case.get("batch", BATCH)
     config = presets.get("small")
@@ -129,7 +129,7 @@ def planned(case: Mapping[str, Any]) -> float:
         gpus=ranks, batch=batch // ranks, micro_batch=batch // ranks, checkpoint_loops=False
     )
     sharded = fit.device_memory(config, settings, CONTEXT, case["num_loops"])
-    # Measured in fp32: gathered weights and activations are twice as wide.
+    # The measurement is in fp32: gathered weights and activations take twice the bytes.
     wide = replace(
         sharded,
         gathered=2 * sharded.gathered,
@@ -140,7 +140,7 @@ def planned(case: Mapping[str, Any]) -> float:
 
 
 def draw(by_loops: Mapping[str, Mapping[int, Mapping[str, float]]], path: Path) -> None:
-    """Memory and time against loops, a line per mode."""
+    """Draw memory and time against loops, a line per mode."""
     panels = {
         title: {mode: {n: [p[key]] for n, p in points.items()} for mode, points in by_loops.items()}
         for title, key in (("memory", "mib"), ("time", "seconds"))

@@ -2,7 +2,7 @@
 
     python benchmarks/path.py
 
-What a reader has to open to follow one call of the model, with all mechanisms of the preset tiny.
+This is what one has to read to follow a call of the model (preset tiny, all its mechanisms).
 """
 
 import sys
@@ -19,7 +19,7 @@ PACKAGE = str(Path(openmythos.__file__).parent)
 
 
 def passed(call: Callable[[], object]) -> tuple[int, int]:
-    """(functions, files) of the package that a call enters, each counted once."""
+    """How many (functions, files) of the package a call enters, each counted once."""
     seen: set[tuple[str, str]] = set()
 
     def note(frame: object, event: str, _: object) -> None:

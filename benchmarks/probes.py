@@ -3,7 +3,7 @@ results/bench/KIND/probes.json, for the kind of processor. No bf16 where that is
 
     python benchmarks/probes.py
 
-One thread, forward + backward, median of 15 turns that alternate.
+One thread, forward + backward; median of 15 rounds in which the candidates take turns.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROUNDS = 15
 
 
 def alternate(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each."""
+    """Median milliseconds of each function, called in turns."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(ROUNDS + 1):
         for name, run in runs.items():
@@ -87,7 +87,7 @@ def cross_entropy(dtype: torch.dtype, tokens: int, dim: int, vocab: int) -> Any:
 
 
 def new_shapes() -> Any:
-    """A bf16 product whose number of rows was never seen, and one that was."""
+    """Milliseconds of a bf16 product with a new number of rows, and with one used before."""
     weight = torch.randn(256, 256).bfloat16()
     found = {}
     for name in ("new shape", "seen before"):

@@ -2,9 +2,9 @@
 
     python benchmarks/ranks_together.py
 
-A tiny model whose recurrent layers have experts. collectives.json counts messages as they are
-called, on gloo, against the number of loops, with all weights sharded and with expert parallelism;
-two-ranks.json has the losses and gradient norms of every step.
+A tiny model with experts in its recurrent layers. collectives.json counts calls of collectives (on
+gloo) by number of loops, with all weights sharded and with expert parallelism. two-ranks.json has
+the loss and gradient norm of every step.
 """
 
 import argparse
@@ -48,7 +48,7 @@ SETTINGS = {
 
 
 def messages(folder: Path) -> dict[str, list[dict[str, int]]]:
-    """Of one step, by setting and number of loops."""
+    """Collectives called in one step, by setting and number of loops."""
     rows: dict[str, list[dict[str, int]]] = {}
     for name, setting in SETTINGS.items():
         for loops in LOOPS:
@@ -76,7 +76,7 @@ TOGETHER = {
 
 
 def steps(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Losses and gradient norms of 20 steps, by setting, on as many ranks as there are."""
+    """Losses and gradient norms of 20 steps for every setting of this world size."""
     found = {}
     for name, config in TOGETHER[dist.get_world_size()].items():
         metrics = all_steps(folder / "shards", MODEL, config)
@@ -85,7 +85,7 @@ def steps(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def together(folder: Path) -> list[dict[str, Any]]:
-    """Every setting beside one process, with the largest relative differences."""
+    """Compare every setting with one process; includes the largest relative differences."""
     rows: list[dict[str, Any]] = []
     for ranks, settings in TOGETHER.items():
         for name, found in launch(ranks, steps, folder)[0].items():

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py
 
-Shapes of workload S at batch 1 (halting: batch 8), one thread, fp32. Every figure is a median; the
-settings of one curve take turns.
+Shapes of workload S at batch 1 (halting: batch 8), one thread, fp32. All figures are medians; the
+settings of a curve take turns.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def model_of(config: MythosConfig) -> OpenMythos:
 
 
 def interleaved(runs: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
-    """Median seconds of each, taken in turns after one turn to warm up."""
+    """Median seconds of each function; they take turns, after a warmup turn."""
     taken: dict[Any, list[float]] = {key: [] for key in runs}
     for turn in range(rounds + 1):
         for key, run in runs.items():
@@ -99,7 +99,7 @@ def against_context(rounds: int) -> dict[str, dict[int, float]]:
             cache = model.new_cache(1, context + 64)
             model(tokens, cache=cache)
             cache.advance(context)
-        # Not advanced: each step writes the same column again.
+        # The cache is not advanced: every step overwrites the same position.
         decode[context] = torch.no_grad()(
             lambda cache=cache, tokens=tokens: model(tokens[:, :1], cache=cache)
         )
@@ -111,14 +111,14 @@ def against_context(rounds: int) -> dict[str, dict[int, float]]:
 
 
 def peak_of(loops: int, context: int, mode: str) -> float:
-    """MiB that a training step adds to the peak of a process of its own."""
+    """MiB that a training step adds to the peak memory of a new process."""
     command = [sys.executable, __file__, "--peak-of", str(loops), str(context), mode]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def added_to_peak(loops: int, context: int, mode: str) -> float:
-    """MiB that a training step adds to the peak of this process."""
+    """MiB that a training step adds to the peak memory of this process."""
     model = model_of(replace(S.config(), context=max(CONTEXTS))).train()
     model.recurrent.checkpoint_loops = mode == "checkpointed"
     backprop_loops = 4 if mode == "last 4 loops" else 0
@@ -129,7 +129,7 @@ def added_to_peak(loops: int, context: int, mode: str) -> float:
 
 
 class _Halted:
-    """Stands in for an exit rule: after the first loop a fixed set of positions has halted."""
+    """A mock exit rule: a fixed set of positions halts after the first loop."""
 
     def __init__(self, share: float, batch: int, seq: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -140,7 +140,7 @@ class _Halted:
 
 
 def against_halted_share(rounds: int) -> dict[str, dict[float, float]]:
-    """Seconds per loop by the share of halted positions, at 256 tokens, batch 8."""
+    """Seconds per loop by fraction of halted positions; 256 tokens, batch 8."""
     config = S.config()
     model, batch, seq = model_of(config), 8, 256
     layout, a = TokenLayout(seq, 0, torch.device("cpu")), config.attention
@@ -160,7 +160,7 @@ def against_halted_share(rounds: int) -> dict[str, dict[float, float]]:
 
 
 def against_exit(rounds: int) -> dict[str, dict[int, float]]:
-    """Seconds of a decoded token by the loops after which an exit rule lets it go, of 16."""
+    """Seconds per decoded token by the loop, of 16, after which an exit rule stops it."""
     model, tokens = model_of(S.config()), draw(1, 512)
     runs: dict[Any, Callable[[], object]] = {}
     for loops in (1, 2, 4, 8, 16):
@@ -168,7 +168,7 @@ def against_exit(rounds: int) -> dict[str, dict[int, float]]:
             cache = model.new_cache(1, 520, num_loops=16)
             model(tokens, num_loops=16, cache=cache)
             cache.advance(512)
-        # Any change is small enough, so a token leaves as soon as min_loops lets it.
+        # Every change is below the threshold, so tokens exit after exactly min_loops loops.
         rule = StateChangeExit(threshold=1e9, min_loops=loops)
         step = torch.no_grad()(
             lambda cache=cache, rule=rule: model(
@@ -182,7 +182,7 @@ def against_exit(rounds: int) -> dict[str, dict[int, float]]:
 
 
 def line_fit(points: Mapping[int, float]) -> dict[str, float]:
-    """Least squares in relative error: seconds = fixed + slope * loops, and the worst misfit."""
+    """Fit seconds = fixed + slope * loops by least squares of the relative error; largest error."""
     x = torch.tensor(list(points), dtype=torch.double)
     y = torch.tensor(list(points.values()), dtype=torch.double)
     terms = torch.stack((torch.ones_like(x), x), dim=1) / y[:, None]
@@ -248,7 +248,7 @@ def main() -> None:
 
 
 def draw_figures(out: Path, milliseconds: Any, memory: Any, halted: Any) -> None:
-    """scaling.png and stopping.png."""
+    """Write scaling.png and stopping.png."""
     panels = {
         "num_loops, 256 tokens": milliseconds["loops"],
         "context, 4 loops": milliseconds["context"],

@@ -1,4 +1,4 @@
-"""Every test starts from one seed, on one thread, with the same hypothesis examples."""
+"""Every test runs with the same seed and hypothesis examples, on one thread."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from hypothesis import register_random, settings
 
 
 class TorchRandom:
-    """Torch's generator for hypothesis, which reseeds it before every example."""
+    """Registers torch's generator with hypothesis, which reseeds it before every example."""
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -26,13 +26,13 @@ register_random(TORCH_RANDOM)
 settings.register_profile("openmythos", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("openmythos")
 
-# On tensors this small a second thread gains nothing, and costs a hundredfold on a busy machine.
+# For small tensors a second thread gains nothing, and is 100 times slower on a busy machine.
 torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")  # from here, so that all make one line of the summary
+        pytest.skip("no CUDA device")  # skipped here: one line in the summary for all of them
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def seed() -> None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Runs a test on the CPU and on a GPU; `variants.here` puts its models and tensors there."""
+    """Run a test on the CPU and on a GPU; `variants.here` is the device for its tensors."""
     found = torch.device(request.param)
     if found.type == "cpu":
         yield found

@@ -1,10 +1,10 @@
-"""Tiny models over every member of every union, so that a new member is tested by being there.
+"""Tiny models with every member of every union: a new member is tested without further changes.
 
-A member is built from its defaults, shrunk by field name; its Literal and bool fields give further
-variants. `VARIANTS` covers every pair of choices (not every combination) with few models.
+A member has its defaults, with sizes reduced by field name (`SIZES`). Literal and bool fields give
+more variants. `VARIANTS` is a pairwise (all-pairs) covering of all choices by few models.
 
-The combinations are pinned in variants.json: a new member adds some and leaves the others, their
-ids included, as they are. `python tests/variants.py` pins what was added.
+The combinations are pinned in variants.json: a new member adds combinations and does not change the
+others or their ids. `python tests/variants.py` pins the added ones.
 """
 
 import hashlib
@@ -57,14 +57,14 @@ SIZES: dict[str, Any] = {
     "bias_init": -0.5,
     "patience": 1,
 }
-# What makes a rule fire in some of a few loops of an untrained model.
+# Settings with which exit rules stop some positions of an untrained model within a few loops.
 TUNED: dict[str, dict[str, Any]] = {
     "state_change": {"threshold": 0.12},
     "kl": {"threshold": 0.002},
     "kl_entropy": {"threshold": 0.002, "max_entropy": 3.7},
     "argmax": {"patience": 2},
 }
-# Values that switch something off or on, beside the Literal and bool fields.
+# Further values to test, which switch a feature on or off like Literal and bool fields.
 EDGES: dict[str, Any] = {
     "window": 4,
     "q_latent_dim": 0,
@@ -74,7 +74,7 @@ EDGES: dict[str, Any] = {
 }
 
 
-# Members and fields that are not paired with all others, but occur in `OPTIONS`.
+# Members and fields left out of the pairwise covering; they occur in `OPTIONS`.
 UNPAIRED = {"exit_gate", "geglu", "gelu", "qk_norm_kind", "qk_bias", "bias"}
 
 
@@ -92,7 +92,7 @@ def members(union: Any) -> list[Any]:
 
 
 def variations(union: Any) -> list[Any]:
-    """Every member, and every member with one choice made differently."""
+    """Every member with its defaults, and with one choice changed at a time."""
     found = []
     for base in members(union):
         found.append(base)
@@ -122,7 +122,7 @@ def name_of(part: Any) -> str:
 
 
 def tiny_config(**parts: Any) -> MythosConfig:
-    """A small config; an injection that dictates the initial state gets the one that it wants."""
+    """A small config; `state_init` is replaced if the injection requires another one."""
     usual = {"vocab_size": VOCAB, "dim": DIM, "context": 2 * SEQ, "zero_init_outputs": False}
     usual |= {"num_loops": 3, "attention": members(Attention)[0]}
     usual |= {"feed_forward": members(FeedForward)[0]}
@@ -152,10 +152,10 @@ PINNED: dict[str, Any] = json.loads(PINS.read_text()) if PINS.exists() else {}
 def cover(
     pinned: str, axes: Mapping[str, Sequence[Any]], singles: Sequence[tuple[str, str]] = ()
 ) -> list[dict[str, Any]]:
-    """Few combinations in which every two values of two axes meet, and every single occurs.
+    """Pairwise covering: combinations with every pair of values of two axes, and all `singles`.
 
-    Those that are pinned, and more where these miss something. `axes` has what is to be paired;
-    singles are (axis, name of a value) beside that.
+    Starts from the pinned combinations and adds what they miss. `axes` has the values to pair;
+    `singles` are (axis, name of a value) that need to occur only once.
     """
     values = {
         axis: {name_of(value): value for value in (*axes[axis], *AXES.get(axis, ()))}
@@ -173,7 +173,7 @@ def cover(
 
 
 def _pinned_row(row: Sequence[str], pinned: str, values: Mapping[str, Mapping[str, Any]]) -> Row:
-    """A row of the file; on an axis that is newer than the file it has the first value."""
+    """A row of variants.json; axes that are not in the file get their first value."""
     found = {axis: next(iter(names)) for axis, names in values.items()}
     found |= zip(PINNED[pinned]["axes"], row, strict=True)
     for axis, name in found.items():
@@ -184,7 +184,7 @@ def _pinned_row(row: Sequence[str], pinned: str, values: Mapping[str, Mapping[st
 
 
 def _missing_rows(rows: list[Row], axes: Mapping[str, Sequence[str]]) -> list[Row]:
-    """Rows with the pairs of values that `rows` miss (greedy)."""
+    """Rows with the pairs of values that do not occur in `rows`, chosen greedily."""
     rng = random.Random(0)
     missing = {
         ((a, x), (b, y))
@@ -195,7 +195,7 @@ def _missing_rows(rows: list[Row], axes: Mapping[str, Sequence[str]]) -> list[Ro
         missing -= _pairs(row, axes)
     added = []
     while missing:
-        # Start from a pair not met yet, then give each other axis its most useful value.
+        # Start from a missing pair; on every other axis take the value with most missing pairs.
         row = dict(min(missing, key=repr))
         for axis in rng.sample(sorted(set(axes) - set(row)), len(axes) - len(row)):
             gain = [len(_pairs({**row, axis: name}, axes) & missing) for name in axes[axis]]
@@ -232,7 +232,7 @@ AXES: dict[str, list[Any]] = {
 }
 
 
-# What is not paired with everything else: in combinations that occur in public models.
+# Options left out of the pairwise covering, in combinations that occur in public models.
 OPTIONS: list[dict[str, Any]] = [
     {
         "block_norms": ("input", "branch"),
@@ -260,7 +260,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def _variant_id(parts: Mapping[str, Any]) -> str:
-    """What differs most, and a hash of all that is not the first choice of its axis."""
+    """The values of the first four axes, and a hash of all values that are not the default."""
     others = [
         f"{axis}={name_of(part)}"
         for axis, part in sorted(parts.items())
@@ -279,7 +279,7 @@ _OTHERS = [(name, name_of(v)) for name, vs in AXES.items() for v in vs if v != _
 
 
 def _with_options(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """More rows, in which each of the options occurs once with some of the others."""
+    """The rows, and for each of `OPTIONS` a copy of one row with that option set."""
     step = len(rows) // len(OPTIONS)
     return [*rows, *(row | option for row, option in zip(rows[::step], OPTIONS, strict=False))]
 
@@ -287,13 +287,13 @@ def _with_options(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 _ALL = cover("variants", AXES)
 VARIANTS = [tiny_config(**parts) for parts in _with_options(_ALL)]
 VARIANT_IDS = [_variant_id(parts) for parts in _with_options(_ALL)]
-# For what costs more and depends less on details: every pair of members, and every other variation
-# of a member once.
+# For expensive tests that depend less on details: every pair of members, and every other variation
+# once.
 _FEW = cover("few", _MEMBERS, _OTHERS)
 FEW_VARIANTS = [tiny_config(**parts) for parts in _with_options(_FEW)]
 FEW_VARIANT_IDS = [_variant_id(parts) for parts in _with_options(_FEW)]
 
-# Every combination of members of the unions that decide what a position can see or when it stops.
+# All combinations of members of the unions that decide what a position sees or when it stops.
 COMBINATIONS = [
     tiny_config(attention=a, recurrent_feed_forward=f, injection=i, halting=h)
     for a, f, i, h in itertools.product(
@@ -325,9 +325,9 @@ COVERS = {"variants": _ALL, "few": _FEW, "rules": _RULE_PARTS}
 
 
 class OnDevice(TorchFunctionMode):
-    """Tensors that a test makes without naming a device are on this one; the package's are not.
+    """Default device for tensors that tests create; the package must name its devices itself.
 
-    The package has to name its devices: that is what is tested.
+    So a tensor that the package creates on the wrong device makes a test fail.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -339,18 +339,18 @@ class OnDevice(TorchFunctionMode):
         made = func in _device_constructors() and kwargs.get("device") is None
         if not made or not Path(sys._getframe(1).f_code.co_filename).is_relative_to(TESTS):
             return func(*args, **kwargs)
-        if kwargs.get("generator") is not None:  # one of the CPU: the same numbers everywhere
+        if kwargs.get("generator") is not None:  # a CPU generator: the same numbers on every device
             return func(*args, **kwargs).to(self.device)
         return func(*args, **kwargs, device=self.device)
 
 
 def here() -> torch.device:
-    """Where the tests' tensors are: see `OnDevice` and the fixture `device`."""
+    """The device of the tests' tensors; see `OnDevice` and the fixture `device`."""
     return torch.empty(0).device
 
 
 def tiny_model(config: MythosConfig, seed: int = 0, scale: float = 0.1) -> OpenMythos:
-    """A model in eval mode with every parameter and buffer moved off its initial value."""
+    """A model in eval mode; noise is added to all parameters and buffers."""
     model = OpenMythos(config, seed=seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -360,7 +360,7 @@ def tiny_model(config: MythosConfig, seed: int = 0, scale: float = 0.1) -> OpenM
 
 
 def active_positions(x: Tensor, view: LayerView) -> int:
-    """How many positions a feed-forward layer computes, called with these."""
+    """The number of positions that a feed-forward layer computes for these arguments."""
     return x[..., 0].numel() if view.active is None else int(view.active.sum())
 
 
@@ -371,7 +371,7 @@ def random_tokens(batch: int, seq: int = SEQ, seed: int = 0) -> Tensor:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Gradient of every parameter by name; one that got none counts as zero."""
+    """Gradients by parameter name; zeros for a parameter without a gradient."""
     return {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         for name, parameter in model.named_parameters()
@@ -379,7 +379,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def assert_gradients_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Compare sums that were added up in another order: relative to each gradient's size."""
+    """Compare gradients up to rounding, relative to the largest element of each."""
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         atol = 1e-6 + 1e-4 * float(gradient.abs().max())
@@ -390,7 +390,7 @@ def assert_gradients_close(found: Mapping[str, Tensor], wanted: Mapping[str, Ten
 
 
 def pin() -> None:
-    """Write the combinations to variants.json, one a line."""
+    """Write the combinations to variants.json, one per line."""
     parts = []
     for name, rows in COVERS.items():
         axes = list(rows[0])

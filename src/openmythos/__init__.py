@@ -29,7 +29,7 @@ def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    # A submodule is no attribute of its package until it has been imported.
+    # A submodule is not an attribute of its package until it is imported.
     value = getattr(module, name, None) or importlib.import_module(f"{module.__name__}.{name}")
     globals()[name] = value
     return value

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def run() -> NoReturn:
-    """The program; Ctrl-C while it is being imported ends it without a traceback."""
+    """Run the program; Ctrl-C during its imports exits without a traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     from openmythos.cli import run as program

@@ -1,8 +1,8 @@
-"""Strict configs: frozen keyword-only dataclasses from and to dicts; "a.b=c" overrides.
+"""Strict configs: conversion of frozen dataclasses to and from dicts; "a.b=c" overrides.
 
-Types come from the annotations. A swappable part is a union of dataclasses, each with a tag such as
-``kind: Literal["lti"] = "lti"``. A table with a ``kind`` starts from the defaults of that kind; a
-table without one starts from the default of its field.
+Values are checked against the annotations. A swappable part is a union of dataclasses, each with a
+tag such as ``kind: Literal["lti"] = "lti"``. For a table with a ``kind``, missing keys are the
+defaults of that kind; without one, they come from the default of the field.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 
 _MISSING = dataclasses.MISSING
-_REGISTERED: dict[Any, list[type]] = {}  # by union, in `register`
+_REGISTERED: dict[Any, list[type]] = {}  # union: members added by `register`
 _TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _INT64 = 2**63
-# Limits on the width of a layer and on its number of parts, so that products do not overflow.
+# Largest layer width and largest count, such as of heads; so that products do not overflow.
 MAX_WIDTH, MAX_PARTS = 2**20, 2**16
-_SHOWN = 200  # characters of a value in an error message
+_SHOWN = 200  # longest value in an error message, in characters
 _OPS = {"above": operator.gt, "at least": operator.ge, "below": operator.lt, "at most": operator.le}
 
 
@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 def needs(extra: str) -> str:
-    """Error text for packages that only an extra installs."""
+    """Error text for packages that are only installed with an extra."""
     return f"needs: pip install -e '.[{extra}]'"
 
 
@@ -74,9 +74,9 @@ def _require_within(field: str, value: Any, wanted: type, bounds: Mapping[str, A
 
 
 def unknown_name(noun: str, given: object, known: Iterable[str], *, as_listed: bool = False) -> str:
-    """Error text for an unknown name: the most similar known one, and all of them.
+    """Error text for an unknown name: the most similar known name, then all known names.
 
-    They are sorted unless `as_listed`.
+    All names are sorted unless `as_listed`.
     """
     names = list(known) if as_listed else sorted(known)
     near = difflib.get_close_matches(str(given).lower(), names, n=1, cutoff=0.4)
@@ -85,7 +85,7 @@ def unknown_name(noun: str, given: object, known: Iterable[str], *, as_listed: b
 
 
 def register(union: Any, member: type[T]) -> type[T]:
-    """Make a class of one's own a member of a tagged union, for files and the command line."""
+    """Add a class to a tagged union, so that files and the command line can name its kind."""
     _REGISTERED.setdefault(union, []).append(member)
     return member
 
@@ -94,7 +94,7 @@ def kinds(union: Any) -> dict[str, type]:
     """The classes of a tagged union (or of one tagged class) by their ``kind``."""
     found: dict[str, type] = {}
     members = get_args(union) or (union,)
-    # What joins a union also joins those that contain it.
+    # A class registered for a union is also a member of larger unions that contain it.
     new = [n for u, added in _REGISTERED.items() if {*get_args(u)} <= {*members} for n in added]
     for member in (*members, *new):
         tag = get_args(get_type_hints(member).get("kind"))
@@ -122,9 +122,9 @@ def from_dict(cls: Any, data: Any, path: str = "") -> Any:
 
 
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
-    """A new config with each "a.b=value" set in turn; only the result must be valid.
+    """A new config with all "a.b=value" applied in order; only the final config must be valid.
 
-    Naming another kind ("x.kind=add" or "x=add") replaces that part by the new kind's defaults.
+    Setting another kind ("x.kind=add" or "x=add") replaces that part by the new kind's defaults.
     """
     data = to_dict(config)
     for override in overrides:
@@ -139,7 +139,7 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
 
 
 def _assign(table: dict[str, Any], keys: Sequence[str], text: str) -> None:
-    """Set one value in the nested dict of a config."""
+    """Set the value at the path `keys` in the nested dict of a config."""
     for depth, key in enumerate(keys[:-1], 1):
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
@@ -157,7 +157,7 @@ def _assign(table: dict[str, Any], keys: Sequence[str], text: str) -> None:
 
 
 def _parse(text: str) -> Any:
-    """The text as a TOML value, or itself."""
+    """Parse the text as a TOML value; if it is not TOML, return it unchanged."""
     try:
         table = tomllib.loads(f"v = {text}")
     except ValueError:  # not TOML, or more digits than Python reads
@@ -188,7 +188,7 @@ def _fields(cls: Any) -> dict[str, Any]:
 def _is_tagged(wanted: Any) -> bool:
     if dataclasses.is_dataclass(wanted):
         return len(get_args(get_type_hints(wanted).get("kind"))) == 1
-    # Never `int | None`: a None that means "decided later" cannot be written in a file.
+    # `int | None` is not supported in configs: TOML cannot express None.
     is_union = get_origin(wanted) in (Union, UnionType)
     return is_union and all(dataclasses.is_dataclass(member) for member in get_args(wanted))
 
@@ -198,7 +198,7 @@ def _join(path: str, key: object) -> str:
 
 
 def _build(wanted: Any, data: Any, path: str, default: object = _MISSING) -> Any:
-    """A value of the annotation ``wanted``; ``path`` leads every error message."""
+    """Convert ``data`` to the annotation ``wanted``; error messages start with ``path``."""
     if dataclasses.is_dataclass(wanted) or _is_tagged(wanted):
         return _build_config(wanted, data, path, default)
     if get_origin(wanted) is dict and get_args(wanted)[0] is str:
@@ -216,7 +216,7 @@ def _build(wanted: Any, data: Any, path: str, default: object = _MISSING) -> Any
 def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
     if get_origin(wanted) is Literal:
         choices = get_args(wanted)
-        # By type too: 1, 1.0 and True are equal.
+        # Compare types too: 1 == 1.0 == True.
         known = any(type(value) is type(choice) and value == choice for choice in choices)
         allowed = unknown_name("choice", value, map(str, choices), as_listed=True)
         require(known, path, value, allowed)
@@ -269,7 +269,7 @@ def _build_config(wanted: Any, data: Any, path: str, default: object) -> Any:
 def _member(
     members: Mapping[str, type], table: Mapping[str, Any], path: str, default: type
 ) -> type:
-    """The class that a table describes, by its kind or else by the type of its default."""
+    """The class of a table: of its ``kind`` if it has one, else that of the field's default."""
     if "kind" in table:
         kind = table["kind"]
         known = isinstance(kind, str) and kind in members

@@ -20,7 +20,7 @@ AnyPath = str | os.PathLike[str]
 
 
 def dumps_toml(config: Any) -> str:
-    """The config as TOML, every field written out."""
+    """The config as TOML, including fields with default values."""
     return tomli_w.dumps(_checked(config))
 
 
@@ -57,14 +57,14 @@ def load_json(cls: type[T], path: AnyPath) -> T:
 
 
 def write_atomically(path: AnyPath, data: str | bytes) -> None:
-    """Replace a file; after any failure the old one is unchanged."""
+    """Replace a file; if that fails, the old file is unchanged."""
     with replacing(path) as temporary, open(temporary, "xb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
 def replacing(path: AnyPath) -> Iterator[Path]:
-    """Yield a temporary path to write to, which replaces `path` if nothing fails."""
+    """Yield a temporary path; it replaces `path` unless the block raises."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -75,8 +75,8 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # A power cut loses the new name unless the directory is synced too. Not all systems can do
-    # that; the file is in place already, so failing is no error.
+    # Sync the directory too, or a power failure may lose the new name. Some systems cannot do
+    # this; the file is already in place, so errors are ignored.
     with contextlib.suppress(OSError):
         directory = os.open(target.parent, os.O_RDONLY)
         try:
@@ -132,6 +132,6 @@ _parse_json = functools.partial(json.loads, object_pairs_hook=_unique_keys)
 
 def _checked(config: Any) -> dict[str, Any]:
     data = to_dict(config)
-    # Fail now rather than when a finished run is read back.
+    # An invalid config should fail here, not when a finished run is loaded.
     from_dict(type(config), data)
     return data

@@ -19,11 +19,11 @@ from openmythos.config import ConfigError, require
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
-# Width of the matrix product that tests whether bf16 is fast. A CPU that emulates bf16 takes 15 ms
-# for 128 (Zen 3, one core); fp32 takes 0.05 ms.
+# Width of the matrix product that tests whether bf16 is fast. For width 128, a CPU that emulates
+# bf16 takes 15 ms, and fp32 takes 0.05 ms (Zen 3, one core).
 _PROBE_WIDTH = {"cpu": 128}
-# bf16 counts as native if its product takes at most this many times as long as fp32's: native bf16
-# takes once or twice as long at this width (half as long at large ones), emulated bf16 hundreds.
+# bf16 counts as native if its product takes at most this many times as long as in fp32. At this
+# width the factor is 1 to 2 for native bf16 (0.5 at large widths) and hundreds for emulated bf16.
 _NATIVE_AT_MOST = 6.0
 _PEAK_WIDTHS = {"cpu": (128, 256, 512, 1024, 2048), "accelerator": (1024, 2048, 4096, 8192)}
 _CPU = torch.device("cpu")
@@ -34,8 +34,8 @@ PRECISIONS = ("bf16", "fp32", "auto")
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of returning it to the system.
 
-    A training step allocates and frees the same large buffers again and again; mapping and clearing
-    them each time costs a tenth of a step or more. Does nothing without glibc, or if
+    Every training step allocates and frees the same large buffers; mapping and zeroing their pages
+    each time costs a tenth of a step or more. Does nothing without glibc, or if
     MALLOC_MMAP_THRESHOLD_ is set in the environment.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
@@ -54,10 +54,10 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def bf16_is_native(device: torch.device = _CPU) -> bool:
-    """Whether torch computes in bf16 on a device natively; else it emulates it.
+    """Whether a device computes bf16 natively; if not, torch emulates it.
 
-    CPUs with AVX512_BF16 or AMX, GPUs from Ampere on. What torch reports is confirmed by timing a
-    product, since settings such as ONEDNN_MAX_CPU_ISA switch instructions off.
+    Native: CPUs with AVX512_BF16 or AMX, GPUs since Ampere. What torch reports is confirmed by
+    timing a product, because settings such as ONEDNN_MAX_CPU_ISA can disable instructions.
     """
     return _has_bf16(device) and bf16_slowdown(device) <= _NATIVE_AT_MOST
 
@@ -83,7 +83,7 @@ def slow_precision(precision: Precision, device: torch.device) -> str | None:
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The autocast context for a precision over fp32 weights; none for fp32."""
+    """Autocast context to compute in a precision with fp32 weights; a null context for fp32."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
@@ -91,7 +91,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 @functools.cache
 def bf16_slowdown(device: torch.device) -> float:
-    """Time of a small product in bf16 over that in fp32, measured once per process."""
+    """Time of a small matrix product in bf16 / time in fp32; measured once per process."""
     width = _PROBE_WIDTH.get(device.type, 1024)
     fp32, bf16 = (_product_seconds(device, x, width) for x in (torch.float32, torch.bfloat16))
     return bf16 / fp32
@@ -113,8 +113,8 @@ def _has_bf16(device: torch.device) -> bool:
 def _product_seconds(
     device: torch.device, dtype: torch.dtype, width: int, most: float = 0.01
 ) -> float:
-    """Seconds of the fastest of 3 to 20 square products; stops after 3 once `most` is exceeded."""
-    # Not ones: with them a GPU uses less power and is faster than with a model's numbers.
+    """Seconds of the fastest of 3 to 20 square products; stops when `most` seconds are spent."""
+    # Not all ones: they take less power, so a GPU would be faster than with real data.
     x = torch.linspace(-1, 1, width * width, device=device).view(width, width).to(dtype)
     product = torch.empty_like(x)
     best, begun = math.inf, time.perf_counter()
@@ -168,7 +168,7 @@ def choose_device(name: str | torch.device = "auto", field: str = "device") -> t
 
 
 def describe() -> dict[str, str | int | bool | None]:
-    """Commit and hardware, for result files; call it before the work, whose code it names."""
+    """Commit and hardware, for result files; call it before the work, in case HEAD moves."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
@@ -187,9 +187,9 @@ def describe() -> dict[str, str | int | bool | None]:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, budget: float = 0.15) -> float:
-    """FLOPs per second of the fastest square product on the threads of this process.
+    """Peak FLOP/s of square matrix products with the current number of threads.
 
-    Tries ever larger widths for about `budget` seconds: small products do not reach the peak.
+    Tries larger and larger widths for about `budget` seconds: small products do not reach the peak.
     """
     best, spent = 0.0, 0.0
     for width in _PEAK_WIDTHS["cpu" if device.type == "cpu" else "accelerator"]:
@@ -205,7 +205,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, budget: float = 0.15) 
 def peak_bytes() -> int:
     """Peak resident memory of this process (Linux).
 
-    Not ru_maxrss, which a new process inherits from its parent.
+    ru_maxrss is not used, because a new process inherits it from its parent.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))

@@ -1,4 +1,4 @@
-"""The process pool for parallel work; its workers never outlive the work."""
+"""A process pool for parallel work; its workers never outlive the parent process."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from types import FrameType
 
 @contextmanager
 def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes end with this one, and at once if an exception leaves the block."""
+    """A pool whose processes exit with this one, or at once if the block raises."""
     before = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, _start_worker, (os.getpid(),))
@@ -34,14 +34,14 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _start_worker(parent: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent answers it.
+    # Ctrl-C signals every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers use all cores already
     asked = threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         asked.set()
-        sys.exit(1)  # an exception, so that the work removes its temporary folders
+        sys.exit(1)  # SystemExit, so that the work removes its temporary folders
 
     signal.signal(signal.SIGTERM, stop)
 
@@ -53,5 +53,5 @@ def _start_worker(parent: int) -> None:
         time.sleep(0.3)
         os._exit(1)
 
-    # A worker that waits for work would not notice that its parent was killed.
+    # An idle worker would not notice that its parent was killed.
     threading.Thread(target=watch, daemon=True).start()

@@ -1,8 +1,8 @@
 """Names for the tensors that cross a public signature, each with its shape.
 
 An alias is a plain ``Tensor`` to mypy and costs nothing at run time. ``make test-shapes`` checks
-dtype, rank and sizes: within one call, a size of one name must be the same everywhere, so two
-lengths that may differ have two names here.
+dtype, rank and sizes: within one call, dimensions of the same name must have the same size, so
+lengths that may differ have different names.
 The checker cannot look inside ``torch.compile``; tests that compile run without it.
 """
 
@@ -22,7 +22,7 @@ LoopCounts = Int[Tensor, "batch"]
 NextTokenIds = Int[Tensor, "batch"]
 NextLogits = Float[Tensor, "batch vocab"]
 
-# Attention: a cache makes the keys longer than the queries, grouping makes their heads fewer.
+# Attention: keys may be longer than queries (KV cache) and have fewer heads (grouped queries).
 Queries = Float[Tensor, "batch heads seq head_dim"]
 Keys = Float[Tensor, "batch kv_heads kv_seq head_dim"]
 Values = Float[Tensor, "batch kv_heads kv_seq value_dim"]
@@ -32,7 +32,7 @@ AttentionMask = Bool[Tensor, "#batch 1 seq kv_seq"]
 # What an attention layer stores per token.
 KeyValues = Float[Tensor, "batch kv_seq kv_width"]
 
-# Positions in one list, as experts see them.
+# Positions of all sequences flattened to one dimension, as experts get them.
 Tokens = Float[Tensor, "tokens dim"]
 
 Scalar = Float[Tensor, ""]

@@ -1,7 +1,7 @@
-"""Figures in one style: data in, ``Figure`` out. Nothing is computed, no window is opened.
+"""Draw data as a ``Figure``, all in one style. Nothing is computed, no window is opened.
 
-The only module that imports matplotlib, and only when a figure is drawn: without that extra the
-module can still be imported.
+The only module that imports matplotlib. It does so when a figure is drawn, so the module can be
+imported without that extra.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from openmythos.files import replacing
 
 Figure = Any  # matplotlib's
 Points = Sequence[tuple[float, float]]
-Lines = Mapping[str, Points]  # of one run and metric: one line, or one per item of a list
-# Of Okabe and Ito, for colour-blind readers; without their yellow, too faint for a line.
+Lines = Mapping[str, Points]  # a metric of a run: one line, or one per item of a list
+# The colour-blind safe palette of Okabe and Ito without yellow, which is too faint for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-# One more than the colours, so that a repeated colour has another marker.
+# One more than the colours, so that a colour has another marker when it is used again.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#595959"
 _STYLE: dict[str, Any] = {
@@ -43,7 +43,7 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": "black",
 }
 _DPI = 150
-_HORIZON = 0.05  # a smoothed point averages about the last twentieth of the points before it
+_HORIZON = 0.05  # smoothing averages over about the last twentieth of the points before
 _LOG_SPAN = 1000
 _MIN_Y_SPAN = 0.1
 _LEGEND_WIDTH = 80  # characters
@@ -53,11 +53,11 @@ _PANEL, _LINE = 3.2, 0.23  # height in inches of a panel and of a line of the le
 def metric_curves(
     panels: Mapping[str, Mapping[str, Lines]], *, x_label: str, single: bool = False
 ) -> Figure:
-    """(x, value) of each metric and run, as a faint line and smoothed as a bold one.
+    """Curves by metric (panel) and run: raw values as a faint line, smoothed values as a bold one.
 
-    A list, such as a value per loop, gets a line per item from pale to dark; the first and the last
-    are named. A run has one colour in all panels and one line of the legend, which `single` omits.
-    x is logarithmic if it spans three decades or more; nan and inf leave a gap.
+    A metric that is a list, such as a value per loop, gets a line per item from pale to dark; the
+    first and the last are labelled. A run has the same colour in all panels and one legend entry;
+    `single` omits the legend. x is logarithmic from three decades on; nan and inf leave a gap.
     """
     runs = dict.fromkeys(name for series in panels.values() for name in series)
     lines = [each for series in panels.values() for each in series.values()]
@@ -66,7 +66,7 @@ def metric_curves(
         raise ValueError("panels: no line to draw")
     with style():
         look_of = dict(zip(runs, looks(), strict=False))
-        # Too few points are hardly smoothed, and lists are drawn without raw lines.
+        # Explain raw lines only if smoothing changes them; metrics that are lists have none.
         scalars = [p for each in lines if len(each) == 1 for p in each.values()]
         longest = max(map(_count_finite, scalars), default=0)
         title = "bold: smoothed, faint: raw" if longest * _HORIZON > 1 else ""
@@ -104,7 +104,7 @@ def _draw_lines(axes: Any, lines: Lines, look: Mapping[str, Any], name: str) -> 
         xs, values = [x for x, _ in points], [_finite(y) for _, y in points]
         if not many:
             axes.plot(xs, values, color=tint, linewidth=0.8, alpha=0.4)
-        # A single point has no line. Bold lines are in front of the raw lines of all runs.
+        # A single point needs a marker. Bold lines are drawn above the raw lines of all runs.
         bold = {**look, "marker": look["marker"] if _count_finite(points) == 1 else ""}
         bold |= {"color": tint, "linewidth": 1.4 if many else 2, "zorder": 2.5, "label": name}
         handle = axes.plot(xs, _smoothed(values), **bold)[0]
@@ -121,7 +121,7 @@ def loss_against_loops(
     trained_loops: float | int | None = None,
     y_label: str = "held-out bits per byte",
 ) -> Figure:
-    """Values against ``num_loops``, one curve per name, and constants to compare with.
+    """Values against ``num_loops``, one curve per name; `references` are horizontal lines.
 
     The y axis spans at least 0.1, so that noise does not look like an effect. nan and inf leave a
     gap.
@@ -161,9 +161,9 @@ def loss_against_loops(
 
 
 def save_figure(figure: Figure, path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write the figure as PNG and the rows that it shows as CSV: both files or neither.
+    """Write the figure as PNG and its data, `rows`, as CSV: both files or neither.
 
-    The columns are the rows' keys in order of appearance.
+    The columns are the keys of the rows in order of appearance.
     """
     require(path.suffix == ".png", "path", str(path), "must end in .png")
     if not rows:
@@ -175,13 +175,13 @@ def save_figure(figure: Figure, path: Path, rows: Sequence[Mapping[str, object]]
             writer.writeheader()
             writer.writerows(rows)
         with style():
-            # Without matplotlib's version, so that equal figures are equal files.
+            # No matplotlib version in the file, so that equal figures give identical files.
             figure.savefig(image, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Apply the style of the figures."""
+    """Apply the figure style within the block."""
     try:
         import matplotlib.style
     except ImportError as error:
@@ -202,7 +202,7 @@ def new_figure() -> Figure:
 
 
 def looks() -> Iterator[dict[str, Any]]:
-    """Colour, marker and, after all colours, dashes of successive lines."""
+    """Colours and markers of successive lines; once all colours are used, also other dashes."""
     markers = itertools.cycle(_MARKERS)
     for dashes in itertools.cycle(("-", "--", ":", "-.")):
         for colour in COLOURS:
@@ -227,7 +227,7 @@ def _count_finite(points: Points) -> int:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential average whose horizon grows with the number of values: no lag at the start."""
+    """Exponential moving average; its horizon grows with the number of values: no lag at first."""
     smoothed: list[float] = []
     average, count = 0.0, 0
     for value in values:
@@ -239,7 +239,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _short_number(value: float | int, _position: object = None) -> str:
-    """1500000 as 1.5M, 1e9 as 1B."""
+    """Format 1500000 as 1.5M and 1e9 as 1B."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:g}{letter}"
@@ -266,7 +266,7 @@ def _y_range(values: Iterable[float | int]) -> tuple[float, float]:
 
 
 def _draw_references(axes: Any, references: Mapping[str, float | int]) -> None:
-    """Dashed lines with names beside the axes; the highest name is above its line, others below."""
+    """Dashed lines, labelled at the right: the highest label above its line, the others below."""
     beside = axes.get_yaxis_transform()
     for name, value in references.items():
         place = "bottom" if value == max(references.values()) else "top"

@@ -11,7 +11,7 @@ from openmythos.nn.moe import MoELayer
 
 
 def chosen_experts(model: OpenMythos, tokens: torch.Tensor, num_loops: int) -> torch.Tensor:
-    """The experts of every position in every loop, [loops, positions, top_k]."""
+    """Indices of the experts chosen in every loop, [loops, positions, top_k]; first layer only."""
     block = model.recurrent.layers[0]
     assert isinstance(block, Block) and isinstance(block.feed_forward, MoELayer)
     seen: list[torch.Tensor] = []
@@ -27,7 +27,7 @@ def chosen_experts(model: OpenMythos, tokens: torch.Tensor, num_loops: int) -> t
 
 
 def overlap(chosen: torch.Tensor) -> dict[str, float]:
-    """Mean Jaccard index of a token's experts in two loops; its distinct experts / top_k."""
+    """Means over tokens: Jaccard index of two loops' experts; distinct experts / top_k."""
     loops, positions, top_k = chosen.shape
     shape = (loops, positions, int(chosen.max()) + 1)
     member = torch.zeros(shape, dtype=torch.bool, device=chosen.device)

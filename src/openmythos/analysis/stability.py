@@ -1,4 +1,4 @@
-"""Stability of the loop: how fast its linear part alone makes the state grow."""
+"""Stability of the loop: the spectral radius of its linear part."""
 
 import math
 
@@ -9,9 +9,9 @@ from openmythos.recurrence.injection import ConcatInjection, InjectionLayer
 
 @torch.no_grad()
 def spectral_radius(injection: InjectionLayer) -> float:
-    """rho of the linear map from the state of a loop to the input of the next; 1 if there is none.
+    """Spectral radius of the linear map from a loop's state to the next loop's input.
 
-    Infinite where its weights are not finite.
+    1 if there is no such map, inf if its weights are not finite.
     """
     decay = injection.max_decay()
     if decay is not None:

@@ -1,6 +1,6 @@
 """Figures of the studies, in the style of `plots`.
 
-Values per seed are drawn as their mean and range.
+Values of several seeds are drawn as their mean and range.
 """
 
 import itertools
@@ -20,7 +20,7 @@ def hops_against_loops(
     *,
     trained_hops: int,
 ) -> Figure:
-    """Left: accuracy of one model by hops and num_loops. Right: the best of each arm by hops."""
+    """Left: accuracy of a model by hops and num_loops. Right: each arm's best accuracy by hops."""
     hops, loops = sorted(grid), sorted({loop for row in grid.values() for loop in row})
     with style():
         figure = new_figure()
@@ -57,9 +57,9 @@ def loops_against_hops(
     trained_hops: int,
     spare: int,
 ) -> Figure:
-    """Left: loops used minus hops, per rule; a line at `spare`, the limit. Right: accuracy.
+    """Left: loops used minus hops, per exit rule, and their limit `spare`. Right: accuracy by hops.
 
-    Means only: the ranges of so many rules would hide each other.
+    Only means are drawn: the ranges of so many rules would overlap.
     """
     beyond = {
         name: {hop: [used - hop for used in values] for hop, values in points.items()}
@@ -92,10 +92,10 @@ def line_panels(
     ticks: bool = False,
     note: str = "",
 ) -> Figure:
-    """Panels side by side: lines of values against x; `percent` shows shares as percent.
+    """Panels side by side: lines of values against x; `percent` shows fractions as percent.
 
-    `ticks` puts ticks at the values only, `note` is a line below. A panel with other names than the
-    first has its own legend.
+    `ticks`: x ticks at the data only. `note`: a line of text below. A panel whose names differ from
+    those of the first panel gets its own legend.
     """
     with style():
         figure, row = _row(len(panels), 4.2 * len(panels) + 0.6, 3.9, percent or same_y)
@@ -144,8 +144,8 @@ def comparisons(
     x_label: str,
     change_label: str,
 ) -> Figure:
-    """A row per name. A panel per comparison: a dot per seed and their mean. Last panel: lines from
-    the mean before (full) to the mean after (hollow), in the comparisons' colours."""
+    """A row per name. A panel per comparison shows a dot per seed and the mean. The last panel
+    connects the mean before (filled) and after (hollow), in the colour of the comparison."""
     places = {name: place for place, name in enumerate(order)}
     with style():
         count = len(shares) + 1
@@ -161,7 +161,7 @@ def comparisons(
         last = row[-1]
         for number, (look, values) in enumerate(zip(looks(), before_after.values(), strict=False)):
             for name, (before, after) in values.items():
-                # If a name has several, one below the other.
+                # Several comparisons of one name are drawn one below the other.
                 mine = [k for k, each in enumerate(before_after.values()) if name in each]
                 y = places[name] + 0.22 * (mine.index(number) - (len(mine) - 1) / 2)
                 last.plot([before, after], [y, y], color=look["color"], linewidth=1.5)
@@ -183,8 +183,8 @@ def stability(
     *,
     trained_loops: int,
 ) -> Figure:
-    """Above: final loss and spectral radius of every run, by name and learning rate. Below, a panel
-    per rate: the RMS of the state by loops, a line per run; None is a hollow mark at the top."""
+    """Top: final loss and spectral radius of every run, by name and learning rate. Bottom: a panel
+    per rate with the RMS of the state by loops, a line per run. A hollow mark at the top: None."""
     rates = sorted(sizes)
     with style():
         figure = new_figure()
@@ -233,7 +233,7 @@ def _state_sizes(
     """A line per run against loops; None is a hollow mark at `top`."""
     for place, (look, each) in enumerate(zip(looks(), runs.values(), strict=False)):
         colour = look["color"]
-        width = 1.0 if place else 2.2  # so that the first shows behind another
+        width = 1.0 if place else 2.2  # so that the first line can be seen behind others
         for run in each:
             known = [(n, size) for n, size in sorted(run.items()) if size is not None]
             axes.plot(*zip(*known, strict=True), color=colour, linewidth=width)
@@ -259,7 +259,7 @@ def _strips(
     *,
     beside: bool = True,
 ) -> None:
-    """A dot per value in a column per x; groups are beside each other or in one place."""
+    """A dot per value in a column per x; `beside` puts the groups next to each other."""
     width = 0.8 / len(groups) if beside else 0.5
     for place, (look, (name, points)) in enumerate(zip(looks(), groups.items(), strict=False)):
         middle = (place - (len(groups) - 1) / 2) * width if beside else 0.0

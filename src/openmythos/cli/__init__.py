@@ -20,14 +20,14 @@ COMMANDS = (
     *(Demo, Train, Generate, Eval, Export, Plan, Presets, Study),
     *(Tokenizer, Data, Runs, Plot, Watch),
 )
-_DEBUG = "OPENMYTHOS_DEBUG"  # if 1, an error also prints its traceback
+_DEBUG = "OPENMYTHOS_DEBUG"  # 1: print the traceback of an error
 
 
 def run() -> NoReturn:
     """The program `openmythos`."""
     code = main()
     if code in CODES:
-        os._exit(code)  # a normal exit would wait for threads that still work
+        os._exit(code)  # a normal exit would wait for running threads
     if "torch" not in sys.modules:
         sys.exit(code)
     from openmythos.distributed.ranks import exit_process
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return stop.code if isinstance(stop, Interrupted) else 130
     except BrokenPipeError:
-        # The reader of the pipe is gone. Flushing at exit would fail again.
+        # The reader closed the pipe. Without this, the flush at exit would fail again.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -90,7 +90,7 @@ class Train:
         return changed
 
     def _existing(self) -> "Run | None":
-        """The run to go on with: that of --resume, or --out when torchrun restarts the command."""
+        """The run to resume: that of --resume, or --out when torchrun restarts the command."""
         from openmythos.train.folder import CONFIG_FILE
         from openmythos.train.run import Run
 
@@ -346,7 +346,7 @@ class Demo:
         with _new_run_folder(f"{self.out}-hops" if self.out else "", "demo-hops") as folder:
             run = create(folder, config)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # so small a model is slower on two (Zen 3: 24 s, 29 s)
+        torch.set_num_threads(1)  # two are slower for so small a model (Zen 3: 29 s, not 24)
         try:
             finished = train_with_bar(run, resume=False)
         finally:
@@ -362,13 +362,13 @@ class Demo:
 
 @contextmanager
 def _new_run_folder(out: str, recipe: str) -> Iterator[Path]:
-    """--out, or the first free runs/RECIPE-N, which is removed if the run cannot be created."""
+    """--out, or the first unused runs/RECIPE-N, which is deleted if creating the run fails."""
     if out:
         yield Path(out)
         return
     for number in itertools.count(1):
         folder = Path("runs") / f"{recipe}-{number}"
-        # Creating the folder reserves the name; another process takes the next one.
+        # mkdir reserves the name: if another process has taken it, try the next one.
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
             break

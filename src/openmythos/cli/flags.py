@@ -21,7 +21,7 @@ _MAY_BE_EMPTY = ("--prompt", "--num-loops")
 
 
 def shown(metavar: str, default: str | None = None, help: str | None = None) -> Any:
-    """How the help shows a flag. `default` replaces the default value's own text; "" hides it."""
+    """Metadata for tyro's help. `default` is shown instead of the default value; "" hides it."""
     hint = None if default is None else f"(default: {default})" if default else ""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, help=help)
 
@@ -40,7 +40,7 @@ Device = Annotated[
 
 
 def flat(values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    """The values of a flag that was given several times, as one tuple."""
+    """All values of a flag that was given several times, in one tuple."""
     return tuple(value for group in values for value in group)
 
 
@@ -77,7 +77,7 @@ def parse(commands: tuple[type, ...], argv: list[str]) -> Any:
 
 
 def _refuse_empty(argv: list[str]) -> None:
-    """Raise for empty arguments: most often a shell variable that was not set."""
+    """Raise for empty arguments, which usually come from an unset shell variable."""
     flag = ""
     for index, word in enumerate(argv):
         name, equals, value = word.partition("=")
@@ -116,7 +116,7 @@ def _message(box: str, argv: list[str]) -> str:
 
 
 def _sections(box: str) -> list[str]:
-    """The texts between the horizontal rules of a box, without its title (UTF-8 or ASCII)."""
+    """The texts between the horizontal rules of a UTF-8 or ASCII box, without its title."""
     sections: list[str] = [""]
     for line in box.splitlines()[1:]:
         words = line.strip(_BOX)

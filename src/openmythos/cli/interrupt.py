@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM: a prompt answer, an orderly end, and an end in any case.
+"""Ctrl-C and SIGTERM: clean up and exit, or exit without cleaning up after GRACE seconds.
 
 A signal raises KeyboardInterrupt in the main thread, which cleans up. A library call that does not
-return to Python (training a tokenizer, a large matrix product) delays that: a second thread hears
-the signal too and ends the process if the work has not ended after GRACE seconds. Training is asked
-to stop instead: it abandons its step, saves and returns (`stop_training`).
+return to Python (training a tokenizer, a large matrix product) delays this. A second thread
+therefore gets the signal as well and ends the process if it still runs after GRACE seconds.
+Training is asked to stop instead: it abandons its step, saves and returns (`stop_training`).
 """
 
 import os
@@ -19,7 +19,7 @@ from typing import NoReturn
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CODES = tuple(128 + number for number in SIGNALS)
 GRACE = 1.2  # seconds
-_received: list[int] | None = None  # signals for the training that is to stop by itself
+_received: list[int] | None = None  # signals inside `stop_training`; None outside
 
 
 class Interrupted(KeyboardInterrupt):
@@ -62,7 +62,7 @@ def stop_training(received: list[int]) -> Iterator[None]:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """End the process without waiting for threads or for a stream that a thread has locked."""
+    """End the process without waiting for threads, or for a stream that a thread has locked."""
     os.write(2, b"interrupted\n")
     os._exit(code)
 
@@ -75,7 +75,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def _listen(read_end: int) -> None:
-    """Body of the thread: the interpreter writes the number of every signal to a pipe."""
+    """Body of the second thread: reads the signal numbers that the interpreter writes to a pipe."""
     asked = False
     while received := os.read(read_end, 1):
         if received[0] not in SIGNALS:
@@ -84,7 +84,7 @@ def _listen(read_end: int) -> None:
             asked = True
             print("stopping after saving a checkpoint (again: end at once)", file=sys.stderr)
             continue
-        # Wait for the pipe to be closed: the work has ended. A second signal means: now.
+        # The pipe is closed when the work has ended. A second signal ends the process now.
         if not select.select([read_end], [], [], GRACE)[0] or os.read(read_end, 1):
             exit_at_once(128 + received[0])
         break

@@ -1,4 +1,4 @@
-"""The long work of the commands, each piece under a progress bar."""
+"""Long-running work of the commands, each with a progress bar."""
 
 from pathlib import Path
 from shlex import quote
@@ -21,7 +21,7 @@ from openmythos.train.run import Run, train
 
 
 def create(folder: Path, config: RunConfig) -> Run:
-    """Create a run folder: rank 0 writes it, the other ranks wait, and fail if it fails."""
+    """Create a run folder. Rank 0 writes it; the other ranks wait and fail if rank 0 fails."""
 
     def work() -> Run:
         with Progress(OUT, "reading the corpus", unit="MB") as progress:
@@ -45,9 +45,9 @@ def create(folder: Path, config: RunConfig) -> Run:
 
 
 def train_with_bar(run: Run, *, resume: bool) -> bool:
-    """Train; False if a signal stopped several ranks before the last step.
+    """Train until the last step; returns False if a signal stopped a run of several ranks.
 
-    A single process that was stopped raises Interrupted.
+    In a run of one process, the signal raises Interrupted.
     """
     config = run.config.train
     received: list[int] = []
@@ -89,7 +89,7 @@ def train_with_bar(run: Run, *, resume: bool) -> bool:
 
 
 def print_next(run: Run, prompt: str) -> None:
-    """Print commands to go on with, ready to paste; `prompt` suits a model of Python's source."""
+    """Print the next commands to run; `prompt` is for a model trained on Python's source code."""
     name = quote(str(run.folder))
     if isinstance(run.config.data, TaskData):
         OUT.print(f"\nNext:  openmythos eval {name}", soft_wrap=True)
@@ -108,7 +108,7 @@ def _first_words(run: Run) -> str:
 
 
 def evaluate(run: Run, loops: tuple[int, ...], **options: Any) -> LoopReport:
-    """Score text as `report.evaluate` does, and print bits per byte against loops."""
+    """Call `report.evaluate` and print bits per byte by number of loops."""
     with Progress(OUT, "evaluating", unit="tokens") as progress:
         options["progress"] = lambda done, total: progress.update(done, total=total)
         found = report.evaluate(run, loops, **options)
@@ -126,7 +126,7 @@ def evaluate(run: Run, loops: tuple[int, ...], **options: Any) -> LoopReport:
 
 
 def evaluate_hops(run: Run, loops: tuple[int, ...], **options: Any) -> HopsReport:
-    """Ask problems as `task_report.evaluate` does, and print accuracy by hops and loops."""
+    """Call `task_report.evaluate` and print accuracy by hops and loops."""
     with Progress(OUT, "asking", unit="numbers of hops") as progress:
         options["progress"] = lambda done, total: progress.update(done, total=total)
         found = task_report.evaluate(run, loops, **options)

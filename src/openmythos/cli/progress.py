@@ -1,8 +1,8 @@
 """Progress of long work: a bar on a terminal, lines of text elsewhere.
 
-A line holds the stage, the amount done, a status text, the time taken and the time left. One is
-printed at the first update, then every ten seconds or twentieth of the work. If no update comes for
-ten seconds, a line says so.
+A line shows the stage, the amount done, a status text, the elapsed time and the ETA. It is printed
+at the first update, then every ten seconds and after every twentieth of the work. After ten seconds
+without an update, a line says so.
 """
 
 import threading
@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-SILENCE, PAUSE = 10.0, 1.0  # most and least seconds between two lines
-PARTS = 20  # a line for each of so many parts of the work
-BEAT = 1.0  # seconds between two looks at the clock
+SILENCE, PAUSE = 10.0, 1.0  # seconds: longest and shortest time between two lines
+PARTS = 20  # print a line after each of this many parts of the work
+BEAT = 1.0  # seconds between calls of `tick`
 
 
 class Progress:
     """Use as a context manager around the work, which calls `update`.
 
-    `unit` names what is counted; the unit "MB" is counted in bytes.
+    `unit` is the unit shown; with "MB", `update` is called with bytes.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Progress:
         self._done: int | None = None  # no update yet
         self._text = ""
         self._started = self._updated = self._printed = clock()
-        self._base = (self._started, 0)  # time and count from which the rate is computed
+        self._base = (self._started, 0)  # (time, count) from which the rate is computed
         self._shown = 0  # parts of the work already printed
         self._lock = threading.Lock()  # `update` and `tick` run in different threads
         self._ended = threading.Event()
@@ -57,7 +57,7 @@ class Progress:
         stage: str | None = None,
         kept: int | None = None,
     ) -> None:
-        """`done` of `total` is done, `kept` of it by an earlier run; a new stage restarts time."""
+        """Report `done` of `total`, `kept` of it by an earlier run; a new stage resets time."""
         with self._lock:
             now = self._clock()
             if stage is not None and stage != self._stage:
@@ -86,7 +86,7 @@ class Progress:
                 self._say(self._line(now))
 
     def tick(self) -> None:
-        """Print that the work goes on, if nothing was printed for SILENCE seconds."""
+        """Print that the work is still running, if nothing was printed for SILENCE seconds."""
         with self._lock:
             now = self._clock()
             if self._bar is not None or now - self._printed < SILENCE:
@@ -137,7 +137,7 @@ class Progress:
 
 
 def counted(texts: Iterable[str], progress: Progress) -> Iterator[str]:
-    """Yield the texts, reporting their size in bytes."""
+    """Yield the texts and report the bytes yielded so far as progress."""
     done = 0
     for text in texts:
         done += len(text.encode(errors="surrogateescape"))

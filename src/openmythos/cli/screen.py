@@ -1,4 +1,4 @@
-"""What the commands print: tables, streamed text, numbers in short form; imports no torch."""
+"""Output of the commands: tables, streamed text, abbreviated numbers; does not import torch."""
 
 import os
 import sys
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from openmythos.inference.text import Engine
     from openmythos.planning import cost, fit
 
-# Only rank 0 prints. rich must not colour the output, or read it as markup, and lines are not
-# wrapped in a file or a pipe.
+# Only rank 0 prints. No highlighting and no rich markup in texts; in a file or a pipe, lines are
+# not wrapped.
 _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
 _QUIET = os.environ.get("RANK", "0") != "0"
-# By the state of a run; all other states are dim.
+# By state of a run; all other states are dim.
 STYLES = {"running": "green", "finished": "bold", "stopped": "yellow"}
 STYLES |= dict.fromkeys(("failed", "dead"), "red")
 OUT = Console(highlight=False, markup=False, quiet=_QUIET, width=_WIDTH)
 
 
 def print_heat_map(found: Mapping[int, Mapping[int, float]], trained_hops: int) -> None:
-    """Accuracy in percent, hops by loops; more hops than were trained are marked "new"."""
+    """Print accuracy in percent by hops and loops; hops beyond training are marked "new"."""
     loops = list(next(iter(found.values())))
     OUT.print("\ncorrect answers in %:  hops (down) against loops at inference (across)")
     OUT.print("        " + "".join(f"{loop:>5}" for loop in loops))
@@ -43,7 +43,7 @@ def stream(engine: "Engine", prompt: str, request: "Request") -> list[int]:
     """Print the prompt and its continuation token by token; returns the loops of every token."""
     loops = []
     pieces = engine.stream(prompt, request)
-    # Not through rich, which would turn ":smile:" into a face and tabs into spaces.
+    # Without rich, which would turn ":smile:" into an emoji and tabs into spaces.
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece.text, end="", flush=True)
@@ -53,7 +53,7 @@ def stream(engine: "Engine", prompt: str, request: "Request") -> list[int]:
 
 
 def print_plan(name: str, plan: "cost.Plan") -> None:
-    """What a config costs, in four blocks."""
+    """Print the estimated cost of a config, in four blocks."""
     count, training = plan.parameters, plan.training
     parts = ("embedding", "prelude", "recurrent", "coda", "head")
     shape = f"{plan.batch} x {plan.context:,} tokens, {str(plan.dtype).removeprefix('torch.')}"
@@ -89,7 +89,7 @@ def print_plan(name: str, plan: "cost.Plan") -> None:
 
 
 def print_fit(name: str, found: "fit.Fit") -> None:
-    """The memory of each device, and the settings that need it."""
+    """Print the memory per device, and the training settings with which it fits."""
     from openmythos.planning.fit import USABLE
 
     memory, settings = found.memory, found.settings
@@ -116,7 +116,7 @@ def _print_table(title: str, name: str, *blocks: Mapping[str, str]) -> None:
 
 
 def short(number: int | float) -> str:
-    """A count in three digits: 1.23 M."""
+    """A count with three significant digits: 1.23 M."""
     return _scaled(number, {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}, 3, "")
 
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from openmythos.train.config import RunConfig
     from openmythos.train.overview import RunSummary
 
-LEGEND_KEYS = 5  # config values that a line of the legend shows
-NARROWEST_NAME = 12  # columns; if the terminal leaves less, `runs` prints a line per value
+LEGEND_KEYS = 5  # at most this many config values per line of the legend
+NARROWEST_NAME = 12  # characters; with less room, `runs` prints a line per value
 X_LABELS = {
     "steps": "training step",
     "tokens": "training tokens",
@@ -148,7 +148,7 @@ def _positions(x: str, run: Path, metrics: list[Metrics]) -> list[float]:
 
 
 def _panel(name: str, chosen: Sequence[str]) -> tuple[str, str]:
-    """Panel and line of a metric: the items of a list share a panel."""
+    """(panel, line) of a metric: items of a list, such as state_rms/0, share a panel."""
     of_list, _, item = name.rpartition("/")
     together = [other for other in chosen if of_list and other.rpartition("/")[0] == of_list]
     return (of_list, item) if len(together) > 1 else (name, "")
@@ -179,7 +179,7 @@ def _print_summaries(summaries: "Sequence[RunSummary]") -> None:
                     OUT.print(value if key == "run" else f"  {key} {value}", soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    # In a narrow terminal names are folded, numbers never.
+    # In a narrow terminal names are wrapped, numbers never.
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
     for name in list(rows[0])[2:]:
@@ -191,7 +191,7 @@ def _print_summaries(summaries: "Sequence[RunSummary]") -> None:
 
 
 def _cells(s: "RunSummary") -> dict[str, str]:
-    """A row of the table, by column."""
+    """The cells of a row, by column name."""
     return {
         "run": s.folder,
         "state": s.state,

@@ -23,7 +23,7 @@ from openmythos.config import require_number
 from openmythos.train.metrics import Metrics, MetricsTail, recent_median, scalars, seconds_left
 from openmythos.train.state import ENDED, RunState, State, read_state
 
-LOSSES = 8  # means of the loss that show how it fell
+LOSSES = 8  # number of mean losses shown
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Watch:
 
 def _frame(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
     """The frame to show, and whether it is the last one."""
-    # State before metrics, so that the last frame includes the last step.
+    # Read the state before the metrics: then the last frame includes the last step.
     record = read_state(run)
     metrics = tail.read()
     num_steps = run_config(run).train.num_steps
@@ -84,7 +84,7 @@ def _frame(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
 
 
 def loss_so_far(metrics: Sequence[Metrics]) -> str:
-    """The mean loss of each of up to 8 equal stretches of the run; nan and inf are left out."""
+    """The mean loss in each of up to 8 equal intervals of the run, without nan and inf."""
     losses = [m["loss"] for m in metrics if math.isfinite(m.get("loss", math.nan))]
     size = math.ceil(len(losses) / LOSSES) or 1
     means = [f"{fmean(losses[i : i + size]):.3f}" for i in range(0, len(losses), size)]

@@ -16,24 +16,24 @@ from openmythos.data.sources import SUPPORTED, Document, Reader
 
 logger = logging.getLogger(__name__)
 
-_MAX_SHARE = 0.25  # of the text, beyond which holding out whole documents is refused
-_SURVEY_BYTES = 1 << 26  # bytes read to choose the kind of split
+_MAX_SHARE = 0.25  # split by document only if that holds out at most this share of the text
+_SURVEY_BYTES = 1 << 26  # bytes read to choose between splitting by document and by position
 
 
 class Corpus:
     """Documents of ``paths``; can be read any number of times, always in the same order.
 
-    Each path is a file (plain text; .jsonl, .ndjson, these as .gz, and .parquet hold a document per
-    row, in ``field``), a folder (without hidden files, files that are not text, run folders and
-    prepared folders), a glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set, streamed) or
-    ``stdlib`` (the source of Python's standard library). Reading stops after ``limit_bytes`` of
-    text. Empty documents are skipped. A row without text is an error; ``skip_bad_rows`` skips and
-    counts it.
+    Each path is a file (plain text; or .jsonl, .ndjson, .jsonl.gz, .ndjson.gz, .parquet: a document
+    per row, in ``field``), a folder, a glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set,
+    streamed) or ``stdlib`` (Python's standard library). Folders are read without hidden files,
+    non-text files, run folders and prepared folders. Reading stops after ``limit_bytes`` of text.
+    Empty documents are skipped. A row without text is an error; ``skip_bad_rows`` skips it instead.
 
-    A document is held out if a hash of its name, in [0, 1), is below ``held_out``: adding documents
-    never moves another one. If no hash is, the document with the lowest hash is held out. If that
-    would hold out more than a quarter of the first 64 MiB of text, as with few documents, the end
-    of every document is held out instead. The constructor reads that much and raises all errors.
+    A document is held out if a hash of its name, in [0, 1), is below ``held_out``, so adding
+    documents never changes the split of the others. If no document is below, the one with the
+    lowest hash is held out. If this would hold out more than a quarter of the first 64 MiB, as with
+    few documents, the end of every document is held out instead. The constructor reads these 64 MiB
+    and raises any error in them.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Corpus:
         self._limit = math.inf if limit_bytes is None else limit_bytes
         self._skip_bad_rows = skip_bad_rows
         self.warned = False  # about bad rows
-        # Split every text by position, or else by name with one name held out whatever its hash.
+        # Whether to split by position; otherwise by name, and _chosen_name is always held out.
         self._by_position, self._chosen_name = self._survey()
 
     def documents(self) -> Iterator[Document]:
@@ -93,7 +93,7 @@ class Corpus:
             logger.warning("%s: skipped %d rows; the first: %s", where, bad.count, bad.first)
 
     def split(self, documents: Iterable[Document], *, held_out: bool) -> Iterator[Document]:
-        """The held-out part of some of its documents, or their training part."""
+        """The held-out part of the given documents, or their training part."""
         for document in documents:
             text = document.text
             if self._by_position:

@@ -1,7 +1,7 @@
-"""Batches out of token shards, for training and for evaluation.
+"""Batches from token shards, for training and for evaluation.
 
-Documents are packed: the token stream is cut into windows wherever they fall, and a batch says
-which document each token belongs to, so that attention can stop at their boundaries.
+Documents are packed: windows are cut from the token stream without regard to documents. A batch
+says which document each token belongs to, so that attention can be masked between documents.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +20,9 @@ from openmythos.types import NextLogits, PerToken, TokenIds
 
 @dataclass(frozen=True)
 class Batch:
-    """``targets`` are the tokens one further on.
+    """Token ids; ``targets`` are the tokens shifted by one.
 
-    ``documents`` tells the documents of a row apart: it starts at 0 and rises by 1 at every bos.
+    ``documents`` numbers the documents within a row: 0 at the start, 1 more at every bos.
     """
 
     tokens: TokenIds
@@ -44,21 +44,21 @@ class EvaluationBatch(Batch):
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """What the trainer reads: batches that are a function of (seed, step, rank) and of `state`.
+    """What the trainer reads. A batch depends only on (seed, step, rank) and `state`.
 
-    Text has no state; the state of a task is how far its curriculum has come. To resume, `load` the
-    state and ask for the next step.
+    Text has no state; the state of a task is its curriculum's progress. To resume, `load` the state
+    and ask for the next step.
     """
 
     seq_len: int  # tokens of the longest row
     vocab_size: int
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0; only this rank's rows."""
+        """This rank's rows of the batch of a step; steps count from 0."""
         ...
 
     def loops(self, step: int) -> int | None:
-        """How many loops every row of a step runs; None: drawn from `train.loops`."""
+        """Number of loops for all rows of a step; None: sample it from `train.loops`."""
         return None
 
     def learned(self, step: int, last_logits: Callable[[TokenIds], NextLogits]) -> None:
@@ -78,19 +78,18 @@ class BatchSource(Protocol):
         return {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore what `state` returned."""
         return None
 
 
 class Loader(BatchSource):
     """Windows of seq_len tokens in random order, a pure function of (seed, step, rank).
 
-    The sources, one or several, take turns as ``Mixture`` says, by ``weights`` (none: each as often
-    as it has windows). An epoch of a source reads each of its windows once, in an order and from
-    a first token that are drawn from seed, epoch and the source's place among the sources; a step
-    goes on where the one before ended, over the ends of epochs. All ranks together read what one
-    rank would read with the same ``batch_size``, which is that of all ranks. To resume, ask for
-    the next step.
+    Several sources are interleaved by ``Mixture`` according to ``weights`` (default: in proportion
+    to their numbers of windows). An epoch of a source reads each of its windows once. The order of
+    the windows and the offset of the first one depend on seed, epoch and the index of the source.
+    Batches may cross epochs. ``batch_size`` is the global batch size: all ranks together read what
+    one rank would read. To resume, ask for the next step.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class Loader(BatchSource):
         return Batch(*_split(np.stack(windows), self._bos_id))
 
     def epochs(self, step: int) -> tuple[float, ...]:
-        """How often each source has been read before a step."""
+        """Epochs of each source completed before a step, with fractions."""
         counts = self._mixture.counts(step * self._batch_size)
         return tuple(n / size for n, size in zip(counts, self.windows_per_epoch, strict=True))
 
@@ -142,7 +141,7 @@ class Loader(BatchSource):
 
 
 class _Source:
-    """The windows of one token stream in the order of its epochs, counted from 0."""
+    """The windows of one token stream, shuffled anew in every epoch; epochs count from 0."""
 
     def __init__(self, shards: TokenShards, seq_len: int, seed: int, number: int) -> None:
         if len(shards) < seq_len + 1:
@@ -152,27 +151,27 @@ class _Source:
         self._shards = shards
         self._seq_len = seq_len
         self._seed, self._number = seed, number
-        # One fewer than may fit, which leaves the first token of an epoch free to move.
+        # One window fewer than would fit, so that every epoch can start at a random offset.
         self.windows_per_epoch = max(1, (len(shards) - seq_len) // seq_len)
         self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
 
     def window(self, sample: int) -> NDArray[np.int64]:
-        """seq_len + 1 tokens."""
+        """The window's tokens, [seq_len + 1]."""
         start = self.start(sample)
         return self._shards.read(start, start + self._seq_len + 1)
 
     def start(self, sample: int) -> int:
-        """Where the window begins."""
+        """Position of the window's first token in the stream."""
         epoch, number = divmod(sample, self.windows_per_epoch)
         if epoch != self._epoch[0]:
-            # Only a cache: what it holds follows from seed and epoch.
+            # Only a cache: the starts can be recomputed from seed and epoch.
             self._epoch = (epoch, self._window_starts(epoch))
         return int(self._epoch[1][number])
 
     def _window_starts(self, epoch: int) -> NDArray[np.int64]:
         own = (self._number,) if self._number else ()
         random = np.random.default_rng((self._seed, epoch, *own))
-        # Up to all the tokens that are left over, so that the last ones have their turn too.
+        # A random offset up to all remaining tokens, so that the last tokens are read too.
         spare = len(self._shards) - 1 - self.windows_per_epoch * self._seq_len
         offset = random.integers(spare, endpoint=True)
         return offset + self._seq_len * random.permutation(self.windows_per_epoch)
@@ -186,11 +185,11 @@ def evaluation_windows(
     stride: int | None = None,
     bos_id: int | None = None,
 ) -> Iterator[EvaluationBatch]:
-    """Batches in which every token but the first is a target of weight 1 exactly once.
+    """Batches that score every token but the first exactly once (weight 1).
 
-    Windows start ``stride`` tokens apart (None: seq_len, no overlap); with a smaller one, targets
-    get more context at the price of more windows. The last window is padded. Tokens that are not
-    from shards are one document unless ``bos_id`` is given.
+    Windows start ``stride`` tokens apart (None: seq_len, no overlap). With a smaller stride
+    targets get more context, but there are more windows. The last window is padded. Tokens that are
+    not from shards are treated as one document unless ``bos_id`` is given.
     """
     stride = seq_len if stride is None else stride
     require_int("seq_len", seq_len, minimum=1)
@@ -236,8 +235,8 @@ def _read(
 def _split(
     windows: NDArray[np.int64], bos_id: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens, targets and documents of windows that are one longer."""
-    # Not .contiguous(), by which tokens and targets of a single row would share their memory.
+    """(tokens, targets, documents), [rows, seq_len] each, of windows [rows, seq_len + 1]."""
+    # Copies: with .contiguous() tokens and targets of a single row would share memory.
     tokens, targets = torch.tensor(windows[:, :-1]), torch.tensor(windows[:, 1:])
     counted = torch.zeros_like(tokens) if bos_id is None else (tokens == bos_id).cumsum(1)
     return tokens, targets, counted - counted[:, :1]

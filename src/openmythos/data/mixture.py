@@ -13,10 +13,10 @@ class Mixture:
     """Assigns samples 0, 1, 2, ... to sources in proportion to their weights.
 
     The first source has share w and takes sample s if floor((s + 1) w + u) > floor(s w + u), with
-    u in [0, 1) drawn from the seed; it has then taken floor(s w + u) samples before. The remaining
-    samples are renumbered and assigned to the other sources in the same way. Any n consecutive
-    samples hold n w of a source, up to the number of sources; independent draws would be off by
-    about sqrt(n). How many samples a source had before follows without counting.
+    u in [0, 1) drawn from the seed; before sample s it has taken floor(s w + u) samples. The
+    remaining samples are renumbered and assigned to the other sources in the same way. Of any n
+    consecutive samples a source gets n w, with an error of at most the number of sources;
+    independent draws would be off by about sqrt(n). Earlier samples need not be counted one by one.
     """
 
     def __init__(self, weights: Sequence[int | float], seed: int) -> None:
@@ -27,7 +27,7 @@ class Mixture:
             round(weight / sum(weights[number:]) * (1 << _BITS))
             for number, weight in enumerate(weights[:-1])
         ]
-        # Distinct from the seeds of the epochs.
+        # Differs from the seeds that `Loader` uses for epochs.
         random = np.random.default_rng((seed, len(weights), _BITS))
         phases = random.integers(1 << _BITS, size=len(shares)).tolist()
         self._splits = list(zip(shares, phases, strict=True))
@@ -36,7 +36,7 @@ class Mixture:
         return len(self._splits) + 1
 
     def place(self, sample: int) -> tuple[int, int]:
-        """The source of a sample, and how many samples it had before."""
+        """(source of a sample, number of earlier samples from that source)."""
         for number, (share, phase) in enumerate(self._splits):
             taken = (sample * share + phase) >> _BITS
             if ((sample + 1) * share + phase) >> _BITS > taken:
@@ -45,7 +45,7 @@ class Mixture:
         return len(self._splits), sample
 
     def counts(self, samples: int) -> tuple[int, ...]:
-        """How many of the first samples each source has."""
+        """How many of the first `samples` samples come from each source."""
         found = []
         for share, phase in self._splits:
             found.append((samples * share + phase) >> _BITS)

@@ -1,6 +1,6 @@
-"""How a corpus is cut into the parts that processes tokenise.
+"""Cut a corpus into parts, the units of work of `prepare`.
 
-The content of a part follows from the corpus and the settings alone.
+The content of a part depends only on the corpus and the settings.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Either files, read by the process that tokenises them, or documents already read."""
+    """A unit of work: files for the worker to read, or documents that are already read."""
 
     number: int
     size: int  # bytes
@@ -26,7 +26,7 @@ class Part:
     documents: tuple[Document, ...] = ()
 
     def read(self, wanted: Preparation) -> tuple[list[Document], int, int]:
-        """Its documents, the number of files that are not text, and of rows without text."""
+        """(documents, number of files that are not text, number of rows without text)."""
         bad = BadRows()
         found, skipped = list(self.documents), 0
         for file in self.files:
@@ -40,7 +40,7 @@ class Part:
 
 
 def survey(wanted: Preparation) -> tuple[str, int]:
-    """A hash of all files' names, sizes and times, and the bytes to read (0: unknown)."""
+    """(hash of all files' names, sizes and modification times, bytes to read or 0 if unknown)."""
     digest, total, known = hashlib.sha256(), 0, True
     reader = Reader(wanted.field)
     for source in wanted.paths:
@@ -56,10 +56,10 @@ def survey(wanted: Preparation) -> tuple[str, int]:
 
 
 def cut_into_parts(corpus: Corpus, wanted: Preparation, bad: BadRows) -> Iterator[Part]:
-    """The parts in order; `bad` counts the bad rows of documents that are read here."""
+    """The parts in order. Bad rows in documents that this process reads are added to `bad`."""
     numbers = itertools.count()
     if wanted.limit_bytes:
-        # Only reading tells where the limit is reached.
+        # The limit counts bytes of text, so the documents have to be read to find it.
         yield from _of_documents(corpus.documents(), wanted, numbers)
         return
     reader = Reader(wanted.field, skip_bad_rows=wanted.skip_bad_rows)
@@ -70,7 +70,7 @@ def cut_into_parts(corpus: Corpus, wanted: Preparation, bad: BadRows) -> Iterato
             bad.count += reader.bad_rows.count
             reader.bad_rows.count = 0
             continue
-        # A file of rows larger than a part is read and cut here.
+        # A file of rows that is larger than a part is read here and split into several.
         for is_cut, files in itertools.groupby(
             reader.files(source), lambda file: bool(file.format) and _size(file) > wanted.part_bytes
         ):
@@ -92,7 +92,7 @@ def _of_documents(
 def _gather(
     items: Iterable[T], size_of: Callable[[T], int], limit: int
 ) -> Iterator[tuple[tuple[T, ...], int]]:
-    """Groups of items, each ended by the item that reaches the limit, and the size of each."""
+    """(group of items, its size): a group ends with the item that reaches the limit."""
     group: list[T] = []
     size = 0
     for item in items:

@@ -1,7 +1,7 @@
-"""Making prepared folders: many processes tokenise the parts of a corpus, which are then merged.
+"""Make prepared folders: processes tokenise the parts of a corpus in parallel, then merge them.
 
-The folder is the same, to the byte, whatever the number of processes and interruptions: a part's
-folder is renamed to its final name when it is complete, and merging only moves files of ids.
+The result is byte-identical for any number of processes and interruptions: a part's folder gets
+its final name when it is complete, and merging only moves files of ids.
 """
 
 import functools
@@ -53,7 +53,7 @@ _LOCK_FILE = "lock"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Bytes of the sources: done, in total (0: unknown), done by an earlier call.
+    """Bytes of the sources: `done`, `total` (0: unknown), `kept` from an interrupted call.
 
     `text` is the bytes of text tokenised by this call.
     """
@@ -75,10 +75,10 @@ def prepare(
     processes: int = 1,
     on_progress: OnProgress = lambda _progress: None,
 ) -> Prepared:
-    """Make the folder, or finish one that was interrupted.
+    """Make the folder, or resume an interrupted call.
 
-    Raises a ConfigError if settings, tokenizer or text are not those it was begun with. With one
-    process the work is done in this one.
+    Raises a ConfigError if settings, tokenizer or text have changed since then. With processes = 1
+    no worker process is started.
     """
     require_int("processes", processes, minimum=1)
     files, total = survey(wanted)
@@ -89,7 +89,7 @@ def prepare(
         unfinished.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(unfinished / _LOCK_FILE, timeout=0):
-                # Another process may have gone on in the meantime.
+                # Another process may have finished the folder in the meantime.
                 if not (out / PREPARED_FILE).is_file():
                     if not (unfinished / PREPARED_FILE).is_file():
                         worker = _begin(out, origin, tokenizer)
@@ -140,7 +140,7 @@ def _require_same(out: Path, found: Origin, wanted: Origin) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Worker:
-    """Tokenises parts, in any process."""
+    """Tokenises parts; used in this process and in the pool's."""
 
     corpus: Corpus
     origin: Origin
@@ -186,7 +186,7 @@ def _part_folder(out: Path, number: int) -> Path:
 def _make_parts(
     worker: _Worker, processes: int, total: int, on_progress: OnProgress
 ) -> list[PartEntry]:
-    """Make the missing parts; returns the entries of all, in order."""
+    """Make the missing parts; returns the entries of all parts in order."""
     entries: dict[int, PartEntry] = {}
     done = kept = text = 0
     bad = BadRows()
@@ -216,13 +216,13 @@ def _make_parts(
 def _in_processes(
     parts: Iterator[Part], make: Callable[[Part], PartEntry], processes: int
 ) -> Generator[tuple[Part, PartEntry], None, None]:
-    """Parts with their entries, as they are finished; an interrupt drops unfinished ones."""
+    """(part, entry) in order of completion; an interrupt drops unfinished parts."""
     if processes == 1:
         yield from ((part, make(part)) for part in parts)
         return
     pending: dict[Future[PartEntry], Part] = {}
     with worker_pool(processes) as pool:
-        # One part waits, so that no process does. A waiting part holds its documents in memory.
+        # Queue only one part beyond the running ones: queued parts keep documents in memory.
         for part in parts:
             pending[pool.submit(make, part)] = part
             if len(pending) > processes:
@@ -237,7 +237,7 @@ def _finished(pending: dict[Future[PartEntry], Part]) -> Iterator[tuple[Part, Pa
 
 
 def _finished_entry(out: Path, part: Part) -> PartEntry | None:
-    """The entry of a part that is finished; a damaged part is removed."""
+    """The entry of a part if it is finished, else None; a damaged part is deleted."""
     folder = _part_folder(out, part.number)
     if not folder.exists():
         return None
@@ -267,7 +267,7 @@ def _digest(documents: Iterable[Document]) -> str:
 
 
 def _index_parts(out: Path, origin: Origin, entries: list[PartEntry]) -> None:
-    """Write the files of the whole folder next to the parts; prepared.json last."""
+    """Write the merged documents.bin and index.json next to the parts; prepared.json last."""
     unfinished = out / UNFINISHED
     hashes: dict[str, str] = {}
     for side in SIDES:
@@ -275,7 +275,7 @@ def _index_parts(out: Path, origin: Origin, entries: list[PartEntry]) -> None:
         for number, entry in enumerate(entries):
             if getattr(entry, side):
                 shards = TokenShards.open(_part_folder(out, number) / side, verify=False)
-                # Copied, since a memory map would keep a file of every part open.
+                # A copy: a memory map would keep a file open for every part.
                 starts = np.array(shards.document_starts)
                 parts.append(TokenShards(shards.index, shards.files, starts))
         if not parts:
@@ -291,7 +291,7 @@ def _index_parts(out: Path, origin: Origin, entries: list[PartEntry]) -> None:
 
 
 def _merge(out: Path) -> None:
-    """Move all files to their places; those that an interrupted call moved are there already."""
+    """Move all files to their final paths; an interrupted call may have moved some already."""
     unfinished = out / UNFINISHED
     prepared = load_json(Prepared, unfinished / PREPARED_FILE)
     for side in SIDES:

@@ -6,8 +6,8 @@
     ├── train/  held_out/    token shards
     └── unfinished/          while it is being made: settings, finished parts
 
-A run refers to prepared folders by their paths and the sha256 of their prepared.json, which covers
-every token.
+A run refers to a prepared folder by path and the sha256 of prepared.json. That file covers
+every token: it has the hashes of both index.json, which have the hashes of the token files.
 """
 
 import os
@@ -62,9 +62,9 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class PartEntry:
-    """A finished part: sha256 and size of its text, tokens of each side.
+    """A finished part: sha256 and size of its text, numbers of training and held-out tokens.
 
-    `skipped` counts files that are not text, `bad_rows` rows without text.
+    `skipped` is the number of files that are not text, `bad_rows` that of rows without text.
     """
 
     sha256: str
@@ -130,11 +130,11 @@ class References:
         save_json(self, folder / PREPARED_FILE)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that all of them share."""
+        """The tokenizer, which is the same in all folders."""
         return load_tokenizer(self.sources[0].path)
 
     def shards(self, side: str, *, verify: bool) -> list[TokenShards]:
-        """The tokens of each, "train" or "held_out"; raises if a folder changed or is missing."""
+        """Each folder's "train" or "held_out" shards; raises if a folder changed or is missing."""
         for source in self.sources:
             if not is_prepared(source.path):
                 text = "the prepared folder that this run reads is missing"
@@ -155,7 +155,7 @@ def is_prepared(path: str | os.PathLike[str]) -> bool:
 
 
 def open_prepared(folder: Path, side: str, *, verify: bool) -> TokenShards:
-    """The tokens of a prepared folder; ``verify`` compares them with their hashes."""
+    """The shards of one side of a prepared folder; ``verify`` checks the hashes of all files."""
     prepared = load_json(Prepared, folder / PREPARED_FILE)
     index = folder / side / INDEX_FILE
     if not index.is_file():

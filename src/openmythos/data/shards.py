@@ -28,7 +28,7 @@ from openmythos.files import load_json, reading, save_json, write_atomically
 INDEX_FILE = "index.json"
 DOCUMENTS_FILE = "documents.bin"
 _STARTS = np.dtype("<i8")
-# Long documents are tokenised in pieces and pieces in batches, to use all cores.
+# Long documents are split into pieces, which are tokenised in batches to use all cores.
 _PIECE_CHARACTERS = 1 << 17
 _BATCH_CHARACTERS = 1 << 21
 _OPEN_FILES = 256
@@ -44,7 +44,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """The content of index.json; ``tokenizer`` is a fingerprint."""
+    """The content of index.json; ``tokenizer`` is the tokenizer's fingerprint."""
 
     format_version: Literal[1] = 1
     dtype: Literal["uint16", "uint32"]
@@ -73,7 +73,7 @@ class TokenShards:
         self.index = index
         self.files = tuple(files)
         self.document_starts = document_starts
-        # First token of each shard, and the end.
+        # Position of the first token of each shard, and the total number of tokens.
         self._bounds = np.array(list(accumulate((s.tokens for s in index.shards), initial=0)))
         self._dtype = _little_endian(index.dtype)
         for path, entry in zip(self.files, index.shards, strict=True):
@@ -144,7 +144,7 @@ class TokenShards:
         return result
 
     def require_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raise unless this tokenizer made the ids."""
+        """Raise unless the ids were made with this tokenizer."""
         if fingerprint(tokenizer) != self.index.tokenizer:
             raise ConfigError("the token shards were written with another tokenizer")
 
@@ -216,7 +216,7 @@ def write_shards(
 
 
 class _Writer:
-    """Buffers ids and writes a file whenever there are enough for one."""
+    """Buffers ids and writes a file for every shard_tokens of them."""
 
     def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.entries: list[ShardEntry] = []
@@ -242,7 +242,7 @@ class _Writer:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
-    """Batches of (piece of text, whether it starts a document)."""
+    """Lists of (piece of text, whether the piece starts a document)."""
     batch: list[tuple[str, bool]] = []
     size = 0
     for document in documents:
@@ -260,7 +260,7 @@ def _pieces(text: str) -> Iterator[tuple[int, str]]:
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         limit = start + _PIECE_CHARACTERS
-        # After a line break if there is one: few tokens cross it.
+        # Cut after a line break if there is one: few tokens span a line break.
         stop = text.rfind("\n", start, limit) + 1 or limit
         yield start, text[start:stop]
         start = stop

@@ -1,6 +1,6 @@
 """Reading documents from files, folders, globs, JSONL, Parquet, Hugging Face data sets, the stdlib.
 
-A new file format is a function that yields rows, and a line of `FORMATS`.
+To add a file format, write a function that yields rows and add it to `FORMATS`.
 """
 
 import glob
@@ -18,7 +18,7 @@ from typing import Any
 from openmythos.config import ConfigError, needs, require
 
 _NOT_SOURCE = frozenset({"__pycache__"})
-# site-packages is not the standard library, and its tests are not typical programs.
+# Not read for `stdlib`: installed packages, and tests, which are not typical programs.
 _NOT_STDLIB = _NOT_SOURCE | {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z", ".tar")
 # Files that mark a run folder and a prepared folder. They are skipped, so that `--data .` does not
@@ -30,7 +30,7 @@ SUPPORTED = "plain UTF-8 text, .jsonl, .ndjson (these also as .gz) and .parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A text and its name, relative to its source and so equal on every machine."""
+    """A text and its name, which is relative to its source: the same on every machine."""
 
     name: str
     text: str
@@ -54,7 +54,7 @@ class BadRows:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file of a source. `named`: the user gave its own path, so it must be text."""
+    """A file of a source. `named`: the user gave this very path, so it must be text."""
 
     path: Path
     name: str
@@ -62,20 +62,20 @@ class SourceFile:
 
     @property
     def format(self) -> "Format | None":
-        """How the file holds its rows; None for a file that is one document."""
+        """The entry of `FORMATS` for this file; None for plain text, which is one document."""
         name = self.name.lower()
         return next((f for suffixes, f in FORMATS.items() if name.endswith(suffixes)), None)
 
     @property
     def compressed(self) -> bool:
-        """Whether its size says little about the size of its text."""
+        """Whether the file is compressed, so that its size is not the size of its text."""
         return self.name.lower().endswith((".gz", ".parquet"))
 
     def read(self, field: str, bad: BadRows | None = None) -> Iterator[Document]:
-        """Its documents.
+        """The documents of the file.
 
-        Raises NotTextError if it is not text, and BadRowError for a row without text unless `bad`
-        counts such rows.
+        Raises NotTextError if it is not text. A row without text is counted in `bad`, or raises
+        BadRowError if `bad` is None.
         """
         try:
             if self.format is None:
@@ -94,7 +94,7 @@ class SourceFile:
 
 
 class Reader:
-    """Reads sources one after the other; a file that several of them contain is read once."""
+    """Reads sources one after the other; a file that occurs in several sources is read once."""
 
     def __init__(self, field: str, *, skip_bad_rows: bool = False) -> None:
         self.skipped = 0  # files that are not text
@@ -118,7 +118,7 @@ class Reader:
                 self.skipped += 1
 
     def files(self, source: str) -> Iterator[SourceFile]:
-        """The files of a source that is not a stream, except those read before."""
+        """The files of a source that is not a stream, without those already read."""
         path = Path(source)
         if source == "stdlib":
             root = Path(sysconfig.get_path("stdlib"))
@@ -145,7 +145,7 @@ class Reader:
 
 
 def is_stream(source: str) -> bool:
-    """Whether a source is streamed from elsewhere instead of read from files."""
+    """Whether a source is streamed from the network instead of read from files."""
     return source.startswith("hf:")
 
 
@@ -166,7 +166,7 @@ def _raise(error: OSError) -> None:
 
 def _stdlib(root: Path) -> Iterator[Path]:
     for path in _walk(root, _NOT_STDLIB):
-        # _sysconfigdata describes the machine that Python was built on.
+        # _sysconfigdata differs between machines: it describes the build of Python.
         if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):
             yield path
 
@@ -176,7 +176,7 @@ def _is_pattern(path: str) -> bool:
 
 
 def _match(pattern: str) -> tuple[Iterator[Path], Path]:
-    """The files that a glob matches, also those in matched folders, and the folder it starts in."""
+    """(files that a glob matches, including those in matched folders, folder it starts in)."""
     fixed = itertools.takewhile(lambda part: not _is_pattern(part), Path(pattern).parts)
     found = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
     require(bool(found), "path", pattern, "matches no file")
@@ -198,9 +198,9 @@ def _decode(data: bytes, path: Path) -> str:
 def _documents(
     rows: Iterable[Any], field: str, name: str, where: str, bad: BadRows | None
 ) -> Iterator[Document]:
-    """A document per row, which is a dict or a line of JSON; `where` leads the number of a bad row.
+    """A document per row (a dict or a line of JSON). Errors say `where` and the row's number.
 
-    Blank lines are skipped but counted.
+    Blank lines are skipped, but count for the numbers.
     """
     for number, row in enumerate(rows, 1):
         if isinstance(row, bytes) and not row.strip():
@@ -238,7 +238,7 @@ def _json(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 text: {error.reason} at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:
-        # Without the error's own line number, which counts within the row.
+        # Not str(error): its line number is relative to the row.
         reason = f"{error.msg} at character {error.pos + 1}"
         raise ValueError(f"is not valid JSON: {reason}") from error
     except (ValueError, RecursionError) as error:
@@ -288,7 +288,7 @@ def _hugging_face(source: str) -> tuple[str, Iterator[Any]]:
     return f"{name}:{config}:{split}", rows()
 
 
-# How a file whose name ends so holds its rows: what a row is called, and what yields the rows.
+# By ending of the file's name: the word for a row in error messages, and the reader of the rows.
 Format = tuple[str, Callable[[Path, str], Iterator[Any]]]
 FORMATS: Mapping[tuple[str, ...], Format] = {
     (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"): ("line", _jsonl),

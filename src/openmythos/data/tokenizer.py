@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 
-# GPT-4's pre-tokenisation, changed for source code: punctuation takes the spaces after it, and a
-# line break takes the blank lines and indentation after it, which saves a tenth of the tokens.
+# GPT-4's pre-tokenisation, changed for source code: punctuation includes the spaces after it, a
+# line break the blank lines and indentation after it. This saves a tenth of the tokens.
 _SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
     r"|\p{N}{1,3}"
@@ -35,12 +35,12 @@ _SPLIT = (
 _BOS = "<|bos|>"
 # Names of the token that starts or separates documents in public tokenizers, best first.
 _BOS_NAMES = (_BOS, "<|begin_of_text|>", "<|begin_text|>", "<|endoftext|>", "<s>", "</s>")
-# Text to check that a tokenizer is lossless: indentation, line ends, spaces, all UTF-8 lengths.
+# To check that a tokenizer is lossless: indentation, line ends, UTF-8 sequences of 1 to 4 bytes.
 _PROBE = " The caf\u00e9's\tcost:\r\n\n    12345 \u20ac \u6f22\u5b57 \U0001f642 <s>  "
 
 
 class Tokenizer(ABC):
-    """Text to ids and back; each id stands for some bytes."""
+    """Encodes text as ids and decodes ids; each id stands for a sequence of bytes."""
 
     bos_id: int
     token_bytes: Sequence[bytes]  # UTF-8 of each id; empty for bos and other special tokens
@@ -139,9 +139,9 @@ class BPETokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Decodes ids one at a time; the texts joined equal ``decode`` of all ids.
+    """Decodes ids one at a time; joined, the texts equal ``decode`` of all ids.
 
-    A character whose bytes belong to several ids appears with the last of them.
+    A character that is split over several ids is returned with the last of them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -152,7 +152,7 @@ class StreamDecoder:
         return self._decoder.decode(_bytes_of(self._token_bytes, token))
 
     def finish(self) -> str:
-        """The replacement of an incomplete last character; resets the decoder."""
+        """U+FFFD if the last character is incomplete, else ""; resets the decoder."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -234,7 +234,7 @@ def _import_tokenizers() -> Any:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte of each character that GPT-2's byte-level BPE writes for a byte."""
+    """From each character of GPT-2's byte-level alphabet to the byte that it stands for."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden: Iterator[int] = (value for value in range(256) if value not in set(visible))
     shifted = {chr(256 + number): value for number, value in enumerate(hidden)}
@@ -245,7 +245,7 @@ def _token_bytes(tokenizer: "tokenizers.Tokenizer", name: str) -> tuple[bytes, .
     alphabet = _byte_alphabet()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = tokenizer.get_added_tokens_decoder()
-    # Ids may have gaps, which stay empty.
+    # Ids need not be contiguous; unused ids keep the empty string.
     table = [b""] * (max(vocabulary.values()) + 1)
     for text, token in vocabulary.items():
         if token in added:

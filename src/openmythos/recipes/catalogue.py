@@ -1,7 +1,7 @@
 """The recipes: functions that return the config of a whole run.
 
-All on text train with Muon, which at these sizes ends at a lower loss than AdamW after as many
-steps. What it costs is per step, not per token: small batches pay most.
+All recipes on text train with Muon: at these sizes its loss is lower than AdamW's after the same
+number of steps. Its extra cost is per step, not per token, so it is highest with small batches.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,9 +24,9 @@ from openmythos.train.optim import WSD, AdamW, Muon
 
 
 def tiny() -> RunConfig:
-    """Seconds: 20 steps of a model of bytes, to see that everything works.
+    """Seconds: 20 steps of a byte-level model, to see that everything works.
 
-    With Muon, as the larger recipes, and thus with AdamW too, for what is no matrix of a layer.
+    Like the larger recipes it uses Muon, with AdamW for parameters that are not matrices of layers.
     """
     return RunConfig(
         model=presets.tiny(),
@@ -38,10 +38,10 @@ def tiny() -> RunConfig:
 def demo() -> RunConfig:
     """About two minutes on two cores: the whole architecture at 1.4 M parameters.
 
-    All layers are in the loop and the head is tied to the embedding: with a prelude and a coda, or
-    an untied head, so short a training leaves the loops idle (`openmythos study loop-use`). Muon,
-    because after as many steps its loss is lower than AdamW's (the same study). Its learning rate
-    is high, and the router bias moves faster than by default, because there are few steps.
+    All layers are in the loop and the head is tied to the embedding. With a prelude and a coda, or
+    with an untied head, loops bring nothing in so short a training (`openmythos study loop-use`).
+    Muon reaches a lower loss than AdamW in as many steps (same study). Because there are few steps,
+    its learning rate is high and the router bias is updated faster than by default.
     """
     return RunConfig(
         model=MythosConfig(
@@ -77,10 +77,10 @@ def demo() -> RunConfig:
 
 
 def hops() -> RunConfig:
-    """Half a minute on one core: a task, chains of up to 20 lookups in tables to be remembered.
+    """Half a minute on one core: a task, chains of up to 20 lookups in memorised tables.
 
-    The main model of study depth-extrapolation; `openmythos eval` asks it longer chains. In fp32:
-    the model is too small to gain from bf16.
+    The main model of study depth-extrapolation; `openmythos eval` tests it on longer chains. It
+    trains in fp32, because it is too small to gain from bf16.
     """
     return RunConfig(
         model=presets.hops(),
@@ -102,7 +102,7 @@ def hops() -> RunConfig:
 def small() -> RunConfig:
     """16 M tokens, hours on two cores: the preset small with an untied head, 5.5 M parameters.
 
-    Muon, as in the demo. Untied, because the loss is lower (study loop-use, at a smaller size).
+    The untied head lowers the loss (study loop-use, at a smaller size). Muon, as in the demo.
     """
     model = presets.small()
     assert isinstance(model.recurrent_feed_forward, MoE)
@@ -123,9 +123,9 @@ def small() -> RunConfig:
 
 
 def _parcae_muon(dim: int) -> Muon:
-    """8e-3 for all weights, weight decay 0.2 that falls to 0.
+    """Learning rate 8e-3 for all weights; weight decay falls from 0.2 to 0.
 
-    Our unit is AdamW's step: one of theirs, for a matrix with dim columns, is `unit` of ours.
+    Our Muon scales updates to AdamW's RMS. For `dim` columns, their learning rate is `unit` * ours.
     """
     unit = 0.2 * dim**0.5
     return Muon(
@@ -142,11 +142,11 @@ def _parcae_muon(dim: int) -> Muon:
 def parcae_140m() -> RunConfig:
     """Parcae-140M (arXiv 2604.12946) as its authors train it: 11.2 B tokens of FineWeb-Edu.
 
-    256 sequences of 2048 tokens a step; Poisson(8) loops per sequence, the last 4 with gradient; as
-    there, Muon at 8e-3, in its own units, for matrices, AdamW at 8e-3 for the rest; no warmup, the
-    second half of the steps cools down to 0; weight decay 0.2 falls to 0. Not as there: value
-    embeddings (the preset has more layers instead), "cautious" decay and the normalised step of
-    their Muon.
+    256 sequences of 2048 tokens per step. Poisson(8) loops per sequence, the last 4 with gradient.
+    Learning rate 8e-3: Muon, with their scaling of updates, for matrices, and AdamW for the rest.
+    No warmup; linear decay to 0 in the second half. Weight decay falls from 0.2 to 0. Not included:
+    value embeddings (the preset has more layers instead), "cautious" weight decay and the
+    normalised update of their Muon.
     """
     return RunConfig(
         model=presets.parcae_140m(),

@@ -19,7 +19,7 @@ from openmythos.train.config import TextData, TiedLoops
 from openmythos.train.metrics import finite_or_none, read_metrics, tokens_seen
 from openmythos.train.run import Run, open_data
 
-# A curve that gains less than this share from all its loops is called nearly flat.
+# If more loops lower the loss by less than this fraction, the curve is called nearly flat.
 FLAT = 0.01
 HELD_OUT = "held-out text"
 FILE = "eval.json"
@@ -29,7 +29,7 @@ FILE = "eval.json"
 class LoopReport:
     """Likelihood at each number of loops, and bits per byte of general-purpose compressors.
 
-    `text` is what was scored, `step` the checkpoint it was scored with.
+    `text` names the text that was scored, `step` the checkpoint.
     """
 
     loops: Mapping[int, Likelihood]
@@ -50,12 +50,12 @@ class LoopReport:
 
     @property
     def gain(self) -> float:
-        """How much lower the best loss is than that at the fewest loops, as a share of it."""
+        """Relative decrease from the loss at the fewest loops to the best loss."""
         fewest = self.bits_per_byte[min(self.loops)]
         return (fewest - self.best) / fewest
 
     def verdict(self) -> str:
-        """One sentence on what more loops bring; empty where there is nothing to compare."""
+        """One sentence on the effect of more loops; empty if there is nothing to compare."""
         bad = [loop for loop, bits in self.bits_per_byte.items() if not math.isfinite(bits)]
         if bad:
             return f"The loss at {bad[0]} loops is not finite: the model has diverged."
@@ -88,7 +88,7 @@ def evaluate(
 ) -> LoopReport:
     """Score the run's held-out text, or all text of `data`; `step` None: the newest checkpoint.
 
-    Precision "auto" is what the device computes natively, fp32 for a run trained in it by name.
+    Precision "auto": fp32 if the run's config says "fp32", else what the device computes natively.
     """
     config = run.config.train
     model, step = run.load_checkpoint(device, step=step)
@@ -103,7 +103,7 @@ def evaluate(
             progress=None if progress is None else lambda done: progress(done, len(shards) - 1),
         )
     scored = ", ".join(data) if data else HELD_OUT
-    assert not isinstance(config.loops, TiedLoops)  # those are of tasks
+    assert not isinstance(config.loops, TiedLoops)  # only tasks have these
     mean_loops = float(config.loops.mean_loops)
     baselines, on = compression_baselines(text), str(model.device)
     return LoopReport(found, baselines, mean_loops, scored, step, chosen, on)
@@ -111,7 +111,7 @@ def evaluate(
 
 @contextmanager
 def _tokens(run: Run, data: Sequence[str]) -> Iterator[tuple[TokenShards, bytes]]:
-    """Tokens to score, and the text that they encode."""
+    """(tokens to score, the text that they encode)."""
     if not data:
         shards = run.shards("held_out")
         yield shards, decode_text(run, shards)
@@ -123,14 +123,14 @@ def _tokens(run: Run, data: Sequence[str]) -> Iterator[tuple[TokenShards, bytes]
 
 
 def decode_text(run: Run, shards: TokenShards) -> bytes:
-    """The text of token shards in UTF-8, without start tokens."""
+    """The text of token shards as UTF-8, without bos tokens."""
     return run.tokenizer.decode(shards.read(0, len(shards)).tolist()).encode()
 
 
 def report_folder(run: Run, data: Sequence[str], step: int | None, out: str = "") -> Path:
-    """The folder of a report: held-out text and newest checkpoint in the run folder, others below.
+    """Where a report goes: the run folder for held-out text and the newest checkpoint, else eval/.
 
-    `out` may be any folder but, for other text or an older checkpoint, the run's own.
+    `out` overrides this, but only the default report may go into the run folder itself.
     """
     newest = step is None or step == step_of(latest_checkpoint(run.folder))
     own = not data and newest
@@ -146,9 +146,9 @@ def report_folder(run: Run, data: Sequence[str], step: int | None, out: str = ""
 
 
 def write_report(report: LoopReport, folder: Path) -> None:
-    """eval.json, loops.png and loops.csv in `folder`.
+    """Write eval.json, loops.png and loops.csv to `folder`.
 
-    What eval.json holds of the same text, checkpoint and precision at other numbers of loops stays.
+    An eval.json of the same text, checkpoint and precision keeps its results at other loop counts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = _written(folder / FILE, report)
@@ -176,7 +176,7 @@ def write_report(report: LoopReport, folder: Path) -> None:
 
 
 def _written(path: Path, report: LoopReport) -> dict[int, Likelihood]:
-    """The rows of an eval.json with the text, checkpoint and precision of a report."""
+    """Likelihoods in an eval.json if it has the report's text, checkpoint and precision."""
     try:
         found = read_json(path)
         same = (report.text, report.step, report.precision)
@@ -188,11 +188,11 @@ def _written(path: Path, report: LoopReport) -> dict[int, Likelihood]:
         whole = all(isinstance(x, int | float) for row in held.values() for x in vars(row).values())
         return held if len(sizes) == 1 and whole else {}
     except (ConfigError, KeyError, TypeError, AttributeError):
-        return {}  # not there, or not of this version
+        return {}  # missing, or written by another version
 
 
 def write_loss_curve(run: Run) -> None:
-    """loss.png and loss.csv in the run folder."""
+    """Write loss.png and loss.csv to the run folder."""
     metrics = read_metrics(run.folder)
     if not metrics:
         raise ConfigError(f"{run.folder}: no step has been logged yet")

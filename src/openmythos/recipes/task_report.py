@@ -14,14 +14,14 @@ from openmythos.recipes.report import FILE
 from openmythos.train.config import TaskData, TiedLoops
 from openmythos.train.run import Run
 
-# Of the most hops that were trained, and of their loops.
+# Multiples of the largest number of hops in training, and of its number of loops.
 _HOPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 _LOOPS = (*_HOPS, 4.0, 5.0)
 
 
 @dataclass(frozen=True)
 class HopsReport:
-    """Accuracy by hops, then by loops, of the checkpoint after `step` steps."""
+    """`accuracy[hops][loops]` of the checkpoint after `step` steps."""
 
     accuracy: Mapping[int, Mapping[int, float]]
     data: TaskData
@@ -40,10 +40,10 @@ def evaluate(
     examples: int = 400,
     progress: Callable[[int, int], None] | None = None,
 ) -> HopsReport:
-    """Ask problems of up to 3 times the hops trained, as far as the task and the context go.
+    """Test problems of up to 3 times the trained hops, as far as task and context length allow.
 
-    Loops default to up to 5 times as many as training gives the longest problems. `progress` is
-    called with (numbers of hops done, numbers of hops in total).
+    `loops` defaults to multiples, up to 5, of the loops in training (of the longest problems).
+    `progress` is called with (hop counts done, hop counts in total).
     """
     data = run.config.data
     assert isinstance(data, TaskData)
@@ -83,7 +83,7 @@ def _usual_loops(run: Run, data: TaskData) -> tuple[int, ...]:
 
 
 def write_report(report: HopsReport, folder: Path) -> None:
-    """eval.json, hops.png and hops.csv in `folder`."""
+    """Write eval.json, hops.png and hops.csv to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"hops": hops, "num_loops": loops, "accuracy": share}
