@@ -1,11 +1,11 @@
-"""How a formula is computed: in a fast form, or as it is written down.
+"""Kernels: each formula in plain torch (the reference) and in fast forms.
 
-One file per formula. In each, `reference()` is the formula in plain torch: any dtype, derivatives
-of any order, `jvp`, `vmap`. The function of the file's name chooses between it and the fast forms,
-which have first derivatives only and no place in `torch.func`.
+One file per formula. `reference()` is the formula in plain torch: any dtype, derivatives of any
+order, `jvp`, `vmap`. The main function of the file chooses between it and the fast forms, which
+have only first derivatives and do not work under `torch.func`.
 
-Nothing outside this room asks for the kind of a device or for torch.compile, defines an
-`autograd.Function` or an operator, or holds a constant that was tuned.
+Only this package checks for the type of a device or for torch.compile, defines an
+`autograd.Function` or an operator, or has tuned constants.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ _forms = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
 @contextlib.contextmanager
 def use(forms: Forms) -> Iterator[None]:
-    """Compute with these forms inside the block; the environment's OPENMYTHOS_KERNELS elsewhere.
+    """Use these forms inside the block; elsewhere the environment's OPENMYTHOS_KERNELS.
 
-    For the whole process, since a backward pass may run in a thread of its own: that pass belongs
-    inside the block too.
+    The choice is process-wide, since the backward pass may run in another thread; run the backward
+    pass inside the block too.
     """
     global _forms
     before, _forms = _forms, _checked(forms, "forms")
@@ -49,13 +49,13 @@ def use(forms: Forms) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured on a kind of device, or is assumed where nothing was.
+    """Tuned constants of a type of device, measured or assumed.
 
-    `own_forms`: our norm and rotation gain over torch's. `blocks`: causal attention of several
-    queries gains from being computed in blocks of queries. `chunk_tokens`: rows of logits that the
-    loss makes at a time. `few_rows_per_expert`: with at most so many routed rows per expert,
-    decoding computes experts one by one. `stacks`: one product of a stack of matrices gains over a
-    product of each.
+    `own_forms`: our norm and rotation are faster than torch's. `blocks`: causal attention of
+    several queries is faster in blocks of queries. `chunk_tokens`: rows of logits that the loss
+    computes at a time. `few_rows_per_expert`: up to this many routed rows per expert, decoding
+    computes experts one by one. `stacks`: a batched matmul of a stack of matrices is faster than
+    one matmul each.
     """
 
     own_forms: bool
@@ -66,7 +66,7 @@ class Tuned:
 
 
 # CPU: measured on 2-core Zen 4, see docs/performance.md. Elsewhere: torch's own operators, and
-# chunks that keep a kernel busy with at most 1 GiB of fp32 logits per 32,768 words. Not measured.
+# chunks of at most 1 GiB of fp32 logits for a vocabulary of 32,768. Not measured.
 CPU = Tuned(own_forms=True, blocks=True, chunk_tokens=512, few_rows_per_expert=0.25, stacks=False)
 ACCELERATOR = Tuned(
     own_forms=False, blocks=False, chunk_tokens=8192, few_rows_per_expert=0.0, stacks=True
@@ -74,18 +74,18 @@ ACCELERATOR = Tuned(
 
 
 def fast(device: torch.device) -> Tuned | None:
-    """The constants of the fast forms on a device; None: compute the formula as it is written."""
+    """The constants of the fast forms on a device; None: use the reference."""
     if _forms == "reference":
         return None
     return CPU if device.type == "cpu" else ACCELERATOR
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates the backward pass of a fast form, which cannot be differentiated itself.
+    """Decorator for the backward pass of a fast form, which has no second derivatives.
 
-    It refuses to run where a graph of it is wanted (`create_graph=True`). torch's own
-    `once_differentiable` refuses only where the incoming gradient has a graph: at the loss it is a
-    constant, and all second derivatives came out as 0.
+    It raises a RuntimeError under `create_graph=True`. torch's `once_differentiable` raises only if
+    the incoming gradient has a graph: at the loss it is a constant, and all second derivatives
+    would be 0.
     """
 
     @functools.wraps(backward)

@@ -1,9 +1,9 @@
 """Softmax attention: softmax(scale q k^T) v, for causal and masked queries.
 
-On a CPU, several queries go block by block against the keys that they may see. torch's fused CPU
-kernel computes about as fast as fp32 matmuls, but its backward pass and its bf16 path are far
-slower than the machine's. Plain matmuls on blocks of queries reach those speeds, and skip the keys
-that lie after a block or before its window.
+On a CPU, several queries are computed in blocks, each with the keys that it may see. torch's fused
+CPU kernel is about as fast as matmuls in its fp32 forward pass, but its backward pass and its bf16
+path are far slower. Matmuls on blocks of queries are fast in all of them, and skip the keys after a
+block or before its window.
 """
 
 from itertools import pairwise
@@ -16,16 +16,16 @@ from openmythos import kernels
 from openmythos.kernels.precision import as_autocast
 from openmythos.types import AttentionMask, AttentionOutput, Keys, Queries, Values
 
-# Up to so many keys a block has 64 queries, beyond 128.
+# A block has 64 queries with up to this many keys, 128 with more.
 FEW_KEYS = 512
-# Up to so many keys the backward pass keeps the weights, beyond it computes them again.
+# Attention weights are saved for the backward pass up to this many keys, else recomputed.
 KEPT_KEYS = 256
 
 
 def reference(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    """The formula; arguments as of `attention`."""
+    """The formula; arguments as in `attention`."""
     if key.shape[1] != query.shape[1]:
         group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
@@ -50,9 +50,9 @@ def attention(
 ) -> AttentionOutput:
     """softmax(scale q k^T) v; heads must be a multiple of kv_heads.
 
-    mask: True = may attend; no key later than the query, and with window > 0 none that is `window`
-    or more keys older. `is_causal` is the plain causal mask, which is not built. Without either
-    every query sees every key. The queries are the last of the keys, unless `packed`.
+    mask: True = may attend; it must be causal and, with window > 0, exclude keys that are `window`
+    or more keys older. `is_causal`: the plain causal mask, which is not built. Without either every
+    query sees every key. The queries are at the last positions of the keys, unless `packed`.
     """
     tuned = kernels.fast(query.device)
     if tuned is None:
@@ -62,14 +62,14 @@ def attention(
         and query.shape[2] > 1
         and (is_causal or mask is not None)
         and not packed
-        # Compiled, every length is a program of its own: right for training, where all are equal.
+        # torch.compile specialises on the length: fine in training, where it is constant.
         and (torch.is_grad_enabled() or not torch.compiler.is_compiling())
     ):
         return blockwise_attention(query, key, value, mask, window, scale)
     value_dim = value.shape[-1]
     padding = query.shape[-1] - value_dim
     if padding > 0:
-        # The fused CPU and GPU kernels want equal head dims; torch falls back to the slow one.
+        # The fused kernels need equal head dims; otherwise torch falls back to a slow one.
         value = F.pad(value, (0, padding))
     out = F.scaled_dot_product_attention(
         query,
@@ -86,16 +86,16 @@ def attention(
 def blockwise_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int, scale: float
 ) -> Tensor:
-    """softmax(scale q k^T) v where key j <= query i; shapes as of `attention`.
+    """softmax(scale q k^T) v where key j <= query i; shapes as in `attention`.
 
-    The queries are the last of the keys. `mask` [batch or 1, 1, seq, total], True = may attend,
-    must allow no later key, and with window > 0 none that is `window` or more keys older; None is
-    the plain causal mask.
+    The queries are at the last positions of the keys. `mask` [batch or 1, 1, seq, total], True =
+    may attend, must be causal and, with window > 0, exclude keys that are `window` or more keys
+    older; None is the plain causal mask.
     """
     batch, heads = query.shape[:2]
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    # The backward pass runs outside of autocast: it must find what the forward pass computed with.
+    # The backward pass runs outside autocast: save the tensors as the forward pass casts them.
     query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
     flat = [x.reshape(batch * heads, *x.shape[2:]) for x in (query, key, value)]
     out: Tensor = _BlockwiseAttention.apply(*flat, mask, window, scale, heads)  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ def blockwise_attention(
 
 
 def _blocks(seq: int, total: int, window: int) -> list[tuple[slice, slice]]:
-    """How a call is cut: each block's queries, and the keys that they may see."""
+    """(queries, keys) of each block: its queries, and the keys that they may see."""
     edges = [*range(0, seq, 64 if total <= FEW_KEYS else 128), seq]
     start = total - seq
     return [
@@ -134,7 +134,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     dL/dv = p^T g,  dL/ds = p * (g v^T - rowsum(g * o)),
     dL/dq = scale dL/ds k,  dL/dk = scale (dL/ds)^T q
 
-    o is [batch, seq, heads, head_dim], which the map after it reads as it is: kept once for both.
+    o is [batch, seq, heads, head_dim], the layout that the output map reads: saved once for both.
     """
 
     @staticmethod

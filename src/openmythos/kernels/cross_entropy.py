@@ -1,8 +1,8 @@
 """Cross-entropy of a linear readout without the logits of all tokens in memory.
 
-The gradient is computed in the forward pass, chunk by chunk, so that logits exist once and for one
-chunk only. `torch.nn.functional.linear_cross_entropy` has the same idea; on the CPU it took longer
-than full logits in bf16 and with large vocabularies, see docs/performance.md.
+The gradient is computed in the forward pass, chunk by chunk, so that only one chunk of logits is in
+memory. `torch.nn.functional.linear_cross_entropy` has the same idea; on the CPU it took longer than
+full logits in bf16 and with large vocabularies, see docs/performance.md.
 """
 
 import torch
@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 scores = F.linear(hidden[rows], weight).to(wide)
                 highest = scores.amax(dim=-1, keepdim=True)
                 target_scores = scores.gather(1, targets[rows])
-                # From here on in place: this matrix is most of what a chunk reads and writes.
+                # In place from here on: this matrix is most of a chunk's memory traffic.
                 scores = scores.sub_(highest).exp_()
                 total = scores.sum(dim=-1, keepdim=True)
                 losses = (total.log() + highest - target_scores)[:, 0]

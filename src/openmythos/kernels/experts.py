@@ -1,8 +1,8 @@
-"""Routed experts: each token through the SwiGLU networks that were chosen for it, dropless.
+"""Routed experts: weighted sum of the SwiGLU networks chosen for each token, dropless.
 
-The fast form sorts one row per token and choice by expert and computes grouped products. Only
-[gate | up] is kept for the backward pass, and the gradients of the weights are added up in place
-over all uses of the weights. A few decoded tokens on a CPU go expert by expert instead.
+The fast form sorts one row per token and choice by expert and computes grouped matmuls. Only
+[gate | up] is saved for the backward pass, and weight gradients are accumulated in place over all
+uses of the weights. A few decoded tokens on a CPU are computed expert by expert instead.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from openmythos import kernels
 from openmythos.kernels import gated as gated_map
 from openmythos.kernels.precision import as_autocast
 
-# torch's grouped_mm knows no other.
+# The dtypes that torch's grouped_mm supports.
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExpertWeights(NamedTuple):
-    """The stacked weights in the dtype that they are used in; see `prepare`."""
+    """The stacked weights in the compute dtype; see `prepare`."""
 
     gate_up: Tensor  # [num_experts, 2 * expert_dim, dim]
     down: Tensor  # [num_experts, dim, expert_dim]
@@ -30,9 +30,9 @@ class ExpertWeights(NamedTuple):
 
 
 def prepare(gate_up: Tensor, down: Tensor) -> ExpertWeights:
-    """What `routed_experts` takes; made once where many calls, such as all loops, use the weights.
+    """Prepare the weights for `routed_experts`, once for many calls, such as all loops.
 
-    Cast as autocast would, which caches only what its own operators cast.
+    They are cast to autocast's dtype here: autocast caches only the casts of its own operators.
     """
     trained = gate_up.requires_grad and down.requires_grad and torch.is_grad_enabled()
     gate_up, down = as_autocast(gate_up), as_autocast(down)
@@ -98,9 +98,9 @@ torch.library.define(
 def per_expert_decode(
     tokens: Tensor, row_weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """`routed_experts` one by one, without gradient.
+    """`routed_experts` expert by expert, without gradient.
 
-    An operator of its own under torch.compile, which cannot follow the choice.
+    A custom operator under torch.compile, which cannot trace the data-dependent choice.
     """
     top_k, flat = chosen.shape[-1], tokens.flatten(0, -2)
     each, out = flat.unbind(), torch.zeros_like(flat)
@@ -157,10 +157,10 @@ def _sorted_rows(row_weights: Tensor, chosen: Tensor, num_experts: int) -> Sorte
 
 
 def group_step(mean: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Groups of `mean` rows are padded to multiples of this: a 16th to a 32nd of the mean.
+    """Groups of `mean` rows are padded to multiples of this: 1/32 to 1/16 of the mean.
 
-    A CPU compiles its bf16 kernels for each shape, which takes longer than to run them, and the
-    sizes of groups hardly ever repeat unless they are rounded.
+    On a CPU, bf16 kernels are compiled for each shape, which takes longer than running them, and
+    unpadded group sizes hardly ever repeat.
     """
     compiled_anew = device.type == "cpu" and dtype != torch.float32
     if not compiled_anew or torch.compiler.is_compiling():
@@ -224,7 +224,7 @@ def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 class _RoutedExperts(torch.autograd.Function):
     """out_t = sum over rows r of t:  w_r W_down h_r,  h = silu(g) * u,  [g | u] = W_gate_up x_t
 
-    Only [g | u] is kept: all else is made again in the backward pass.
+    Only [g | u] is saved; the backward pass recomputes the rest.
     """
 
     @staticmethod
@@ -273,9 +273,9 @@ def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
 class GradientSums:
     """Accumulates the gradients of the weights over all their uses, in place.
 
-    Autograd would make a whole gradient in every loop and add it to the last sum: for many experts
-    that is most of the memory traffic of a step. Each use instead adds its product to the sum here
-    and hands on nothing; `_Collect`, which autograd runs after the last of them, takes the sum.
+    Autograd would allocate a full gradient in every loop and add it to the sum: for many experts
+    that is most of the memory traffic of a step. Instead each use adds its product to the sum here
+    and returns None; `_Collect`, which autograd runs after the last of them, returns the sum.
     """
 
     def __init__(self) -> None:
@@ -298,7 +298,7 @@ class GradientSums:
 
 
 class _Collect(torch.autograd.Function):
-    """The identity, whose gradient is what `sums` holds beside what arrives."""
+    """The identity; its gradient is the incoming one plus the one accumulated in `sums`."""
 
     @staticmethod
     def forward(ctx, weight, sums, which):  # type: ignore[no-untyped-def]
@@ -318,12 +318,12 @@ class _Collect(torch.autograd.Function):
 def _weight_gradient(
     ctx: Any, which: int, left: Tensor, right: Tensor, ends: Tensor
 ) -> Tensor | None:
-    """The gradient of gate_up (0) or down (1), or None where it has gone to the shared sums."""
+    """The gradient of gate_up (0) or down (1), or None if it was added to `ctx.sums`."""
     if not ctx.needs_input_grad[1 + which]:
         return None
     if ctx.sums is None:
         return grouped_outer(left, right, ends)
-    # A backward pass that asks for other gradients alone would leave the sum for the next one.
+    # If this gradient is not requested, its sum would be left over for the next backward pass.
     if torch._C._will_engine_execute_node(ctx.collectors[which]):
         ctx.sums.add(which, left, right, ends)
     return None

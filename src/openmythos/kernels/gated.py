@@ -21,13 +21,13 @@ def gated_linear(gated: Tensor, weight: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         gate, up = gated.chunk(2, dim=-1)
         return F.linear(F.silu(gate).mul_(up), weight)
-    # On every device, for its memory: the formula keeps twice as much for its gradient.
+    # On every device, to save memory: the formula saves twice as much for the backward pass.
     out: Tensor = _GatedLinear.apply(as_autocast(gated), as_autocast(weight))  # type: ignore[no-untyped-call]
     return out
 
 
 class _GatedLinear(torch.autograd.Function):
-    """Keeps [g | u] alone; the product is made again for the gradient."""
+    """Saves only [g | u]; the backward pass recomputes silu(g) * u."""
 
     @staticmethod
     def forward(ctx, gated, weight):  # type: ignore[no-untyped-def]

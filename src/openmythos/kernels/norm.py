@@ -21,8 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     tuned = kernels.fast(x.device)
     if tuned is None:
         return reference(x, weight, eps)
-    weight = weight.to(x.dtype)  # torch's kernel, one piece on a GPU, refuses another dtype
-    # Fake tensors and other subclasses must not meet the cached tensor of `_norm`.
+    weight = weight.to(x.dtype)  # torch's fused GPU kernel needs the dtype of x
+    # Fake tensors and other subclasses must not be mixed with the cached eps of `_norm`.
     plain = not torch.compiler.is_compiling() and type(x) is Tensor
     if not (tuned.own_forms and plain):
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -40,7 +40,7 @@ def _tensor(eps: float, dtype: torch.dtype) -> Tensor:
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, 1 / sqrt(mean(x^2) + eps)), the latter [..., 1] in fp32 at least.
 
-    In few operators, eps a tensor for that: a decoded token meets dozens of norms.
+    Uses few operators, hence eps as a tensor: a decoded token runs dozens of norms.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
 
     y = s w x,   dw = sum_rows s p,   dx = s w grad - x s^3 (p . w) / dim
 
-    Only x and s are kept. On a CPU torch's own is a chain of operators that keep three times that.
+    Only x and s are saved. On a CPU, torch's is a chain of operators that saves three times that.
     """
 
     @staticmethod

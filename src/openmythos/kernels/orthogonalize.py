@@ -1,4 +1,4 @@
-"""Newton-Schulz iteration: Muon's orthogonal matrix near a given one (Jordan et al. 2024).
+"""Newton-Schulz iteration of Muon: approximately orthogonalises a matrix (Jordan et al. 2024).
 
 Maps X = U S V^T to about U V^T, with singular values between about 0.7 and 1.2. The coefficients
 trade exact convergence to 1 for a steep slope at 0, so that 5 steps suffice.
@@ -25,9 +25,9 @@ def reference(x: Tensor) -> Tensor:
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A matrix, or each matrix of a stack (k, m, n), in `dtype` (default: the device's fast one).
+    """Orthogonalise a matrix, or each of a stack (k, m, n), in `dtype`.
 
-    The result keeps that dtype. fp64 stays fp64.
+    The result has that dtype. Default: the device's fast one; fp64 stays fp64.
     """
     if dtype is None:
         dtype = x.dtype if x.dtype == torch.float64 else machine.fast_dtype(x.device)
@@ -49,7 +49,7 @@ def takes_stacks(device: torch.device) -> bool:
 
 
 def _iterate(x: Tensor) -> Tensor:
-    """Through the smaller of the two Gram matrices, with sums fused into the products."""
+    """The iteration on the smaller of the two Gram matrices, with addition fused into matmuls."""
     a, b, c = COEFFICIENTS
     add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     tall = x.shape[-2] > x.shape[-1]

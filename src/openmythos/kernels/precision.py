@@ -1,4 +1,4 @@
-"""In which dtype a formula is computed: functions of our own do not see autocast."""
+"""Compute dtypes: autocast does not apply inside custom autograd functions."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """x in the dtype that a matmul would run in here."""
+    """x in the dtype of a matmul in this context: autocast's, if it is enabled."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
@@ -22,5 +22,5 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 where it is: half precision would not do."""
+    """x in fp32, or in fp64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -15,8 +15,8 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Rotate each pair (x_i, x_{i + dim/2}) of x [batch, heads, seq, dim] by its angle.
 
-    Tables [batch or 1, 1, seq, dim] as of `nn.layout.rope_tables`; None: no rotary positions, and
-    x as it is.
+    Tables [batch or 1, 1, seq, dim] from `nn.layout.rope_tables`; None: no rotary positions, x is
+    returned unchanged.
     """
     if cos is None or sin is None:
         return x
@@ -29,7 +29,7 @@ def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """A rotation, whose gradient turns back: nothing of x is kept."""
+    """A rotation; its gradient is the inverse rotation, so x is not saved."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]

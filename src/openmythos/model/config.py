@@ -1,4 +1,4 @@
-"""The config of a whole model; every swappable mechanism is a union defined where it is built."""
+"""The model config; every swappable part is a union, defined in the file of its module."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ from openmythos.recurrence.loop_embedding import LoopEmbeddings, NoLoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA, LoopLoRAs
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
 
-# Beyond any model; larger numbers would overflow what is computed of them, or take minutes.
+# Above any real model: larger sizes would overflow, or take minutes to build.
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1024
 
@@ -33,7 +33,7 @@ class MythosConfig:
     Norms, besides that of each block (`block_norms`, see `nn.block.Block`): `prelude_norm` on what
     enters the loops, `loop_norm` on the state after every loop ("plain": without weight),
     `readout_norm` once after the last loop, `final_norm` before the head. Embeddings are multiplied
-    by `embed_scale`; logits by `logit_scale`, then softcapped: cap * tanh(logits / cap), 0: not.
+    by `embed_scale`; logits by `logit_scale`, then softcapped: cap * tanh(logits / cap), 0: off.
     """
 
     vocab_size: int = 257

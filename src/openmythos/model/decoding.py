@@ -1,8 +1,8 @@
-"""What decoding needs of the model: a cache, next-token logits, and exit rules behind a coda.
+"""The model's decoding interface: KV cache, next-token logits, exit rules that read logits.
 
-An exit rule that reads logits reads them through the coda. Without a cache the coda then sees all
-earlier tokens in their state after that loop. For decoding to give the same, the cache keeps what
-the coda made of every loop's state: the probes.
+Such an exit rule computes a loop's logits with the coda. Without a cache the coda attends to all
+earlier tokens in their state after that loop. Cached decoding must match, so the cache keeps the
+coda's keys and values of every loop: the probes.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ from openmythos.types import Hidden, Logits, LoopCounts, Mask, NextLogits, Token
 def exit_tracker(
     model: "Decodable", rule: ExitRule | None, inputs: ModelInputs
 ) -> ExitTracker | None:
-    """The exit rule at work on these inputs; None where every position runs all loops."""
+    """The `ExitTracker` of a pass; None without a rule that can exit early."""
     if rule is None or isinstance(rule, FixedExit):
         return None
     layout, cache = inputs.layout, inputs.cache
@@ -47,10 +47,10 @@ def exit_tracker(
 def probe_unrun_loops(
     model: "Decodable", state: Hidden, inputs: ModelInputs, tracker: ExitTracker
 ) -> None:
-    """The coda's keys and values in the loops that none of these tokens ran.
+    """Fill the coda's keys and values for the loops that none of these tokens ran.
 
-    Their state is final, but what a second coda layer makes of it also depends on earlier tokens,
-    which may have looped on.
+    The state of these tokens is final, but the K/V of a second coda layer also depend on earlier
+    tokens, which may have run more loops.
     """
     cache, probed = inputs.cache, tracker.loops_run
     if cache is None or not tracker.rule.needs_logits:
@@ -74,7 +74,7 @@ class Decodable(nn.Module, ABC):
     def run(
         self, inputs: ModelInputs, exit_rule: ExitRule | None = None
     ) -> tuple[RecurrentOutput, dict[str, RouterStats | None]]:
-        """Embedding, prelude and loops; and the router statistics by layer name."""
+        """Run embedding, prelude and loops; also returns router statistics by layer name."""
 
     @abstractmethod
     def hidden(
@@ -86,24 +86,24 @@ class Decodable(nn.Module, ABC):
         last_only: bool = False,
         probed_loop: int | None = None,
     ) -> Tensor:
-        """Coda and norm on a state: what the head reads, [batch, seq or 1, dim].
+        """Apply coda and final norm to a state: the head's input [batch, seq or 1, dim].
 
-        `router` is given where the coda's statistics are wanted. `probed_loop`: only to see what
-        the model would say after that loop, for an exit rule.
+        `router`, if given, receives the coda's statistics. `probed_loop`: `state` is the one after
+        that loop, read out for an exit rule.
         """
 
     def logits(self, hidden: Hidden) -> Logits:
-        """[batch, seq, vocab] of what `hidden` returned."""
+        """Logits [batch, seq, vocab] from the output of `hidden`."""
         return logits_of(self.config, hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocab_size, dim], the embedding's where they are tied."""
+        """[vocab_size, dim]; the embedding's weight if tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where `forward` wants its tokens."""
+        """The device of the weights; `forward` needs its tokens there."""
         return self.embed.weight.device
 
     @property
@@ -149,7 +149,7 @@ class Decodable(nn.Module, ABC):
     ) -> tuple[NextLogits, LoopCounts]:
         """(logits after the last token, loops it ran); the tokens are appended to the cache.
 
-        Tokens and mask are not checked again: `inference.generation` has, once for all steps.
+        Tokens and mask are not checked here: `inference.generation` did, once for all steps.
         """
         inputs = ModelInputs.decoding(self.config, tokens, attention_mask, num_loops, cache)
         recurrence, _ = self.run(inputs, exit_rule)

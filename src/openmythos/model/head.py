@@ -11,7 +11,7 @@ from openmythos.types import Hidden, Logits, PerToken, Scalar, TokenIds
 
 
 def logits_of(config: MythosConfig, hidden: Hidden, weight: Tensor) -> Logits:
-    """cap * tanh(scale W h / cap), without the cap where it is 0; weight [vocab, dim]."""
+    """cap * tanh(scale W h / cap), or scale W h if cap = 0; weight [vocab, dim]."""
     logits = F.linear(hidden, weight)
     if config.logit_scale != 1:
         logits = logits * config.logit_scale

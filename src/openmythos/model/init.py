@@ -1,4 +1,4 @@
-"""Fill a model's parameters as its modules state (`nn.facts`), sharded or not.
+"""Initialise a model's parameters as its modules state (`nn.facts`), sharded or not.
 
 | parameters                                | distribution                       | source |
 |-------------------------------------------|------------------------------------|--------|
@@ -11,7 +11,7 @@
 | LoopLoRA down, up                         | as matrices, 0                     | [L]    |
 | router_bias                               | 0                                  |        |
 
-[P] Parcae (arXiv 2604.12946), [L] Hu et al. 2021 (LoRA); "trunc": a normal cut at three standard
+[P] Parcae (arXiv 2604.12946), [L] Hu et al. 2021 (LoRA); "trunc": normal, truncated at 3 standard
 deviations.
 """
 

@@ -1,4 +1,4 @@
-"""The arguments of a call of the model: checked, and turned into positions and masks."""
+"""Validate forward() arguments; compute positions and masks."""
 
 import operator
 from collections.abc import Collection
@@ -22,7 +22,7 @@ from openmythos.types import LoopCounts, Mask, TokenIds
 
 
 def whole_number(value: Any) -> Any:
-    """value as an int where it is one of any library; anything else as it came, to be refused."""
+    """value as an int if it is an integer of any library; anything else is returned unchanged."""
     if isinstance(value, bool):
         return value
     if isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool):
@@ -37,15 +37,15 @@ CollectLoops = Collection[int] | Literal["all"]
 
 
 class PassOptions(TypedDict, total=False):
-    """How a pass of the model runs.
+    """Options of a forward pass.
 
     num_loops: one number, or one per sequence [batch]; default: the config's.
-    backprop_loops: loops of each sequence, counted from its last, that carry gradient (0: all).
+    backprop_loops: how many last loops of each sequence carry gradient (0: all).
     attention_mask: [batch, seq], False at padding; left padding where a cache is used.
     documents: [batch, seq] document numbers of packed rows; attention stays inside each.
-    cache: appended to but not advanced; call `cache.advance(seq)` after the pass. With one the pass
-        is inference, whatever mode the module is in.
-    collect_loops: loop counts after which to keep states and logits too: (1, 2, 4), or "all".
+    cache: appended to but not advanced; call `cache.advance(seq)` after the pass. A pass with a
+        cache is inference, whatever mode the module is in.
+    collect_loops: loop counts after which to keep states and logits: (1, 2, 4), or "all".
     initial_state: h_0 [batch, seq, dim] of these tokens, in place of the model's own.
     """
 
@@ -60,7 +60,7 @@ class PassOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInputs:
-    """The checked arguments of one pass, and what every layer needs to know of them."""
+    """The checked arguments of one pass, with the positions and masks for its layers."""
 
     tokens: TokenIds
     layout: TokenLayout
@@ -88,7 +88,7 @@ class ModelInputs:
         initial_state: Tensor | None = None,
         has_exits: bool = False,
     ) -> "ModelInputs":
-        """For the options see `PassOptions`; a ValueError names what cannot be run."""
+        """Check the options (see `PassOptions`); a ValueError names the invalid argument."""
         layout = token_layout(config, tokens, attention_mask, documents, cache)
         training = in_training and cache is None  # with a cache it is inference
         if has_exits and training:
@@ -122,7 +122,7 @@ class ModelInputs:
         num_loops: int,
         cache: KVCache,
     ) -> "ModelInputs":
-        """The next tokens of sequences that were checked when they began."""
+        """Inputs of a decoding step; its tokens and mask are already checked."""
         cache.check_room(tokens.shape[1], len(tokens))
         if attention_mask is not None:
             cache.mark_padding(attention_mask)
@@ -157,11 +157,11 @@ class ModelInputs:
         )
 
     def sorted_rows(self, order: Tensor | None) -> "ModelInputs":
-        """With the rows in this order (None: as they are)."""
+        """The inputs with the rows in this order (None: unchanged)."""
         return self if order is None else replace(self, context=self.context.select(order))
 
     def rows(self, count: int) -> "ModelInputs":
-        """Of the first rows alone."""
+        """The inputs of the first `count` rows."""
         return replace(self, context=self.context.rows(0, count))
 
 
@@ -179,7 +179,7 @@ def _context(config: MythosConfig, layout: TokenLayout) -> AttentionContext:
 def _check_loops(
     num_loops: Any, tokens: Tensor, cache: KVCache | None, *, has_exits: bool
 ) -> int | Tensor:
-    """num_loops, if these tokens [batch, seq] can be run through so many."""
+    """num_loops as an int or [batch]; a ValueError if tokens or cache do not allow it."""
     loops = whole_number(num_loops)
     if isinstance(loops, Tensor):
         whole = not loops.is_floating_point() and loops.dtype != torch.bool
@@ -203,7 +203,7 @@ def _check_loops(
 
 
 def _check_collected(collect: Any, num_loops: int | Tensor) -> Collection[int]:
-    """The loop counts of `collect_loops`, if a pass of num_loops loops comes by them."""
+    """The loop counts of `collect_loops`; a ValueError unless all are in 1 ... num_loops."""
     if collect == "all":
         return range(1, MOST_LOOPS + 1)
     most = int(num_loops.max()) if isinstance(num_loops, Tensor) and len(collect) else num_loops
@@ -224,7 +224,7 @@ def token_layout(
     documents: Tensor | None,
     cache: KVCache | None,
 ) -> TokenLayout:
-    """Where the tokens [batch, seq] stand; a cache is told which of them are padding."""
+    """Check tokens [batch, seq] and make their layout; padding is marked in the cache."""
     check_are_ids("tokens", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens: has shape {list(tokens.shape)}, must be [batch, seq]")
@@ -268,7 +268,7 @@ def _check_documents(documents: Tensor | None, tokens: Tensor) -> None:
 
 
 def _outside(ids: Tensor, vocab_size: int) -> int | None:
-    """An id that is no token's, or None. On an accelerator None: looking would wait for it."""
+    """An id outside the vocabulary, or None. Accelerators are not checked: it would synchronise."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     low, high = map(int, torch.aminmax(ids))
@@ -284,7 +284,7 @@ def _check_ids(tokens: Tensor, vocab_size: int) -> None:
 def check_targets(targets: Tensor, tokens: Tensor, vocab_size: int) -> None:
     """Raise a ValueError for targets that are neither a token's id nor IGNORE.
 
-    On an accelerator the gather of the loss refuses them, in the device's own words.
+    On an accelerator ids are not checked here; the gather of the loss raises a device error.
     """
     if targets.shape != tokens.shape:
         raise ValueError(

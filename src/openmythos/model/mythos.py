@@ -80,8 +80,8 @@ class OpenMythos(Decodable, Pretrained):
     ) -> MythosOutput:
         """Run tokens [batch, seq] through num_loops loops; `PassOptions` has all options.
 
-        exit_rule: inference only, lets positions stop before num_loops. last_only: logits of the
-        last position alone, [batch, 1, vocab]: the head and the last coda layer run for no other.
+        exit_rule: inference only, lets positions stop before num_loops. last_only: head and last
+        coda layer run only at the last position; logits are [batch, 1, vocab].
         """
         inputs = ModelInputs.check(
             self.config, tokens, self.training, has_exits=exit_rule is not None, **options
@@ -107,10 +107,10 @@ class OpenMythos(Decodable, Pretrained):
     ) -> MythosLosses:
         """Cross-entropy against targets [batch, seq]; a target of IGNORE = -100 does not count.
 
-        The losses are those of the logits of `forward`, but the logits of all tokens are never in
-        memory at once. by_halting: an entry of `by_loop` is the mean over all targets of the loss
-        times the weight that halting gives that loop, so that the entries add up to the expected
-        loss; the logits of one loop are in memory then.
+        Equal to the loss of the logits of `forward`, but without the logits of all tokens in memory
+        at once. by_halting: `by_loop` has, for each loop, the mean over all targets of loss times
+        halting weight. The entries sum to the expected loss; all logits of one loop are in memory
+        then.
         """
         check_targets(targets, tokens, self.config.vocab_size)
         inputs = ModelInputs.check(self.config, tokens, self.training, **options)
@@ -136,7 +136,7 @@ class OpenMythos(Decodable, Pretrained):
     def run(
         self, inputs: ModelInputs, exit_rule: ExitRule | None = None
     ) -> tuple[RecurrentOutput, dict[str, RouterStats | None]]:
-        """Embedding, prelude and loops; and the router statistics by layer name."""
+        """Run embedding, prelude and loops; also returns router statistics by layer name."""
         router: dict[str, RouterStats | None] = {}
         x = self.embed(inputs.tokens)
         if self.config.embed_scale != 1:
@@ -168,7 +168,7 @@ class OpenMythos(Decodable, Pretrained):
         last_only: bool = False,
         probed_loop: int | None = None,
     ) -> Tensor:
-        """Coda and norm on a state: what the head reads; see `Decodable`."""
+        """Apply coda and final norm to a state: the head's input; see `Decodable`."""
         x, cache, seq = state, inputs.cache, state.shape[1]
         for index, layer in enumerate(self.coda):
             kv: KVView = NoCache()
@@ -183,15 +183,15 @@ class OpenMythos(Decodable, Pretrained):
         return self.norm(x[:, -1:] if last_only else x)
 
     def compile_layers(self, **options: Any) -> None:
-        """torch.compile all layers, the shared ones once for all loops; options are its own."""
-        # `Module.compile` leaves nothing behind in a copy: that one runs its own weights, eagerly.
+        """torch.compile all layers, the shared ones once for all loops; with torch's options."""
+        # `Module.compile` does not affect copies: a copy runs its own weights, eagerly.
         block = self.recurrent
         for part in (*self.prelude, block.entry, block.layers, *self.coda):
             part.compile(**options)
 
     @torch.no_grad()
     def update_router_bias(self, counts: Mapping[str, Tensor]) -> None:
-        """Move every router's bias by the expert counts of a whole step, by layer name."""
+        """Update every router's bias from the expert counts of a step, by layer name."""
         for name, count in counts.items():
             layer = self.get_submodule(name)
             assert isinstance(layer, Block)

@@ -12,11 +12,11 @@ from openmythos.types import Logits, Scalar
 
 @dataclass(frozen=True)
 class MythosOutput:
-    """Logits of every position, and how the loops went.
+    """Logits of every position, and what was recorded of the loops.
 
-    `loop_logits[n]` are the logits after n loops, for the counts that were asked for (see
-    RecurrentOutput for rows that ran different numbers of loops). `router` has the MoE statistics
-    by layer name, in training.
+    `loop_logits[n]` are the logits after n loops, for the requested counts (see RecurrentOutput
+    for rows that ran different numbers of loops). `router` has the MoE statistics by layer name,
+    in training.
     """
 
     logits: Logits
@@ -29,8 +29,8 @@ class MythosOutput:
 class MythosLosses:
     """Mean cross-entropy in nats per token after the last loop, and by number of loops.
 
-    `by_loop` has the counts that were asked for. Where sequences ran different numbers of loops, an
-    entry is the mean over those that ran that loop.
+    `by_loop` has the requested counts. If sequences ran different numbers of loops, an entry is the
+    mean over those that ran that loop.
     """
 
     cross_entropy: Scalar
@@ -40,5 +40,5 @@ class MythosLosses:
 
 
 def without_none(router: Mapping[str, RouterStats | None]) -> dict[str, RouterStats]:
-    """The statistics of the layers that route."""
+    """The statistics of the layers that have a router."""
     return {name: stats for name, stats in router.items() if stats is not None}

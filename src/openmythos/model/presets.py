@@ -6,8 +6,8 @@ tiny, small        everything our own model has, at the size of a unit test and 
 140m 370m 770m     after Parcae's (arXiv 2604.12946): dense, with a full input map, but twice its
                    layers in place of its value embeddings
 1b ... 1t          latent attention and a mixture of experts in one recurrent layer. Totals, active
-                   parameters, loops and contexts are the announced ones; of the large ones nothing
-                   has been trained by anybody, so take them as arithmetic, not as advice.
+                   parameters, loops and contexts are the announced ones. Nobody has trained the
+                   large ones: they are arithmetic, not a recommendation.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,9 +25,9 @@ from openmythos.recurrence.loop_lora import LoopLoRA, NoLoopLoRA
 
 
 def hops() -> MythosConfig:
-    """One shared layer of width 64 between one layer before and one after, for `tasks.KHop`.
+    """For `tasks.KHop`: width 64, one prelude, one recurrent and one coda layer.
 
-    Attention sees 8 tokens, so that a layer alone cannot follow a chain. It is no preset by name.
+    The attention window is 8 tokens, so that one layer cannot follow a chain. Not in `names()`.
     """
     feed_forward = SwiGLU(hidden_dim=168)
     return MythosConfig(
@@ -39,13 +39,13 @@ def hops() -> MythosConfig:
         feed_forward=feed_forward,
         recurrent_feed_forward=feed_forward,
         loop_lora=NoLoopLoRA(),
-        # From zero the curriculum starts a thousand steps later.
+        # With zero_init_outputs the curriculum starts a thousand steps later.
         zero_init_outputs=False,
     )
 
 
 def tiny() -> MythosConfig:
-    """Bytes in, milliseconds per step: for tests and for trying out code."""
+    """Byte vocabulary, milliseconds per step: for tests and for trying out code."""
     return MythosConfig(
         vocab_size=257,
         dim=64,
@@ -268,7 +268,7 @@ def _latent(dim: int, *, kv: int, rope: int, head: int, context: int) -> LatentA
         nope_head_dim=head,
         rope_head_dim=rope,
         value_head_dim=head,
-        # The slowest pairs of channels must tell the first token from the last.
+        # The lowest rotary frequencies must distinguish the first token from the last.
         rope_base=500_000.0 if context <= 8192 else 10_000_000.0,
     )
 

@@ -20,9 +20,9 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def save(folder: Path, config: MythosConfig, state: Mapping[str, Tensor]) -> None:
-    """Write both files under temporary names and put them in place when both are whole.
+    """Write both files under temporary names; rename them when both are complete.
 
-    What `load_weights` would refuse is not written.
+    Values that are not finite raise a ConfigError, and nothing is written.
     """
     weights = folder / WEIGHTS_FILE
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
@@ -34,12 +34,12 @@ def save(folder: Path, config: MythosConfig, state: Mapping[str, Tensor]) -> Non
         try:
             save_file(tensors, new_weights)
         except SafetensorError as error:
-            # The library wraps what the system said about disk or permission.
+            # safetensors wraps errors of the system, such as a full disk or no permission.
             raise OSError(f"{weights}: cannot be written: {error}") from error
 
 
 def write_config(config: MythosConfig, path: Path) -> None:
-    """config.json alone."""
+    """Write only config.json."""
     header = {"model_type": "openmythos", "format_version": FORMAT_VERSION}
     write_json(header | to_dict(config), path)
 
@@ -103,12 +103,12 @@ M = TypeVar("M", bound="Pretrained")
 
 
 class Pretrained(nn.Module):
-    """The part of the model that writes it to a folder and reads it back."""
+    """The part of the model that saves it to a folder and loads it."""
 
     config: MythosConfig
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, each replaced as a whole."""
+        """Write config.json and model.safetensors, each replaced atomically."""
         save(Path(folder), self.config, self.state_dict())
 
     @classmethod
@@ -117,7 +117,7 @@ class Pretrained(nn.Module):
     ) -> M:
         """Load what `save_pretrained` wrote onto a device; "auto" is the accelerator, if any.
 
-        A file that does not fit, or a device that is not there, raises a ConfigError.
+        A file that does not match, or a missing device, raises a ConfigError.
         """
         chosen = choose_device(device)
         config = load_config(Path(folder))

@@ -15,9 +15,9 @@ Position = Literal["rope", "none"]
 class AttentionLayer(nn.Module, ABC):
     """Two maps: `project_kv` makes what a cache stores, `forward` lets queries attend to it.
 
-    Whoever runs the layer decides which keys and values it sees: those of its own input, a cache's,
-    or those of an earlier loop. So `forward` must take everything that it needs of other positions
-    from `kv`, and `project_kv` must not mix positions.
+    The caller decides which keys and values the layer sees: those of its own input, of a cache, or
+    of an earlier loop. So `forward` must read other positions only through `kv`, and `project_kv`
+    must not mix positions.
 
     `context` has the rotary tables of the queries, for `kernels.rope.rotate`, and computes softmax
     attention under the mask of this call (`context.attend`). `deltas` change the linear maps in
@@ -34,7 +34,7 @@ class AttentionLayer(nn.Module, ABC):
     def project_kv(
         self, x: Hidden, context: AttentionContext, deltas: Deltas = NO_DELTAS
     ) -> KeyValues:
-        """Keys and values [batch, seq, kv_width] of x, as they are cached."""
+        """Keys and values of x, [batch, seq, kv_width], in the layout of the cache."""
 
     @abstractmethod
     def forward(

@@ -18,7 +18,7 @@ Attention = LatentAttention | GroupedQueryAttention
 FeedForward = SwiGLU | GeGLU | ReLU2 | GELU | MoE
 
 
-# Where a norm stands around a branch f: on its input, on its output, on the sum of both.
+# Where a norm is applied around a branch f: to its input, its output, or the residual sum.
 NormPlace = Literal["input", "branch", "sum"]
 
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterStats | None]:
         """(x [batch, seq, dim], router statistics if the view collects them).
 
-        last_only: keys and values of all positions, but the output of the last one alone.
+        last_only: project keys and values at all positions, compute the output only at the last.
         """
         normed = self.attention_norm(x)
         project = self.attention.project_kv
@@ -81,7 +81,7 @@ class Layers(nn.ModuleList):
     """Several layers, one after the other, each with its own view."""
 
     def shared_weights(self) -> list[ExpertWeights | None]:
-        """What the layers' experts make once for many calls: see `LayerView.expert_weights`."""
+        """Each layer's prepared expert weights, for all loops: see `LayerView.expert_weights`."""
         return [cast("Block", layer).feed_forward.shared_weights() for layer in self]
 
     def forward(self, x: Hidden, views: Sequence[LayerView]) -> tuple[Hidden, LayerStats]:

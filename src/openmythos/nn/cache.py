@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens: preallocated, one slot per (layer, loop), shared on request.
+"""The KV cache: preallocated, one slot per (layer, loop); policies share slots between loops.
 
 A looped layer runs many times per token, so a layer cannot know when a token is finished. Only the
 caller of the model advances the cache (`KVCache.advance`), after the whole forward pass.
@@ -32,7 +32,7 @@ class ExactCache:
 
 @dataclass(frozen=True, kw_only=True)
 class LastLoopCache:
-    """One slot, overwritten by each loop: earlier tokens are seen as their last loop left them."""
+    """One slot, overwritten by each loop: queries see earlier tokens' K/V of their last loop."""
 
     kind: Literal["last"] = "last"
 
@@ -86,11 +86,11 @@ CachePolicy = ExactCache | LastLoopCache | FirstLoopCache | GroupedLoopCache
 
 
 class KVCache:
-    """Preallocated keys and values for a batch, with the validity and position of every column.
+    """Preallocated keys and values for a batch, and which columns are real tokens (`valid`).
 
-    Storage: per prelude and coda layer one slot, per recurrent layer as many as the policy needs
+    Storage: one slot per prelude and coda layer; per recurrent layer as many as the policy needs
     for `num_loops`; each slot is [batch, capacity, kv_width]. `length` columns are filled. Exit
-    rules that read logits add, per coda layer, one slot for every loop (`keep_probes`).
+    rules that read logits add one slot per coda layer and loop (`keep_probes`).
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class KVCache:
         self.length = 0
         self.padded = False
         self.valid = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)
-        # The loop in which the last of a sequence's tokens stopped: an exit rule that judges the
-        # whole prefix must not leave earlier at a later token.
+        # Most loops that any token of a sequence ran: with an exit rule of scope "prefix", a later
+        # token must not stop earlier.
         self.exit_loop = torch.zeros(batch, dtype=torch.long, device=like.device)
         prelude, recurrent, coda = layers
         shape = (batch, capacity, kv_width)
@@ -130,13 +130,13 @@ class KVCache:
                 f"cache: no room for {numbers * like.itemsize / 2**30:.1f} GiB (a batch of "
                 f"{batch}, {capacity} tokens, {num_loops} loops)"
             ) from None
-        # What coda layers made of each loop's state, for exit rules that read logits.
+        # The coda's K/V for the state after each loop, for exit rules that read logits.
         self._probes: list[Tensor] = []
         self._probed = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values held."""
+        """Bytes allocated for keys and values."""
         return sum(t.nbytes for t in (self._prelude, self._coda, *self._recurrent, *self._probes))
 
     def prelude(self, layer: int, seq: int) -> Cached:
@@ -147,7 +147,7 @@ class KVCache:
         return Cached(self._coda[layer], self.length, seq)
 
     def probe(self, layer: int, seq: int, loop: int) -> Cached:
-        """A coda layer's view where it reads the state after `loop`, for an exit rule."""
+        """A coda layer's view for reading out the state after `loop`, for an exit rule."""
         return Cached(self._probes[layer][loop], self.length, seq)
 
     def recurrent(self, layer: int, seq: int, loop: int) -> Cached:
@@ -156,11 +156,11 @@ class KVCache:
         return Cached(storage, self.length, seq, self.policy.writes(loop))
 
     def keep_probes(self) -> None:
-        """Keep keys and values of the coda for every loop, not only for the last.
+        """Allocate keys and values of the coda for every loop, not only for the last.
 
-        An exit rule reads a loop's logits through the coda. Without a cache the coda then sees all
-        earlier tokens in their state after that loop; for a cache to give the same, it must hold
-        what the coda made of that state.
+        An exit rule computes a loop's logits with the coda. Without a cache the coda attends to
+        all earlier tokens in their state after that loop. Cached decoding must match, so the cache
+        keeps the coda's K/V of every loop.
         """
         if self._probed < self.length:
             raise ValueError(
@@ -172,7 +172,7 @@ class KVCache:
             self._probes = [self._coda.new_zeros(shape) for _ in self._coda]
 
     def fill_probes(self, loops_run: int, seq: int) -> None:
-        """Give the loops beyond the `loops_run` that were probed what the last of these has."""
+        """Copy the coda's K/V of the last probed loop to the loops after `loops_run`."""
         end = self.length + seq
         for storage in self._probes:
             last = storage[loops_run - 1, :, self.length : end]
@@ -180,7 +180,7 @@ class KVCache:
         self._probed = end
 
     def fill_unrun_loops(self, loops_run: int, seq: int) -> None:
-        """Give the loops that were not run for the current tokens the last run loop's K/V."""
+        """For the current tokens, copy the K/V of the last loop run to the loops not run."""
         source = self.policy.slot(loops_run - 1)
         end = self.length + seq
         for storage in self._recurrent:
@@ -188,11 +188,11 @@ class KVCache:
                 storage[source + 1 :, :, self.length : end] = storage[source, :, self.length : end]
 
     def advance(self, seq: int) -> None:
-        """Declare the `seq` columns of the last forward pass final."""
+        """Count the `seq` columns of the last forward pass as filled."""
         self.length += seq
 
     def begin_decode(self) -> None:
-        """Change from the prefill policy to the decode policy, keeping what the latter reads."""
+        """Switch from the prefill to the decode policy; keep the K/V that the latter reads."""
         if self.policy == self._decode_policy:
             return
         old, new = self.policy, self._decode_policy

@@ -1,4 +1,4 @@
-"""Routed experts that are split over ranks: tokens are sent to their experts, results come back."""
+"""Expert parallelism: tokens are dispatched to the ranks of their experts, outputs combined."""
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -9,7 +9,7 @@ from openmythos.kernels.precision import as_autocast
 
 
 class Dispatched(NamedTuple):
-    """The rows that a rank has received for its own experts."""
+    """The rows that this rank received for its local experts."""
 
     rows: Tensor  # [received, dim]
     expert: Tensor  # [received], counted from the first expert of this rank
@@ -18,17 +18,17 @@ class Dispatched(NamedTuple):
 
 @runtime_checkable
 class TokenDispatcher(Protocol):
-    """Sends rows to the ranks of their experts, and the results back in the same order.
+    """Dispatches rows to the ranks of their experts; combines the outputs in the same order.
 
-    All ranks call it together, with no rows where they have none.
+    Both calls are collective: a rank without rows calls them with an empty batch.
     """
 
     def dispatch(self, rows: Tensor, counts: Tensor) -> Dispatched:
-        """Send rows [rows, dim], sorted by expert, counts[i] of them for expert i of all."""
+        """Send rows [rows, dim], sorted by expert; counts [num_experts] has the rows of each."""
         ...
 
     def combine(self, results: Tensor, dispatched: Dispatched) -> Tensor:
-        """The results [rows, dim] for the rows that this rank has sent."""
+        """The expert outputs [rows, dim] of the rows that this rank sent, in their order."""
         ...
 
 
@@ -40,7 +40,7 @@ def dispatched_experts(
     num_experts: int,
     dispatcher: TokenDispatcher,
 ) -> Tensor:
-    """`routed_experts` of num_experts experts, of which `weights` has this rank's."""
+    """`routed_experts` with expert parallelism: `weights` has the local of num_experts experts."""
     tokens = as_autocast(tokens)
     choices, top_k = chosen.flatten(), chosen.shape[-1]
     order = choices.argsort()

@@ -19,7 +19,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
 
     def weights(self) -> ExpertWeights:
-        """What `forward` takes, made once for many calls. Of a sharded stack this rank's part."""
+        """The weights for `forward`, prepared once for many calls; the local shard if sharded."""
         stacks = (self.gate_up, self.down)
         return prepare(*(w.to_local() if isinstance(w, DTensor) else w for w in stacks))
 

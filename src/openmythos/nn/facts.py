@@ -1,13 +1,13 @@
 """What a module states about itself: initialisation, weight decay, arithmetic.
 
-Whoever initialises, optimises or plans a model asks its modules; nothing else lists their names. A
-module without statements is an ordinary one: matrices get a truncated normal of their fan-in and
+Initialisation, optimizer and planning ask the modules; nothing else lists their names. The default,
+for a module that states nothing: matrices start from a truncated normal scaled by fan-in, get
 weight decay, and cost one multiply-add per weight and token.
 
-    fills()            by relative name, how its own parameters and buffers start
-    residual_outputs   its maps that write to the residual stream, which may start at zero
+    fills()            initialisation of its own parameters and buffers, by relative name
+    residual_outputs   its weights that write to the residual stream, which may start at zero
     decays             False: its parameters get AdamW without weight decay
-    multiply_adds()    per token, where that is not one per weight of its linear maps
+    multiply_adds()    per token, if not one per weight of its linear maps
 """
 
 import math
@@ -21,7 +21,7 @@ Fill = Callable[[Tensor, torch.Generator | None], None]
 
 
 def truncated_normal(x: Tensor, generator: torch.Generator | None) -> None:
-    """std sqrt(2 / (5 fan_in)), cut at three of them (Parcae, arXiv 2604.12946)."""
+    """Normal with std sqrt(2 / (5 fan_in)), truncated at 3 std (Parcae, arXiv 2604.12946)."""
     std = math.sqrt(2 / (5 * x.shape[-1]))
     nn.init.trunc_normal_(x, std=std, a=-3 * std, b=3 * std, generator=generator)
 
@@ -34,12 +34,12 @@ def constant(value: float) -> Fill:
 
 
 def identity(x: Tensor, generator: torch.Generator | None) -> None:
-    """1 per channel, or the identity matrix."""
+    """Ones for a vector (one weight per channel), the identity for a matrix."""
     nn.init.ones_(x) if x.ndim == 1 else nn.init.eye_(x)
 
 
 def fills(model: nn.Module, *, zero_outputs: bool) -> dict[str, Fill]:
-    """How every parameter and buffer of the model starts, by name."""
+    """The initialisation of every parameter and buffer of the model, by name."""
     stated: dict[str, Fill] = {}
     for path, module in model.named_modules():
         start = f"{path}." if path else ""
@@ -57,14 +57,14 @@ def fills(model: nn.Module, *, zero_outputs: bool) -> dict[str, Fill]:
 
 
 def undecayed(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of all modules that state that theirs do not decay."""
+    """The parameters without weight decay: those of modules with `decays = False`."""
     for module in model.modules():
         if not getattr(module, "decays", True):
             yield from module.parameters()
 
 
 def multiply_adds(layers: nn.Module) -> int:
-    """Per token, outside attention: one for every weight of a linear map that a token meets."""
+    """Multiply-adds per token of all linear maps, without the products of attention."""
     stated: Any = getattr(layers, "multiply_adds", None)
     if stated is not None:
         return int(stated())

@@ -20,7 +20,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class RouterStats(NamedTuple):
-    """Sums over the routed tokens of one or more calls: add two to join them."""
+    """Router statistics, summed over the routed tokens of one or more calls; `plus` adds two."""
 
     counts: Tensor  # [num_experts] tokens sent to each expert
     balance: Tensor  # sum over sequences of sum_i f_i P_i (1 = perfect balance)
@@ -40,15 +40,15 @@ class RouterStats(NamedTuple):
 
 
 class FeedForwardLayer(nn.Module, ABC):
-    """A map of each position by itself. A layer runs many times per step, once per loop.
+    """A position-wise map. Inside the recurrent block, a layer runs once per loop.
 
     `forward(x, view)` returns the update [batch, seq, dim] that the block adds to its residual
     stream, and router statistics or None. Of `view` it reads:
 
     - `deltas`: pass them to every `nn.linear.Linear`; they change the maps in this loop;
     - `active` [batch, seq], or None: positions with False are not computed, and their update is 0.
-      `only_active` does this for a layer that need not know of it;
-    - `collects`: return statistics, if the layer routes;
+      `only_active` does this for any dense layer;
+    - `collects`: return router statistics, if the layer has a router;
     - `expert_weights`: what `shared_weights` returned before the loops, or None.
 
     `forward` changes no state, so that it may be repeated under activation checkpointing.
@@ -58,24 +58,24 @@ class FeedForwardLayer(nn.Module, ABC):
     def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]: ...
 
     def shared_weights(self) -> ExpertWeights | None:
-        """What a caller that runs the layer many times makes once, for `view.expert_weights`."""
+        """Expert weights prepared once for all loops, for `view.expert_weights`; None if dense."""
         return None
 
     def router_loss(self, balance: Tensor, z: Tensor) -> Tensor:
-        """What a layer that routes adds to the training loss, of means of its statistics."""
+        """The router's auxiliary loss, from the means of `balance` and `z`; 0 if dense."""
         return torch.zeros_like(balance)
 
     def update_router_bias(self, counts: Tensor) -> None:
-        """Balance the load after a step, with its `RouterStats.counts`; a dense layer has none."""
+        """Balance the load after a training step, by `RouterStats.counts`; no effect if dense."""
 
 
 def only_active(
     layer: FeedForwardLayer, x: Hidden, view: LayerView
 ) -> tuple[Hidden, RouterStats | None]:
-    """Run a dense layer at the active positions of the view alone; the update of others is 0."""
+    """Run a dense layer only at the active positions of the view; elsewhere the update is 0."""
     assert view.active is not None
     everywhere = replace(view, active=None)
-    if per_row(view.deltas):  # which packed positions would lose their rows
+    if per_row(view.deltas):  # packing would mix positions of different rows
         out = layer.forward(x, everywhere)[0]
         return torch.where(view.active[..., None], out, 0), None
     places = view.active.flatten().nonzero()[:, 0]
@@ -85,13 +85,13 @@ def only_active(
 
 
 def at_places(rows: Tensor, places: Tensor, shape: torch.Size) -> Hidden:
-    """Zeros of `shape` [batch, seq, ...], with `rows` at `places` among all positions."""
+    """Zeros of `shape` [batch, seq, ...] with `rows` at `places`, indices into batch * seq."""
     return rows.new_zeros(shape).flatten(0, 1).index_copy(0, places, rows).view(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Dense:
-    """Common to the dense layers."""
+    """The common config of dense layers."""
 
     hidden_dim: int = 704
 
@@ -99,7 +99,7 @@ class _Dense:
         require_int("hidden_dim", self.hidden_dim, minimum=1, maximum=MAX_WIDTH)
 
     def kept_numbers(self, dim: int, *, cast: bool) -> tuple[int, int]:
-        """Per token kept for the backward pass: in the dtype of autocast, and in fp32."""
+        """Activations per token saved for the backward pass: (in autocast's dtype, in fp32)."""
         return 2 * self.hidden_dim, 0
 
 

@@ -23,10 +23,10 @@ class GroupedQueryAttention:
 
     num_kv_heads = num_heads is multi-head attention; `head_dim` = 0 is dim / num_heads. `window` >
     0 limits every token to the last `window` tokens. `position = "none"` drops rotary positions
-    (NoPE); `rope_dim` > 0 rotates only so many features of each head, the first ones.
+    (NoPE); `rope_dim` > 0 rotates only the first `rope_dim` features of each head.
 
-    `qk_norm` normalises queries and keys before the rotation: each head by itself ("head", as in
-    Qwen3), without weights ("plain", Parcae), or all heads as one vector ("width", OLMo 2).
+    `qk_norm` normalises queries and keys before the rotation: per head ("head", as in Qwen3), per
+    head without weights ("plain", Parcae), or all heads as one vector ("width", OLMo 2).
     `qk_bias` adds a vector to every query and key head (Huginn).
     """
 
@@ -58,7 +58,7 @@ class GroupedQueryAttention:
         )
 
     def check(self, dim: int) -> None:
-        """Raise a ConfigError unless a model of that width can have such heads."""
+        """Raise a ConfigError unless the head sizes fit a model of width `dim`."""
         if not self.head_dim:
             text = f"must divide dim = {dim}"
             require(dim % self.num_heads == 0, "num_heads", self.num_heads, text)
@@ -71,7 +71,7 @@ class GroupedQueryAttention:
         require(self.rotary_dim(dim) % 2 == 0, name, getattr(self, name), text)
 
     def size(self, dim: int) -> int:
-        """Features of a head."""
+        """The head dimension in a model of width `dim`."""
         return self.head_dim or dim // self.num_heads
 
     def rotary_dim(self, dim: int) -> int:
@@ -81,12 +81,12 @@ class GroupedQueryAttention:
         return 2 * self.num_kv_heads * self.size(dim)
 
     def multiply_adds_per_key(self, dim: int) -> int:
-        """Of a query with one key and one value over all heads."""
+        """Multiply-adds of one query with one key and its value, over all heads."""
         return 2 * self.num_heads * self.size(dim)
 
     def kept_numbers(self, dim: int) -> int:
-        """Numbers per token that a layer keeps for its backward pass, beside its normed input."""
-        # Query, keys and values, output by head and joined; qk_norm keeps its inputs.
+        """Activations per token saved for the backward pass, besides the normed input."""
+        # Queries, K/V, output per head and concatenated; qk_norm also saves its inputs.
         heads, width = self.num_heads * self.size(dim), self.kv_width(dim)
         return 3 * heads + width + self.qk_norm * (heads + width // 2)
 
@@ -132,7 +132,7 @@ class GroupedQueryAttentionLayer(AttentionLayer):
     def _turned(
         self, x: Tensor, norm: nn.Module, bias: Tensor | None, context: AttentionContext
     ) -> Tensor:
-        """Queries or keys [batch, seq, heads * head_dim] normed, and rotated by head."""
+        """Queries or keys [batch, seq, heads * head_dim], split into heads, normed and rotated."""
         by_width = self.config.qk_norm_kind == "width"
         x = self._heads(norm(x)) if by_width else norm(self._heads(x))
         if bias is not None:

@@ -63,11 +63,11 @@ class LatentAttention:
         return self.kv_latent_dim + self.rope_head_dim
 
     def multiply_adds_per_key(self, dim: int) -> int:
-        """Of a query with one key and one value over all heads, on the naive path."""
+        """Multiply-adds of one query with one key and its value, all heads, on the naive path."""
         return self.num_heads * (self.nope_head_dim + self.rope_head_dim + self.value_head_dim)
 
     def kept_numbers(self, dim: int) -> int:
-        """Numbers per token that a layer keeps for its backward pass, beside its normed input."""
+        """Activations per token saved for the backward pass, besides the normed input."""
         query = self.nope_head_dim + self.rope_head_dim
         # Values are padded to the width of the keys; latents are kept before and after norms.
         per_head = 2 * query + 2 * max(query, self.value_head_dim) + self.value_head_dim
@@ -116,7 +116,7 @@ class LatentAttentionLayer(AttentionLayer):
     def _queries(
         self, x: Tensor, context: AttentionContext, deltas: Deltas
     ) -> tuple[Tensor, Tensor]:
-        """Without position and rotated, [batch, heads, seq, nope_head_dim | rope_head_dim]."""
+        """(unrotated, rotated) query parts, [batch, heads, seq, nope_head_dim | rope_head_dim]."""
         if self.config.q_latent_dim:
             latent = self.query_latent_norm(self.query_down(x, deltas))
             query = self.query_up(latent, deltas)
@@ -165,11 +165,11 @@ class LatentAttentionLayer(AttentionLayer):
         weight = self.kv_up.merged_weight(deltas).to(nope.dtype)
         weight = weight.view(*weight.shape[:-2], c.num_heads, -1, c.kv_latent_dim)
         query = torch.cat((per_head(nope, weight[..., : c.nope_head_dim, :]), rope), dim=-1)
-        # The rotary part rides along as value and is cut off after: no copy of the latents.
+        # The values include the rotary key, sliced off below: no copy of the latents.
         shared = kv.unsqueeze(1)
         batch, heads, seq, _ = query.shape
         if context.mask is None and not context.is_causal:
-            # One query token sees every key, so its heads may stand as rows of one head.
+            # One query token sees every key: fold its heads into the query rows of one head.
             rows = query.transpose(1, 2).flatten(1, 2).unsqueeze(1)
             mixed = context.attend(rows, shared, shared, self.scale)
             mixed = mixed.view(batch, seq, heads, mixed.shape[-1]).transpose(1, 2)
@@ -182,7 +182,7 @@ class LatentAttentionLayer(AttentionLayer):
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """x [batch, heads, seq, in] times weight [heads, in, out], or [batch, heads, in, out].
 
-    With the heads as the batch of the product: broadcasting would copy the weight for every row.
+    The heads are the batch of the matmul: broadcasting would copy the weight for every row.
     """
     if weight.ndim == 4:
         return x @ weight

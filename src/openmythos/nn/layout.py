@@ -1,4 +1,4 @@
-"""Where tokens stand: their positions, and which tokens each of them may attend to."""
+"""Token positions, rotary tables and attention masks."""
 
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ class AttentionContext:
     sin: Tensor | None
     mask: Tensor | None  # [batch or 1, 1, seq, total], True = may attend
     is_causal: bool  # the mask is the plain causal one and need not be built
-    window: int = 0  # keys that the mask lets a query see at most; 0: unlimited
-    packed: bool = False  # the queries are not the last of the keys
+    window: int = 0  # size of the mask's sliding window, in keys; 0: unlimited
+    packed: bool = False  # the queries are not at the last positions of the keys
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """softmax(scale q k^T) v on [batch, heads, seq, head_dim]; keys may have fewer heads."""
@@ -68,7 +68,7 @@ class AttentionContext:
         return AttentionContext(cos, sin, mask, False, self.window, packed=True)
 
     def _take(self, rows: Tensor | slice) -> "AttentionContext":
-        # What has no batch dimension of its own serves every row.
+        # Tensors with batch size 1 are shared by all rows.
         cos, sin, mask = (
             x if x is None or x.shape[0] == 1 else x[rows] for x in (self.cos, self.sin, self.mask)
         )
@@ -77,7 +77,7 @@ class AttentionContext:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the tokens of a forward pass stand: columns [start, start + seq) of `total` keys.
+    """A forward pass's tokens: columns [start, start + seq) of total = start + seq keys.
 
     `valid` [batch, total] is False at padding, `documents` [batch, total] numbers the packed
     documents of a row; None means all valid, one document.
@@ -116,7 +116,7 @@ class TokenLayout:
         if self.documents is not None:
             allowed = allowed & (self.documents[:, self.start :, None] == self.documents[:, None])
         if self.valid is not None:
-            # A padding token may look at itself, or its softmax would be over nothing.
+            # Padding attends to itself: a softmax over no keys would be nan.
             allowed = (allowed & self.valid[:, None]) | (key == query)
         return allowed[:, None], False
 
@@ -128,7 +128,7 @@ def attention_context(
     window: int,
     scaling: RopeFrequencies = NO_SCALING,
 ) -> AttentionContext:
-    """The shared part of attention for `layout`; rotary_dim 0 means no rotary positions."""
+    """Rotary tables and mask for `layout`; rotary_dim = 0: no rotary positions."""
     mask, is_causal = layout.mask(window)
     if rotary_dim == 0:
         return AttentionContext(None, None, mask, is_causal, window)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 class LowRank(NamedTuple):
     """A low-rank change of a linear map: W + up @ down.
 
-    With a batch dimension every row of a batch has a change of its own, as rows that run different
-    loops do: down [batch, rank, in_features], up [batch, out_features, rank].
+    With a batch dimension each row has its own change, for rows that are in different loops:
+    down [batch, rank, in_features], up [batch, out_features, rank].
     """
 
     down: Tensor  # [rank, in_features]
     up: Tensor  # [out_features, rank]
 
     def times(self, x: Tensor) -> Tensor:
-        """up @ down @ x for x [..., in_features]; with a batch, rows of equally many positions."""
+        """up @ down @ x for x [..., in_features]; [batch, ..., in_features] if batched."""
         if self.down.ndim == 2:
             return F.linear(F.linear(x, self.down), self.up)
         rows = x.reshape(len(self.down), -1, x.shape[-1])
@@ -34,14 +34,14 @@ NO_DELTAS: Deltas = {}
 
 
 def per_row(deltas: Deltas) -> bool:
-    """Whether the rows of the batch have deltas of their own."""
+    """Whether the deltas have a batch dimension: one delta per row."""
     return any(delta.down.ndim == 3 for delta in deltas.values())
 
 
 class Linear(nn.Linear):
     """y = x W^T (+ b), with W + up @ down in place of W where `deltas` names this map.
 
-    `delta_key` is empty until somebody (`recurrence.conditioning`) registers the map for adapting.
+    `delta_key` is empty unless `recurrence.loop_lora` adapts this map.
     """
 
     delta_key: str = ""

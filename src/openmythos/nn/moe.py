@@ -1,10 +1,10 @@
 """Mixture of experts after DeepSeekMoE (arXiv 2401.06066) and DeepSeek-V3 (arXiv 2412.19437).
 
-Fine-grained routed experts with stacked weights, shared experts that every token passes, dropless
-routing on tokens sorted by expert. Balance comes from `router_bias`, which only decides who is
-chosen, never the weight of a chosen expert, and which the trainer moves after each step
-(`update_router_bias`, arXiv 2408.15664). The layer changes no state in its forward pass, so that
-it may run any number of times per step, also under activation checkpointing.
+Fine-grained routed experts with stacked weights, shared experts that run for every token, dropless
+routing on tokens sorted by expert. The load is balanced by `router_bias`, which affects the choice
+of experts but not their weights; the trainer updates it after each step (`update_router_bias`,
+arXiv 2408.15664). `forward` changes no state, so that it may run any number of times per step, also
+under activation checkpointing.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from openmythos.types import Hidden, Tokens
 
 __all__ = ["MoE", "MoELayer", "Router", "RouterStats"]
 
-# The grouped kernels want rows of whole 16 bytes: 8 numbers in bf16.
+# The grouped kernels need rows aligned to 16 bytes: 8 numbers in bf16.
 ALIGNMENT = 8
 
 
@@ -73,10 +73,10 @@ class MoE:
             require_number(name, getattr(self, name), at_least=0, at_most=1e6)
 
     def kept_numbers(self, dim: int, *, cast: bool) -> tuple[int, int]:
-        """Per token kept for the backward pass: in the dtype of autocast, and in fp32.
+        """Activations per token saved for the backward pass: (in autocast's dtype, in fp32).
 
-        gate and up of each chosen expert and of the shared ones; the router's fp32 scores, logits
-        and what the balance loss makes of them, and its input where that was cast.
+        gate and up of each chosen and shared expert; in fp32 the router's scores, logits and the
+        intermediates of the balance loss, and the router's input if it was cast.
         """
         narrow = 2 * (self.top_k + self.num_shared_experts) * self.expert_dim
         return narrow, 4 * self.num_experts + (dim if cast else 0)
@@ -87,7 +87,7 @@ class MoE:
 
 
 class Routing(NamedTuple):
-    """Which experts tokens go to, and how much each counts."""
+    """The experts chosen for each token, and their weights."""
 
     weights: Tensor  # [tokens, top_k]
     chosen: Tensor  # [tokens, top_k]
@@ -101,7 +101,7 @@ class Routing(NamedTuple):
 class Router(Linear):
     """scores s = sigmoid(W x) or softmax(W x); the top_k of s + router_bias are chosen.
 
-    A linear map, so that a LoopLoRA may give every loop a router of its own.
+    A `Linear`, so that a LoopLoRA can adapt the router in every loop.
     """
 
     decays = False
@@ -119,7 +119,7 @@ class Router(Linear):
         self, tokens: Tokens, deltas: Deltas = NO_DELTAS
     ) -> Routing:
         c = self.config
-        # In fp32 at least: a rounded score flips choices, and nothing here is large.
+        # In fp32 at least: rounding flips choices, and this matmul is cheap.
         with no_autocast(tokens):
             wide = at_least_fp32(tokens)
             logits = F.linear(wide, self.weight.to(wide.dtype))
@@ -140,7 +140,7 @@ class Router(Linear):
 class MoELayer(FeedForwardLayer):
     """y = sum_{i in top_k} g_i Expert_i(x) + SharedExpert(x).
 
-    With a `dispatcher` the routed experts are split over its ranks, which call the layer together.
+    With a `dispatcher` the routed experts are sharded over its ranks, and `forward` is collective.
     """
 
     def __init__(self, config: MoE, dim: int) -> None:
@@ -158,12 +158,12 @@ class MoELayer(FeedForwardLayer):
     residual_outputs = ("experts.down",)
 
     def multiply_adds(self) -> int:
-        """The router, the chosen experts and the shared one."""
+        """Per token: the router, the chosen experts and the shared ones."""
         rest = self.router.weight.numel() + self.active_weights()
         return rest + (0 if self.shared_expert is None else multiply_adds(self.shared_expert))
 
     def active_weights(self) -> int:
-        """Weights of the routed experts that one token meets."""
+        """Number of weights in the top_k routed experts of one token."""
         stacks = self.experts.parameters()
         return sum(x.numel() for x in stacks) // self.config.num_experts * self.config.top_k
 
@@ -197,12 +197,12 @@ class MoELayer(FeedForwardLayer):
     def _route_some(self, tokens: Tensor, places: Tensor, deltas: Deltas) -> tuple[Tensor, Routing]:
         """The tokens at `places`, and their routing."""
         some = tokens.index_select(0, places)
-        if per_row(deltas):  # which packed tokens would lose their rows
+        if per_row(deltas):  # packing would mix tokens of different rows
             return some, self.router(tokens, deltas).select(places)
         return some, self.router(some, deltas)
 
     def _stats(self, routing: Routing, places: Tensor | None, shape: torch.Size) -> RouterStats:
-        """Of each sequence f_i = num_experts / top_k * share of choices, P_i = mean of its scores.
+        """Per sequence f_i = num_experts / top_k * share of choices, P_i = mean score of expert i.
 
         Scores are normalised to sum to 1 over the experts.
         """
@@ -228,6 +228,6 @@ class MoELayer(FeedForwardLayer):
 
     @torch.no_grad()
     def update_router_bias(self, counts: Tensor) -> None:
-        """b_i += bias_rate * sign(mean load - load_i), with the counts of a whole step."""
+        """b_i += bias_rate * sign(mean load - load_i), from the counts of one training step."""
         bias = self.router.router_bias
         bias += self.config.bias_rate * torch.sign(counts.mean() - counts).to(bias.dtype)

@@ -1,4 +1,4 @@
-"""The norm of the whole project."""
+"""RMSNorm, the only norm of this project."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from openmythos.nn.facts import Fill, constant
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019).
 
-    Not `weighted`: without the weight, and without parameters.
+    `weighted=False`: no weight, hence no parameters.
     """
 
     decays = False

@@ -1,4 +1,4 @@
-"""Frequencies of rotary positions, and how they are stretched for longer contexts."""
+"""Rotary frequencies, and their scaling for longer contexts."""
 
 import math
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ def plain_frequencies(rotary_dim: int, base: float, device: torch.device) -> Ten
 
 @runtime_checkable
 class RopeFrequencies(Protocol):
-    """Interface of the scalings."""
+    """Interface of RoPE scalings."""
 
     @property
     def amplitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """The factor on cos and sin."""
 
     def frequencies(self, rotary_dim: int, base: float, device: torch.device) -> Tensor:
-        """The angle per position of each pair, [rotary_dim / 2] in fp32."""
+        """The angle per position of each channel pair, [rotary_dim / 2] in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoScaling:
-    """base^(-2i / d)."""
+    """No scaling: base^(-2i / d)."""
 
     kind: Literal["none"] = "none"
 
@@ -65,7 +65,7 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Low frequencies divided by `factor`, high ones kept, in between a mixture (Llama 3.1).
+    """Divide low frequencies by `factor`, keep high ones, interpolate in between (Llama 3.1).
 
     Low: fewer than `low_frequency` turns in `original_context` tokens; high: more than
     `high_frequency`.
@@ -99,8 +99,8 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """Frequencies below `slow` turns in `original_context` tokens divided by `factor`, those above
-    `fast` kept; attention sharpened by the amplitude 0.1 ln(factor) + 1 (arXiv 2309.00071).
+    """YaRN (arXiv 2309.00071): divide frequencies below `slow` turns in `original_context` tokens
+    by `factor`, keep those above `fast`, interpolate; scale cos and sin by 0.1 ln(factor) + 1.
     """
 
     kind: Literal["yarn"] = "yarn"
@@ -123,7 +123,7 @@ class YarnScaling:
         plain = plain_frequencies(rotary_dim, base, device)
 
         def pair(turns: float) -> float:
-            """The pair that turns so often in the original context."""
+            """Index of the channel pair that makes `turns` turns in the original context."""
             length = self.original_context / (2 * math.pi * turns)
             return rotary_dim * math.log(length) / (2 * math.log(base))
 

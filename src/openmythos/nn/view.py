@@ -1,4 +1,4 @@
-"""What a layer is given besides its input: positions, keys and values, and what a loop changes."""
+"""What a layer sees besides its input: positions and mask, keys and values, per-loop deltas."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,13 +22,12 @@ class KVView(Protocol):
     def update(self, project: Project) -> KeyValues:
         """Keys and values [batch, kv_seq, kv_width] to attend to.
 
-        `project` computes those of this call's own tokens. A view that has them already does not
-        call it.
+        `project` computes K/V of this call's own tokens; a view that has them does not call it.
         """
 
 
 class NoCache:
-    """This call's own tokens and no others."""
+    """No cache: only this call's own tokens."""
 
     def update(self, project: Project) -> KeyValues:
         return project()
@@ -50,13 +49,13 @@ class Cached:
         end = self.start + self.seq
         if self.writes:
             self.storage[:, self.start : end] = project()
-        # A view, no copy: the cache is for inference, where autograd does not look at it.
+        # A view, no copy: the cache is for inference, without autograd.
         return self.storage[:, :end]
 
 
 @dataclass(frozen=True)
 class Given:
-    """Keys and values that are known already."""
+    """Keys and values that were computed before."""
 
     kv: Tensor
 
@@ -66,11 +65,11 @@ class Given:
 
 @dataclass
 class Halting:
-    """Where positions may halt: a halted one keeps the keys and values of its last loop.
+    """Keys and values with halting: a halted position keeps those of its last loop.
 
-    `kv` [batch, seq, kv_width] are those of all positions, from the loop before and then from this
-    one. `active` marks the positions that this loop computes; None: all. With `columns` [batch,
-    width] the call computes only these columns of each row, and `active` is [batch, width].
+    `kv` [batch, seq, kv_width] has all positions: before `update` from the previous loop, then from
+    this one. `active` marks the positions that this loop computes; None: all. With `columns`
+    [batch, width] only these columns of each row are computed, and `active` is [batch, width].
     """
 
     inner: KVView
@@ -82,7 +81,7 @@ class Halting:
         return self.inner.update(lambda: self._merge(project()))
 
     def kept(self) -> KeyValues:
-        """Those of all positions after this loop."""
+        """Keys and values of all positions after this loop."""
         assert self.kv is not None
         return self.kv
 
@@ -99,9 +98,9 @@ class Halting:
 
 @dataclass(frozen=True)
 class LayerView:
-    """One layer's surroundings in one call.
+    """What one layer sees in one call, besides its input.
 
-    `active` [batch, seq] is False at positions whose feed-forward is not computed; None: all are.
+    `active` [batch, seq] is False where the feed-forward is skipped; None: computed everywhere.
     `expert_weights` are shared by the loops of a pass. With `collects` the layer returns router
     statistics, as in training.
     """
@@ -114,5 +113,5 @@ class LayerView:
     collects: bool = False
 
     def last(self, kv: Tensor) -> "LayerView":
-        """The view of the last position alone, which attends to `kv`."""
+        """The view of the last position only, attending to `kv`."""
         return replace(self, context=self.context.last(), kv=Given(kv))

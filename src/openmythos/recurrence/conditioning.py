@@ -12,28 +12,28 @@ from openmythos.types import LoopCounts
 
 @runtime_checkable
 class LoopVector(Protocol):
-    """Interface of what is added to u in every loop: a module, or None for nothing."""
+    """Interface of loop embeddings: a module whose output is added to u in every loop, or None."""
 
     def __call__(self, loop: int | LoopCounts) -> Tensor:
-        """[dim], or [batch, 1, dim] for [batch] loop numbers, counted from 0; any number works."""
+        """[dim], or [batch, 1, dim] for loop indices [batch]; from 0, without an upper limit."""
 
 
 @runtime_checkable
 class LoopDeltas(Protocol):
-    """Interface of what changes the layers' linear maps in every loop: a module, or None.
+    """Interface of per-loop deltas of the layers' linear maps: a module, or None.
 
-    It sets the `delta_key` of the maps that it changes (`nn.linear.Linear`).
+    It sets the `delta_key` of the maps that it adapts (`nn.linear.Linear`).
     """
 
     def __call__(self, loop: int | LoopCounts) -> Deltas:
-        """The low-rank changes by `delta_key`; for [batch] loop numbers with a batch dimension."""
+        """The low-rank deltas by `delta_key`; with a batch dimension for loop indices [batch]."""
 
     def multiply_adds(self) -> int:
-        """Per token and loop."""
+        """Multiply-adds per token and loop."""
 
 
 class Conditioning(nn.Module):
-    """Embedding and low-rank deltas of one loop; [batch] numbers give every row its own."""
+    """(embedding, low-rank deltas) of a loop; loop indices [batch] give each row its own."""
 
     decays = False
 

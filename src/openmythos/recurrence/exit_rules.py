@@ -20,7 +20,7 @@ Scope = Literal["token", "prefix"]
 
 
 class LoopView(NamedTuple):
-    """What an exit rule may look at after a loop; logits come from running coda and head."""
+    """What an exit rule sees after a loop; the logits are those of coda and head."""
 
     previous: Hidden
     state: Hidden
@@ -29,7 +29,7 @@ class LoopView(NamedTuple):
 
 
 class LoopStates(NamedTuple):
-    """State before and after a loop, and what the model would read out after it."""
+    """State before and after a loop, and the coda's input if the loops ended after it."""
 
     previous: Hidden
     state: Hidden
@@ -43,12 +43,12 @@ class Converging(Protocol):
     needs_logits: ClassVar[bool]  # whether `LoopView.logits` are computed for it
 
     def converged(self, view: LoopView) -> Mask:
-        """[batch, seq] whether a further loop would change little, after the loop of the view."""
+        """[batch, seq], True where a further loop would change little."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedExit:
-    """Never leaves early: num_loops decides."""
+    """Never exits early; `num_loops` sets the number of loops."""
 
     kind: Literal["fixed"] = "fixed"
     needs_logits: ClassVar[bool] = False
@@ -59,10 +59,10 @@ class FixedExit:
 
 @dataclass(frozen=True, kw_only=True)
 class _Converging(ABC):
-    """A position leaves when it has converged in `patience` loops in a row, after `min_loops`.
+    """A position exits once it has converged in `patience` loops in a row, after `min_loops`.
 
-    `scope` "prefix" lets a position leave only together with or after all positions before it:
-    an answer position may sit still while the chain that it waits for is being resolved upstream.
+    With `scope` "prefix" a position exits only with or after all earlier positions: its state may
+    pause while the positions that it depends on still change.
     """
 
     needs_logits: ClassVar[bool]
@@ -76,7 +76,7 @@ class _Converging(ABC):
 
     @abstractmethod
     def converged(self, view: LoopView) -> Mask:
-        """[batch, seq] whether a further loop would change little."""
+        """[batch, seq], True where a further loop would change little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +160,8 @@ class ExitTracker:
     """Applies an exit rule loop by loop to one forward pass.
 
     `readout` maps (state, loop) to logits and is called only for rules that need them. `valid`
-    [batch, seq] is False at padding, `not_before` [batch] is the loop in which the last of the
-    cached tokens stopped (prefix scope).
+    [batch, seq] is False at padding, `not_before` [batch] is the largest number of loops that a
+    cached token ran (prefix scope).
     """
 
     def __init__(
@@ -180,13 +180,13 @@ class ExitTracker:
         self.loops_run = 0
 
     def update(self, view: LoopStates, active: Mask, loop: int) -> Mask:
-        """Who goes on after this loop, of the positions still `active`."""
+        """Of the `active` positions, those that run another loop."""
         rule = self.rule
         self.loops_run = loop + 1
         if isinstance(rule, FixedExit):
             return active
         logits = self._readout(view.output, loop) if rule.needs_logits else None
-        # The first loop has nothing to compare its logits with.
+        # After the first loop there are no earlier logits to compare with.
         if not rule.needs_logits or self._logits is not None:
             converged = rule.converged(LoopView(view.previous, view.state, self._logits, logits))
             self._streak = torch.where(converged, self._streak + 1, 0)
@@ -195,7 +195,7 @@ class ExitTracker:
             return active
         leaves = (self._streak >= rule.patience) | ~active
         if rule.scope == "prefix":
-            # Who has stopped for another reason, or is padding, holds nobody back.
+            # Padding and positions that have already stopped do not block later positions.
             leaves = (leaves | ~self._valid).long().cummin(dim=1).values.bool()
             if self._not_before is not None:
                 leaves = leaves & (loop + 1 >= self._not_before[:, None])

@@ -23,8 +23,8 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 class HaltingLayer(nn.Module, ABC):
     """Interface of learned halting.
 
-    The loop carries `halt`, a tree of tensors [batch, seq, ...] that only the layer reads: it may
-    be cut along the batch, or gathered at some positions, between loops.
+    The loop carries `halt`, a tree of tensors [batch, seq, ...] that only this layer interprets.
+    Between loops it may be sliced along the batch or gathered at some positions.
     """
 
     decays = False
@@ -37,21 +37,21 @@ class HaltingLayer(nn.Module, ABC):
     def update(
         self, halt: Any, active: Mask, state: Hidden, loop: int | LoopCounts
     ) -> tuple[Any, Mask]:
-        """(halt, active) after a loop that has left `state` at the active positions."""
+        """(halt, active) after a loop that produced `state` at the active positions."""
 
     @abstractmethod
     def finish(
         self, halt: Any, state: Hidden, loops_used: LoopsPerToken
     ) -> tuple[Hidden, PerToken]:
-        """(what the coda reads, ponder cost [batch, seq]) if the loops end here."""
+        """(the coda's input, ponder cost [batch, seq]) if the loops end here."""
 
     @abstractmethod
     def cumulative(self, halt: Any) -> PerToken:
-        """The sum of the weights of the loops so far, at most 1."""
+        """The sum of the halting weights of the loops so far, at most 1."""
 
     @abstractmethod
     def loss(self, ponder_cost: Scalar) -> Scalar:
-        """What halting adds to the training loss."""
+        """The term of the training loss, from the mean ponder cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class ACT:
     """Adaptive computation time per position (Graves 2016; Universal Transformers 2019).
 
     A position halts when its halting probabilities sum to more than `threshold`. `bias_init` sets
-    the first halting probabilities (sigmoid(-2) = 0.12), `min_loops` forbids halting earlier, and
-    `ponder_weight` scales the ponder cost in the loss.
+    the initial halting probability (sigmoid(-2) = 0.12), `min_loops` is the earliest loop to halt
+    in, and `ponder_weight` scales the ponder cost in the loss.
     """
 
     kind: Literal["act"] = "act"
@@ -91,16 +91,16 @@ class ACT:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitGate:
-    """A distribution over the loops that changes no state.
+    """A learned exit distribution over the loops, which does not affect the states.
 
     (PonderNet, arXiv 2107.05407; Ouro, arXiv 2510.25741.)
 
     Every loop runs for every position. At inference a position's output is its state in the first
     loop at which the cumulative exit probability reaches `threshold` (1: the last loop). In
-    training, with `train.loss` "expected", every loop's loss counts by its exit probability, and
-    `prior_weight` times the divergence of the distribution from a prior is added: `prior` = 0 is
-    uniform (Ouro's entropy term, up to a constant), above 0 geometric with that chance to exit in
-    each loop.
+    training, with `train.loss` "expected", each loop's loss is weighted by its exit probability,
+    and `prior_weight` times the KL divergence of the distribution from a prior is added: `prior` =
+    0 is uniform (Ouro's entropy term, up to a constant), above 0 geometric with that exit
+    probability per loop.
     """
 
     kind: Literal["exit_gate"] = "exit_gate"
@@ -121,7 +121,7 @@ Halting = NoHalting | ACT | ExitGate
 
 
 class HaltState(NamedTuple):
-    """What ACT carries from loop to loop, per position."""
+    """State of ACT between loops, per position."""
 
     cumulative: PerToken  # sum of the weights so far
     output: Hidden  # sum of weight * state so far
@@ -187,7 +187,7 @@ class ACTHalting(_Unit):
     def finish(
         self, halt: HaltState, state: Hidden, loops_used: LoopsPerToken
     ) -> tuple[Hidden, PerToken]:
-        """The last loop gets the weight that is still missing."""
+        """The last loop gets the remainder, 1 - (sum of weights so far)."""
         missing = 1 - halt.cumulative
         output = halt.output + missing.unsqueeze(-1).to(state.dtype) * state
         return output, loops_used + halt.last_weight + missing
@@ -200,20 +200,20 @@ class ACTHalting(_Unit):
 
 
 class GateState(NamedTuple):
-    """What an exit gate carries from loop to loop, per position."""
+    """State of an exit gate between loops, per position."""
 
     remaining: PerToken  # probability not to have exited before the last loop that ran
     exited: PerToken  # sum of the exit probabilities up to that loop
     divergence: PerToken  # sum over the loops before it of p log(p / prior)
-    output: Hidden  # the state in the loop that reached the threshold, once one has
-    selected: Mask  # whether one has
+    output: Hidden  # state after the loop that reached the threshold, where `selected`
+    selected: Mask  # whether a loop has reached the threshold
     loops: LoopsPerToken
 
 
 class ExitGateHalting(_Unit):
     """Exit probability of loop t, with lambda_t = sigmoid(w h_t + b):
 
-    p_t = lambda_t prod_{s < t} (1 - lambda_s),  the last loop gets what is missing to 1
+    p_t = lambda_t prod_{s < t} (1 - lambda_s),  the last loop gets the remainder
     """
 
     def __init__(self, config: ExitGate, dim: int) -> None:
@@ -229,7 +229,7 @@ class ExitGateHalting(_Unit):
     def update(
         self, halt: GateState, active: Mask, state: Hidden, loop: int | LoopCounts
     ) -> tuple[GateState, Mask]:
-        # What the loop before kept back is now known to be no remainder.
+        # The previous loop was not the last: its p is final, without the remainder.
         before = halt.exited
         remaining = 1 - before
         divergence = torch.where(
@@ -249,7 +249,7 @@ class ExitGateHalting(_Unit):
         return p * (p.log() - self._log_prior(halt.loops))
 
     def _log_prior(self, loops: LoopsPerToken) -> Tensor:
-        """log of the prior of the loop with that number, from 1; 0 for the uniform one."""
+        """log prior of loop number `loops`, counted from 1; 0 for the uniform prior."""
         chance = self.config.prior
         if chance == 0:
             return loops.new_zeros((), dtype=torch.float32)

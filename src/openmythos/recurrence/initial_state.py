@@ -1,4 +1,4 @@
-"""h_0: zeros, the encoded input, or noise that at inference is a function of the position alone."""
+"""Initial state h_0: zeros, the encoded input, or noise (at inference a function of position)."""
 
 import math
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from openmythos.config import require_number
 from openmythos.types import Hidden
 
 _LOW_32 = 0xFFFFFFFF
-# Odd, so that neighbouring positions and features start far apart.
+# Odd multipliers of the hash, so that neighbouring positions and features start far apart.
 _POSITION, _FEATURE, _SEED = 0x2545F491, 0x1B873593, 0x4F6CDD1D
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers, in int64, that flips half of the bits for one that changes.
+    """A 32-bit bijection, in int64: one flipped input bit flips half of the output bits.
 
     A multiply-xorshift hash (Wellons, hash-prospector); both factors are below 2^31, so that no
     product overflows.
@@ -31,16 +31,16 @@ def position_noise(
 ) -> Tensor:
     """Standard normal numbers [*positions.shape, dim] in fp32, on the device of positions.
 
-    A number depends on its position, its feature and the seed alone: the same in any batch, prefill
-    or cache, at the cost of the tokens asked for. No generator and no table, hence no wait for the
-    device. None is further than `truncate` from 0, and none further than 5.3.
+    A number depends only on its position, feature and the seed: it is the same in any batch, with
+    prefill or cache. Only these tokens are computed, without a generator or table, hence without
+    device synchronisation. Absolute values are at most `truncate`, and at most 5.3.
     """
     feature = torch.arange(dim, device=positions.device)
     start = (seed * _SEED) & _LOW_32
     by_position = _mix((positions.long() * _POSITION + start) & _LOW_32)
     by_feature = _mix((feature * _FEATURE + 1) & _LOW_32)
     bits = _mix(_mix(by_position[..., None] ^ by_feature) ^ start) >> 9
-    # 23 bits, in the middle of their interval: never -1 or 1, which would be infinite.
+    # 23 bits, at interval midpoints: never -1 or 1, where erfinv is infinite.
     uniform = (2 * bits + 1).float() * 2.0**-23 - 1
     uniform *= math.erf(truncate / math.sqrt(2))
     return torch.erfinv(uniform).mul_(math.sqrt(2))
@@ -81,8 +81,8 @@ class EncodedState:
 class NormalState:
     """h_0 ~ N(0, scale * 2 / (5 dim)), as in Huginn (arXiv 2502.05171) and Parcae (2604.12946).
 
-    `truncate` > 0 leaves out what is more than so many standard deviations from 0 (Huginn: 3). At
-    inference the noise is a function of the position: the same logits in any batch or cache.
+    `truncate` > 0 truncates at that many standard deviations (Huginn: 3). At inference the noise is
+    a function of the position: the same logits in any batch or cache.
     """
 
     kind: Literal["normal"] = "normal"

@@ -1,8 +1,8 @@
 """How the encoded input re-enters the state at the start of every loop.
 
-An injection prepares once per forward pass what no loop changes (`prepare`) and then makes
-u = decay * h + input_term in every loop. `Add`, `Concat` and `NoInjection` are the baselines that
-the field compares the LTI injection with.
+`prepare` computes, once per forward pass, what is constant over loops; every loop then computes
+u = decay * h + input_term. `Add`, `Concat` and `NoInjection` are the usual baselines of the LTI
+injection.
 """
 
 import math
@@ -26,17 +26,17 @@ LARGEST_MAX_DECAY = 0.996
 
 
 class Drive(NamedTuple):
-    """What does not change between loops."""
+    """The part of the injection that is constant over loops."""
 
-    input_term: Hidden  # the input's share of u
-    decay: Tensor  # of the state, [dim] or a scalar
+    input_term: Hidden  # contribution of the input to u
+    decay: Tensor  # factor on the state, [dim] or a scalar
 
     def rows(self, start: int, stop: int) -> "Drive":
-        """That of a slice of the batch."""
+        """The drive of a slice of the batch."""
         return self._replace(input_term=self.input_term[start:stop])
 
     def pick(self, columns: Tensor) -> "Drive":
-        """That of the positions at `columns` [batch, width]."""
+        """The drive at the positions `columns` [batch, width]."""
         index = columns[..., None].expand(-1, -1, self.input_term.shape[-1])
         return self._replace(input_term=self.input_term.gather(1, index))
 
@@ -44,22 +44,22 @@ class Drive(NamedTuple):
 class InjectionLayer(nn.Module, ABC):
     """Interface: `prepare` once per pass, `forward` in every loop.
 
-    Its linear part is all that a loop changes of the state besides the layers' residual branches.
-    `maps_once` and `maps_per_loop` are the multiply-adds per token of each.
+    The state h enters a loop only through this map: the layers run on u, not on h.
+    `maps_once` and `maps_per_loop`: multiply-adds per token of `prepare` and `forward`.
     """
 
     decays = False
 
     @abstractmethod
     def prepare(self, encoded: Hidden) -> Drive:
-        """What no loop changes, from the normed prelude output [batch, seq, dim]."""
+        """What is constant over loops, from the normed prelude output [batch, seq, dim]."""
 
     @abstractmethod
     def forward(self, state: Hidden, drive: Drive) -> Hidden:
-        """u from the state [batch, seq, dim] that the loop before has left."""
+        """u from the state [batch, seq, dim] after the previous loop."""
 
     def max_decay(self) -> Tensor | None:
-        """The largest decay of any channel, where the state's map is diagonal."""
+        """The largest decay of any channel; None for an injection without decay."""
         return None
 
     def maps_once(self) -> int:
@@ -75,8 +75,8 @@ class LTI:
 
     `discretization`: "zoh" has the exact steady-state gain of the continuous system, "euler" is
     the paper's. `input_map`: one weight per channel or a full matrix. `init_decay` is every
-    channel's decay at the start, `max_decay` bounds it whatever the parameters become. 1 is for
-    weights from elsewhere: decay = exp(-exp(log_rate) * step_size) then, below 1 in any dtype.
+    channel's initial decay, `max_decay` its bound for any parameters. max_decay = 1 is for
+    imported weights: decay = exp(-exp(log_rate) * step_size), kept below 1 in any dtype.
     """
 
     kind: Literal["lti"] = "lti"
@@ -156,7 +156,7 @@ class LTIInjection(InjectionLayer):
         else:
             input_term = F.linear(encoded, self.input_map.to(encoded.dtype)) * gain
         decay = decay.to(encoded.dtype)
-        if self.config.max_decay == 1:  # what would round to 1 stays below it
+        if self.config.max_decay == 1:  # keep it below 1 after rounding
             decay = decay.clamp_max(1 - torch.finfo(decay.dtype).eps / 2)
         return Drive(input_term, decay)
 
@@ -218,13 +218,13 @@ class ConcatInjection(InjectionLayer):
         return Drive(self.input_map(encoded), encoded.new_ones(()))
 
     def forward(self, state: Hidden, drive: Drive) -> Hidden:
-        # Autocast maps in bf16, but what runs from loop to loop stays in its own dtype.
+        # Autocast computes the map in bf16, but the state keeps its own dtype.
         return (self.state_map(state) + drive.input_term).to(state.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoInjection:
-    """u = h: the input is seen through the initial state alone."""
+    """u = h: the input enters only through the initial state."""
 
     kind: Literal["none"] = "none"
     needs_encoded_state: ClassVar[bool] = True
@@ -247,7 +247,7 @@ Injection = LTI | Add | Concat | NoInjection
 
 
 class Entry(nn.Module):
-    """Norm and injection of the prelude's output, as one piece for torch.compile."""
+    """Prelude norm and `injection.prepare` as one module, to be compiled together."""
 
     def __init__(self, norm: nn.Module, injection: InjectionLayer) -> None:
         super().__init__()

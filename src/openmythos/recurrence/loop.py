@@ -5,8 +5,8 @@
     u      = injection(h, e) + embedding(loop)                 decay * h + B e for LTI
     h'     = norm(u + R(u))                   R: the layers' residual branches; norm: `loop_norm`
 
-The linear part is the injection's alone: R adds no second copy of the state. Which rows of a batch
-run which loop, and with which memory, `recurrence.schedule` decides.
+R is without the skip connection, so that u enters h' once. `recurrence.schedule` decides which rows
+of a batch run which loop, and what is kept for the backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ class RecurrentBlock(Scheduled):
     def forward(
         self, encoded: Hidden, context: AttentionContext, positions: Tensor, num_loops: int
     ) -> Hidden:
-        """The equation: what the coda reads after num_loops loops, [batch, seq, dim]."""
+        """The equation: the coda's input after num_loops loops, [batch, seq, dim]."""
         state, inputs = self.start(encoded, context, positions)
         for loop in range(num_loops):
             state, _ = self.step(state, inputs, loop)
@@ -73,7 +73,7 @@ class RecurrentBlock(Scheduled):
         training: bool = False,
         can_stop: bool = False,
     ) -> tuple[LoopState, LoopInputs]:
-        """h_0 (or `given`), and what the loops read of the prelude's output [batch, seq, dim].
+        """(first state: h_0 or `given`; loop inputs) from the prelude's output [batch, seq, dim].
 
         `can_stop`: an exit rule may stop positions. `training` draws fresh noise for a random
         initial state and asks for router statistics.
@@ -93,7 +93,7 @@ class RecurrentBlock(Scheduled):
         loop: int | LoopCounts,
         kv: Sequence[KVView] | None = None,
     ) -> tuple[LoopState, LayerStats]:
-        """One loop, counted from 0; [batch] numbers let every row be in a loop of its own.
+        """One loop, counted from 0; loop indices [batch] give each row its own.
 
         `kv` has a view per layer (default: no cache). Halted positions keep their state and KV.
         """
@@ -113,7 +113,7 @@ class RecurrentBlock(Scheduled):
         return state.moved(hidden, active, halt, views), router
 
     def readout(self, state: LoopState) -> tuple[Hidden, Tensor | None]:
-        """(what the coda reads if the loops end here, ponder cost [batch, seq])."""
+        """(the coda's input if the loops end here, ponder cost [batch, seq])."""
         if self.halting is None:
             return self.readout_norm(state.hidden), None
         output, ponder = self.halting.finish(state.halt, state.hidden, state.loops_used)

@@ -46,7 +46,7 @@ class LoopEmbeddingLayer(nn.Module):
         self.table = nn.Parameter(torch.empty(num_loops, dim))
 
     def forward(self, loop: int | LoopCounts) -> Tensor:
-        """[dim], or [batch, 1, dim] where every row is in a loop of its own."""
+        """[dim], or [batch, 1, dim] for loop indices [batch]."""
         last = len(self.table) - 1
         if isinstance(loop, Tensor):
             return self.table[loop.clamp_max(last)][:, None]

@@ -73,7 +73,7 @@ class LoopLoRALayer(nn.Module):
             for key, linear in chosen.items():
                 linear.delta_key = key
                 shape = (config.num_loops, config.rank)
-                # ParameterDict keys may not hold dots.
+                # ParameterDict keys may not contain dots.
                 name = key.replace(".", "/")
                 self.down[name] = nn.Parameter(torch.empty(*shape, linear.in_features))
                 self.up[name] = nn.Parameter(
@@ -84,11 +84,11 @@ class LoopLoRALayer(nn.Module):
         return dict.fromkeys((f"up.{name}" for name in self.up), constant(0.0))
 
     def multiply_adds(self) -> int:
-        """Per token and loop."""
+        """Multiply-adds per token and loop."""
         return sum(weight.numel() for weight in self.parameters()) // self.num_loops
 
     def forward(self, loop: int | LoopCounts) -> Deltas:
-        """The pairs of a loop; [batch] numbers give pairs with a batch dimension."""
+        """The deltas of a loop; with a batch dimension for loop indices [batch]."""
         last = self.num_loops - 1
         index = loop.clamp_max(last) if isinstance(loop, Tensor) else min(loop, last)
         return {

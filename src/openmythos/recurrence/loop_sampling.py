@@ -1,7 +1,7 @@
 """How many loops a training step runs: a distribution, per batch or per sequence, a curriculum.
 
-A draw is a function of (seed, step) alone and covers the global batch, so that every rank knows
-every other rank's loops and none has to ask.
+A draw depends only on (seed, step) and covers the global batch, so that every rank knows the loops
+of all ranks without communication.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from openmythos.config import require, require_int, require_number
 from openmythos.types import LoopCounts
 
 Granularity = Literal["batch", "sequence"]
-# More loops than anybody runs, and fewer than would end in a failed allocation or in no end.
+# Upper limit of configured loop counts: more would exhaust memory or never finish.
 MOST_LOOPS = 1_000_000
 
 
@@ -59,7 +59,7 @@ class UniformLoops:
         return (self.min_loops + self.max_loops) / 2
 
     def draw(self, size: int, mean: float, generator: torch.Generator) -> Tensor:
-        # A curriculum's smaller mean shrinks the range from above.
+        # A curriculum's smaller mean lowers the upper end of the range.
         top = max(self.min_loops, round(2 * mean - self.min_loops))
         return torch.randint(self.min_loops, top + 1, (size,), generator=generator).float()
 
@@ -119,7 +119,7 @@ def _check_clipped(mean_loops: float, min_loops: int, max_loops: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class NoCurriculum:
-    """The distribution of the last step from the first step on."""
+    """The target mean from the first step on."""
 
     kind: Literal["none"] = "none"
 

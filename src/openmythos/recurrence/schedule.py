@@ -1,7 +1,7 @@
-"""Which rows run which loop, and what a loop keeps: the block's loops for training and inference.
+"""Runs the loops: loops per row, truncated backpropagation, checkpointing, early stopping.
 
-It computes nothing of the model itself. Rows of a batch may run different numbers of loops: they
-are sorted by it and leave the batch when they are done, so a pass costs the sum of its loops, not
+The equation is in `recurrence.loop`. Rows of a batch may run different numbers of loops: they are
+sorted by loop count and leave the batch when done, so a pass costs the sum of the rows' loops, not
 the batch size times the largest.
 """
 
@@ -24,9 +24,9 @@ from openmythos.types import Hidden, LoopCounts
 
 @dataclass(frozen=True, kw_only=True)
 class LoopPlan:
-    """How a pass loops.
+    """Options of the loops of one pass.
 
-    num_loops: one number, or one per row. backprop_loops: of each row, the last loops that carry
+    num_loops: one number, or one per row. backprop_loops: how many last loops of each row carry
     gradient (0: all). collect: loop counts after which states are kept (1: after the first loop).
     initial_state: h_0 [batch, seq, dim] in place of the model's own.
     """
@@ -97,7 +97,7 @@ def run(
 def _finished(
     block: RecurrentBlock, state: LoopState, order: Tensor | None, trace: Trace | None
 ) -> RecurrentOutput:
-    """What the loops have left, with the rows in their first order again."""
+    """The output of the loops, with the rows in their original order."""
     (hidden, ponder), used = block.readout(state), state.loops_used
     if order is not None:
         back = order.argsort()
@@ -115,18 +115,18 @@ def _truncated(
     cache: KVCache | None,
     trace: Trace | None,
 ) -> LoopState:
-    """One loop of all rows at hand, those before `cut` without gradient."""
+    """One loop of the rows still in the batch; rows before `cut` run without gradient."""
     rows, parts = len(state.hidden), []
     halves = [(0, rows, True)] if cut is None else [(0, cut, False), (cut, rows, True)]
     for start, stop, with_gradient in halves:
-        # Ranks with rows here must find this one at the same collectives.
+        # With expert parallelism an empty part runs too: other ranks wait in its collectives.
         if start == stop and block.sync_num_loops is None:
             continue
         part = state if stop - start == rows else state.map(lambda x: x[start:stop])  # noqa: B023
         with torch.set_grad_enabled(torch.is_grad_enabled() and with_gradient):
             part, router = _step(block, part, inputs.rows(start, stop), loop, cache)
         if not with_gradient:
-            # Weights that autocast has cast without gradient must not serve the next part.
+            # The next part must not reuse weights that autocast has cast without gradient.
             torch.clear_autocast_cache()
         if trace is not None:
             trace.add_router(router)
@@ -154,7 +154,7 @@ def _step(
 def _packed(
     state: LoopState, inputs: LoopInputs, active: Tensor, cached: int
 ) -> tuple[LoopState, LoopInputs]:
-    """The active positions alone, moved to the front of their rows and padded to the longest.
+    """Pack the active positions at the front of their rows, padded to the longest row.
 
     Keys and values stay those of all positions: active ones attend to halted ones.
     """
@@ -165,7 +165,7 @@ def _packed(
 
 
 def _unpacked(whole: LoopState, packed: LoopState, inputs: LoopInputs) -> LoopState:
-    """All positions again: the packed ones as they are now, the halted ones as they were."""
+    """Scatter the packed positions back; halted positions keep their state."""
     columns = inputs.columns
     assert columns is not None
     merged = whole._replace(kv=()).map(
@@ -180,12 +180,12 @@ def _like(columns: Tensor, x: Tensor) -> Tensor:
 
 
 def _joined(parts: list[LoopState]) -> LoopState:
-    """The rows of several parts of a batch, one after the other."""
+    """Concatenate the rows of several parts of a batch."""
     return parts[0].map(lambda *x: torch.cat(x), *parts[1:])
 
 
 def _sorted_rows(num_loops: int | LoopCounts, batch: int) -> tuple[list[int], Tensor | None]:
-    """(loops of each row, most first; the order of the rows, None where all run equally many)."""
+    """(loops of each row, descending; the order of the rows, None if all run equally many)."""
     if not isinstance(num_loops, Tensor):
         return [num_loops] * batch, None
     ordered = num_loops.sort(descending=True, stable=True)

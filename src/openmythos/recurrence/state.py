@@ -1,4 +1,4 @@
-"""What goes from loop to loop, what no loop changes, and what a loop's layers see of both."""
+"""The state between loops, the inputs that are constant over loops, and the layers' views."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 
 class LoopState(NamedTuple):
-    """What goes from loop to loop; every tensor has the batch as its first dimension."""
+    """The state between loops; every tensor has the batch as its first dimension."""
 
     hidden: Hidden
     loops_used: LoopsPerToken
-    active: Mask | None  # positions that still loop; None where none can stop
-    halt: Any  # the halting's own tree of tensors [batch, seq, ...]
-    kv: tuple[KeyValues, ...]  # of every layer, kept only where positions can stop
+    active: Mask | None  # positions that still loop; None if none can stop
+    halt: Any  # state of the halting layer, a tree of tensors [batch, seq, ...]
+    kv: tuple[KeyValues, ...]  # of every layer, kept only if positions can stop
 
     @classmethod
     def first(cls, hidden: Hidden, halt: Any, *, can_stop: bool) -> "LoopState":
-        """Before the first loop."""
+        """The state before the first loop."""
         shape = hidden.shape[:2]
         active = hidden.new_ones(shape, dtype=torch.bool) if can_stop else None
         return cls(hidden, hidden.new_zeros(shape, dtype=torch.long), active, halt, ())
@@ -38,17 +38,17 @@ class LoopState(NamedTuple):
     def moved(
         self, hidden: Hidden, active: Mask, halt: Any, views: Sequence[LayerView]
     ) -> "LoopState":
-        """After a loop of the active positions, which the layers have seen through `views`."""
+        """The state after a loop of the active positions, in which the layers had `views`."""
         assert self.active is not None
         kept = tuple(view.kv.kept() for view in views if isinstance(view.kv, Halting))
         return LoopState(hidden, self.loops_used + self.active, active, halt, kept)
 
     def running(self) -> Mask | None:
-        """`active`, or None while every position is."""
+        """`active`, or None if all positions are active."""
         return None if self.active is None or bool(self.active.all()) else self.active
 
     def map(self, function: Callable[..., Tensor], *others: "LoopState") -> "LoopState":
-        """The state with every tensor replaced; `function` gets those of the others too."""
+        """Apply `function` to every tensor, together with the same tensor of each other state."""
 
         def at_tensors(*x: Any) -> Any:
             return function(*x) if isinstance(x[0], Tensor) else x[0]
@@ -58,23 +58,23 @@ class LoopState(NamedTuple):
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """What no loop changes."""
+    """The inputs that are constant over loops."""
 
     drive: Drive
     context: AttentionContext
     expert_weights: Sequence[ExpertWeights | None]  # of every layer
     collects: bool  # router statistics: in training
-    columns: Tensor | None = None  # [batch, width] the positions at hand; None: all
+    columns: Tensor | None = None  # [batch, width] the packed positions; None: all
 
     def rows(self, start: int, stop: int) -> "LoopInputs":
-        """Those of a slice of the batch."""
+        """The inputs of a slice of the batch."""
         if (start, stop) == (0, len(self.drive.input_term)):
             return self
         drive, context = self.drive.rows(start, stop), self.context.rows(start, stop)
         return replace(self, drive=drive, context=context)
 
     def pick(self, columns: Tensor, total: int) -> "LoopInputs":
-        """Those of the positions at `columns` [batch, width], which see up to `total` keys."""
+        """The inputs at the positions `columns` [batch, width], which see up to `total` keys."""
         context = self.context.pick(columns, total)
         return replace(self, drive=self.drive.pick(columns), context=context, columns=columns)
 
@@ -97,11 +97,11 @@ class LoopInputs:
 
 
 class Scheduled(nn.Module):
-    """What `recurrence.schedule` reads of the block besides its definition.
+    """Options of the block that `recurrence.schedule` reads.
 
-    `checkpoint_loops` recomputes every loop in the backward pass, `record_norms` asks for the norm
-    of every loop's state, and `sync_num_loops(n)` is the maximum of n over the ranks of an
-    expert-parallel group.
+    `checkpoint_loops`: activation checkpointing of every loop. `record_norms`: record the norm of
+    every loop's state. `sync_num_loops(n)`: the maximum of n over the ranks of an expert-parallel
+    group.
     """
 
     checkpoint_loops = False
@@ -109,5 +109,5 @@ class Scheduled(nn.Module):
     sync_num_loops: Callable[[int], int] | None = None
 
     def scheduled(self, run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """run(...) as one forward pass of this module: FSDP gathers the weights once for it."""
+        """Call run(...) as one forward pass of this module: FSDP gathers the weights once."""
         return run(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What is recorded of the loops on their way."""
+"""What is recorded during the loops, and their output."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +17,13 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class RecurrentOutput:
-    """What the coda reads, and what happened in the loops.
+    """The coda's input, and what was recorded of the loops.
 
-    `states`, `outputs` (what the coda would read if the loops ended there) and `halt_weights` are
-    by loop count, for those in `LoopPlan.collect`. Where rows ran different numbers of loops, an
-    entry has only the rows that ran that loop, in the order `order`. `norms` is there where
+    `states`, `outputs` (the coda's input if the loops ended there) and `halt_weights` are keyed by
+    loop count, for the counts in `LoopPlan.collect`. If rows ran different numbers of loops, an
+    entry has only the rows that ran that loop, in the order `order`. `norms` [num_loops, 3], if
     `RecurrentBlock.record_norms` is set: sums over positions of 1, |h'|^2 / dim and
-    |h' - h| / |h'|, [num_loops, 3].
+    |h' - h| / |h'|.
     """
 
     state: Hidden
@@ -38,7 +38,7 @@ class RecurrentOutput:
 
 
 class Trace:
-    """Router statistics summed over loops; states and their norms where they are asked for."""
+    """Router statistics summed over loops; states and their norms if requested."""
 
     def __init__(self, block: RecurrentBlock, collect: Collection[int]) -> None:
         self.router: LayerStats = [None] * len(block.layers)
@@ -55,7 +55,7 @@ class Trace:
         ]
 
     def record(self, loops_run: int, before: LoopState, state: LoopState) -> None:
-        """Keep what is wanted of the loop that led from one state to the next."""
+        """Record what is requested of the loop from state `before` to `state`."""
         if loops_run in self._collect:
             self.states[loops_run] = state.hidden
             self.outputs[loops_run] = self._block.readout(state)[0]
@@ -65,14 +65,14 @@ class Trace:
             self._record_norms(before.hidden, state.hidden)
 
     def record_rest(self, loops_run: int, state: LoopState) -> None:
-        """Loops that no position went on to would have changed nothing."""
+        """After all positions stopped, the remaining loops repeat the last state."""
         rest = [] if isinstance(self._collect, range) else sorted(self._collect)
         for loops in (loops for loops in rest if loops > loops_run):
             self.states[loops] = state.hidden
             self.outputs[loops] = self._block.readout(state)[0]
 
     def _halt_weights(self) -> Mapping[int, Tensor]:
-        """Weight of every loop's state, [rows, seq] each; a row's last loop has its remainder."""
+        """Weight of every loop's state, [rows, seq] each; a row's last loop gets the remainder."""
         weights = {}
         for loop, total in enumerate(self._cumulative):
             before = self._cumulative[loop - 1][: len(total)] if loop else torch.zeros_like(total)
