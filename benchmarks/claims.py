@@ -285,7 +285,7 @@ PROVEN = (
         "`pytest tests/recurrence/test_injection.py`",
     ),
     row(
-        "same logits as transformers' DeepSeek-V3, Llama, Mistral and Qwen3 layers with the same "
+        "same logits as transformers' DeepSeek-V3, Llama, Mistral, OLMo 2 and Qwen3 layers with the same "
         "weights",
         "to 1e-4, with gradients, cache and left padding",
         "`pytest tests/nn/test_parity.py`",
