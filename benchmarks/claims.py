@@ -285,8 +285,8 @@ PROVEN = (
         "`pytest tests/recurrence/test_injection.py`",
     ),
     row(
-        "same logits as transformers' DeepSeek-V3, Llama, Mistral, OLMo 2 and Qwen3 layers with the "
-        "same weights",
+        "same logits as transformers' DeepSeek-V3, Llama, Mistral, OLMo 2 and Qwen3 layers with "
+        "the same weights",
         "to 1e-4, with gradients, cache and left padding",
         "`pytest tests/nn/test_parity.py`",
     ),
