@@ -52,8 +52,8 @@ EVERYWHERE = replace(
 )
 # (ranks, model, training) by name; `experts` is 2 in all.
 CASES: dict[str, tuple[int, Any, TrainConfig]] = {
-    "uneven loops": (2, MODEL, replace(TRAIN, num_steps=6, loops=UNEVEN)),
-    "halting": (2, HALTING, replace(TRAIN, num_steps=6)),
+    "uneven loops": (2, MODEL, replace(SHORT, loops=UNEVEN)),
+    "halting": (2, HALTING, SHORT),
     "recomputed": (2, HALTING, replace(SHORT, checkpoint_loops=True, loops=UNEVEN)),
     "truncated": (2, MODEL, replace(SHORT, backprop_loops=2, checkpoint_loops=True, loops=UNEVEN)),
     "everywhere": (2, EVERYWHERE, SHORT),

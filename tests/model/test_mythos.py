@@ -616,7 +616,6 @@ def test_nothing_is_made_on_the_default_device_but_the_draw(model: OpenMythos) -
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda device")
 @pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
 def test_a_gpu_decodes_and_trains_as_a_cpu(config: MythosConfig) -> None:
     model, tokens = tiny_model(config), random_tokens(2)
