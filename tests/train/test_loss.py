@@ -15,6 +15,7 @@ from openmythos.model.outputs import MythosLosses
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT, ACTHalting, ExitGate
+from openmythos.train.config import RunConfig, TrainConfig
 from openmythos.train.loss import DeepSupervision, ExpectedLoss, FinalLoss, training_loss
 
 BATCH = 4
@@ -184,3 +185,5 @@ def test_the_expected_loss_weighs_every_loop_by_its_exit_probability(
 def test_the_expected_loss_wants_halting() -> None:
     with pytest.raises(ConfigError, match=r"loss.kind = 'expected': must be \"final\""):
         ExpectedLoss().check(tiny_config())
+    with pytest.raises(ConfigError, match=r"train.loss.kind = 'expected': must be"):
+        RunConfig(model=tiny_config(context=256), train=TrainConfig(loss=ExpectedLoss()))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from openmythos.config import require, require_int, require_number
+from openmythos.config import ConfigError, require, require_int, require_number
 from openmythos.data.tokenizer import Bytes, TokenizerChoice
 from openmythos.distributed.parallelize import Parallel
 from openmythos.model.config import MythosConfig
@@ -202,6 +202,10 @@ class RunConfig:
             self.train.seq_len,
             f"must be at most model.context = {self.model.context}",
         )
+        try:
+            self.train.loss.check(self.model)
+        except ConfigError as error:
+            raise ConfigError(f"train.{error}") from error
         loops, curriculum = self.train.loops, self.train.curriculum
         if isinstance(loops, TiedLoops):
             allowed = "follows the hops of a task; of text choose another"
