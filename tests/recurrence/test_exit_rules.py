@@ -24,6 +24,7 @@ from openmythos.inference.generation import Request, stream
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.exit_rules import (
     ArgmaxExit,
+    EarlyExit,
     ExitRule,
     ExitTracker,
     FixedExit,
@@ -238,3 +239,7 @@ def test_impossible_settings_are_refused(
         return
     with pytest.raises(ConfigError, match=message):
         replace(rule, **fields)
+
+
+def test_rules_are_what_the_interface_says() -> None:
+    assert all(isinstance(rule, EarlyExit) == (rule.kind != "fixed") for rule in members(ExitRule))

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,10 +36,7 @@ class NoScaling:
     """No scaling: base^(-2i / d)."""
 
     kind: Literal["none"] = "none"
-
-    @property
-    def amplitude(self) -> float:
-        return 1.0
+    amplitude: ClassVar[float] = 1.0
 
     def frequencies(self, rotary_dim: int, base: float, device: torch.device) -> Tensor:
         return plain_frequencies(rotary_dim, base, device)
@@ -50,14 +47,11 @@ class LinearScaling:
     """All frequencies divided by `factor` (position interpolation, arXiv 2306.15595)."""
 
     kind: Literal["linear"] = "linear"
+    amplitude: ClassVar[float] = 1.0
     factor: float = 4.0
 
     def __post_init__(self) -> None:
         require_number("factor", self.factor, at_least=1, at_most=1e6)
-
-    @property
-    def amplitude(self) -> float:
-        return 1.0
 
     def frequencies(self, rotary_dim: int, base: float, device: torch.device) -> Tensor:
         return plain_frequencies(rotary_dim, base, device) / self.factor
@@ -72,6 +66,7 @@ class Llama3Scaling:
     """
 
     kind: Literal["llama3"] = "llama3"
+    amplitude: ClassVar[float] = 1.0
     factor: float = 8.0
     low_frequency: float = 1.0
     high_frequency: float = 4.0
@@ -84,10 +79,6 @@ class Llama3Scaling:
         allowed = f"must be above low_frequency = {self.low_frequency}"
         fits = self.high_frequency > self.low_frequency
         require(fits, "high_frequency", self.high_frequency, allowed)
-
-    @property
-    def amplitude(self) -> float:
-        return 1.0
 
     def frequencies(self, rotary_dim: int, base: float, device: torch.device) -> Tensor:
         plain = plain_frequencies(rotary_dim, base, device)

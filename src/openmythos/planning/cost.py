@@ -20,6 +20,7 @@ from openmythos.nn.block import FeedForward
 from openmythos.nn.cache import CachePolicy, ExactCache, LastLoopCache
 from openmythos.nn.facts import multiply_adds
 from openmythos.nn.moe import MoELayer
+from openmythos.recurrence.conditioning import LoopDeltas
 
 Optimizer = Literal["adamw", "muon"]
 FP32 = 4
@@ -268,7 +269,7 @@ def on_meta(config: MythosConfig) -> OpenMythos:
         return OpenMythos(config)
 
 
-def _numel(module: nn.Module) -> int:
+def _numel(module: nn.Module | LoopDeltas) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -1,5 +1,6 @@
 """What differs between loops: an embedding added to the state, low-rank deltas of linear maps."""
 
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class LoopDeltas(Protocol):
     def multiply_adds(self) -> int:
         """Multiply-adds per token and loop."""
 
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
 
 class Conditioning(nn.Module):
     """(embedding, low-rank deltas) of a loop; loop indices [batch] give each row its own."""
@@ -41,8 +44,8 @@ class Conditioning(nn.Module):
         self, dim: int, layers: nn.ModuleList, embedding: LoopEmbeddings, lora: LoopLoRAs
     ) -> None:
         super().__init__()
-        self.embedding = embedding.build(dim)
-        self.lora = lora.build(layers)
+        self.embedding: LoopVector | None = embedding.build(dim)
+        self.lora: LoopDeltas | None = lora.build(layers)
 
     def forward(self, loop: int | LoopCounts) -> tuple[Tensor | None, Deltas]:
         embedding = None if self.embedding is None else self.embedding(loop)

@@ -37,10 +37,23 @@ class LoopStates(NamedTuple):
 
 
 @runtime_checkable
-class Converging(Protocol):
-    """Interface of exit rules: the config of a rule is the rule."""
+class EarlyExit(Protocol):
+    """Interface of exit rules but `FixedExit`: the config of a rule is the rule.
 
-    needs_logits: ClassVar[bool]  # whether `LoopView.logits` are computed for it
+    A position exits once `converged` was True in `patience` loops in a row, after `min_loops`; for
+    `scope` see `_Converging`, which has these fields for a rule to inherit.
+    """
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether `LoopView.logits` are computed for the rule."""
+
+    @property
+    def min_loops(self) -> int: ...
+    @property
+    def patience(self) -> int: ...
+    @property
+    def scope(self) -> Scope: ...
 
     def converged(self, view: LoopView) -> Mask:
         """[batch, seq], True where a further loop would change little."""
@@ -166,7 +179,7 @@ class ExitTracker:
 
     def __init__(
         self,
-        rule: ExitRule,
+        rule: EarlyExit,
         readout: Callable[[Hidden, int], Logits],
         valid: Mask,
         not_before: Tensor | None,
@@ -183,8 +196,6 @@ class ExitTracker:
         """Of the `active` positions, those that run another loop."""
         rule = self.rule
         self.loops_run = loop + 1
-        if isinstance(rule, FixedExit):
-            return active
         logits = self._readout(view.output, loop) if rule.needs_logits else None
         # After the first loop there are no earlier logits to compare with.
         if not rule.needs_logits or self._logits is not None:
