@@ -28,7 +28,6 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         for child in own:
             child.join(0.4)
             child.kill()
-            child.join(1)  # a killed process takes a moment to end
         pool.shutdown()  # frees the shared semaphores
         raise
     pool.shutdown()
