@@ -29,10 +29,11 @@ from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy
 from openmythos.nn.feed_forward import GELU, GeGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
+from openmythos.nn.value_embedding import GatedValueEmbeddings
 from openmythos.nn.view import LayerView
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.halting import ExitGate, Halting
-from openmythos.recurrence.initial_state import StateInit, ZeroState
+from openmythos.recurrence.initial_state import SineHashState, StateInit, ZeroState
 from openmythos.recurrence.injection import LTI, Concat, Injection
 from openmythos.recurrence.loop_embedding import LoopEmbeddings
 from openmythos.recurrence.loop_lora import LoopLoRAs
@@ -75,7 +76,8 @@ EDGES: dict[str, Any] = {
 
 
 # Members and fields left out of the pairwise covering; they occur in `OPTIONS`.
-UNPAIRED = {"exit_gate", "geglu", "gelu", "qk_norm_kind", "qk_bias", "bias"}
+UNPAIRED = {"exit_gate", "geglu", "gelu", "sine_hash"}
+UNPAIRED |= {"qk_norm_kind", "qk_bias", "bias", "orthogonal", "readout"}
 
 
 def tiny(cls: type, **changes: Any) -> Any:
@@ -223,7 +225,7 @@ AXES: dict[str, list[Any]] = {
     "feed_forward": _paired(members(FeedForward)),
     "loop_embedding": variations(LoopEmbeddings),
     "loop_lora": variations(LoopLoRAs),
-    "state_init": members(StateInit),
+    "state_init": _paired(members(StateInit)),
     "prelude_layers": [0, 1],
     "recurrent_layers": [1, 2],
     "coda_layers": [1, 0],
@@ -256,6 +258,17 @@ OPTIONS: list[dict[str, Any]] = [
         "recurrent_feed_forward": tiny(GELU),
     },
     {"block_norms": ("sum",), "logit_softcap": 4.0, "readout_norm": True},
+    {
+        "attention": tiny(GroupedQueryAttention, qk_norm=True, qk_norm_kind="plain"),
+        "value_embeddings": GatedValueEmbeddings(gate_channels=4),
+        "readout_map": True,
+        "injection": LTI(discretization="euler", input_map="dense", orthogonal=True),
+        "prelude_layers": 2,
+        "recurrent_layers": 2,
+        "coda_layers": 2,
+    },
+    {"halting": ExitGate(threshold=0.6, readout="freeze"), "state_init": SineHashState()},
+    {"halting": ExitGate(readout="expected")},
 ]
 
 

@@ -23,6 +23,7 @@ VARIANTS = {
     "as it is": [],
     "grouped query": GQA,
     "qk norm": [*GQA, "attention.qk_norm=true"],
+    "parcae": [*GQA, "value_embeddings=gated", "readout_map=true", "coda_layers=2"],
     "direct queries": ["attention.q_latent_dim=0", 'loop_lora.targets=["attention.query"]'],
     "lora on all maps": ['loop_lora.targets=["*"]'],
     "swiglu": ["recurrent_feed_forward=swiglu"],

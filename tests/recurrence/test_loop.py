@@ -1,6 +1,7 @@
 """The loop itself: truncated backprop, depths per sequence, checkpoints, statistics, states."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ CONDITIONED: dict[str, Any] = {
 def causal(config: MythosConfig) -> tuple[AttentionContext, Tensor]:
     layout, a = TokenLayout(SEQ, 0, torch.device("cpu")), config.attention
     context = attention_context(layout, a.rotary_dim(config.dim), a.rope_base, a.window)
-    return context, layout.positions()
+    return replace(context, tokens=torch.arange(SEQ)[None]), layout.positions()
 
 
 def naive_loops(

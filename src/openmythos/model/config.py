@@ -6,8 +6,10 @@ from typing import Literal, get_args
 from openmythos.config import MAX_WIDTH, require, require_int, require_number
 from openmythos.nn.block import Attention, FeedForward, NormPlace
 from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
+from openmythos.nn.value_embedding import NoValueEmbeddings, ValueEmbeddings
 from openmythos.recurrence.halting import Halting, NoHalting
 from openmythos.recurrence.initial_state import EncodedState, StateInit, ZeroState
 from openmythos.recurrence.injection import LTI, Injection
@@ -32,8 +34,9 @@ class MythosConfig:
 
     Norms, besides that of each block (`block_norms`, see `nn.block.Block`): `prelude_norm` on what
     enters the loops, `loop_norm` on the state after every loop ("plain": without weight),
-    `readout_norm` once after the last loop, `final_norm` before the head. Embeddings are multiplied
-    by `embed_scale`; logits by `logit_scale`, then softcapped: cap * tanh(logits / cap), 0: off.
+    `readout_norm` once after the last loop, `final_norm` before the head. `readout_map`: a linear
+    map of the state after the last loop, before the coda. Embeddings are multiplied by
+    `embed_scale`; logits by `logit_scale`, then softcapped: cap * tanh(logits / cap), 0: off.
     """
 
     vocab_size: int = 257
@@ -44,6 +47,7 @@ class MythosConfig:
     coda_layers: int = 1
     num_loops: int = 4
     attention: Attention = field(default_factory=LatentAttention)
+    value_embeddings: ValueEmbeddings = field(default_factory=NoValueEmbeddings)
     feed_forward: FeedForward = field(default_factory=SwiGLU)
     recurrent_feed_forward: FeedForward = field(default_factory=MoE)
     injection: Injection = field(default_factory=LTI)
@@ -55,6 +59,7 @@ class MythosConfig:
     block_norms: tuple[NormPlace, ...] = ("input",)
     loop_norm: NormKind = "none"
     readout_norm: bool = False
+    readout_map: bool = False
     final_norm: bool = True
     embed_scale: float = 1.0
     logit_scale: float = 1.0
@@ -83,6 +88,13 @@ class MythosConfig:
             fits, "block_norms", self.block_norms, f"must hold one or more of {known}, each once"
         )
         self.attention.check(self.dim)
+        require(
+            isinstance(self.value_embeddings, NoValueEmbeddings)
+            or isinstance(self.attention, GroupedQueryAttention),
+            "value_embeddings",
+            self.value_embeddings.kind,
+            "needs grouped-query attention",
+        )
         require(
             not self.injection.needs_encoded_state or isinstance(self.state_init, EncodedState),
             "state_init",

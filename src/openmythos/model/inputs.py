@@ -14,6 +14,7 @@ from openmythos.kernels.cross_entropy import IGNORE
 from openmythos.model.config import MythosConfig
 from openmythos.nn.cache import KVCache
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
+from openmythos.nn.value_embedding import NoValueEmbeddings
 from openmythos.nn.view import KVView, LayerView
 from openmythos.recurrence.exit_rules import ExitTracker
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
@@ -104,7 +105,7 @@ class ModelInputs:
         return cls(
             tokens=tokens,
             layout=layout,
-            context=_context(config, layout),
+            context=_context(config, layout, tokens),
             num_loops=loops,
             backprop_loops=backprop_loops,
             collect=_check_collected(collect_loops, loops),
@@ -133,7 +134,7 @@ class ModelInputs:
         return cls(
             tokens=tokens,
             layout=layout,
-            context=_context(config, layout),
+            context=_context(config, layout, tokens),
             num_loops=num_loops,
             backprop_loops=0,
             collect=(),
@@ -165,15 +166,18 @@ class ModelInputs:
         return replace(self, context=self.context.rows(0, count))
 
 
-def _context(config: MythosConfig, layout: TokenLayout) -> AttentionContext:
+def _context(config: MythosConfig, layout: TokenLayout, tokens: Tensor) -> AttentionContext:
     attention = config.attention
-    return attention_context(
+    context = attention_context(
         layout,
         attention.rotary_dim(config.dim),
         attention.rope_base,
         attention.window,
         attention.rope_scaling,
     )
+    if isinstance(config.value_embeddings, NoValueEmbeddings):
+        return context
+    return replace(context, tokens=tokens)
 
 
 def _check_loops(

@@ -22,7 +22,7 @@ from openmythos.nn.view import KVView, NoCache
 from openmythos.recurrence import schedule
 from openmythos.recurrence.conditioning import Conditioning
 from openmythos.recurrence.exit_rules import ExitRule
-from openmythos.recurrence.loop import RecurrentBlock
+from openmythos.recurrence.loop import ReadoutMap, RecurrentBlock
 from openmythos.recurrence.trace import RecurrentOutput
 from openmythos.types import Hidden, TokenIds
 
@@ -43,16 +43,21 @@ class OpenMythos(Decodable, Pretrained):
         super().__init__()
         self.config = c = config
 
-        def block(feed_forward: FeedForward) -> Block:
-            return Block(c.dim, c.attention, feed_forward, c.norm_eps, c.block_norms)
+        def blocks(number: int, feed_forward: FeedForward) -> list[Block]:
+            tables = [
+                c.value_embeddings.build(c.vocab_size, c.dim, c.attention) if index % 2 else None
+                for index in range(number)
+            ]
+            parts = (c.dim, c.attention, feed_forward, c.norm_eps, c.block_norms)
+            return [Block(*parts, table) for table in tables]
 
         def norm(wanted: bool, *, weighted: bool = True) -> nn.Module:
             return RMSNorm(c.dim, c.norm_eps, weighted=weighted) if wanted else nn.Identity()
 
         self.embed = nn.Embedding(c.vocab_size, c.dim)
-        self.prelude = nn.ModuleList(block(c.feed_forward) for _ in range(c.prelude_layers))
+        self.prelude = nn.ModuleList(blocks(c.prelude_layers, c.feed_forward))
         self.recurrent = RecurrentBlock(
-            [block(c.recurrent_feed_forward) for _ in range(c.recurrent_layers)],
+            blocks(c.recurrent_layers, c.recurrent_feed_forward),
             norm=norm(c.prelude_norm),
             initial_state=c.state_init,
             injection=c.injection.build(c.dim),
@@ -60,8 +65,9 @@ class OpenMythos(Decodable, Pretrained):
             halting=c.halting.build(c.dim),
             loop_norm=norm(c.loop_norm != "none", weighted=c.loop_norm == "weighted"),
             readout_norm=norm(c.readout_norm),
+            readout_map=ReadoutMap(c.dim) if c.readout_map else nn.Identity(),
         )
-        self.coda = nn.ModuleList(block(c.feed_forward) for _ in range(c.coda_layers))
+        self.coda = nn.ModuleList(blocks(c.coda_layers, c.feed_forward))
         self.norm = norm(c.final_norm)
         # A tied head is the embedding itself, not a second name for it in checkpoints.
         self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)

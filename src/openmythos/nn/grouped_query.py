@@ -27,7 +27,8 @@ class GroupedQueryAttention:
 
     `qk_norm` normalises queries and keys before the rotation: per head ("head", as in Qwen3), per
     head without weights ("plain", Parcae), or all heads as one vector ("width", OLMo 2).
-    `qk_bias` adds a vector to every query and key head (Huginn).
+    `qk_norm_eps` = 0 is the model's `norm_eps`. `qk_bias` adds a vector to every query and key head
+    (Huginn).
     """
 
     kind: Literal["grouped_query"] = "grouped_query"
@@ -41,6 +42,7 @@ class GroupedQueryAttention:
     window: int = 0
     qk_norm: bool = False
     qk_norm_kind: Literal["head", "plain", "width"] = "head"
+    qk_norm_eps: float = 0.0
     qk_bias: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +52,7 @@ class GroupedQueryAttention:
             require_int(name, getattr(self, name), minimum=0, maximum=MAX_WIDTH)
         require_int("window", self.window, minimum=0)
         require_number("rope_base", self.rope_base, above=0, at_most=1e12)
+        require_number("qk_norm_eps", self.qk_norm_eps, at_least=0, at_most=1)
         require(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
@@ -111,7 +114,7 @@ class GroupedQueryAttentionLayer(AttentionLayer):
         self.query_norm, self.key_norm = (
             RMSNorm(
                 width if config.qk_norm_kind == "width" else self.head_dim,
-                norm_eps,
+                config.qk_norm_eps or norm_eps,
                 weighted=config.qk_norm_kind != "plain",
             )
             if config.qk_norm

@@ -21,6 +21,7 @@ class AttentionContext:
     is_causal: bool  # the mask is the plain causal one and need not be built
     window: int = 0  # size of the mask's sliding window, in keys; 0: unlimited
     packed: bool = False  # the queries are not at the last positions of the keys
+    tokens: Tensor | None = None  # [batch or 1, seq] ids, for value embeddings
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """softmax(scale q k^T) v on [batch, heads, seq, head_dim]; keys may have fewer heads."""
@@ -65,14 +66,18 @@ class AttentionContext:
             mask = torch.arange(total, device=columns.device) <= columns[:, None, :, None]
         else:
             mask = columns.new_ones(batch, 1, picked, total, dtype=torch.bool)
-        return AttentionContext(cos, sin, mask, False, self.window, packed=True)
+        tokens = self.tokens
+        if tokens is not None:
+            tokens = tokens.expand(batch, -1).gather(1, columns)
+        return AttentionContext(cos, sin, mask, False, self.window, packed=True, tokens=tokens)
 
     def _take(self, rows: Tensor | slice) -> "AttentionContext":
         # Tensors with batch size 1 are shared by all rows.
-        cos, sin, mask = (
-            x if x is None or x.shape[0] == 1 else x[rows] for x in (self.cos, self.sin, self.mask)
+        cos, sin, mask, tokens = (
+            x if x is None or x.shape[0] == 1 else x[rows]
+            for x in (self.cos, self.sin, self.mask, self.tokens)
         )
-        return AttentionContext(cos, sin, mask, self.is_causal, self.window)
+        return AttentionContext(cos, sin, mask, self.is_causal, self.window, tokens=tokens)
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,8 @@ def _flops(config: MythosConfig, context: int) -> tuple[float, float]:
     """Forward FLOPs per token: (outside the loops, per loop)."""
     model, c = on_meta(config), config
     recurrent, lora = model.recurrent, model.recurrent.conditioning.lora
-    once = sum(map(multiply_adds, (model.prelude, model.coda))) + c.vocab_size * c.dim
+    outside = (model.prelude, recurrent.readout_map, model.coda)
+    once = sum(map(multiply_adds, outside)) + c.vocab_size * c.dim
     once += recurrent.injection.maps_once()
     per_loop = multiply_adds(recurrent.layers) + recurrent.injection.maps_per_loop()
     per_loop += 0 if lora is None else lora.multiply_adds()

@@ -95,16 +95,23 @@ class ExitGate:
 
     (PonderNet, arXiv 2107.05407; Ouro, arXiv 2510.25741.)
 
-    Every loop runs for every position. At inference a position's output is its state in the first
-    loop at which the cumulative exit probability reaches `threshold` (1: the last loop). In
-    training, with `train.loss` "expected", each loop's loss is weighted by its exit probability,
-    and `prior_weight` times the KL divergence of the distribution from a prior is added: `prior` =
-    0 is uniform (Ouro's entropy term, up to a constant), above 0 geometric with that exit
-    probability per loop.
+    At inference `readout` says what a position's output is:
+
+    select     its state in the first loop at which the cumulative exit probability reaches
+               `threshold` (1: the last loop); all loops run, for the sake of later positions
+    freeze     the same loop, but the position stops there and keeps that loop's keys and values
+    expected   the mean of its states, weighted by exit probability; where no norm and no coda
+               stand before the head, its logits are the expected logits
+
+    In training every loop runs for every position, and with `train.loss` "expected" each loop's
+    loss is weighted by its exit probability, and `prior_weight` times the KL divergence of the
+    distribution from a prior is added: `prior` = 0 is uniform (Ouro's entropy term, up to a
+    constant), above 0 geometric with that exit probability per loop.
     """
 
     kind: Literal["exit_gate"] = "exit_gate"
     threshold: float = 1.0
+    readout: Literal["select", "freeze", "expected"] = "select"
     prior: float = 0.0
     prior_weight: float = 0.1
 
@@ -205,7 +212,8 @@ class GateState(NamedTuple):
     remaining: PerToken  # probability not to have exited before the last loop that ran
     exited: PerToken  # sum of the exit probabilities up to that loop
     divergence: PerToken  # sum over the loops before it of p log(p / prior)
-    output: Hidden  # state after the loop that reached the threshold, where `selected`
+    output: Hidden  # state after the loop that reached the threshold, where `selected`; or, for
+    # the readout "expected", the sum of exit probability * state so far
     selected: Mask  # whether a loop has reached the threshold
     loops: LoopsPerToken
 
@@ -235,9 +243,17 @@ class ExitGateHalting(_Unit):
         divergence = torch.where(
             halt.loops > 0, halt.divergence + self._term(halt, before), halt.divergence
         )
-        exited = before + remaining * self.halt_prob(state)
+        exited = torch.where(active, before + remaining * self.halt_prob(state), before)
         reached = (exited >= self.config.threshold) & ~halt.selected & (not self.training)
-        output = torch.where(reached[..., None], state, halt.output)
+        output = halt.output
+        if self.config.readout == "expected":
+            reached = torch.zeros_like(reached)
+            output = output + (exited - before)[..., None].to(state.dtype) * state
+        else:
+            output = torch.where(reached[..., None], state, output)
+        if self.config.readout == "freeze":
+            active = active & ~reached
+            exited = exited.masked_fill(reached, 1)  # no later loop has a share
         gate = GateState(
             remaining, exited, divergence, output, halt.selected | reached, halt.loops + 1
         )
@@ -259,7 +275,10 @@ class ExitGateHalting(_Unit):
         self, halt: GateState, state: Hidden, loops_used: LoopsPerToken
     ) -> tuple[Hidden, PerToken]:
         """The ponder cost is the divergence from the prior."""
-        output = torch.where(halt.selected[..., None], halt.output, state)
+        if self.config.readout == "expected" and not self.training:
+            output = halt.output + (1 - halt.exited)[..., None].to(state.dtype) * state
+        else:
+            output = torch.where(halt.selected[..., None], halt.output, state)
         return output, halt.divergence + self._term(halt, torch.ones_like(halt.exited))
 
     def cumulative(self, halt: GateState) -> PerToken:

@@ -77,6 +77,7 @@ class LTI:
     the paper's. `input_map`: one weight per channel or a full matrix. `init_decay` is every
     channel's initial decay, `max_decay` its bound for any parameters. max_decay = 1 is for
     imported weights: decay = exp(-exp(log_rate) * step_size), kept below 1 in any dtype.
+    `orthogonal` removes from decay * h its component along the input term (OrthoInj, xLLM-Loop).
     """
 
     kind: Literal["lti"] = "lti"
@@ -85,6 +86,7 @@ class LTI:
     input_map: Literal["diagonal", "dense"] = "diagonal"
     init_decay: float = math.sqrt(0.2)
     max_decay: float = 0.99
+    orthogonal: bool = False
 
     def __post_init__(self) -> None:
         if self.max_decay != 1:
@@ -161,7 +163,12 @@ class LTIInjection(InjectionLayer):
         return Drive(input_term, decay)
 
     def forward(self, state: Hidden, drive: Drive) -> Hidden:
-        return drive.decay * state + drive.input_term
+        kept, added = drive.decay * state, drive.input_term
+        if self.config.orthogonal:
+            wide, along = at_least_fp32(kept), at_least_fp32(added)
+            size = along.square().sum(-1, keepdim=True) + 1e-6
+            kept = (wide - (wide * along).sum(-1, keepdim=True) / size * along).to(kept.dtype)
+        return kept + added
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from openmythos.nn.block import Block, Layers, LayerStats
+from openmythos.nn.facts import Fill, identity
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.view import KVView
 from openmythos.recurrence.conditioning import Conditioning
@@ -25,13 +26,27 @@ from openmythos.recurrence.state import LoopInputs, LoopState, Scheduled
 from openmythos.types import Hidden, LoopCounts
 
 
+class ReadoutMap(nn.Linear):
+    """C h: a linear map from the last state to the coda's input (Parcae, arXiv 2604.12946)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, bias=False)
+
+    def fills(self) -> dict[str, Fill]:
+        return {"weight": identity}
+
+    def forward(self, state: Hidden) -> Hidden:
+        # Autocast computes the map in bf16, but the state keeps its own dtype.
+        return super().forward(state).to(state.dtype)
+
+
 class RecurrentBlock(Scheduled):
     """h_{t+1} = u_t + R(u_t),  u_t = injection(h_t, e) + embedding_t,  for t < num_loops.
 
     `start`, `step` and `readout` are the definition; `forward` runs them as they are written.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         layers: Sequence[Block],
         *,
@@ -42,6 +57,7 @@ class RecurrentBlock(Scheduled):
         halting: HaltingLayer | None,
         loop_norm: nn.Module,
         readout_norm: nn.Module,
+        readout_map: nn.Module,
     ) -> None:
         super().__init__()
         self.initial_state = initial_state
@@ -52,6 +68,7 @@ class RecurrentBlock(Scheduled):
         self.conditioning = conditioning(self.layers)
         self.loop_norm = loop_norm
         self.readout_norm = readout_norm
+        self.readout_map = readout_map
         self.halting = halting
 
     def forward(
@@ -115,6 +132,6 @@ class RecurrentBlock(Scheduled):
     def readout(self, state: LoopState) -> tuple[Hidden, Tensor | None]:
         """(the coda's input if the loops end here, ponder cost [batch, seq])."""
         if self.halting is None:
-            return self.readout_norm(state.hidden), None
+            return self.readout_map(self.readout_norm(state.hidden)), None
         output, ponder = self.halting.finish(state.halt, state.hidden, state.loops_used)
-        return self.readout_norm(output), ponder
+        return self.readout_map(self.readout_norm(output)), ponder
