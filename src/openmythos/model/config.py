@@ -6,7 +6,6 @@ from typing import Literal, get_args
 from openmythos.config import MAX_WIDTH, require, require_int, require_number
 from openmythos.nn.block import Attention, FeedForward, NormPlace
 from openmythos.nn.feed_forward import SwiGLU
-from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
 from openmythos.nn.value_embedding import NoValueEmbeddings, ValueEmbeddings
@@ -88,13 +87,7 @@ class MythosConfig:
             fits, "block_norms", self.block_norms, f"must hold one or more of {known}, each once"
         )
         self.attention.check(self.dim)
-        require(
-            isinstance(self.value_embeddings, NoValueEmbeddings)
-            or isinstance(self.attention, GroupedQueryAttention),
-            "value_embeddings",
-            self.value_embeddings.kind,
-            "needs grouped-query attention",
-        )
+        self.value_embeddings.check(self.dim, self.attention)
         require(
             not self.injection.needs_encoded_state or isinstance(self.state_init, EncodedState),
             "state_init",

@@ -17,12 +17,13 @@ from openmythos.model.outputs import MythosLosses, MythosOutput, without_none
 from openmythos.model.storage import Pretrained
 from openmythos.nn.block import Block, FeedForward
 from openmythos.nn.feed_forward import RouterStats
+from openmythos.nn.linear import ReadoutMap
 from openmythos.nn.norm import RMSNorm
 from openmythos.nn.view import KVView, NoCache
 from openmythos.recurrence import schedule
 from openmythos.recurrence.conditioning import Conditioning
 from openmythos.recurrence.exit_rules import ExitRule
-from openmythos.recurrence.loop import ReadoutMap, RecurrentBlock
+from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.trace import RecurrentOutput
 from openmythos.types import Hidden, TokenIds
 
@@ -43,21 +44,16 @@ class OpenMythos(Decodable, Pretrained):
         super().__init__()
         self.config = c = config
 
-        def blocks(number: int, feed_forward: FeedForward) -> list[Block]:
-            tables = [
-                c.value_embeddings.build(c.vocab_size, c.dim, c.attention) if index % 2 else None
-                for index in range(number)
-            ]
-            parts = (c.dim, c.attention, feed_forward, c.norm_eps, c.block_norms)
-            return [Block(*parts, table) for table in tables]
+        def block(feed_forward: FeedForward) -> Block:
+            return Block(c.dim, c.attention, feed_forward, c.norm_eps, c.block_norms)
 
         def norm(wanted: bool, *, weighted: bool = True) -> nn.Module:
             return RMSNorm(c.dim, c.norm_eps, weighted=weighted) if wanted else nn.Identity()
 
         self.embed = nn.Embedding(c.vocab_size, c.dim)
-        self.prelude = nn.ModuleList(blocks(c.prelude_layers, c.feed_forward))
+        self.prelude = nn.ModuleList(block(c.feed_forward) for _ in range(c.prelude_layers))
         self.recurrent = RecurrentBlock(
-            blocks(c.recurrent_layers, c.recurrent_feed_forward),
+            [block(c.recurrent_feed_forward) for _ in range(c.recurrent_layers)],
             norm=norm(c.prelude_norm),
             initial_state=c.state_init,
             injection=c.injection.build(c.dim),
@@ -67,7 +63,9 @@ class OpenMythos(Decodable, Pretrained):
             readout_norm=norm(c.readout_norm),
             readout_map=ReadoutMap(c.dim) if c.readout_map else nn.Identity(),
         )
-        self.coda = nn.ModuleList(blocks(c.coda_layers, c.feed_forward))
+        self.coda = nn.ModuleList(block(c.feed_forward) for _ in range(c.coda_layers))
+        for layers in (self.prelude, self.recurrent.layers, self.coda):
+            c.value_embeddings.add_to(layers, c.vocab_size)
         self.norm = norm(c.final_norm)
         # A tied head is the embedding itself, not a second name for it in checkpoints.
         self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
@@ -127,10 +125,8 @@ class OpenMythos(Decodable, Pretrained):
         loss = partial(loss_of, self.config, weight=self.head_weight)
         by_loop = {}
         for loops, state in recurrence.outputs.items():
-            hidden, some = (
-                self.hidden(state, ordered.rows(len(state))),
-                sorted_targets[: len(state)],
-            )
+            hidden = self.hidden(state, ordered.rows(len(state)))
+            some = sorted_targets[: len(state)]
             if by_halting:
                 weighted = weighted_sum(self.logits(hidden), some, recurrence.halt_weights[loops])
                 by_loop[loops] = weighted / (targets != IGNORE).sum()

@@ -11,9 +11,8 @@ from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
 from openmythos.nn.norm import RMSNorm
-from openmythos.nn.value_embedding import ValueEmbedding
 from openmythos.nn.view import LayerView
-from openmythos.types import Hidden, KeyValues
+from openmythos.types import Hidden
 
 Attention = LatentAttention | GroupedQueryAttention
 FeedForward = SwiGLU | GeGLU | ReLU2 | GELU | MoE
@@ -42,7 +41,6 @@ class Block(nn.Module):
         feed_forward: FeedForward,
         norm_eps: float,
         norms: tuple[NormPlace, ...] = ("input",),
-        value_embedding: ValueEmbedding | None = None,
     ) -> None:
         super().__init__()
 
@@ -51,7 +49,6 @@ class Block(nn.Module):
 
         self.attention_norm = norm("input")
         self.attention = attention.build(dim, norm_eps)
-        self.value_embedding = value_embedding
         self.attention_branch_norm = norm("branch")
         self.attention_sum_norm = norm("sum")
         self.feed_forward_norm = norm("input")
@@ -67,20 +64,14 @@ class Block(nn.Module):
         last_only: project keys and values at all positions, compute the output only at the last.
         """
         normed = self.attention_norm(x)
-        kv = view.kv.update(lambda: self._project_kv(normed, view))
+        project = self.attention.project_kv
+        kv = view.kv.update(lambda: project(normed, view.context, view.deltas))
         if last_only:
             x, normed, view = x[:, -1:], normed[:, -1:], view.last(kv)
         update = self.attention(normed, kv, view.context, view.deltas)
         x = self.attention_sum_norm(x + self.attention_branch_norm(update))
         update, router = self.feed_forward(self.feed_forward_norm(x), view)
         return self.feed_forward_sum_norm(x + self.feed_forward_branch_norm(update)), router
-
-    def _project_kv(self, normed: Hidden, view: LayerView) -> KeyValues:
-        kv = self.attention.project_kv(normed, view.context, view.deltas)
-        if self.value_embedding is None:
-            return kv
-        assert view.context.tokens is not None
-        return cast("Tensor", self.value_embedding(kv, normed, view.context.tokens))
 
 
 LayerStats = list[RouterStats | None]

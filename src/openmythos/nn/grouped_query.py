@@ -124,6 +124,7 @@ class GroupedQueryAttentionLayer(AttentionLayer):
         if config.qk_bias:
             self.query_bias = nn.Parameter(torch.zeros(heads))
             self.key_bias = nn.Parameter(torch.zeros(kv_heads))
+        self.value_embedding: nn.Module | None = None  # set by `nn.value_embedding`
 
     def fills(self) -> dict[str, Fill]:
         biases = ("query_bias", "key_bias") if self.config.qk_bias else ()
@@ -150,7 +151,10 @@ class GroupedQueryAttentionLayer(AttentionLayer):
     ) -> KeyValues:
         bias = self.key_bias if self.config.qk_bias else None
         key = self._turned(self.key(x, deltas), self.key_norm, bias, context)
-        return torch.cat((key.transpose(1, 2).flatten(2), self.value(x, deltas)), dim=-1)
+        value = self.value(x, deltas)
+        if self.value_embedding is not None:
+            value = value + self.value_embedding(x, context.tokens).to(value.dtype)
+        return torch.cat((key.transpose(1, 2).flatten(2), value), dim=-1)
 
     def forward(
         self, x: Hidden, kv: KeyValues, context: AttentionContext, deltas: Deltas = NO_DELTAS

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openmythos.nn.facts import Fill, identity
+
 
 class LowRank(NamedTuple):
     """A low-rank change of a linear map: W + up @ down.
@@ -58,3 +60,17 @@ class Linear(nn.Linear):
         """
         delta = deltas.get(self.delta_key)
         return self.weight if delta is None else self.weight + delta.up @ delta.down
+
+
+class ReadoutMap(nn.Linear):
+    """C h: a linear map from the last state to the coda's input (Parcae, arXiv 2604.12946)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, bias=False)
+
+    def fills(self) -> dict[str, Fill]:
+        return {"weight": identity}
+
+    def forward(self, state: Tensor) -> Tensor:
+        # Autocast computes the map in bf16, but the state keeps its own dtype.
+        return super().forward(state).to(state.dtype)

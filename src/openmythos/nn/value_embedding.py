@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from openmythos.config import MAX_WIDTH, require_int, require_number
-from openmythos.nn.grouped_query import GroupedQueryAttention
-from openmythos.nn.latent_attention import LatentAttention
-from openmythos.types import Hidden, KeyValues, TokenIds
+from openmythos.config import MAX_WIDTH, require, require_int, require_number
+from openmythos.nn.grouped_query import GroupedQueryAttention, GroupedQueryAttentionLayer
+from openmythos.types import Hidden, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +16,11 @@ class NoValueEmbeddings:
 
     kind: Literal["none"] = "none"
 
-    def build(
-        self, vocab_size: int, dim: int, attention: GroupedQueryAttention | LatentAttention
-    ) -> None:
-        return None
+    def check(self, dim: int, attention: object) -> None:
+        pass
+
+    def add_to(self, layers: nn.ModuleList, vocab_size: int) -> None:
+        pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +40,27 @@ class GatedValueEmbeddings:
         require_int("gate_channels", self.gate_channels, minimum=1, maximum=MAX_WIDTH)
         require_number("gate_scale", self.gate_scale, above=0, at_most=1e6)
 
-    def build(
-        self, vocab_size: int, dim: int, attention: GroupedQueryAttention | LatentAttention
-    ) -> "ValueEmbedding":
-        assert isinstance(attention, GroupedQueryAttention)  # the model's config checks it
-        return ValueEmbedding(self, vocab_size, attention.num_kv_heads, attention.size(dim))
+    def check(self, dim: int, attention: object) -> None:
+        """Raise a ConfigError unless a model of width `dim` can have them."""
+        fits = isinstance(attention, GroupedQueryAttention)
+        require(fits, "value_embeddings", self.kind, "needs grouped-query attention")
+        text = f"must be at most dim = {dim}"
+        require(self.gate_channels <= dim, "gate_channels", self.gate_channels, text)
+
+    def add_to(self, layers: nn.ModuleList, vocab_size: int) -> None:
+        """Give the second, fourth, ... layer a table of vocab_size rows."""
+        for layer in list(layers)[1::2]:
+            attention = layer.attention
+            assert isinstance(attention, GroupedQueryAttentionLayer)  # the model's config checks it
+            heads = attention.config.num_kv_heads
+            attention.value_embedding = ValueEmbedding(self, vocab_size, heads, attention.head_dim)
 
 
 ValueEmbeddings = NoValueEmbeddings | GatedValueEmbeddings
 
 
 class ValueEmbedding(nn.Module):
-    """v_g += gate_scale * sigmoid(W_gate x[:gate_channels])_g * table[token]_g per head g."""
+    """gate_scale * sigmoid(W_gate x[:gate_channels])_g * table[token]_g for every head g."""
 
     decays = False
 
@@ -64,10 +72,8 @@ class ValueEmbedding(nn.Module):
         self.table = nn.Embedding(vocab_size, num_kv_heads * head_dim)
         self.gate = nn.Linear(config.gate_channels, num_kv_heads, bias=False)
 
-    def forward(self, kv: KeyValues, x: Hidden, tokens: TokenIds) -> KeyValues:
-        """Keys and values of grouped-query attention [batch, seq, kv_width], with the addition."""
-        key, value = kv.chunk(2, dim=-1)
+    def forward(self, x: Hidden, tokens: TokenIds) -> Tensor:
+        """What is added to the values, [batch, seq, num_kv_heads * head_dim]."""
         gate = self.config.gate_scale * self.gate(x[..., : self.config.gate_channels]).sigmoid()
         rows: Tensor = self.table(tokens).unflatten(-1, (gate.shape[-1], -1))
-        added = (gate[..., None] * rows).flatten(-2)
-        return torch.cat((key, value + added.to(value.dtype)), dim=-1)
+        return (gate[..., None] * rows).flatten(-2)

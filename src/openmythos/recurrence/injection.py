@@ -240,27 +240,11 @@ class NoInjection:
         return NoInjectionLayer()
 
 
-class NoInjectionLayer(InjectionLayer):
+class NoInjectionLayer(AddInjection):
     """u = h."""
-
-    def prepare(self, encoded: Hidden) -> Drive:
-        return Drive(encoded, encoded.new_ones(()))
 
     def forward(self, state: Hidden, drive: Drive) -> Hidden:
         return state
 
 
 Injection = LTI | Add | Concat | NoInjection
-
-
-class Entry(nn.Module):
-    """Prelude norm and `injection.prepare` as one module, to be compiled together."""
-
-    def __init__(self, norm: nn.Module, injection: InjectionLayer) -> None:
-        super().__init__()
-        self._parts = (norm, injection)  # a tuple: their parameters stay the block's own
-
-    def forward(self, encoded: Hidden) -> tuple[Hidden, Drive]:
-        norm, injection = self._parts
-        encoded = norm(encoded)
-        return encoded, injection.prepare(encoded)

@@ -15,29 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from openmythos.nn.block import Block, Layers, LayerStats
-from openmythos.nn.facts import Fill, identity
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.view import KVView
 from openmythos.recurrence.conditioning import Conditioning
+from openmythos.recurrence.entry import Entry
 from openmythos.recurrence.halting import HaltingLayer
 from openmythos.recurrence.initial_state import InitialState
-from openmythos.recurrence.injection import Entry, InjectionLayer
+from openmythos.recurrence.injection import InjectionLayer
 from openmythos.recurrence.state import LoopInputs, LoopState, Scheduled
 from openmythos.types import Hidden, LoopCounts
-
-
-class ReadoutMap(nn.Linear):
-    """C h: a linear map from the last state to the coda's input (Parcae, arXiv 2604.12946)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, bias=False)
-
-    def fills(self) -> dict[str, Fill]:
-        return {"weight": identity}
-
-    def forward(self, state: Hidden) -> Hidden:
-        # Autocast computes the map in bf16, but the state keeps its own dtype.
-        return super().forward(state).to(state.dtype)
 
 
 class RecurrentBlock(Scheduled):
