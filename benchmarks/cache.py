@@ -33,7 +33,7 @@ from openmythos.nn.cache import (
 )
 from openmythos.planning import cost
 from openmythos.recipes import catalogue
-from openmythos.studies.study import mean_and_half_width
+from openmythos.studies.statistics import mean_and_half_width
 from openmythos.train.run import Run, train
 
 PRESETS = ("1b", "3b", "10b", "50b", "100b", "500b", "1t")

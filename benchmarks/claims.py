@@ -16,7 +16,7 @@ from typing import Any
 import bench
 
 from openmythos.studies.runner import STUDIES
-from openmythos.studies.study import mean_and_half_width
+from openmythos.studies.statistics import mean_and_half_width
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("avx512-bf16", "avx2")  # of processors; all figures were measured on the first

@@ -168,14 +168,21 @@ def choose_device(name: str | torch.device = "auto", field: str = "device") -> t
 
 
 def describe() -> dict[str, str | int | bool | None]:
-    """Commit and hardware, for result files; call it before the work, in case HEAD moves."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    """Commit and hardware, for result files; call it before the work, in case HEAD moves.
+
+    "dirty": whether src/ differs from the commit.
+    """
+    commit, changes = (
+        subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "src"))
+    )
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
         names = (line for line in info.read_text().splitlines() if line.startswith("model name"))
         cpu = next((line.split(":")[1].strip() for line in names), cpu)
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
+        "dirty": bool(changes),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from openmythos.config import ConfigError
+from openmythos.data import gcide
 from openmythos.data.corpus import Corpus, compression_baselines
 
 ROWS = [{"text": "first\r\n", "body": "eins"}, {"text": "zweiter: ä 漢", "body": "zwei"}]
@@ -361,3 +363,19 @@ def test_compression_baselines() -> None:
     assert compression_baselines(bytes(range(256)))["gzip-9"] > 8
     with pytest.raises(ConfigError, match="must not be empty"):
         compression_baselines(b"")
+
+
+def test_gcide_is_text_of_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = list(Corpus(["gcide"], limit_bytes=30_000).documents())
+    assert [d.name for d in documents] == [f"gcide:{n + 1}" for n in range(len(documents))]
+    assert all(3000 <= len(document.text) < 6000 for document in documents)
+    assert (
+        "\nabaft: Behind; toward the stern from; as, abaft the wheelhouse.\n" in documents[5].text
+    )
+
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(gcide, "distribution", missing)
+    with pytest.raises(ConfigError, match=r"gcide: needs: pip install"):
+        Corpus(["gcide"])

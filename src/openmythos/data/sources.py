@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from openmythos.config import ConfigError, needs, require
+from openmythos.data import gcide
 
 _NOT_SOURCE = frozenset({"__pycache__"})
 # Not read for `stdlib`: installed packages, and tests, which are not typical programs.
@@ -105,6 +106,10 @@ class Reader:
 
     def read(self, source: str) -> Iterator[Document]:
         """The documents of a source, as ``Corpus`` describes it."""
+        if source == "gcide":
+            for number, text in enumerate(gcide.texts(), 1):
+                yield Document(name=f"gcide:{number}", text=text)
+            return
         if is_stream(source):
             name, rows = _hugging_face(source)
             yield from _documents(rows, self._field, name, f"{source}, row", self._bad)
@@ -145,8 +150,8 @@ class Reader:
 
 
 def is_stream(source: str) -> bool:
-    """Whether a source is streamed from the network instead of read from files."""
-    return source.startswith("hf:")
+    """Whether a source has no files of its own to survey: hf:NAME, and gcide's package."""
+    return source.startswith("hf:") or source == "gcide"
 
 
 def _walk(root: Path, skipped: frozenset[str] = _NOT_SOURCE) -> Iterator[Path]:

@@ -14,6 +14,7 @@ from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injection import NoInjection
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.statistics import percent
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -21,13 +22,10 @@ from openmythos.studies.study import (
     Study,
     Verdict,
     by_arm,
-    config_of,
     grid_of,
-    percent,
     to_json,
 )
 from openmythos.tasks import KHop
-from openmythos.train.config import TaskData
 
 HOPS = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 LOOPS = (5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 70, 80, 100, 120)
@@ -116,15 +114,6 @@ def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     loops = (1,) if arm.model.num_loops == 1 else (2, 6) if quick else LOOPS
     found = accuracy_map(model, arm.task, hops, loops, examples=20 if quick else 400)
     return to_json(found)
-
-
-def fit(result: RunResult) -> float:
-    """Mean accuracy within the training range, each number of hops at its best loops."""
-    data = config_of(result.settings).data
-    assert isinstance(data, TaskData)
-    asked = grid_of(result.curve)
-    trained = [hops for hops in asked if hops <= data.max_hops] or list(asked)[:1]
-    return sum(best(result, hops) for hops in trained) / len(trained)
 
 
 def best(result: RunResult, hops: int, *, beyond_training: bool = False) -> float:
@@ -249,7 +238,6 @@ STUDY = Study(
     ),
     arms=arms,
     measure=measure,
-    fit=fit,
     judge=judge,
     draw=draw,
 )

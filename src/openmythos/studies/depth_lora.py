@@ -17,6 +17,7 @@ from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import best, looped
 from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.statistics import differs, percent, plus_minus
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -26,11 +27,8 @@ from openmythos.studies.study import (
     as_sentence,
     by_arm,
     curve_of,
-    differs,
     factors_of,
     grid_of,
-    percent,
-    plus_minus,
     to_json,
 )
 from openmythos.studies.text import RATES, TextRun, text_model, text_training
@@ -101,10 +99,6 @@ def nats(result: RunResult, loops: int) -> float:
     """Held-out loss after so many loops; of the untied model, after all layers."""
     curve = curve_of(result.curve)
     return curve.get(loops, curve[1])
-
-
-def fit(result: RunResult) -> float:
-    return -nats(result, TRAINED)
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
@@ -220,14 +214,13 @@ STUDY = Study(
         "rate tried, and they have no injection, which the loop has.",
         "Equal parameters: ranks and untied layers have more.",
     ),
-    changed=(
+    deviations=(
         "The premise is a bar of its own: the verdict was that the claim does not hold here, "
         "though nothing was lost that rank 8 could have won back.",
         "The grid of rates of the untied arm was extended upwards until its best was inside.",
     ),
     arms=arms,
     measure=measure,
-    fit=fit,
     judge=judge,
     draw=draw,
 )

@@ -17,6 +17,7 @@ from openmythos.nn.moe import MoE
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import PoissonLoops
+from openmythos.studies.statistics import differs, plus_minus
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -25,8 +26,6 @@ from openmythos.studies.study import (
     Verdict,
     as_sentence,
     by_arm,
-    differs,
-    plus_minus,
 )
 from openmythos.studies.text import TextRun, text_model, text_training
 
@@ -75,10 +74,6 @@ def measure(trained: TextRun, arm: Arm, quick: bool) -> dict[str, Any]:
         curve["max_violation"] = float(load.max() / load.mean() - 1)
         curve.update(overlap(chosen))
     return curve
-
-
-def fit(result: RunResult) -> float:
-    return -float(result.curve["nats"])
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
@@ -169,14 +164,13 @@ STUDY = Study(
         "The overlap of loops in the figure: stored is its mean alone, in the table.",
         "Experts at scale; specialisation by content.",
     ),
-    changed=(
+    deviations=(
         "The mixture must beat the dense control by more than the interval of the paired "
         "difference. In the mean alone it does, and then three of five statements were met and the "
         "verdict was that the claim holds in part.",
     ),
     arms=arms,
     measure=measure,
-    fit=fit,
     judge=judge,
     draw=draw,
 )

@@ -13,6 +13,7 @@ from openmythos.nn.moe import MoE
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import PoissonLoops
+from openmythos.studies.statistics import plus_minus
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -22,7 +23,6 @@ from openmythos.studies.study import (
     as_sentence,
     by_arm,
     curve_of,
-    plus_minus,
     to_json,
 )
 from openmythos.studies.text import TextRun, on_text, text_model, text_training
@@ -98,10 +98,6 @@ def best(run: RunResult) -> float:
 def gain(run: RunResult) -> float:
     """What the best number of loops saves against one loop."""
     return curve_of(run.curve)[1] - best(run)
-
-
-def fit(result: RunResult) -> float:
-    return -best(result)
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
@@ -199,12 +195,11 @@ STUDY = Study(
         "That a gain is worth having: an arm may gain from loops since it is worse at one. The "
         "losses stand beside the gains for that.",
     ),
-    changed=(
+    deviations=(
         "The bars were fixed before these runs, but after a prototype of most arms with seed 0.",
     ),
     arms=arms,
     measure=measure,
-    fit=fit,
     judge=judge,
     draw=draw,
 )

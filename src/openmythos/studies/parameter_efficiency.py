@@ -17,6 +17,7 @@ from openmythos.recurrence.injection import NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.statistics import percent
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -25,7 +26,6 @@ from openmythos.studies.study import (
     Verdict,
     as_sentence,
     by_arm,
-    percent,
 )
 from openmythos.tasks import Addition, PHop, Task
 from openmythos.train.optim import WSD, AdamW
@@ -85,7 +85,6 @@ def arms() -> list[Arm]:
                 max_hops=most,
             ),
             rates=(1e-3, 2e-3, 4e-3),
-            trial_share=2,
         )
         for name, (task, fewest, most, steps) in TASKS.items()
         for layers, loops in GRID
@@ -107,7 +106,7 @@ def measure(trained: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     return {"accuracy": float(share.float().mean())}
 
 
-def fit(result: RunResult) -> float:
+def accuracy(result: RunResult) -> float:
     return float(result.curve["accuracy"])
 
 
@@ -115,7 +114,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     """Bars, on every task: one layer looped 6 times within 2 points of 6 layers, and 30 points
     above one layer run once."""
     groups = by_arm(results)
-    mean = {name: sum(map(fit, runs)) / len(runs) for name, runs in groups.items()}
+    mean = {name: sum(map(accuracy, runs)) / len(runs) for name, runs in groups.items()}
     statements = {}
     for task in TASKS:
         full, looped, once = (
@@ -133,13 +132,13 @@ def judge(results: Sequence[RunResult]) -> Finding:
         row = {"layers x loops": f"{layers} x {loops}"}
         for task in TASKS:
             runs = groups[name_of(task, layers, loops)]
-            row[f"{task}, accuracy"] = percent([fit(run) for run in runs])
+            row[f"{task}, accuracy"] = percent([accuracy(run) for run in runs])
             row[f"{task}, learning rate"] = f"{runs[0].rate:g}"
         row["parameters"] = f"{groups[name_of('p-hop', layers, loops)][0].parameters:,}"
         table.append(row)
     parts = []
     for task in TASKS:
-        shares = [fit(run) for run in groups[name_of(task, 1, DEPTH)]]
+        shares = [accuracy(run) for run in groups[name_of(task, 1, DEPTH)]]
         solved = sum(share >= SOLVED for share in shares)
         full = mean[name_of(task, DEPTH, 1)]
         parts.append(
@@ -159,7 +158,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         task, layers, loops = shapes[run.arm]
         kind = "layers of their own" if loops == 1 else "looped"
         dots = panels.setdefault(task, {}).setdefault(kind, {})
-        dots.setdefault(f"{layers} x {loops}", []).append(100 * fit(run))
+        dots.setdefault(f"{layers} x {loops}", []).append(100 * accuracy(run))
         row = {"task": task, "layers": layers, "loops": loops, "seed": run.seed}
         rows.append({**row, **run.curve})
     figure = study_plots.dot_panels(
@@ -193,7 +192,6 @@ STUDY = Study(
     ),
     arms=arms,
     measure=measure,
-    fit=fit,
     judge=judge,
     draw=draw,
 )

@@ -107,10 +107,6 @@ def diverged(result: RunResult) -> bool:
     return last > min(tenths) + WORSE
 
 
-def fit(result: RunResult) -> float:
-    return -final_loss(result)
-
-
 def rho(result: RunResult) -> float:
     """Spectral radius of the linear part; infinite where its weights are not finite."""
     radius = result.curve["radius"]
@@ -246,14 +242,13 @@ STUDY = Study(
         "random matrices. add and none have rho = 1 by construction; their states grow with the "
         "number of loops.",
     ),
-    changed=(
+    deviations=(
         "The first rule looked at the training loss alone, and its verdict was that the claim does "
         "not hold here; spectral radii and states, measured from the start, were in no statement. "
         "Now the mechanism is one statement and the loss another. The runs are the same.",
     ),
     arms=arms,
     measure=measure,
-    fit=fit,
     judge=judge,
     draw=draw,
 )

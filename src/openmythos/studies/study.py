@@ -1,27 +1,25 @@
-"""What a study is, and how its runs become a report.
+"""What a study is: its claim, arms, measure and verdict rule, all fixed in code before any run.
 
-A study fixes its claim, arms, measure and verdict rule in code, before any run. A run is an arm
-with a seed; its result is plain data, written as soon as it is known, so that an interrupted
-study resumes where it stopped.
+A run is an arm with a seed; its result is plain data, written as soon as it is known, so that an
+interrupted study resumes where it stopped.
 """
 
-import math
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
-
-from scipy.special import stdtrit
 
 from openmythos.config import ConfigError, apply_overrides, from_dict, to_dict
 from openmythos.data.tokenizer import BPE
 from openmythos.model.config import MythosConfig
+from openmythos.model.mythos import OpenMythos
 from openmythos.studies.learning import TASK_TRAINING
+from openmythos.studies.statistics import plus_minus
 from openmythos.studies.text import RATES, on_text
-from openmythos.tasks import Task
+from openmythos.tasks import KHop, SystematicHops, Task
 from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
 from openmythos.train.task_source import fitted
 
+# "holds": every bar is met. "holds in part": the central bar is met, and at least half of all.
 # "premise not met": an assumption of the claim does not hold here (such as that sharing weights
 # costs something), so the claim was not tested, whatever the other bars say.
 Verdict = Literal["holds", "holds in part", "does not hold here", "premise not met"]
@@ -33,9 +31,10 @@ Grid = dict[int, Curve]  # by hops, then by loops
 class Arm:
     """One alternative that is compared: a model, the text or task it learns, and its training.
 
-    Each learning rate in `rates` is tried for num_steps / trial_share steps on `trial_seeds` seeds
-    that no run uses; runs use the one with the best mean fit. Without `rates` they use the
-    optimizer's `lr`. `factors` are what the arms differ in; a study groups them by these.
+    Each learning rate in `rates` is tried at full length with `trial_seeds` seeds, and in worlds,
+    that no run has; the grid grows until its best is inside. Runs use the rate with the least
+    validation loss; without `rates`, the optimizer's `lr`. `factors` are what the arms differ in; a
+    study groups them by these. `most_seeds` > 0: no run for seeds beyond that number.
     """
 
     name: str
@@ -43,24 +42,24 @@ class Arm:
     why: str = ""  # what this arm controls for
     factors: dict[str, str] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
-    trial_share: int = 3
-    trial_seeds: int = 1
+    trial_seeds: int = 3
+    most_seeds: int = 0
 
     @classmethod
     def on_text(cls, name: str, model: MythosConfig, training: TrainConfig) -> "Arm":
-        """An arm that learns text; each of three learning rates is tried at half length.
-
-        On three seeds: a rate that is too high for some seeds can be the best for others.
-        """
-        run = on_text(model, training)
-        return cls(name=name, run=run, rates=RATES, trial_share=2, trial_seeds=3)
+        """An arm that learns text, with the learning rates `RATES` to choose from."""
+        return cls(name=name, run=on_text(model, training), rates=RATES)
 
     def has(self, settings: Mapping[str, Any]) -> bool:
-        """Whether stored settings are this arm's; missing fields have their defaults."""
+        """Whether stored settings are this arm's in any world; missing fields have defaults."""
         try:
-            return config_of(settings) == self.run
+            return _in_world(config_of(settings), 0) == _in_world(self.run, 0)
         except ConfigError:
             return False
+
+    def in_world(self, seed: int) -> "Arm":
+        """This arm with the facts of that seed, if its task has facts: no two seeds share them."""
+        return replace(self, run=_in_world(self.run, seed))
 
     @property
     def model(self) -> MythosConfig:
@@ -80,12 +79,6 @@ class Arm:
         """This arm with that learning rate."""
         return self._training(optimizer=replace(self.run.train.optimizer, lr=rate))
 
-    def trials(self) -> "list[Arm]":
-        """This arm at each of its rates, with the number of steps of a trial."""
-        steps = max(1, self.run.train.num_steps // self.trial_share)
-        short = replace(self._training(num_steps=steps), rates=())
-        return [short.at_rate(rate) for rate in self.rates]
-
     def quick(self) -> "Arm":
         """This arm with three steps: shows that it runs, not what it finds."""
         data = self.run.data
@@ -93,12 +86,12 @@ class Arm:
             short = self._training(num_steps=3, batch_size=2).run
             small = replace(data, limit_mb=0.05)
             run = replace(short, data=small, tokenizer=BPE(vocab_size=300))
-            return replace(self, run=run, trial_seeds=1)
+            return replace(self, run=run, rates=())
         first = max(2, data.min_hops)
         most = min(first + 1, data.max_hops)
         short = self._training(num_steps=3, batch_size=4).run
         run = replace(short, data=replace(data, max_hops=most, first_hops=first))
-        return replace(self, run=fitted(run))
+        return replace(self, run=fitted(run), rates=())
 
     def changed(self, overrides: Sequence[str]) -> "Arm":
         """This arm with overrides ("a.b=value") of its run."""
@@ -106,6 +99,13 @@ class Arm:
 
     def _training(self, **changes: Any) -> "Arm":
         return replace(self, run=replace(self.run, train=replace(self.run.train, **changes)))
+
+
+def _in_world(run: RunConfig, seed: int) -> RunConfig:
+    data = run.data
+    if isinstance(data, TaskData) and isinstance(data.task, KHop | SystematicHops):
+        return replace(run, data=replace(data, task=replace(data.task, facts_seed=seed)))
+    return run
 
 
 def config_of(settings: Mapping[str, Any]) -> RunConfig:
@@ -136,8 +136,11 @@ class RunResult:
     curve: Mapping[str, Any]  # what the study's measure found
     parameters: int
     training_flops: int | float | None  # None: counted wrongly at the time, not derivable
-    seconds: int | float
+    seconds: int | float  # of CPU time, training and measuring
     commit: str
+    # Mean loss per token or answer at the training's loops, on text or problems never reported.
+    # None: not finite, or not measured (first edition).
+    validation: float | None = None
 
     @property
     def rate(self) -> float:
@@ -153,7 +156,7 @@ class Trial:
     arm: str
     rate: float
     settings: Mapping[str, Any]
-    fit: int | float  # mean over seeds
+    fit: int | float  # minus the validation loss: mean over seeds, or of the worst seed
     seconds: int | float
 
 
@@ -165,6 +168,16 @@ class Finding:
     sentence: str
     table: list[dict[str, str]]
     brief: str  # the sentence in a dozen words, for a table of all studies
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of a run: a column of the table, and given for every seed in the report."""
+
+    name: str
+    value: Callable[[RunResult], float | None]
+    show: Callable[[Sequence[float]], str] = plus_minus  # the values of all seeds
+    each: str = ".3f"  # format of one value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,42 +193,48 @@ class Study:
     arms: Callable[[], Sequence[Arm]]
     # (model, or TextRun if the arm learns text; arm; quick) -> curve
     measure: Callable[..., dict[str, Any]]
-    fit: Callable[[RunResult], float]  # how well a run learned its training range: tunes rates
     judge: Callable[[Sequence[RunResult]], Finding]
     draw: Callable[[Sequence[RunResult]], Any]  # -> (figure, rows)
+    columns: tuple[Column, ...] = ()
+    # Rows (what, in the paper, here) of a table of set-ups; the figure's finding in a sentence.
+    setups: tuple[tuple[str, str, str], ...] = ()
+    caption: str = ""
+    # (model, run) -> what a trial minimises; None: the validation loss.
+    score: Callable[[OpenMythos, RunConfig], float] | None = None
+    trial_score: Literal["mean", "worst"] = "mean"  # of the seeds of a trial
     # Number of evenly spaced measurements during training: curve["by_step"].
     snapshots: int = 0
-    # Deviations from what was fixed before the first run, and why.
-    changed: tuple[str, ...] = ()
+    # Written by hand: deviations from what was fixed before the first run, and why.
+    deviations: tuple[str, ...] = ()
 
 
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of the 95% interval by Student's t; one value has none (nan)."""
-    if len(values) < 2:
-        return values[0], math.nan
-    quantile = float(stdtrit(len(values) - 1, 0.975))
-    return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+def table_of(
+    results: Sequence[RunResult], columns: Sequence[Column], *, each: bool = False
+) -> list[dict[str, str]]:
+    """A row per arm with its columns; `each`: the values of all seeds, else their summary."""
+    rows = []
+    for arm, runs in by_arm(results).items():
+        row = {"arm": arm}
+        for column in columns:
+            values = [value for run in runs if (value := column.value(run)) is not None]
+            if not values:
+                row[column.name] = "-"
+            elif each:
+                row[column.name] = ", ".join(format(value, column.each) for value in values)
+            else:
+                row[column.name] = column.show(values)
+        rows.append(row)
+    return rows
 
 
-def percent(values: Sequence[float]) -> str:
-    """Shares in percent: "97.3 ± 1.2", or "82.0 (10.1 to 100.0)" if that would leave 0 to 100."""
-    mean, half = mean_and_half_width([100 * value for value in values])
-    if half > min(mean, 100 - mean) and half > 0:
-        return f"{mean:.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-    return plus_minus([100 * value for value in values], digits=1)
-
-
-def differs(values: Sequence[float]) -> bool:
-    """Whether the 95% interval of the mean of paired differences excludes 0."""
-    mean, half = mean_and_half_width(values)
-    return abs(mean) > (half if not math.isnan(half) else 0.0)
-
-
-def plus_minus(values: Sequence[float], digits: int = 3) -> str:
-    """Numbers as "3.141 ± 0.027"."""
-    mean, half = mean_and_half_width(values)
-    text = f"{mean:.{digits}f}"
-    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+def by_bars(statements: Mapping[str, bool], *, premise: bool = True) -> Verdict:
+    """The verdict of statements, of which the first is the claim's central one."""
+    met = list(statements.values())
+    if not premise:
+        return "premise not met"
+    if all(met):
+        return "holds"
+    return "holds in part" if met[0] and 2 * sum(met) >= len(met) else "does not hold here"
 
 
 def as_sentence(statements: Mapping[str, bool]) -> str:
@@ -249,79 +268,3 @@ def by_arm(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     for result in results:
         groups.setdefault(result.arm, []).append(result)
     return groups
-
-
-def report_markdown(
-    study: Study,
-    results: Sequence[RunResult],
-    finding: Finding,
-    tried: Sequence[Trial] = (),
-    notes: Sequence[str] = (),
-) -> str:
-    """The text of report.md; `notes` are deviations from the current study."""
-    by_name = [{run.seed for run in runs} for runs in by_arm(results).values()]
-    shared = set.intersection(*by_name)
-    more = set.union(*by_name) - shared
-    seeds = ", ".join(map(str, sorted(shared)))
-    if more:
-        seeds += f" (some arms also {', '.join(map(str, sorted(more)))})"
-    minutes = (sum(r.seconds for r in results) + sum(t.seconds for t in tried)) / 60
-    lines = [
-        f"# {study.name}",
-        "",
-        f"**Claim** ({study.source}): {study.claim}",
-        "",
-        f"**Verdict: {finding.verdict}.** {finding.sentence}",
-        "",
-        "![figure](figure.png)",
-        "",
-        f"**Method.** {study.method} Seeds: {seeds}; means with 95% intervals (Student's t over "
-        "seeds); where a share's interval would leave 0 to 100%, minimum and maximum. Bands in the "
-        "figure: minimum to maximum of the seeds.",
-        "",
-        *_markdown_table(finding.table),
-        "",
-        f"{len(results)} runs and {len(tried)} trials of learning rates took {minutes:.0f} minutes "
-        "by the clock, added up; each had one thread, and shared its machine with others.",
-        "",
-        *_tuning(tried),
-        *_changed((*study.changed, *notes)),
-        "## Not shown",
-        "",
-        *(f"- {point}" for point in study.not_shown),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _tuning(tried: Sequence[Trial]) -> Iterator[str]:
-    """The learning rates tried, and how well each fitted its training range."""
-    if not tried:
-        return
-    yield from (
-        "## Learning rates",
-        "",
-        "Fit of the training range (share right, or minus the loss) with seeds that no run has, on "
-        "the held-out text or problems that the runs are reported on: there is no second set.",
-        "",
-    )
-    for arm in dict.fromkeys(trial.arm for trial in tried):
-        own = [trial for trial in tried if trial.arm == arm]
-        fits = [f"{t.rate:g}: {t.fit:.3f}" for t in sorted(own, key=lambda t: t.rate)]
-        yield f"- {arm}: {', '.join(fits)}"
-    yield ""
-
-
-def _changed(points: Sequence[str]) -> Iterator[str]:
-    if points:
-        yield from ("## Changed after the first runs", "", *(f"- {point}" for point in points), "")
-
-
-def _markdown_table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    if not rows:
-        raise ConfigError("table: a finding shows at least one row")
-    columns = list(rows[0])
-    yield "| " + " | ".join(columns) + " |"
-    yield "|" + "---|" * len(columns)
-    for row in rows:
-        yield "| " + " | ".join(row[column] for column in columns) + " |"

@@ -13,6 +13,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import looped, stacked
 from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.statistics import percent
 from openmythos.studies.study import (
     Arm,
     Curve,
@@ -22,7 +23,6 @@ from openmythos.studies.study import (
     Verdict,
     by_arm,
     curve_of,
-    percent,
 )
 from openmythos.tasks import SystematicHops
 from openmythos.tasks.split import Part
@@ -114,11 +114,6 @@ def best(found: Mapping[str, Any], part: Part) -> float:
     return max(by_loops(found, part).values())
 
 
-def fit(result: RunResult) -> float:
-    """Accuracy on held-out pairs of facts that training did compose with others."""
-    return best(result.curve, "held_out")
-
-
 def emerged(result: RunResult) -> int | None:
     """The first snapshot at which half of the ood pairs are right."""
     for step, found in result.curve["by_step"].items():
@@ -208,13 +203,12 @@ STUDY = Study(
         "Three phases of learning: with all chains drawn anew there is nothing to learn by heart, "
         "and the ood accuracy rises smoothly, to the last step.",
     ),
-    changed=(
+    deviations=(
         "Sizes and weight decay, as said below; an arm with full attention was dropped from the "
         "study with them (commit ba0d129), and has no result.",
     ),
     arms=arms,
     measure=measure,
-    fit=fit,
     judge=judge,
     draw=draw,
     snapshots=20,

@@ -18,6 +18,7 @@ from openmythos.nn.cache import (
 )
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
+from openmythos.studies.statistics import mean_and_half_width, plus_minus
 from openmythos.studies.study import (
     Arm,
     Curve,
@@ -28,8 +29,6 @@ from openmythos.studies.study import (
     as_sentence,
     by_arm,
     curve_of,
-    mean_and_half_width,
-    plus_minus,
     to_json,
 )
 from openmythos.studies.text import TextRun, text_model, text_training
@@ -110,11 +109,6 @@ def fitted(curve: Mapping[int, float], law: str) -> dict[int, float]:
 def nats(result: RunResult) -> Curve:
     """Held-out loss by loops."""
     return curve_of(result.curve["nats_by_loops"])
-
-
-def fit(result: RunResult) -> float:
-    """The negative loss at the mean number of loops."""
-    return -_at_mean(nats(result))
 
 
 def _at_mean(curve: Mapping[int, float]) -> float:
@@ -238,7 +232,7 @@ STUDY = Study(
         "sharing one slot adds in nats per token, decoding the second halves of 64 windows of 128 "
         "tokens at 8 loops."
     ),
-    changed=(
+    deviations=(
         "The premise is a bar of its own: the verdict was that the claim holds in part, since a "
         "flat curve also stays within 0.02 nats of its least.",
         "One law must be better by more than its interval, not in the mean alone.",
@@ -253,7 +247,6 @@ STUDY = Study(
     ),
     arms=arms,
     measure=measure,
-    fit=fit,
     judge=judge,
     draw=draw,
 )

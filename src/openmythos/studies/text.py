@@ -1,33 +1,40 @@
-"""Arms that learn text: the library's own run folder and trainer, on Python's standard library."""
+"""Arms that learn text: Python's standard library and an English dictionary."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from openmythos.data.shards import TokenShards
+import torch
+
+from openmythos.config import to_dict
+from openmythos.data.loader import Loader
+from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.tokenizer import BPE
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.initial_state import EncodedState, ZeroState
-from openmythos.recurrence.injection import Injection, NoInjection
+from openmythos.recurrence.injection import LTI, Injection, NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
-from openmythos.recurrence.loop_sampling import LoopSampling
+from openmythos.recurrence.loop_sampling import LoopSampling, PoissonLoops
 from openmythos.train.config import RunConfig, TextData, TrainConfig
 from openmythos.train.optim import WSD, AdamW
-from openmythos.train.run import Run, train
-from openmythos.train.trainer import StepMetrics
+from openmythos.train.run import open_data
+from openmythos.train.trainer import StepMetrics, Trainer
 
 RATES = (1e-3, 2e-3, 4e-3)
 VOCAB_SIZE = 1024
 
 
+PARTS = ("train", "validation", "held_out")
+MEAN_LOOPS = 6  # of the model that needs its loops
+
+
 class TextRun(NamedTuple):
-    """What `Study.measure` gets of a run on text."""
+    """What `Study.measure` gets of a run on text; held_out is the text that is reported."""
 
     model: OpenMythos
     history: tuple[StepMetrics, ...]
@@ -65,17 +72,54 @@ def text_training(loops: LoopSampling) -> TrainConfig:
     )
 
 
+def needs_its_loops() -> MythosConfig:
+    """0.25 M parameters without prelude and coda, so that nothing but the loops can do the work."""
+    return replace(text_model(LTI()), prelude_layers=0, coda_layers=0, num_loops=MEAN_LOOPS)
+
+
+def long_training(num_steps: int = 1500) -> TrainConfig:
+    """Loops drawn per sequence from Poisson(6), at most 16."""
+    drawn = PoissonLoops(mean_loops=MEAN_LOOPS, max_loops=16)
+    return replace(text_training(drawn), num_steps=num_steps)
+
+
 def on_text(model: MythosConfig, training: TrainConfig) -> RunConfig:
     """A run on 4 MB of Python's standard library, with a BPE tokenizer trained on them."""
     data, tokenizer = TextData(limit_mb=4.0, held_out=0.06), BPE(vocab_size=VOCAB_SIZE)
     return RunConfig(model=model, tokenizer=tokenizer, data=data, train=training)
 
 
-@contextmanager
-def trained_on_text(config: RunConfig) -> Iterator[TextRun]:
-    """Train in a temporary run folder."""
-    training = replace(config.train, save_every=config.train.num_steps, keep_checkpoints=1)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run.create(Path(folder) / "run", replace(config, train=training))
-        history = tuple(train(run))
-        yield TextRun(run.load_model(training.device), history, run.shards("held_out"))
+def on_two_corpora(model: MythosConfig, training: TrainConfig) -> RunConfig:
+    """A run on Python's standard library and an English dictionary, 24 MB in all.
+
+    Of them 6% are held out and reported, and another 3% are for validation.
+    """
+    data = TextData(paths=("stdlib", "gcide"), held_out=0.09)
+    return RunConfig(model=model, tokenizer=BPE(vocab_size=VOCAB_SIZE), data=data, train=training)
+
+
+def corpus(run: RunConfig, folder: Path) -> dict[str, TokenShards]:
+    """The text of a run as tokens, by part; written to a folder of its own in `folder` once.
+
+    Every third of the documents that training never sees is for validation.
+    """
+    assert isinstance(run.data, TextData)
+    settings = json.dumps([to_dict(run.data), to_dict(run.tokenizer)])
+    own = folder / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    if not own.exists():
+        text = open_data(run.data)
+        tokenizer = run.tokenizer.build(document.text for document in text.train())
+        held_out = list(text.held_out())
+        unseen = [document for n, document in enumerate(held_out) if n % 3] or held_out
+        for part, documents in zip(PARTS, (text.train(), held_out[::3], unseen), strict=True):
+            write_shards(documents, tokenizer, own / part)
+    return {part: TokenShards.open(own / part, verify=False) for part in PARTS}
+
+
+def text_trainer(run: RunConfig, text: TokenShards) -> Trainer:
+    """A trainer on this text, without a run folder, ready for the first step."""
+    with torch.device("meta"):
+        model = OpenMythos(run.model)
+    how = run.train
+    source = Loader([text], seq_len=how.seq_len, batch_size=how.batch_size, seed=how.seed)
+    return Trainer(model, source, how)

@@ -15,8 +15,9 @@ from openmythos.recurrence.injection import Add, Concat, NoInjection
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops, UniformLoops
-from openmythos.studies.depth_extrapolation import best, fit, looped
+from openmythos.studies.depth_extrapolation import best, looped
 from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.statistics import mean_and_half_width, percent, plus_minus
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -26,9 +27,6 @@ from openmythos.studies.study import (
     by_arm,
     factors_of,
     grid_of,
-    mean_and_half_width,
-    percent,
-    plus_minus,
     to_json,
 )
 from openmythos.tasks import KHop
@@ -100,7 +98,7 @@ def arms() -> list[Arm]:
     return [
         *(arm(name, training, rates=RATES) for name in models),
         *(arm(name, how, rates=RATES) for name, how in trainings.items()),
-        *(arm(name, training, FULL, rates=RATES, trial_share=1) for name in TRIED_IN_FULL),
+        *(arm(name, training, FULL, rates=RATES) for name in TRIED_IN_FULL),
         *(arm(name, longer, LONGER).at_rate(rate) for name, rate in LONG.items()),
     ]
 
@@ -342,10 +340,9 @@ STUDY = Study(
     ),
     arms=arms,
     measure=measure,
-    fit=fit,
     judge=judge,
     draw=draw,
-    changed=(
+    deviations=(
         "Rates tried in full and 3x steps were added when the first 15 arms had been seen.",
         "Each change is counted once. It was counted once per arm, and add and none twice with the "
         "same runs, since trying rates in full led them to the rate they had.",
