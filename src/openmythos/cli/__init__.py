@@ -8,8 +8,9 @@ import traceback
 from typing import NoReturn
 
 from openmythos import __version__
-from openmythos.cli.commands import Demo, Eval, Export, Generate, Plan, Presets, Train
+from openmythos.cli.commands import Demo, Eval, Generate, Plan, Presets, Train
 from openmythos.cli.data import Data, Tokenizer
+from openmythos.cli.export import Export
 from openmythos.cli.flags import parse
 from openmythos.cli.interrupt import CODES, Interrupted, answer_signals
 from openmythos.cli.study import Study

@@ -208,30 +208,6 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Export:
-    """Write the model of a checkpoint to a folder for `OpenMythos.from_pretrained`."""
-
-    folder: RunFolder
-    out: Annotated[str, shown("FOLDER")]
-    """Folder to create: config.json, model.safetensors, tokenizer.json (for text)."""
-    step: Step = None
-    device: Device = "cpu"
-
-    def run(self) -> None:
-        from openmythos.planning import cost
-        from openmythos.train.run import Run
-
-        run, out = Run.open(Path(self.folder)), Path(self.out)
-        require(not out.exists(), "out", self.out, "exists already")
-        model, step = run.load_checkpoint(self.device, step=self.step)
-        model.save_pretrained(out)
-        if run.text_tokenizer is not None:
-            run.text_tokenizer.save(out)
-        size = short(cost.parameters(model.config).total)
-        OUT.print(f"{out}: the model after {step} steps, {size}")
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a preset costs: parameters, KV cache, FLOPs, training memory; nothing is allocated."""
 

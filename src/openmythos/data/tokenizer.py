@@ -32,9 +32,9 @@ _SPLIT = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
-_BOS = "<|bos|>"
+BOS = "<|bos|>"
 # Names of the token that starts or separates documents in public tokenizers, best first.
-_BOS_NAMES = (_BOS, "<|begin_of_text|>", "<|begin_text|>", "<|endoftext|>", "<s>", "</s>")
+_BOS_NAMES = (BOS, "<|begin_of_text|>", "<|begin_text|>", "<|endoftext|>", "<s>", "</s>")
 # To check that a tokenizer is lossless: indentation, line ends, UTF-8 sequences of 1 to 4 bytes.
 _PROBE = " The caf\u00e9's\tcost:\r\n\n    12345 \u20ac \u6f22\u5b57 \U0001f642 <s>  "
 
@@ -120,7 +120,7 @@ class BPETokenizer(Tokenizer):
         tokenizer.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[_BOS],
+            special_tokens=[BOS],
             initial_alphabet=byte_level.alphabet(),
             show_progress=False,
         )
@@ -233,7 +233,7 @@ def _import_tokenizers() -> Any:
     return tokenizers
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """From each character of GPT-2's byte-level alphabet to the byte that it stands for."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden: Iterator[int] = (value for value in range(256) if value not in set(visible))
@@ -242,7 +242,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _token_bytes(tokenizer: "tokenizers.Tokenizer", name: str) -> tuple[bytes, ...]:
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = tokenizer.get_added_tokens_decoder()
     # Ids need not be contiguous; unused ids keep the empty string.

@@ -5,6 +5,7 @@ The fast form sorts one row per token and choice by expert and computes grouped 
 uses of the weights. A few decoded tokens on a CPU are computed expert by expert instead.
 """
 
+import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from openmythos.kernels.precision import as_autocast
 
 # The dtypes that torch's grouped_mm supports.
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A copy of this file, as in a Hugging Face export, must define operators under another name.
+_IS_COPY = not __name__.startswith("openmythos.")
+NAMESPACE = f"openmythos_{zlib.crc32(__name__.encode()):08x}" if _IS_COPY else "openmythos"
 
 
 class ExpertWeights(NamedTuple):
@@ -74,7 +78,7 @@ def routed_experts(
     if not torch.is_grad_enabled() and 0 < chosen.numel() <= few:
         operator = per_expert_decode
         if torch.compiler.is_compiling():
-            operator = torch.ops.openmythos.per_expert_decode
+            operator = getattr(torch.ops, NAMESPACE).per_expert_decode
         return operator(tokens, row_weights, chosen, weights.gate_up, weights.down)
     out: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
         tokens.flatten(0, -2),
@@ -90,7 +94,7 @@ def routed_experts(
 
 
 torch.library.define(
-    "openmythos::per_expert_decode",
+    f"{NAMESPACE}::per_expert_decode",
     "(Tensor tokens, Tensor row_weights, Tensor chosen, Tensor gate_up, Tensor down) -> Tensor",
 )
 
@@ -115,10 +119,10 @@ def per_expert_decode(
 
 
 # Not a custom_op: that costs four times as much per call.
-torch.library.impl("openmythos::per_expert_decode", "cpu", per_expert_decode)
+torch.library.impl(f"{NAMESPACE}::per_expert_decode", "cpu", per_expert_decode)
 
 
-@torch.library.register_fake("openmythos::per_expert_decode")  # type: ignore[untyped-decorator]
+@torch.library.register_fake(f"{NAMESPACE}::per_expert_decode")  # type: ignore[untyped-decorator]
 def _(tokens: Tensor, *_: Tensor) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
@@ -191,7 +195,7 @@ def _groups(ends: Tensor) -> Iterator[tuple[int, int]]:
     return pairwise([0, *ends.tolist()])
 
 
-@torch.library.custom_op("openmythos::grouped_linear", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows [ends[g-1], ends[g]) of x [rows, in] times weight[g]^T, weight [groups, out, in].
 
@@ -208,7 +212,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("openmythos::grouped_outer", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_outer", mutates_args=())
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Per group g of rows: left_g^T right_g, [groups, left_dim, right_dim]."""
     if left.dtype not in _GROUPED_DTYPES:

@@ -12,7 +12,11 @@ from openmythos.types import Hidden, Logits, PerToken, Scalar, TokenIds
 
 def logits_of(config: MythosConfig, hidden: Hidden, weight: Tensor) -> Logits:
     """cap * tanh(scale W h / cap), or scale W h if cap = 0; weight [vocab, dim]."""
-    logits = F.linear(hidden, weight)
+    return scaled(config, F.linear(hidden, weight))
+
+
+def scaled(config: MythosConfig, logits: Logits) -> Logits:
+    """cap * tanh(scale * logits / cap), or scale * logits if cap = 0."""
     if config.logit_scale != 1:
         logits = logits * config.logit_scale
     cap = config.logit_softcap

@@ -27,7 +27,7 @@ def save(folder: Path, config: MythosConfig, state: Mapping[str, Tensor]) -> Non
     weights = folder / WEIGHTS_FILE
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     for name, tensor in tensors.items():
-        _check_finite(weights, name, tensor)
+        check_finite(weights, name, tensor)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / CONFIG_FILE) as new_config, replacing(weights) as new_weights:
         write_config(config, new_config)
@@ -74,11 +74,12 @@ def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
     for name, tensor in weights.items():
         if not tensor.dtype.is_floating_point:
             raise ConfigError(f"{path}: tensor {name} has dtype {tensor.dtype}, not a float")
-        _check_finite(path, name, tensor)
+        check_finite(path, name, tensor)
     return weights
 
 
-def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise a ConfigError for a tensor of a weights file with a value that is not finite."""
     if not torch.isfinite(tensor).all():
         raise ConfigError(f"{path}: tensor {name} holds values that are not finite")
 

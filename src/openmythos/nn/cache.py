@@ -4,10 +4,12 @@ A looped layer runs many times per token, so a layer cannot know when a token is
 caller of the model advances the cache (`KVCache.advance`), after the whole forward pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos.config import require_int
@@ -213,6 +215,27 @@ class KVCache:
         """Declare which of the columns about to be written are real tokens."""
         self.valid[:, self.length : self.length + attention_mask.shape[1]] = attention_mask
         self.padded = self.padded or not bool(attention_mask.all())
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Reorder, repeat or drop sequences: row i becomes the present row rows[i]."""
+        self._replace_storage(lambda x: x.index_select(1, rows))
+        self.valid, self.exit_loop = self.valid[rows], self.exit_loop[rows]
+        self.batch = len(rows)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in all, if there is less."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return
+        self._replace_storage(lambda x: F.pad(x, (0, 0, 0, more)))
+        self.valid = F.pad(self.valid, (0, more), value=True)
+        self.capacity = capacity
+
+    def _replace_storage(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to all keys and values, each [slots, batch, capacity, kv_width]."""
+        self._prelude, self._coda = change(self._prelude), change(self._coda)
+        self._recurrent = [change(storage) for storage in self._recurrent]
+        self._probes = [change(storage) for storage in self._probes]
 
     def check_room(self, seq: int, batch: int) -> None:
         if batch != self.batch:

@@ -1,0 +1,1 @@
+"""Models in other formats: import of public looped models, export to Hugging Face."""
