@@ -287,6 +287,20 @@ def test_prepared_folders_are_trained_on_by_their_weights(here: Path, call: Call
     assert call("generate", "moved", "--max-new-tokens", "1").code == 0
 
 
+def test_a_run_is_exported_for_transformers(here: Path, call: Call) -> None:
+    """The card says what was trained, and the loss only once it was measured."""
+    option = ("--format", "hf", "--license", "cc0-1.0")
+    assert call("export", "run", "--out", "hub", *option).code == 0
+    card = Path("hub/README.md").read_text()
+    assert 'license: "cc0-1.0"' in card and f"| training steps | {STEPS} |" in card
+    assert "Not measured for this checkpoint" in card and "dim = 32" in card
+    names = {path.name for path in Path("hub").iterdir()}
+    assert names >= {"modeling_openmythos.py", "tokenizer.json", "generation_config.json"}
+    assert call("eval", "run", "--num-loops", "1,2", "--device", "cpu").code == 0
+    assert call("export", "run", "--out", "hub2", *option).code == 0
+    assert "| 2 | " in Path("hub2/README.md").read_text()
+
+
 def test_a_run_is_exported_for_from_pretrained(here: Path, call: Call) -> None:
     assert call(*TINY, "train.save_every=1", "train.keep_checkpoints=3", "--out", "kept").code == 0
     assert call("export", "kept", "--out", "model").code == 0
@@ -300,6 +314,7 @@ def test_a_run_is_exported_for_from_pretrained(here: Path, call: Call) -> None:
     earlier = OpenMythos.from_pretrained("earlier").eval()
     assert not torch.equal(earlier(tokens).logits, newest(tokens).logits)
     assert_refused(call("export", "kept", "--out", "model"), "out = 'model': exists already")
+    assert_refused(call("export", "kept", "--out", "x", "--format", "gguf"), "format = 'gguf'")
     assert_refused(
         call("export", "kept", "--out", "x", "--step", "9"), "step = 9: must be one of 1"
     )
@@ -320,6 +335,9 @@ def test_a_task_is_learned_resumed_and_asked_like_text(here: Path, call: Call) -
     assert {row["num_loops"] for row in rows} == {2, 4}
     assert {row["hops"] for row in rows} == {1, 2, 3, 4, 5, 6, 8, 10, 12}
     assert "chains" in call("runs", ".").out
+    assert call("export", "chains", "--out", "hub", "--format", "hf").code == 0
+    card = Path("hub/README.md").read_text()
+    assert "| hops | " in card and 'kind = "k_hop"' in card
     assert call("export", "chains", "--out", "exported").code == 0
     assert sorted(path.name for path in Path("exported").iterdir()) == [
         *("config.json", "model.safetensors")

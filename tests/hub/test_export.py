@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from variants import FEW_VARIANT_IDS, FEW_VARIANTS, tiny, tiny_config
+from variants import FEW_VARIANT_IDS, FEW_VARIANTS, VARIANTS, tiny, tiny_config
 
 from openmythos import ConfigError, MythosConfig, OpenMythos
 from openmythos.config import from_dict, to_dict
@@ -21,7 +21,12 @@ from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.tasks import Composition, KHop
 from openmythos.tasks.words import words
 
-TEXTS = ["The caf\u00e9's cost:\n\n    12345 \u20ac", "", "<|bos|> a\tb", "def main():\n    return 1\n"]
+TEXTS = [
+    "The caf\u00e9's cost:\n\n    12345 \u20ac",
+    "",
+    "<|bos|> a\tb",
+    "def main():\n    return 1\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,19 @@ def shaken(config: MythosConfig) -> OpenMythos:
     return model
 
 
-@pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
+@pytest.mark.parametrize("config", FEW_VARIANTS[::3], ids=FEW_VARIANT_IDS[::3])
 def test_the_generated_code_computes_the_same(config: MythosConfig, copied: str) -> None:
     """Every kind of every part is in the code, with operators of its own."""
+    _compare(config, copied)
+
+
+@pytest.mark.slow
+def test_the_generated_code_computes_the_same_for_every_variant(copied: str) -> None:
+    for config in VARIANTS:
+        _compare(config, copied)
+
+
+def _compare(config: MythosConfig, copied: str) -> None:
     theirs = importlib.import_module(f"{copied}.openmythos_model_mythos")
     read = importlib.import_module(f"{copied}.openmythos_config").from_dict
     experts = importlib.import_module(f"{copied}.openmythos_kernels_experts")
@@ -146,7 +161,7 @@ def test_refusals(tmp_path: Path) -> None:
         export.write(foreign, tmp_path / "foreign")
     with torch.no_grad():
         model.embed.weight[0, 0] = float("nan")
-    with pytest.raises(ConfigError, match="embed.weight holds values that are not finite"):
+    with pytest.raises(ConfigError, match=r"embed.weight holds values that are not finite"):
         export.write(model, tmp_path / "bad")
     assert list(tmp_path.iterdir()) == []
 

@@ -128,7 +128,9 @@ def _number(value: float | None) -> str:
 def _training(run: Run) -> str:
     data = run.config.data
     if isinstance(data, TaskData):
-        source = f"Problems of the task `{data.task.kind}`, of {data.min_hops} to {data.max_hops} hops."
+        source = (
+            f"Problems of the task `{data.task.kind}`, of {data.min_hops} to {data.max_hops} hops."
+        )
     else:
         names = ", ".join(f"`{Path(path).name}`" for path in data.paths)
         source = f"Text: {names}; {100 * data.held_out:g} % of the documents were held out."
