@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from contenders import CONTENDERS, REFERENCE, WORKLOADS, Contender, S, Workload, with_shape
 from figures import speed_ratios
+from host import peak_bytes, processor_kind
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -36,8 +37,6 @@ from openmythos.machine import (
     bf16_is_native,
     describe,
     keep_freed_memory,
-    peak_bytes,
-    processor_kind,
 )
 from openmythos.nn.cache import ExactCache
 from openmythos.planning import cost

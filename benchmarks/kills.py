@@ -24,7 +24,7 @@ import torch
 
 from openmythos.files import write_json
 from openmythos.machine import describe
-from openmythos.train.checkpoint import FOLDER, latest_checkpoint, list_checkpoints
+from openmythos.train.checkpoint import FOLDER, checkpoint_at, list_checkpoints
 from openmythos.train.metrics import read_metrics
 from openmythos.train.run import Run
 
@@ -70,7 +70,7 @@ def kill_once(run: Path, argv: list[str], way: str, delay: float) -> dict[str, A
         "exit_code": child.returncode,
         "error": error[-1] if error and way == "full disk" else "",
         "logged_steps": steps_done(run),
-        "newest_checkpoint": latest_checkpoint(run).name if list_checkpoints(run) else "",
+        "newest_checkpoint": checkpoint_at(run).name if list_checkpoints(run) else "",
         "during_a_checkpoint": being_written(run),
     }
 

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from host import peak_bytes
 
 from openmythos import OpenMythos, kernels
 from openmythos.analysis import plots, study_plots
 from openmythos.distributed.parallelize import Parallel, parallelize
 from openmythos.distributed.ranks import exit_process, process_group
 from openmythos.files import write_json
-from openmythos.machine import autocast, describe, peak_bytes
+from openmythos.machine import autocast, describe
 from openmythos.model import presets
 from openmythos.planning import cost, fit
 from openmythos.train.optim import AdamW

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from host import processor_kind
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from openmythos.files import write_json
 from openmythos.kernels.attention import blockwise_attention
 from openmythos.kernels.cross_entropy import linear_cross_entropy
-from openmythos.machine import bf16_is_native, describe, processor_kind
+from openmythos.machine import bf16_is_native, describe
 
 OUT = Console(highlight=False, markup=False)
 ROUNDS = 15

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from contenders import S
 from figures import cost_lines
+from host import peak_bytes, processor_kind
 from rich.console import Console
 from torch import Tensor
 
 from openmythos import MythosConfig, OpenMythos
 from openmythos.analysis import plots
 from openmythos.files import write_json
-from openmythos.machine import describe, keep_freed_memory, peak_bytes, processor_kind
+from openmythos.machine import describe, keep_freed_memory
 from openmythos.nn.layout import TokenLayout, attention_context
 from openmythos.recurrence import schedule
 from openmythos.recurrence.exit_rules import StateChangeExit

@@ -16,6 +16,7 @@ import cache as cache_benchmark
 import claims
 import contenders
 import figures
+import host
 import kills
 import loader as loader_benchmark
 import scaling
@@ -93,9 +94,10 @@ def test_hardware_says_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch
     assert found["capability"] == capability
     assert found["threads"] == torch.get_num_threads()
     for native, suffix in ((True, "-bf16"), (False, "")):
-        monkeypatch.setattr(machine, "bf16_is_native", lambda native=native: native)
+        for module in (machine, host):
+            monkeypatch.setattr(module, "bf16_is_native", lambda native=native: native)
         assert machine.describe()["bf16_is_native"] is native
-        assert machine.processor_kind() == capability.lower() + suffix
+        assert host.processor_kind() == capability.lower() + suffix
 
 
 def test_a_second_kind_of_processor_is_a_column(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from matplotlib.image import imread
 
 from openmythos import cli
@@ -20,8 +21,8 @@ from openmythos.analysis import plots
 from openmythos.cli import jobs, screen, tracking
 from openmythos.cli.progress import duration
 from openmythos.cli.watch import loss_so_far
-from openmythos.config import apply_overrides
-from openmythos.files import dumps_toml, write_json
+from openmythos.config import apply_overrides, to_dict
+from openmythos.files import write_json
 from openmythos.planning import cost
 from openmythos.recipes import catalogue
 from openmythos.train.run import Run
@@ -42,7 +43,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 @functools.lru_cache
 def config_of(overrides: tuple[str, ...]) -> str:
-    return dumps_toml(apply_overrides(catalogue.get("tiny"), overrides))
+    return tomli_w.dumps(to_dict(apply_overrides(catalogue.get("tiny"), overrides)))
 
 
 def make(folder: Path, steps: int, *, of: int = 10, state: str = "", **changes: Any) -> Path:

@@ -214,6 +214,8 @@ def _build(wanted: Any, data: Any, path: str, default: object = _MISSING) -> Any
 
 
 def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
+    if wanted is Any:
+        return value
     if get_origin(wanted) is Literal:
         choices = get_args(wanted)
         # Compare types too: 1 == 1.0 == True.

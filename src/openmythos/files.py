@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,14 +20,9 @@ T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
 
 
-def dumps_toml(config: Any) -> str:
-    """The config as TOML, including fields with default values."""
-    return tomli_w.dumps(_checked(config))
-
-
 def save_toml(config: Any, path: AnyPath) -> None:
-    """Write the config as TOML, atomically."""
-    write_atomically(path, dumps_toml(config))
+    """Write the config as TOML, including fields with default values, atomically."""
+    write_atomically(path, tomli_w.dumps(_checked(config)))
 
 
 def load_toml(cls: type[T], path: AnyPath) -> T:
@@ -75,14 +71,26 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # Sync the directory too, or a power failure may lose the new name. Some systems cannot do
-    # this; the file is already in place, so errors are ignored.
+    # Some systems cannot do this; the file is already in place, so errors are ignored.
     with contextlib.suppress(OSError):
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_folder(target.parent)
+
+
+def sync_folder(folder: AnyPath) -> None:
+    """Write a folder's entries to disk, so that new names survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a link, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

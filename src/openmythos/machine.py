@@ -129,11 +129,6 @@ def _product_seconds(
     return best
 
 
-def processor_kind() -> str:
-    """The CPU instructions that torch's kernels use: avx2, avx512, avx512-bf16 ..."""
-    return torch.backends.cpu.get_cpu_capability().lower() + "-bf16" * bf16_is_native()
-
-
 def devices() -> tuple[str, ...]:
     """The devices of this machine: the CPU and every accelerator, such as "cuda:0"."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -207,12 +202,3 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, budget: float = 0.15) 
         if spent + 3 * 8 * seconds > budget:
             break
     return best
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process (Linux).
-
-    ru_maxrss is not used, because a new process inherits it from its parent.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))

@@ -1,5 +1,6 @@
 """Any stretch of samples has the shares asked for, and each source is read in its own order."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,9 @@ def test_any_stretch_has_the_shares(
     places = [mixture.place(sample) for sample in range(start, start + length)]
     for number, weight in enumerate(weights):
         own = [earlier for source, earlier in places if source == number]
-        first = mixture.counts(start)[number]
-        assert own == list(range(first, first + len(own)))
+        assert own == list(range(own[0], own[0] + len(own))) if own else True
+        assert not own or abs(own[0] - start * weight / sum(weights)) < len(weights) + 1e-6
         assert abs(len(own) - length * weight / sum(weights)) < len(weights) + 1e-6
-    assert mixture.counts(0) == (0,) * len(weights)
-    assert sum(mixture.counts(start)) == start
 
 
 def test_seeds_take_turns_differently() -> None:
@@ -73,10 +72,6 @@ def test_every_window_of_a_source_is_read_once_per_epoch(
             epoch = sorted(starts[number][first : first + windows])
             assert epoch == [epoch[0] + SEQ * n for n in range(windows)]
             assert epoch[-1] + SEQ < len(sources[number])
-    counted = [
-        len(found) / size for found, size in zip(starts, made.windows_per_epoch, strict=True)
-    ]
-    assert made.epochs(400) == tuple(counted)
 
 
 @given(seed=SEEDS, step=st.integers(0, 10**9), world_size=st.sampled_from([1, 2, 3, 6]))
@@ -111,7 +106,9 @@ def test_a_window_is_of_one_source_and_documents_rise_at_bos(sources: list[Token
 
 def test_no_weights_are_those_of_the_sizes(sources: list[TokenShards]) -> None:
     made = loader(sources)
-    assert max(made.epochs(10**6)) == pytest.approx(min(made.epochs(10**6)), rel=1e-4)
+    drawn = Counter(made._mixture.place(sample)[0] for sample in range(10_000))
+    shares = [drawn[n] / size for n, size in enumerate(made.windows_per_epoch)]
+    assert max(shares) == pytest.approx(min(shares), rel=0.01)
 
 
 def test_one_source_is_a_loader_of_it(sources: list[TokenShards]) -> None:

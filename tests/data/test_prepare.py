@@ -91,7 +91,7 @@ def test_tokens_are_those_of_the_corpus_in_one_piece(
     """Twin test: `prepare` against `write_shards`."""
     preparation = wanted(corpus, **changes)
     prepared = prepare(preparation, tokenizer, tmp_path / "made")
-    plain = Corpus(preparation.paths, held_out=0.2, limit_bytes=preparation.limit_bytes or None)
+    plain = Corpus(preparation.paths, held_out=0.2, limit_bytes=preparation.limit_bytes)
     for side, documents in zip(SIDES, (plain.train(), plain.held_out()), strict=True):
         expected = write_shards(documents, tokenizer, tmp_path / side)
         found = open_prepared(tmp_path / "made", side, verify=True)

@@ -30,7 +30,7 @@ from openmythos.recurrence.loop_sampling import FixedLoops, UniformLoops, sample
 from openmythos.train.checkpoint import (
     CheckpointWriter,
     Counters,
-    latest_checkpoint,
+    checkpoint_at,
     load_model,
     load_training,
 )
@@ -145,7 +145,7 @@ def work(folder: Path) -> dict[str, Any]:
     }
     model, config = SAVED[ranks]
     trainer = trainer_of(folder / "shards", model, shared(config))
-    halfway = latest_checkpoint(folder / f"alone-{ranks}")
+    halfway = checkpoint_at(folder / f"alone-{ranks}")
     trainer.counters = load_training(halfway, trainer.model, trainer.optimizers)
     found["read"] = contents(trainer)
     found["rest"] = [metrics.as_dict() for metrics in trainer.steps()]
@@ -222,7 +222,7 @@ def test_a_checkpoint_of_ranks_is_read_by_one_process(together: Together, ranks:
     model, config = SAVED[ranks]
     folder, ranks_found = together(ranks, "experts")
     trainer = trainer_of(folder / "shards", model, config)
-    checkpoint = latest_checkpoint(folder / f"together-{ranks}")
+    checkpoint = checkpoint_at(folder / f"together-{ranks}")
     assert load_training(checkpoint, trainer.model, trainer.optimizers).step == config.num_steps
     read = contents(trainer)
     for found in ranks_found:
@@ -240,7 +240,7 @@ def test_weights_that_are_made_in_shards_are_those_of_one_process(
 
 def test_positions_leave_early_on_each_rank_as_alone(together: Together) -> None:
     folder, ranks_found = together(2, "experts")
-    model = load_model(latest_checkpoint(folder / "together-2"))
+    model = load_model(checkpoint_at(folder / "together-2"))
     last = set()
     for rank, found in enumerate(ranks_found):
         logits, loops_used = found["exits"]

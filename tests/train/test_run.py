@@ -27,7 +27,7 @@ from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.initial_state import NormalState
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
 from openmythos.train import checkpoint
-from openmythos.train.checkpoint import latest_checkpoint, list_checkpoints
+from openmythos.train.checkpoint import checkpoint_at, list_checkpoints
 from openmythos.train.config import RunConfig, TextData, TrainConfig
 from openmythos.train.guards import NoSpikes, Rollback
 from openmythos.train.metrics import MetricsLog, read_metrics
@@ -139,7 +139,7 @@ def test_resumed_equals_uninterrupted(
     steps = train(broken)
     found = [next(steps) for _ in range(stop)]
     steps.close()
-    assert latest_checkpoint(broken.folder).name == f"step-{stop:08d}"
+    assert checkpoint_at(broken.folder).name == f"step-{stop:08d}"
     torch.manual_seed(stop)  # the global generator is not what the steps depend on
     found += list(train(Run.open(broken.folder), resume=True))
     assert [(m.loss, m.total_loss, m.gradient_norm, m.max_violation) for m in found] == wanted
@@ -352,7 +352,7 @@ def test_a_log_is_not_needed_to_go_on(done: Run) -> None:
 
 
 def test_the_whole_checkpoint_before_a_damaged_one_is_named(done: Run) -> None:
-    newest = latest_checkpoint(done.folder)
+    newest = checkpoint_at(done.folder)
     shard = next(newest.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:1000])
     damage = rf"{shard}: is damaged.*; delete {newest} to go on from step-00000002$"
@@ -368,7 +368,7 @@ def test_the_whole_checkpoint_before_a_damaged_one_is_named(done: Run) -> None:
 
 
 def test_checksums_that_leave_a_file_out_are_damaged(done: Run) -> None:
-    path = latest_checkpoint(done.folder) / "checksums.json"
+    path = checkpoint_at(done.folder) / "checksums.json"
     for kept in ((), ("config.json", "training.json"), ("config.json",)):
         sums = json.loads(path.read_text())
         path.write_text(json.dumps({name: sums[name] for name in kept}))
@@ -377,13 +377,12 @@ def test_checksums_that_leave_a_file_out_are_damaged(done: Run) -> None:
         path.write_text(json.dumps(sums))
 
 
-@pytest.mark.parametrize("recent", [None, 3, ["x"]])
+@pytest.mark.parametrize("recent", [3, ["x"]])
 def test_training_json_that_cannot_be_read_is_named(done: Run, recent: Any) -> None:
-    folder = latest_checkpoint(done.folder)
+    folder = checkpoint_at(done.folder)
     path, sums = folder / "training.json", json.loads((folder / "checksums.json").read_text())
     saved = json.loads(path.read_text())
-    saved.pop("recent")
-    path.write_text(json.dumps(saved if recent is None else saved | {"recent": recent}))
+    path.write_text(json.dumps(saved | {"recent": recent}))
     sums["training.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (folder / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(ConfigError, match=r"training\.json: recent"):
@@ -416,7 +415,7 @@ def fail_rename(patch: pytest.MonkeyPatch) -> None:
 
 
 def fail_sync(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(checkpoint.os, "fsync", no_space)
+    patch.setattr(checkpoint.files, "sync_folder", no_space)
 
 
 @pytest.mark.parametrize("fail", [fail_writing, fail_weights, fail_rename, fail_sync])
@@ -429,7 +428,7 @@ def test_full_disk_leaves_the_former_checkpoint(
     deadline = time.monotonic() + 30
     while not list_checkpoints(run.folder) and time.monotonic() < deadline:
         time.sleep(0.01)
-    before = {path: path.read_bytes() for path in latest_checkpoint(run.folder).iterdir()}
+    before = {path: path.read_bytes() for path in checkpoint_at(run.folder).iterdir()}
     assert len(before) == 4
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         fail(patch)
@@ -461,7 +460,7 @@ FILES = [
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])
 def test_damaged_file_of_a_checkpoint_is_named(done: Run, name: str, damage: bytes | None) -> None:
-    path = latest_checkpoint(done.folder) / name
+    path = checkpoint_at(done.folder) / name
     path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
     for use in (lambda: train(done, resume=True), done.load_model):
         with pytest.raises(ConfigError) as caught:
@@ -472,7 +471,7 @@ def test_damaged_file_of_a_checkpoint_is_named(done: Run, name: str, damage: byt
 
 @pytest.mark.parametrize("name", FILES)
 def test_missing_file_of_a_checkpoint_is_named(done: Run, name: str) -> None:
-    path = latest_checkpoint(done.folder) / name
+    path = checkpoint_at(done.folder) / name
     path.unlink()
     for use in (lambda: train(done, resume=True), done.load_model):
         with pytest.raises(ConfigError) as caught:
@@ -517,7 +516,7 @@ def test_training_abandons_the_step_in_which_it_is_asked_to_stop(run: Run) -> No
         if metrics.step == 2:
             asked.append(0)
     assert seen == [0, 1, 2]
-    assert latest_checkpoint(run.folder).name == "step-00000003"
+    assert checkpoint_at(run.folder).name == "step-00000003"
 
 
 def test_a_step_is_abandoned_anywhere_and_made_again_exactly(

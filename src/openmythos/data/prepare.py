@@ -110,7 +110,7 @@ def _begin(out: Path, origin: Origin, tokenizer: Tokenizer) -> "_Worker":
         wanted.paths,
         field=wanted.field,
         held_out=wanted.held_out,
-        limit_bytes=wanted.limit_bytes or None,
+        limit_bytes=wanted.limit_bytes,
         skip_bad_rows=wanted.skip_bad_rows,
     )
     save_json(origin, out / UNFINISHED / ORIGIN_FILE)

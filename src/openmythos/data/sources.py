@@ -132,7 +132,7 @@ class Reader:
             yield from self._new([path], path.parent, named=True)
         elif path.is_dir():
             yield from self._new(_walk(path), path)
-        elif _is_pattern(source):
+        elif glob.has_magic(source):
             yield from self._new(*_match(source))
         elif path.exists():
             raise ConfigError(f"{source}: is not a regular file; text is read more than once")
@@ -176,13 +176,9 @@ def _stdlib(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _is_pattern(path: str) -> bool:
-    return any(character in path for character in "*?[")
-
-
 def _match(pattern: str) -> tuple[Iterator[Path], Path]:
     """(files that a glob matches, including those in matched folders, folder it starts in)."""
-    fixed = itertools.takewhile(lambda part: not _is_pattern(part), Path(pattern).parts)
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)
     found = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
     require(bool(found), "path", pattern, "matches no file")
     files = (file for path in found for file in (_walk(path) if path.is_dir() else [path]))

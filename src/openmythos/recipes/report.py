@@ -14,7 +14,7 @@ from openmythos.data.corpus import compression_baselines
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.eval.likelihood import Likelihood, depth_sweep
 from openmythos.files import read_json, write_json
-from openmythos.train.checkpoint import latest_checkpoint, step_of
+from openmythos.train.checkpoint import checkpoint_at, step_of
 from openmythos.train.config import TextData, TiedLoops
 from openmythos.train.metrics import finite_or_none, read_metrics, tokens_seen
 from openmythos.train.run import Run, open_data
@@ -132,7 +132,7 @@ def report_folder(run: Run, data: Sequence[str], step: int | None, out: str = ""
 
     `out` overrides this, but only the default report may go into the run folder itself.
     """
-    newest = step is None or step == step_of(latest_checkpoint(run.folder))
+    newest = step is None or step == step_of(checkpoint_at(run.folder))
     own = not data and newest
     if out:
         folder = Path(out)

@@ -47,10 +47,6 @@ class KHop:
         """The padding token."""
         return self.num_entities + self.num_relations
 
-    @property
-    def chance(self) -> float:
-        return 1 / self.num_entities
-
     def facts(self) -> Tensor:
         """facts[r, e] = r(e), [num_relations, num_entities]."""
         generator = torch.Generator().manual_seed(self.facts_seed)
@@ -107,10 +103,6 @@ class PointerChasing:
         """Entities and the step token."""
         return self.num_entities + 1
 
-    @property
-    def chance(self) -> float:
-        return 1 / self.num_entities
-
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` problems of exactly `hops` hops."""
         size = self.num_entities
@@ -148,10 +140,6 @@ class PHop:
     def vocab_size(self) -> int:
         """Symbols and "nothing"."""
         return self.alphabet + 1
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.alphabet
 
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` sequences; the last position's answer exists in most of them."""
@@ -195,10 +183,6 @@ class Composition:
     def vocab_size(self) -> int:
         """One token per permutation."""
         return len(_products(self.size))
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.vocab_size
 
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` words of exactly `hops` factors."""

@@ -36,11 +36,6 @@ class Addition:
         return 12
 
     @property
-    def chance(self) -> float:
-        """Probability of guessing as many digits as an operand has."""
-        return 0.1**self.digits
-
-    @property
     def answer_digits(self) -> int:
         return len(str(self.max_operands * (10**self.digits - 1)))
 
@@ -74,10 +69,6 @@ class Parity:
     @property
     def vocab_size(self) -> int:
         return 2
-
-    @property
-    def chance(self) -> float:
-        return 0.5
 
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` words of exactly `hops` bits."""

@@ -31,10 +31,6 @@ class Reachability:
         """Names and the question mark."""
         return self.num_names + 1
 
-    @property
-    def chance(self) -> float:
-        return 0.5
-
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` graphs whose answer lies exactly `hops` edges from the start."""
         half = self.num_nodes // 2

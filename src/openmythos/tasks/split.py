@@ -53,10 +53,6 @@ class SystematicHops:
     def vocab_size(self) -> int:
         return self.hops.vocab_size
 
-    @property
-    def chance(self) -> float:
-        return 1 / self.num_entities
-
     def is_alone(self) -> Tensor:
         """[num_relations, num_entities], True for facts that training asks only as single hops."""
         count = round(self.alone * self.num_relations * self.num_entities)

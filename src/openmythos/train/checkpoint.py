@@ -11,16 +11,15 @@ can read again. A checkpoint is written in the background, under a temporary nam
 it is complete, so that a crash or a full disk leaves the previous one intact.
 """
 
-import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,9 +32,9 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from openmythos.config import ConfigError, require, require_int, require_number
+from openmythos import files
+from openmythos.config import ConfigError, require
 from openmythos.distributed.ranks import rank_and_world_size, wait_for_files
-from openmythos.files import read_json, sha256_of, write_json
 from openmythos.machine import choose_device
 from openmythos.model import storage
 from openmythos.model.config import MythosConfig
@@ -51,8 +50,9 @@ _NAME = re.compile(r"step-\d{8,}")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
-class Counters(NamedTuple):
-    """The state of a run besides its tensors.
+@dataclass(frozen=True, kw_only=True)
+class Counters:
+    """The state of a run besides its tensors, the content of training.json.
 
     `passed` is the number of batches that rollbacks skipped, `recent` the losses that a spike is
     compared with, `source` the state of the data (see `BatchSource.state`).
@@ -63,7 +63,7 @@ class Counters(NamedTuple):
     rollbacks: int = 0
     passed: int = 0
     recent: tuple[float, ...] = ()
-    source: Mapping[str, Any] = MappingProxyType({})
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointWriter:
@@ -83,8 +83,7 @@ class CheckpointWriter:
         """Copy all tensors and return; the background writes. All ranks call it at one step."""
         self.wait()
         rank, world_size = rank_and_world_size()
-        final = self._folder / f"step-{counters.step:08d}"
-        temporary = final.with_name(f".{final.name}.tmp")
+        temporary = self._folder / f".step-{counters.step:08d}.tmp"
         if rank == 0:
             for left_over in self._folder.glob(".step-*.tmp"):
                 shutil.rmtree(left_over)
@@ -92,9 +91,7 @@ class CheckpointWriter:
         if world_size > 1:
             dist.barrier()
         aside = {name: x.to("cpu", copy=True) for name, x in _tensors(model, optimizers).items()}
-        self._writing = self._pool.submit(
-            self._write, aside, model.config, counters, temporary, final
-        )
+        self._writing = self._pool.submit(self._write, aside, model.config, counters, temporary)
 
     def check(self) -> None:
         """Raise the error of the background write, if it has failed by now."""
@@ -120,27 +117,22 @@ class CheckpointWriter:
         config: MythosConfig,
         counters: Counters,
         temporary: Path,
-        final: Path,
     ) -> None:
         rank, world_size = rank_and_world_size()
+        final = self._folder / f"step-{counters.step:08d}"
         try:
-            storage_writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             with _plain_errors():
-                save(
-                    tensors,
-                    storage_writer=storage_writer,
-                    process_group=self._group,
-                    no_dist=world_size == 1,
-                )
+                alone = world_size == 1
+                save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
             if rank:
                 return
             storage.write_config(config, temporary / storage.CONFIG_FILE)
-            saved = counters._asdict() | {"source": dict(counters.source)}
-            write_json(saved, temporary / TRAINING_FILE)
-            files = sorted(temporary.iterdir())
-            write_json({file.name: sha256_of(file) for file in files}, temporary / CHECKSUMS_FILE)
-            _sync(temporary)
-            _remove(final)
+            files.save_json(counters, temporary / TRAINING_FILE)
+            checksums = {path.name: files.sha256_of(path) for path in sorted(temporary.iterdir())}
+            files.write_json(checksums, temporary / CHECKSUMS_FILE)
+            files.sync_folder(temporary)
+            files.remove(final)
             temporary.rename(final)
         except BaseException:
             if rank == 0:
@@ -148,15 +140,12 @@ class CheckpointWriter:
             raise
         for old in list_checkpoints(self._folder.parent)[: -self._keep]:
             if self._keep_every == 0 or step_of(old) % self._keep_every:
-                _remove(old)
+                files.remove(old)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """All complete checkpoints, oldest first; copies under other names do not count."""
-    return _checkpoints(run / FOLDER)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
+    folder = run / FOLDER
     if not folder.is_dir():
         return []
     try:
@@ -166,13 +155,8 @@ def _checkpoints(folder: Path) -> list[Path]:
         raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def latest_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint of a run folder."""
-    return checkpoint_at(run, None)
-
-
-def checkpoint_at(run: Path, step: int | None) -> Path:
-    """The checkpoint after `step` steps; None: the newest."""
+def checkpoint_at(run: Path, step: int | None = None) -> Path:
+    """The complete checkpoint after `step` steps; None: the newest."""
     found = {step_of(path): path for path in list_checkpoints(run)}
     if not found:
         raise ConfigError(f"{run}: holds no checkpoint yet; `openmythos train --resume` trains it")
@@ -190,16 +174,15 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
     try:
         _verify(checkpoint, rank, world_size)
     except ConfigError as error:
-        older = [path for path in _checkpoints(checkpoint.parent) if path.name < checkpoint.name]
-        whole = next((path for path in reversed(older) if _is_whole(path)), None)
-        if whole is None:
-            raise
-        way_out = f"delete {checkpoint} to go on from {whole.name}"
-        raise ConfigError(f"{error}; {way_out}") from error
+        known = list_checkpoints(checkpoint.parents[1])
+        older = [path for path in known if path.name < checkpoint.name]
+        whole = next(filter(_is_whole, reversed(older)), None)
+        way_out = f"; delete {checkpoint} to go on from {whole.name}" if whole else ""
+        raise ConfigError(f"{error}{way_out}") from error
 
 
 def _verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
-    checksums = read_json(checkpoint / CHECKSUMS_FILE)
+    checksums = files.read_json(checkpoint / CHECKSUMS_FILE)
     shards = [path.name for path in checkpoint.glob("*.safetensors")]
     for name in (storage.CONFIG_FILE, TRAINING_FILE, *shards):
         if name not in checksums:
@@ -209,7 +192,7 @@ def _verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
         path = checkpoint / name
         if not path.is_file():
             raise ConfigError(f"{path}: is missing")
-        if sha256_of(path) != sha256:
+        if files.sha256_of(path) != sha256:
             raise ConfigError(f"{path}: is damaged, its sha256 is not that of {CHECKSUMS_FILE}")
 
 
@@ -242,22 +225,7 @@ def load_training(checkpoint: Path, model: OpenMythos, optimizers: Optimizers) -
     except ConfigError as error:
         raise ConfigError(f"{checkpoint}: {error}") from error
     _read(checkpoint, _tensors(model, optimizers))
-    return _load_counters(checkpoint / TRAINING_FILE)
-
-
-def _load_counters(path: Path) -> Counters:
-    saved = {"source": {}} | read_json(path)  # older versions had none
-    for name in Counters._fields:
-        if name not in saved:
-            raise ConfigError(f"{path}: {name}: missing, must be given")
-    for name in ("step", "skipped", "rollbacks", "passed"):
-        require_int(f"{path}: {name}", saved[name], minimum=0)
-    recent = saved["recent"]
-    require(isinstance(recent, list), f"{path}: recent", recent, "must be a list")
-    for loss in recent:
-        require_number(f"{path}: recent", loss)
-    known = {name: saved[name] for name in Counters._fields}
-    return Counters(**known | {"recent": tuple(recent)})
+    return files.load_json(Counters, checkpoint / TRAINING_FILE)
 
 
 def _tensors(model: OpenMythos, optimizers: Optimizers) -> dict[str, Tensor]:
@@ -292,20 +260,3 @@ def _plain_errors() -> Iterator[None]:
 def step_of(checkpoint: Path) -> int:
     """The number of steps before a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder, or a file of that name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """Write the folder's entries to disk before it is renamed."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,8 +19,6 @@ from openmythos.train.loss import FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
 from openmythos.train.trackers import Tracker
 
-# Largest signed 64-bit integer: the limit of torch's seeds.
-_LARGEST = 2**63 - 1
 # Several times the largest batches known; a step of more would need hours and all memory.
 MAX_STEP_TOKENS = 2**28
 
@@ -146,10 +144,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "seq_len", "log_every", "save_every"):
-            require_int(name, getattr(self, name), minimum=1, maximum=_LARGEST)
-        require_int("keep_checkpoints", self.keep_checkpoints, minimum=1, maximum=_LARGEST)
+            require_int(name, getattr(self, name), minimum=1)
+        require_int("keep_checkpoints", self.keep_checkpoints, minimum=1)
         for name in ("micro_batch_size", "seed", "backprop_loops", "keep_every"):
-            require_int(name, getattr(self, name), minimum=0, maximum=_LARGEST)
+            require_int(name, getattr(self, name), minimum=0)
         fits = self.batch_size * self.seq_len <= MAX_STEP_TOKENS
         allowed = f"times seq_len = {self.seq_len} must be at most {MAX_STEP_TOKENS} tokens a step"
         require(fits, "batch_size", self.batch_size, allowed)

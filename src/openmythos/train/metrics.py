@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from openmythos.config import ConfigError, require, unknown_name
+from openmythos.files import write_atomically
 
 FILE = "metrics.jsonl"
 Metrics = dict[str, Any]  # numbers, and lists of numbers by loop
@@ -26,7 +28,7 @@ class MetricsLog:
         """Drop the lines at or after a step."""
         known = next_step > 0 and self._path.is_file()
         kept = [m for m in read_metrics(self._run) if m["step"] < next_step] if known else []
-        self._path.write_text("".join(map(_line, kept)))
+        write_atomically(self._path, "".join(map(_line, kept)))
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
@@ -52,33 +54,26 @@ class MetricsTail:
 
     def __init__(self, run: Path) -> None:
         self._path = run / FILE
-        self._place = 0
-        self.metrics: list[Metrics] = []
+        self._inode, self._place = -1, 0
+        self._metrics: list[Metrics] = []
 
     def read(self) -> list[Metrics]:
         """All metrics so far; none while the file does not exist."""
         try:
-            with self._path.open("rb") as file:
-                if file.seek(0, 2) < self._place:
-                    self._forget()
-                file.seek(self._place)
-                added = file.read()
+            file = self._path.open("rb")
         except FileNotFoundError:
-            self._forget()
-            return self.metrics
+            return []
+        with file:
+            # A resumed run replaces the file.
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:
+                self._inode, self._place, self._metrics = inode, 0, []
+            file.seek(self._place)
+            added = file.read()
         whole = added[: added.rfind(b"\n") + 1]
-        new = [_parsed(line) for line in whole.splitlines()]
-        steps = [m["step"] for m in (*self.metrics[-1:], *new) if m is not None]
-        # A resumed run writes the file again; it may already be longer than what was read.
-        if self._place and (None in new or steps != sorted(set(steps))):
-            self._forget()
-            return self.read()
-        self.metrics += [m for m in new if m is not None]
         self._place += len(whole)
-        return self.metrics
-
-    def _forget(self) -> None:
-        self._place, self.metrics = 0, []
+        self._metrics += [entry for line in whole.splitlines() if (entry := _parsed(line))]
+        return self._metrics
 
 
 def read_metrics(run: Path) -> list[Metrics]:
@@ -104,13 +99,12 @@ def _parsed(line: bytes) -> Metrics | None:
         return None
     if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
         return None
-    return {
-        key: [_number(item) for item in value] if isinstance(value, list) else _number(value)
-        for key, value in entry.items()
-    }
+    return {key: _none_is_nan(value) for key, value in entry.items()}
 
 
-def _number(value: Any) -> Any:
+def _none_is_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_none_is_nan(item) for item in value]
     return math.nan if value is None else value
 
 

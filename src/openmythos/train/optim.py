@@ -9,14 +9,14 @@
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local_part
 
 from openmythos.config import ConfigError, require_number
 from openmythos.distributed.parallelize import by_mesh
@@ -45,14 +45,11 @@ class AdamW:
     def build(self, model: nn.Module, dtype: torch.dtype | None = None) -> "Optimizers":
         """`dtype` has no effect (see `Muon.build`): AdamW computes in the dtype of the weights."""
         decayed, plain = _split(model, embeddings=self.decay_embeddings)
-        groups = [
-            {"params": part, "weight_decay": weight_decay}
-            for params, weight_decay in ((decayed, self.weight_decay), (plain, 0.0))
-            for part in by_mesh(params)
-        ]
-        betas = (self.beta1, self.beta2)
-        adamw = torch.optim.AdamW(groups, lr=self.lr, betas=betas, fused=True)
-        return Optimizers([adamw], _names(model))
+        groups: list[dict[str, Any]] = [{"params": part} for part in by_mesh(decayed)]
+        groups += [{"params": part, "weight_decay": 0.0} for part in by_mesh(plain)]
+        betas, decay = (self.beta1, self.beta2), self.weight_decay
+        adamw = torch.optim.AdamW(groups, self.lr, betas, weight_decay=decay, fused=True)
+        return Optimizers([adamw], model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +85,10 @@ class Muon:
             momentum=self.momentum,
             dtype=dtype,
         )
-        adamw = torch.optim.AdamW(
-            [{"params": part} for part in by_mesh(plain)],
-            lr=self.lr * self.adamw_lr_scale,
-            betas=(self.beta1, self.beta2),
-            weight_decay=0.0,
-            fused=True,
-        )
-        return Optimizers([muon, adamw], _names(model), final_decay=self.final_decay)
+        groups = [{"params": part} for part in by_mesh(plain)]
+        lr, betas = self.lr * self.adamw_lr_scale, (self.beta1, self.beta2)
+        adamw = torch.optim.AdamW(groups, lr, betas, weight_decay=0.0, fused=True)
+        return Optimizers([muon, adamw], model, final_decay=self.final_decay)
 
 
 Optimizer = AdamW | Muon
@@ -105,40 +98,41 @@ def _matrices(weight: Tensor, stacked: Tensor) -> dict[int, Tensor]:
     """The local matrices of a stack by their global index; views, not copies."""
     first = 0
     if isinstance(weight, DTensor):
-        _, offset = compute_local_shape_and_global_offset(
-            weight.shape, weight.device_mesh, weight.placements
-        )
-        first = offset[0]
+        first = local_part(weight.shape, weight.device_mesh, weight.placements)[1][0]
     local = stacked.to_local() if isinstance(stacked, DTensor) else stacked
     return dict(enumerate(local.unbind(), first))
 
 
 class Optimizers:
-    """One or more optimisers stepped together, with learning rates scaled by a schedule.
-
-    `names` maps the id of each parameter to the name under which its state is saved.
-    """
+    """One or more optimisers stepped together, with learning rates scaled by a schedule."""
 
     def __init__(
         self,
-        optimizers: list[torch.optim.Optimizer],
-        names: dict[int, str],
+        optimizers: Sequence[torch.optim.Optimizer],
+        model: nn.Module,
         *,
         final_decay: float = 1.0,
     ) -> None:
-        self._optimizers = optimizers
-        self._names = names
-        self._final_decay = final_decay
+        self._optimizers, self._final_decay = optimizers, final_decay
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._homes = {
+            names[parameter]: (optimizer, parameter)
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         self._base = [
-            [(group["lr"], group["weight_decay"]) for group in o.param_groups] for o in optimizers
+            (group, group["lr"], group["weight_decay"])
+            for optimizer in optimizers
+            for group in optimizer.param_groups
         ]
 
     def step(self, scale: float, progress: float = 0.0) -> None:
         """Update with every learning rate times `scale`; `progress` is the share of steps done."""
         decay_scale = 1 - (1 - self._final_decay) * progress
-        for optimizer, base in zip(self._optimizers, self._base, strict=True):
-            for group, (lr, decay) in zip(optimizer.param_groups, base, strict=True):
-                group["lr"], group["weight_decay"] = lr * scale, decay * decay_scale
+        for group, lr, decay in self._base:
+            group["lr"], group["weight_decay"] = lr * scale, decay * decay_scale
+        for optimizer in self._optimizers:
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -147,8 +141,7 @@ class Optimizers:
         Muon's state of a stack is split by matrix: "experts.down.0.momentum_buffer".
         """
         found: dict[str, Tensor] = {}
-        for optimizer, parameter in self._parameters():
-            name = self._names[id(parameter)]
+        for name, (optimizer, parameter) in self._homes.items():
             for field, value in optimizer.state.get(parameter, {}).items():
                 if _saved_by_matrix(optimizer, parameter):
                     parts = _matrices(parameter, value)
@@ -159,28 +152,20 @@ class Optimizers:
 
     def allocate_state(self, names: Iterable[str]) -> None:
         """Allocate the state of these names (see `tensors`) so that it can be loaded in place."""
-        homes = {self._names[id(parameter)]: (o, parameter) for o, parameter in self._parameters()}
         for name in names:
             home, _, field = name.rpartition(".")
-            by_matrix = home not in homes
+            by_matrix = home not in self._homes
             if by_matrix:
                 home = home.rpartition(".")[0]
-            found = homes.get(home)
+            found = self._homes.get(home)
             if found is None or not _keeps(*found, field, by_matrix=by_matrix):
                 raise ConfigError(f"optimizer: has no place for the saved {name}; was it another?")
             optimizer, parameter = found
             # Every field has the parameter's shape, except the number of steps.
             if field not in optimizer.state[parameter]:
-                optimizer.state[parameter][field] = (
-                    torch.zeros((), device=parameter.device)
-                    if field == "step"
-                    else torch.zeros_like(parameter)
-                )
-
-    def _parameters(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                yield from ((optimizer, parameter) for parameter in group["params"])
+                one = torch.zeros((), device=parameter.device)
+                empty = one if field == "step" else torch.zeros_like(parameter)
+                optimizer.state[parameter][field] = empty
 
 
 def _keeps(
@@ -194,10 +179,6 @@ def _keeps(
 
 def _saved_by_matrix(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
     return isinstance(optimizer, MuonStep) and parameter.ndim > 2
-
-
-def _names(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _split(
@@ -244,7 +225,8 @@ class _Warmup:
         return max(0.0, (progress - self.warmup) / (1 - self.warmup))
 
     def shape(self, progress: float) -> float:
-        raise TypeError(f"{type(self).__name__} must define shape")
+        """The rate after the warmup, from 1 at its peak to 0 at `final`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openmythos.config import ConfigError, require, to_dict
 from openmythos.data.tokenizer import TOKENIZER_FILE
@@ -20,8 +20,10 @@ from openmythos.planning import cost
 from openmythos.train.config import RunConfig, TaskData
 from openmythos.train.folder import CONFIG_FILE
 from openmythos.train.metrics import FILE as METRICS_FILE
-from openmythos.train.metrics import Metrics, read_metrics, recent_median
-from openmythos.train.state import RunState, State, read_state
+from openmythos.train.metrics import read_metrics, recent_median
+from openmythos.train.state import State, progress, read_state
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,79 +73,51 @@ def _learns_a_task(run: Path) -> bool:
         return False
 
 
-def summarize(run: Path, now: float | None = None) -> RunSummary:
+def summarize(run: Path) -> RunSummary:
     """The summary of a run; a damaged file leaves only its own fields empty."""
-    found, errors = _Parts(), []
-    for read in (found.read_config, found.read_metrics, found.read_state, found.read_evaluation):
+    errors: list[str] = []
+
+    def known(read: Callable[[], T]) -> T | None:
         try:
-            read(run)
+            return read()
         except (ConfigError, OSError) as error:
             errors.append(str(error))
         except (KeyError, TypeError, ValueError) as error:
             errors.append(f"{run}: {type(error).__name__}: {error}")
-    return found.summary(run, time.time() if now is None else now, errors)
+        return None
+
+    begun = (run / METRICS_FILE).is_file()
+    config = known(lambda: load_toml(RunConfig, run / CONFIG_FILE))
+    parameters = known(functools.partial(_parameters, config.model)) if config else None
+    metrics = (known(lambda: read_metrics(run)) if begun else None) or []
+    record = known(lambda: read_state(run))
+    best = known(lambda: _best_evaluation(run / "eval.json"))
+    num_steps = config.train.num_steps if config else None
+    state, step = progress(record, metrics, num_steps)
+    signs = [record.stepped] if record else []
+    signs += [(run / METRICS_FILE).stat().st_mtime] if begun else []
+    last = metrics[-1] if metrics else {}
+    return RunSummary(
+        folder=str(run),
+        state=state,
+        step=step,
+        num_steps=num_steps,
+        loss=float(last["loss"]) if "loss" in last else None,
+        tokens_per_second=recent_median(metrics, "tokens_per_second") if metrics else None,
+        age=max(0.0, time.time() - max(signs)) if signs else None,
+        parameters=parameters,
+        error="; ".join(dict.fromkeys(" ".join(error.split()) for error in errors)),
+        **(best or {}),
+    )
 
 
-class _Parts:
-    """What could be read of a run."""
-
-    config: RunConfig | None = None
-    metrics: Sequence[Metrics] = ()
-    state: RunState | None = None
-    parameters: int | None = None
-    best: Mapping[str, Any] | None = None
-    written: float | None = None
-
-    def read_config(self, run: Path) -> None:
-        self.config = load_toml(RunConfig, run / CONFIG_FILE)
-        self.parameters = _parameters(self.config.model)
-
-    def read_metrics(self, run: Path) -> None:
-        if (run / METRICS_FILE).is_file():
-            self.written = (run / METRICS_FILE).stat().st_mtime
-            self.metrics = read_metrics(run)
-
-    def read_state(self, run: Path) -> None:
-        self.state = read_state(run)
-
-    def read_evaluation(self, run: Path) -> None:
-        if (run / "eval.json").is_file():
-            found = read_json(run / "eval.json")
-            if "accuracy" in found:  # of a task
-                return
-            rows = found["held_out"]
-            best = min(rows, key=lambda row: _bits(row["bits_per_byte"]))
-            self.best = {"bits_per_byte": best["bits_per_byte"], "loops": best["num_loops"]}
-
-    def summary(self, run: Path, now: float, errors: Sequence[str]) -> RunSummary:
-        last = self.metrics[-1] if self.metrics else None
-        steps = [last["step"] + 1] if last else [0]
-        num_steps = self.config.train.num_steps if self.config else None
-        # state.json of a running process may be some seconds behind the metrics, and is ahead of
-        # them where not every step is logged.
-        signs = [] if self.written is None else [self.written]
-        if self.state is not None:
-            steps.append(self.state.step)
-            signs.append(self.state.stepped)
-        return RunSummary(
-            folder=str(run),
-            state=self._state(max(steps), now),
-            step=max(steps),
-            num_steps=num_steps,
-            loss=float(last["loss"]) if last and "loss" in last else None,
-            tokens_per_second=recent_median(self.metrics, "tokens_per_second") if last else None,
-            age=max(0.0, now - max(signs)) if signs else None,
-            parameters=self.parameters,
-            error="; ".join(dict.fromkeys(" ".join(error.split()) for error in errors)),
-            **(self.best or {}),
-        )
-
-    def _state(self, step: int, now: float) -> State:
-        if self.state is not None:
-            return self.state.status(now)
-        if self.written is None:
-            return "new"
-        return "finished" if self.config and step >= self.config.train.num_steps else "unknown"
+def _best_evaluation(path: Path) -> dict[str, Any]:
+    """Bits per byte and loops of the best row; nothing for a run on a task."""
+    found = read_json(path) if path.is_file() else {"accuracy": ()}
+    if "accuracy" in found:
+        return {}
+    best = min(found["held_out"], key=lambda row: _bits(row["bits_per_byte"]))
+    return {"bits_per_byte": best["bits_per_byte"], "loops": best["num_loops"]}
 
 
 def _bits(value: float | None) -> float:

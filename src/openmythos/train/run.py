@@ -15,7 +15,7 @@ RUN/
 import functools
 import logging
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,7 @@ from openmythos.distributed.ranks import launched_here, rank_and_world_size, wai
 from openmythos.files import load_toml, save_toml
 from openmythos.machine import Precision, choose_device, choose_precision, slow_precision
 from openmythos.model.mythos import OpenMythos
-from openmythos.train import precision
-from openmythos.train.checkpoint import (
-    CheckpointWriter,
-    checkpoint_at,
-    latest_checkpoint,
-    list_checkpoints,
-    load_model,
-    load_training,
-    step_of,
-)
+from openmythos.train import checkpoint, precision
 from openmythos.train.config import RunConfig, TaskData, TextData
 from openmythos.train.folder import CONFIG_FILE, new_folder, require_free
 from openmythos.train.metrics import MetricsLog
@@ -52,17 +43,17 @@ from openmythos.train.trackers import Trackers, require_packages
 from openmythos.train.trainer import StepMetrics, Trainer
 
 Progress = Callable[[str, int], None]
+Track = Callable[[Mapping[str, Any]], None]
 LOG = logging.getLogger(__name__)
 
 
 def open_data(config: TextData) -> Corpus:
     """The corpus that a config names."""
-    limit = round(config.limit_mb * 1e6) or None
     return Corpus(
         config.paths,
         field=config.field,
         held_out=config.held_out,
-        limit_bytes=limit,
+        limit_bytes=round(config.limit_mb * 1e6),
         skip_bad_rows=config.skip_bad_rows,
     )
 
@@ -127,7 +118,9 @@ class Run:
         vocab_size = max(config.model.vocab_size, tokenizer.vocab_size)
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         if prepared is None:
-            _write_tokens(corpus, tokenizer, folder / "tokens", report)
+            for part, documents in (("train", corpus.train()), ("held_out", corpus.held_out())):
+                progress = functools.partial(report, f"{part} tokens")
+                write_shards(documents, tokenizer, folder / "tokens" / part, progress=progress)
         else:
             prepared.save(folder / "tokens")
             # Refuse damaged text here; several ranks verify it later, each a share of the files.
@@ -194,12 +187,12 @@ class Run:
         self, device: str | torch.device = "cpu", *, step: int | None = None
     ) -> tuple[OpenMythos, int]:
         """The same model and its number of steps."""
-        checkpoint = checkpoint_at(self.folder, step)
+        chosen = checkpoint.checkpoint_at(self.folder, step)
         try:
-            return load_model(checkpoint, device), step_of(checkpoint)
+            return checkpoint.load_model(chosen, device), checkpoint.step_of(chosen)
         except (ConfigError, OSError):
             # A process that trains the run may have replaced its newest checkpoint meanwhile.
-            if step is not None or latest_checkpoint(self.folder) == checkpoint:
+            if step is not None or checkpoint.checkpoint_at(self.folder) == chosen:
                 raise
         return self.load_checkpoint(device)
 
@@ -214,12 +207,6 @@ class Run:
         if slow is not None:
             LOG.warning(slow)
         return chosen
-
-
-def _write_tokens(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress) -> None:
-    for part, documents in (("train", corpus.train()), ("held_out", corpus.held_out())):
-        progress = functools.partial(report, f"{part} tokens")
-        write_shards(documents, tokenizer, folder / part, progress=progress)
 
 
 def train(
@@ -242,25 +229,13 @@ def train(
         return _steps(run, _trainer(run, resume, stopping, on_message), lambda _metrics: None)
     held = lock(run.folder)
     try:
-        steps = _watched(run, _trainer(run, resume, stopping, on_message))
+        trainer = _trainer(run, resume, stopping, on_message)
         if resume and run.config != load_toml(RunConfig, run.folder / CONFIG_FILE):
             save_toml(run.config, run.folder / CONFIG_FILE)
     except BaseException:
         held.release()
         raise
-    holding = _holding(held, steps)
-    next(holding)  # enter the context: from here on, closing it releases the lock
-    return holding
-
-
-def _holding(
-    held: FileLock, steps: Generator[StepMetrics, None, None]
-) -> Generator[Any, None, None]:
-    """Yield None, then the steps; release the lock at the end or when closed."""
-    with ExitStack() as stack:
-        stack.callback(held.release)
-        yield None
-        yield from steps
+    return _watched(run, trainer, held)
 
 
 def _trainer(
@@ -274,7 +249,7 @@ def _trainer(
     # The ranks of each machine verify all files: it may have its own copy.
     source = run.source(rank, world_size, verify=launched_here())
     wait_for_files()
-    found = list_checkpoints(run.folder) if resume else []
+    found = checkpoint.list_checkpoints(run.folder) if resume else []
     if found:
         kind, trained = config.optimizer.kind, load_toml(RunConfig, run.folder / CONFIG_FILE).train
         allowed = f"the run was trained with {trained.optimizer.kind}"
@@ -284,7 +259,7 @@ def _trainer(
     kept = precision.read(run.folder) if found else None
     trainer = Trainer(model, source, config, stopping, kept)
     if found:
-        trainer.resume(load_training(found[-1], trainer.model, trainer.optimizers))
+        trainer.resume(checkpoint.load_training(found[-1], trainer.model, trainer.optimizers))
     if rank == 0:
         if resume and not found:
             on_message(f"{run.folder}: no checkpoint yet, training starts at step 0")
@@ -293,23 +268,27 @@ def _trainer(
     return trainer
 
 
-def _watched(run: Run, trainer: Trainer) -> Generator[StepMetrics, None, None]:
-    """The steps of rank 0, which writes state.json and sends metrics to the trackers."""
+def _watched(run: Run, trainer: Trainer, held: FileLock) -> Generator[StepMetrics, None, None]:
+    """The steps of rank 0, which writes state.json and sends metrics to the trackers.
+
+    Releases the lock at the end. A generator that is never started frees it as it is deleted.
+    """
     config = run.config.train
-    with (
-        # Closed last: uploading what is left may take long, and by then all is saved.
-        Trackers(config.trackers, run.folder, trainer.step, to_dict(run.config)) as trackers,
-        StateFile(run.folder, step=trainer.step, num_steps=config.num_steps) as state,
-        closing(_steps(run, trainer, trackers.log)) as steps,
-    ):
-        for metrics in steps:
-            state.stepped(trainer.step)
-            yield metrics
+    try:
+        with (
+            # Closed last: uploading what is left may take long, and by then all is saved.
+            Trackers(config.trackers, run.folder, trainer.step, to_dict(run.config)) as trackers,
+            StateFile(run.folder, step=trainer.step, num_steps=config.num_steps) as state,
+            closing(_steps(run, trainer, trackers.log)) as steps,
+        ):
+            for metrics in steps:
+                state.stepped(trainer.step)
+                yield metrics
+    finally:
+        held.release()
 
 
-def _steps(
-    run: Run, trainer: Trainer, track: Callable[[Mapping[str, Any]], None]
-) -> Generator[StepMetrics, None, None]:
+def _steps(run: Run, trainer: Trainer, track: Track) -> Generator[StepMetrics, None, None]:
     config, record = run.config.train, _Record(run, trainer, track)
     try:
         for metrics in trainer.steps():
@@ -337,11 +316,9 @@ def _steps(
 class _Record:
     """Writes metrics and checkpoints of a run."""
 
-    def __init__(
-        self, run: Run, trainer: Trainer, track: Callable[[Mapping[str, Any]], None]
-    ) -> None:
+    def __init__(self, run: Run, trainer: Trainer, track: Track) -> None:
         config = run.config.train
-        self.writer = CheckpointWriter(
+        self.writer = checkpoint.CheckpointWriter(
             run.folder, keep=config.keep_checkpoints, keep_every=config.keep_every
         )
         self._run, self._trainer, self._saved = run, trainer, trainer.step
@@ -363,10 +340,10 @@ class _Record:
         """Load the newest checkpoint, if there is one yet."""
         trainer = self._trainer
         self.writer.wait()
-        if not list_checkpoints(self._run.folder):
+        if not checkpoint.list_checkpoints(self._run.folder):
             return
-        checkpoint = latest_checkpoint(self._run.folder)
-        trainer.roll_back(load_training(checkpoint, trainer.model, trainer.optimizers))
+        newest = checkpoint.checkpoint_at(self._run.folder)
+        trainer.roll_back(checkpoint.load_training(newest, trainer.model, trainer.optimizers))
         self._saved = trainer.step
         if self._log is not None:
             self._log.rewind(trainer.step)

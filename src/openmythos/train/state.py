@@ -10,6 +10,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from openmythos.config import ConfigError
 from openmythos.files import load_json, write_json
+from openmythos.train.metrics import Metrics
 
 FILE = "state.json"
 LOCK_FILE = ".lock"
@@ -64,6 +66,21 @@ def read_state(run: Path) -> RunState | None:
     """The content of RUN/state.json; None if there is none yet."""
     path = run / FILE
     return load_json(RunState, path) if path.is_file() else None
+
+
+def progress(
+    record: RunState | None, metrics: Sequence[Metrics], num_steps: int | None
+) -> tuple[State, int]:
+    """(state of a run at this moment, steps done), from state.json, metrics and config.
+
+    Each may be behind the other by some seconds; where few steps are logged, the metrics are.
+    """
+    done = max(metrics[-1]["step"] + 1 if metrics else 0, record.step if record else 0)
+    if record is not None:
+        return record.status(time.time()), done
+    if not metrics:
+        return "new", done
+    return "finished" if num_steps is not None and done >= num_steps else "unknown", done
 
 
 def lock(run: Path) -> FileLock:

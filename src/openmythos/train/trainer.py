@@ -7,7 +7,7 @@ drawn from (seed, step), so a resumed run goes on exactly as the uninterrupted o
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from openmythos.config import require
 from openmythos.data.loader import Batch, BatchSource
+from openmythos.distributed import ranks
 from openmythos.distributed.parallelize import clip_gradients, parallelize, reduce_gradients
-from openmythos.distributed.ranks import (
-    full_tensor,
-    mean_over_ranks,
-    rank_and_world_size,
-    sum_over_ranks,
-)
 from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
@@ -89,7 +84,7 @@ class Trainer:
         kept: Dtypes | None = None,
     ) -> None:
         self.source, self.config = source, config
-        self.rank, self.world_size = rank_and_world_size()
+        self.rank, self.world_size = ranks.rank_and_world_size()
         config.loss.check(model.config)
         # The coda runs after every loop: with unequal loops its all-gathers would not match.
         fits = self.world_size == 1 or not config.loss.collect_loops or config.loops.per == "batch"
@@ -148,7 +143,7 @@ class Trainer:
         """Continue from an earlier checkpoint, with the batches that follow the spike."""
         now = self.counters
         passed = now.passed + now.step - saved.step
-        self.resume(saved._replace(rollbacks=now.rollbacks + 1, passed=passed))
+        self.resume(replace(saved, rollbacks=now.rollbacks + 1, passed=passed))
         self.spiked = False
 
     def run_step(self) -> StepMetrics:
@@ -164,7 +159,7 @@ class Trainer:
         self.model.recurrent.record_norms = self.logs(self.step)
         parts, router, sizes = self._backward(batch, loops)
         stop = torch.tensor(float(self._asked_to_stop()), device=parts.total.device)
-        *means, stop = mean_over_ranks([*parts, stop])
+        *means, stop = ranks.mean_over_ranks([*parts, stop])
         parts, self.stopping = LossParts(*means), bool(stop > 0)
         scale = c.schedule.scale(self.step, c.num_steps)
         norm, finite = self._update(parts, router, scale)
@@ -201,7 +196,7 @@ class Trainer:
     ) -> tuple[Tensor, bool]:
         """Step if loss and gradient are finite; returns (gradient norm, whether they are)."""
         norm = clip_gradients(self.model.parameters(), self.config.clip_norm)
-        counts = {name: sum_over_ranks(stats.counts) for name, stats in router.items()}
+        counts = {name: ranks.sum_over_ranks(stats.counts) for name, stats in router.items()}
         # Both are the same on all ranks, so that all skip the step or none.
         finite = bool(parts.total.isfinite() & norm.isfinite())
         self._changing = True
@@ -270,8 +265,8 @@ class Trainer:
         recent = c.recent
         if spikes.window and not self.spiked and math.isfinite(metrics.loss):
             recent = (*recent, metrics.loss)[-spikes.window :]
-        self.counters = c._replace(
-            step=c.step + 1, skipped=metrics.skipped, recent=recent, source=self.source.state()
+        self.counters = replace(
+            c, step=c.step + 1, skipped=metrics.skipped, recent=recent, source=self.source.state()
         )
 
     def _mfu(self, rate: float) -> float:
@@ -301,7 +296,7 @@ class Trainer:
             return (), ()
         # Micro-batches differ in their loops; `longest` is the most of any, on any rank.
         padded = [F.pad(x, (0, 0, 0, longest - len(x))) for x in sizes]
-        positions, squares, changes = sum_over_ranks(torch.stack(padded).sum(0)).unbind(1)
+        positions, squares, changes = ranks.sum_over_ranks(torch.stack(padded).sum(0)).unbind(1)
         rms, residual = (squares / positions).sqrt(), changes / positions
         return tuple(rms.tolist()), tuple(residual.tolist())
 
@@ -353,4 +348,4 @@ class Trainer:
     def _max_decay(self) -> float:
         with torch.no_grad():
             decay = self.model.recurrent.injection.max_decay()
-        return float("nan") if decay is None else float(full_tensor(decay))
+        return float("nan") if decay is None else float(ranks.full_tensor(decay))
