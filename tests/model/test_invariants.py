@@ -471,3 +471,10 @@ def test_exit_rules_leave_early_and_at_different_loops() -> None:
             assert (used == 6).all()
         else:
             assert used.min() < 6 and len(used.unique()) > 1, name_of(rule)
+
+
+@pytest.mark.parametrize("rule", [KLExit, StateChangeExit])
+def test_a_rule_for_whole_sequences_does_not_look_ahead(rule: type[Any]) -> None:
+    model = tiny_model(tiny_config())
+    gradients = embedding_gradients(model, 4, rule(threshold=0.01, scope="sequence"))
+    check_causal(gradients, model.config.attention.window)

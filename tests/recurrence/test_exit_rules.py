@@ -34,7 +34,7 @@ from openmythos.recurrence.exit_rules import (
     LoopView,
     StateChangeExit,
 )
-from openmythos.recurrence.halting import NoHalting
+from openmythos.recurrence.halting import ACT, Halting, NoHalting
 
 ALL_RULES = members(ExitRule)
 RULES = [rule for rule in ALL_RULES if not isinstance(rule, FixedExit)]
@@ -243,3 +243,36 @@ def test_impossible_settings_are_refused(
 
 def test_rules_are_what_the_interface_says() -> None:
     assert all(isinstance(rule, EarlyExit) == (rule.kind != "fixed") for rule in members(ExitRule))
+
+
+@pytest.mark.parametrize("rule", [r for r in EXIT_RULES if r.kind != "fixed"], ids=name_of)
+@pytest.mark.parametrize("halting", [NoHalting(), ACT(threshold=0.9, bias_init=-4.0)], ids=name_of)
+@torch.no_grad()
+def test_a_sequence_freezes_nothing(rule: ExitRule, halting: Halting) -> None:
+    """Every output is that of a pass without a rule of as many loops as the position used."""
+    sequence = replace(rule, scope="sequence")
+    model = tiny_model(tiny_config(halting=halting, coda_layers=0), scale=0.15)
+    tokens = random_tokens(3)
+    out = model(tokens, num_loops=LOOPS, exit_rule=sequence)
+    used = out.recurrence.loops_used
+    assert used.unique().numel() > 1
+    fixed = {n: model(tokens, num_loops=n).logits for n in used.unique().tolist()}
+    for row, column in torch.cartesian_prod(*map(torch.arange, used.shape)).tolist():
+        logits = fixed[int(used[row, column])][row, column]
+        torch.testing.assert_close(out.logits[row, column], logits, atol=1e-5, rtol=1e-5)
+    if isinstance(halting, NoHalting):
+        assert bool((used.diff(dim=1) >= 0).all())  # no position exits before an earlier one
+        alone = model(tokens, num_loops=LOOPS, exit_rule=replace(rule, scope="token"))
+        assert torch.equal(alone.recurrence.loops_used[:, 0], used[:, 0])
+
+
+@torch.no_grad()
+def test_padding_does_not_hold_up_a_sequence() -> None:
+    model, rule = tiny_model(tiny_config(), scale=0.15), KLExit(threshold=2e-3, scope="sequence")
+    tokens = random_tokens(1)
+    mask = torch.tensor([[False] * 3 + [True] * SEQ])
+    padded = torch.cat((tokens.new_zeros(1, 3), tokens), dim=1)
+    alone = model(tokens, num_loops=LOOPS, exit_rule=rule)
+    beside = model(padded, num_loops=LOOPS, attention_mask=mask, exit_rule=rule)
+    assert torch.equal(alone.recurrence.loops_used, beside.recurrence.loops_used[:, 3:])
+    torch.testing.assert_close(alone.logits, beside.logits[:, 3:], atol=1e-5, rtol=1e-5)

@@ -1,12 +1,13 @@
 """Exit rules: at inference, when a position stops looping because further loops change little.
 
-They work for any model, trained for it or not. A position that has stopped keeps its state and its
-keys and values, and costs no feed-forward compute in later loops.
+They work for any model, trained for it or not. With scope "token" or "prefix" a position that has
+stopped keeps its state and its keys and values, and costs no feed-forward compute in later loops.
+With scope "sequence" it goes on for the sake of later positions, and only its output is kept.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos.config import require_int, require_number
+from openmythos.recurrence.trace import RecurrentOutput
 from openmythos.types import Hidden, Logits, Mask, PerToken
 
-Scope = Literal["token", "prefix"]
+Scope = Literal["token", "prefix", "sequence"]
 
 
 class LoopView(NamedTuple):
@@ -74,8 +76,10 @@ class FixedExit:
 class _Converging(ABC):
     """A position exits once it has converged in `patience` loops in a row, after `min_loops`.
 
-    With `scope` "prefix" a position exits only with or after all earlier positions: its state may
-    pause while the positions that it depends on still change.
+    With `scope` "prefix" or "sequence" it also waits for all earlier positions. "prefix" stops a
+    position there, so that later ones are computed on a state that was not quite done. "sequence"
+    stops none until the last has converged: what the coda gets of a position equals that of a pass
+    of as many loops without a rule. A cached token keeps the keys and values of its own pass.
     """
 
     needs_logits: ClassVar[bool]
@@ -190,6 +194,9 @@ class ExitTracker:
         self._not_before = not_before
         self._streak = torch.zeros(valid.shape, dtype=torch.long, device=valid.device)
         self._logits: Tensor | None = None
+        self._exited = torch.zeros_like(valid)  # scope "sequence" only, as are the next two
+        self._output: Tensor | None = None
+        self._loops = self._streak
         self.loops_run = 0
 
     def update(self, view: LoopStates, active: Mask, loop: int) -> Mask:
@@ -205,9 +212,26 @@ class ExitTracker:
         if loop + 1 < rule.min_loops:
             return active
         leaves = (self._streak >= rule.patience) | ~active
-        if rule.scope == "prefix":
+        if rule.scope != "token":
             # Padding and positions that have already stopped do not block later positions.
-            leaves = (leaves | ~self._valid).long().cummin(dim=1).values.bool()
+            leaves = (leaves | self._exited | ~self._valid).long().cummin(dim=1).values.bool()
             if self._not_before is not None:
                 leaves = leaves & (loop + 1 >= self._not_before[:, None])
+        if rule.scope == "sequence":
+            self._keep_outputs(leaves & ~self._exited, view.output, loop + 1)
+            leaves = self._exited.all(dim=1, keepdim=True)
         return active & ~leaves
+
+    def _keep_outputs(self, exits: Mask, output: Hidden, loops: int) -> None:
+        kept = output if self._output is None else self._output
+        self._output = torch.where(exits[..., None], output, kept)
+        self._loops = torch.where(exits, loops, self._loops)
+        self._exited = self._exited | exits
+
+    def finish(self, out: RecurrentOutput) -> RecurrentOutput:
+        """The output of the loops; with scope "sequence" every position's from where it exited."""
+        if self._output is None:
+            return out
+        state = torch.where(self._exited[..., None], self._output, out.state)
+        loops = torch.where(self._exited, self._loops, out.loops_used)
+        return replace(out, state=state, loops_used=loops)

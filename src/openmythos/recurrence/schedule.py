@@ -91,7 +91,8 @@ def run(
     if trace is not None and order is None:
         trace.record_rest(loops_run, state)
     state = _joined([state, *reversed(done)]) if done else state
-    return _finished(block, state, order, trace)
+    out = _finished(block, state, order, trace)
+    return out if plan.exits is None else plan.exits.finish(out)
 
 
 def _finished(
