@@ -20,9 +20,14 @@ T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
 
 
+def dumps_toml(config: Any) -> str:
+    """The config as TOML, including fields with default values."""
+    return tomli_w.dumps(_checked(config))
+
+
 def save_toml(config: Any, path: AnyPath) -> None:
-    """Write the config as TOML, including fields with default values, atomically."""
-    write_atomically(path, tomli_w.dumps(_checked(config)))
+    """Write the config as TOML, atomically."""
+    write_atomically(path, dumps_toml(config))
 
 
 def load_toml(cls: type[T], path: AnyPath) -> T:
