@@ -134,6 +134,9 @@ def test_ponder_cost_enters_by_its_weight() -> None:
     assert float(parts.ponder_cost.detach()) > 1
     torch.testing.assert_close(parts.ponder_cost, output.recurrence.ponder_cost)
     torch.testing.assert_close(parts.total, parts.cross_entropy + 0.25 * parts.ponder_cost)
+    early = training_loss(output, FinalLoss(), model, pondering=False)
+    assert torch.equal(early.total, parts.cross_entropy)
+    assert torch.equal(early.ponder_cost, parts.ponder_cost)  # still reported
     assert isinstance(model.recurrent.halting, ACTHalting)
     model.recurrent.halting.config = ACT(ponder_weight=0.0, bias_init=-0.5)
     parts = training_loss(output, FinalLoss(), model)

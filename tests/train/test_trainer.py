@@ -195,6 +195,15 @@ def test_compiled_layers_train(
     assert losses(compiled) == pytest.approx(losses(train(shards, model)), rel=1e-4)
 
 
+def test_the_cost_of_halting_joins_after_a_share_of_the_steps(shards: TokenShards) -> None:
+    model = replace(MODEL, halting=ACT(ponder_weight=0.5))
+    steps = train(shards, model, num_steps=4, ponder_from=0.5)
+    costs = [step.total_loss - step.loss for step in steps]
+    assert costs[:2] == pytest.approx([0.0, 0.0], abs=1e-3)  # the routers' cost
+    wanted = [0.5 * step.ponder_cost for step in steps[2:]]
+    assert costs[2:] == pytest.approx(wanted, rel=1e-3) and min(wanted) > 0.5
+
+
 def test_act_by_one_line_of_config(shards: TokenShards) -> None:
     config = apply_overrides(RunConfig(model=MODEL, train=TRAIN), ["model.halting=act"])
     assert isinstance(config.model.halting, ACT)

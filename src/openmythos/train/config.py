@@ -111,7 +111,8 @@ class TrainConfig:
     A step uses batch_size sequences of seq_len tokens (a task sets its own seq_len), in
     micro-batches of micro_batch_size (0: all at once). Loops are sampled from `loops` under
     `curriculum`; "tied" loops, for tasks only, follow the hops. Only the last backprop_loops of
-    each sequence carry gradient (0: all). `mask_documents` keeps attention inside each packed
+    each sequence carry gradient (0: all). The cost of halting joins the loss after a share of
+    `ponder_from` of the steps. `mask_documents` keeps attention inside each packed
     document. precision "bf16" is autocast over fp32 weights; "auto" is bf16 where the device
     computes it natively, else fp32 (see `train.precision`). The newest keep_checkpoints are kept,
     and with keep_every > 0 those at its multiples. `trackers` receive the lines of metrics.jsonl.
@@ -126,6 +127,7 @@ class TrainConfig:
     curriculum: LoopCurriculum = field(default_factory=NoCurriculum)
     backprop_loops: int = 0
     loss: Loss = field(default_factory=FinalLoss)
+    ponder_from: float = 0.0
     optimizer: Optimizer = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=WSD)
     clip_norm: float = 1.0
@@ -158,6 +160,7 @@ class TrainConfig:
             f"must divide batch_size = {self.batch_size}",
         )
         require_number("clip_norm", self.clip_norm, above=0)
+        require_number("ponder_from", self.ponder_from, at_least=0, at_most=1)
         if self.precision != "auto":
             self.require_gather(self.precision)
         kinds = [tracker.kind for tracker in self.trackers]

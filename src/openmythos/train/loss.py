@@ -75,8 +75,13 @@ class LossParts(NamedTuple):
     ponder_cost: Scalar
 
 
-def training_loss(losses: MythosLosses, loss: Loss, model: OpenMythos) -> LossParts:
-    """The loss of one micro-batch; the mean over ranks is the loss of the rows of all ranks."""
+def training_loss(
+    losses: MythosLosses, loss: Loss, model: OpenMythos, *, pondering: bool = True
+) -> LossParts:
+    """The loss of one micro-batch; the mean over ranks is the loss of the rows of all ranks.
+
+    `pondering`: whether the cost of halting is part of it.
+    """
     total = loss.of(losses)
     zero = losses.cross_entropy.new_zeros(())
     balance, z = zero, zero
@@ -91,7 +96,7 @@ def training_loss(losses: MythosLosses, loss: Loss, model: OpenMythos) -> LossPa
         balance = balance + layer_balance / len(losses.router)
         z = z + layer_z / len(losses.router)
     ponder_cost, halting = losses.recurrence.ponder_cost, model.recurrent.halting
-    if halting is not None and ponder_cost is not None:
+    if halting is not None and ponder_cost is not None and pondering:
         total = total + halting.loss(ponder_cost)
     ponder_cost = zero if ponder_cost is None else ponder_cost
     return LossParts(total, losses.cross_entropy, balance, z, ponder_cost)

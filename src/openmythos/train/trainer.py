@@ -329,7 +329,8 @@ class Trainer:
                     collect_loops=c.loss.collect_loops,
                     by_halting=c.loss.by_halting,
                 )
-                parts = training_loss(losses, c.loss, self.model)
+                pondering = self.step >= c.ponder_from * c.num_steps
+                parts = training_loss(losses, c.loss, self.model, pondering=pondering)
             reduce_gradients(self.model, on=start == pieces[-1])
             torch.autograd.backward(parts.total / len(pieces))
             if losses.recurrence.norms is not None:
