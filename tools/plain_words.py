@@ -49,6 +49,8 @@ BANNED = {
 # Files that quote the names of other projects.
 QUOTES = {
     "benchmarks/contenders.py",
+    "src/openmythos/hub/huginn.py",
+    "tests/hub/references.py",
     "tests/model/test_mythos.py",
     "tests/nn/test_parity.py",
     "tests/test_plain_words.py",

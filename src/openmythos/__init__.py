@@ -5,13 +5,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from openmythos.config import ConfigError
+    from openmythos.hub.load import load
     from openmythos.inference.sampling import Sampling
     from openmythos.model import presets
     from openmythos.model.config import MythosConfig
     from openmythos.model.mythos import OpenMythos
     from openmythos.model.outputs import MythosOutput
 
-__all__ = ["ConfigError", "MythosConfig", "MythosOutput", "OpenMythos", "Sampling", "presets"]
+__all__ = [
+    "ConfigError",
+    "MythosConfig",
+    "MythosOutput",
+    "OpenMythos",
+    "Sampling",
+    "load",
+    "presets",
+]
 __version__ = "0.1.0"
 
 # Imported on first use, so that the command line answers `--help` and typos without torch.
@@ -21,6 +30,7 @@ _MODULES = {
     "MythosOutput": "model.outputs",
     "OpenMythos": "model.mythos",
     "Sampling": "inference.sampling",
+    "load": "hub.load",
     "presets": "model",
 }
 

@@ -56,6 +56,15 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of a text to continue; at least one."""
+        return [self.bos_id, *self.encode(text)]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids after which a text ends."""
+        return (self.bos_id,)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text; invalid UTF-8 becomes U+FFFD."""
         joined = b"".join(_bytes_of(self.token_bytes, token) for token in ids)

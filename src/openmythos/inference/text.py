@@ -25,7 +25,7 @@ class Engine:
 
     def stream(self, prompt: str, request: Request) -> Iterator[TextPiece]:
         """Yield the continuation token by token; it ends early where a new document would start."""
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        ids = self.tokenizer.prompt_ids(prompt)
         steps = stream(self.model, torch.tensor([ids], device=self.model.device), request)
         return self._pieces(steps, request)
 
