@@ -43,10 +43,10 @@ class Tensors(Protocol):
 class SafeTensors:
     """One safetensors file, or the shards that an index lists."""
 
-    def __init__(self, path: Path, shards: Iterable[Path]) -> None:
+    def __init__(self, path: Path, files: Iterable[Path]) -> None:
         self.path = path
         self._files: dict[str, Any] = {}
-        for part in shards:
+        for part in files:
             with readable(part):
                 file = safe_open(part, framework="pt")
                 names = file.keys()  # type: ignore[no-untyped-call]
@@ -84,10 +84,10 @@ _DTYPES = {
 class Pickled:
     """Pickles of a state dict, read with `weights_only`."""
 
-    def __init__(self, path: Path, shards: Iterable[Path]) -> None:
+    def __init__(self, path: Path, files: Iterable[Path]) -> None:
         self.path = path
         self._tensors: dict[str, Tensor] = {}
-        for part in shards:
+        for part in files:
             found = _unpickled(part)
             # Some training code wraps the state dict.
             inner = found.get("model", found) if isinstance(found, dict) else found
