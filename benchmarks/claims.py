@@ -412,37 +412,37 @@ def replaced(text: str, name: str, content: str) -> str:
 
 
 def results_page(results: Path) -> str:
-    """docs/results.md: all studies' reports, with headings one level lower and linked figures."""
-    done = [name for name in STUDIES if (results / name / "report.md").exists()]
+    """docs/results.md: a scoreboard, then a screen per study that leads to its report."""
+    done = {
+        name: load(results, f"{name}/results.json")
+        for name in STUDIES
+        if (results / name / "report.md").exists()
+    }
     lines = [
         "# Results",
         "",
-        "Written by `make claims` from `results/`; each study is one command (`openmythos study "
-        "NAME`), one file in `src/openmythos/studies/` and one folder. `--report-only` judges the "
-        "kept runs again and trains nothing.",
+        "Written by `make claims` from `results/`. Each study is one command (`openmythos study "
+        "NAME`), one file in `src/openmythos/studies/` and one folder in `results/`.",
         "",
-        "| study | claim | verdict | seeds | minutes |",
+        "## Scoreboard",
+        "",
+        "| claim | paper | here | verdict | seeds |",
         "|---|---|---|---|---|",
     ]
-    for name in done:
-        data = load(results, f"{name}/results.json")
-        seconds = sum(run["seconds"] for run in (*data["runs"], *data["trials"]))
+    for name, data in done.items():
         cells = (
-            f"[{name}](#{name})",
-            STUDIES[name].claim,
-            data["finding"]["verdict"],
+            f"[{STUDIES[name].headline}](#{name})",
+            STUDIES[name].paper,
+            data["finding"]["brief"],
+            f"**{data['finding']['verdict']}**",
             f"{len({run['seed'] for run in data['runs']})}",
-            f"{seconds / 60:.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     missing = [name for name in STUDIES if name not in done]
-    lines += ["", f"Not run yet: {', '.join(missing) or 'none'}.", "", VERDICTS, ""]
-    for name in done:
-        report = (results / name / "report.md").read_text(encoding="utf-8")
-        report = report.replace("\n## ", "\n### ").replace(
-            "(figure.png)", f"(../results/{name}/figure.png)"
-        )
-        lines += ["#" + report.rstrip(), ""]
+    lines += ["", f"Not run yet: {', '.join(missing)}.", ""] if missing else [""]
+    lines += ["## What to believe", "", BELIEVE, "", "## How verdicts are made", "", VERDICTS, ""]
+    for name, data in done.items():
+        lines += screen(name, data)
     lines += [
         "## Other claims",
         "",
@@ -455,15 +455,58 @@ def results_page(results: Path) -> str:
     return "\n".join(lines)
 
 
+def screen(name: str, data: Any) -> Iterator[str]:
+    """What one study asked, found, and does not show."""
+    study, finding = STUDIES[name], data["finding"]
+    seconds = sum(run["seconds"] for run in (*data["runs"], *data["trials"]))
+    older = data.get("edition", 1) == 1
+    yield from (f"## {name}", "", f"**{study.claim}** ({study.source})", "")
+    yield from (f"**{finding['verdict'].capitalize()}.** {finding['sentence']}", "")
+    yield from (f"![{study.headline}](../results/{name}/figure.png)", "")
+    if study.caption:
+        yield from (f"*{study.caption}*", "")
+    if not study.paper.startswith("none"):
+        yield from (f"Paper: {study.paper}.", "")
+    if study.setups:
+        yield from (*(f"- {what}: {paper}; here {here}" for what, paper, here in study.setups), "")
+    yield from ("Not shown:", "")
+    yield from (f"- {point}" for point in study.not_shown)
+    clock = "by the clock" if older else "of CPU time"
+    yield from (
+        "",
+        f"`openmythos study {name}`, {len(data['runs'])} runs and {len(data['trials'])} trials in "
+        f"{seconds / 60:.0f} minutes {clock}. Table, every seed, learning rates and deviations: "
+        f"[report](../results/{name}/report.md).",
+        "",
+    )
+
+
+BELIEVE = (
+    "These are models of 10^5 to 10^6 parameters, trained for minutes. On chains of lookups a "
+    "block that is looped does what stacks of layers of the same size do not: it answers chains "
+    "three times as long as any it was trained on, when it is looped longer. That needs local "
+    "attention and a target at every step of the chain; with full attention, a read-out behind "
+    "padding, or training on five hops alone it fails. LTI injection keeps the state bounded at "
+    "every learning rate that was tried, where a learned map of state and input does not; the "
+    "training loss alone does not show the difference after so few steps. On text a small model "
+    "uses its loops only where no layer outside of the loop does their work. Nothing here says "
+    "that looping beats layers on language at equal compute, or at any other size."
+)
+
 VERDICTS = (
-    "Minutes are by the clock, added up over runs of one thread each on a shared machine: equal "
-    "runs took 47 to 325 seconds.\n\n"
     "A verdict is computed by `judge` in the study's file, from bars written down before its runs; "
-    "what was changed later is listed in its report. It is one of four: **holds**; **holds in "
-    "part**; **does not hold here**, at this size and on these tasks; **premise not met**, where "
-    "what the claim takes for granted is not so here, and nothing was tested. Learning rates are "
-    "chosen on other seeds, but on the data that is reported; all seeds of a study on hops share "
-    "one table of facts."
+    "the commit of that rule is stored with them, and what was changed later is listed in the "
+    "report. It is one of four: **holds**, if every bar is met; **holds in part**, if the central "
+    "bar and at least half of all are; **does not hold here**, at this size and on these tasks; "
+    "**premise not met**, where what the claim takes for granted is not so here, and nothing was "
+    "tested.\n\n"
+    "Learning rates are tried at full length with three seeds that no run has, and scored on "
+    "validation text or problems that are never reported; the grid grows until its best is "
+    "inside. Each seed has its own table of facts. Success counts come with the interval of "
+    "Clopper and Pearson, other numbers with Student's t over seeds, and arms are compared by "
+    "paired differences. `--report-only` judges the kept runs again and trains nothing. Studies "
+    "whose report says *first edition* are older: they chose rates on the data that they report, "
+    "and share one table of facts."
 )
 
 

@@ -199,6 +199,7 @@ STUDY = Study(
     name="depth-lora",
     claim="A low-rank difference per loop wins back most of what sharing the weights costs.",
     headline="LoRA per loop restores what sharing costs (Relaxed Recursive Transformers)",
+    paper="rank 512 keeps 58.4 of 58.6% accuracy (retrofit of 2 B)",
     source="Relaxed Recursive Transformers (arXiv 2410.20672)",
     method=(
         "Text: 0.5 M parameters on Python's standard library, 300 steps of 8 x 128 tokens, 4 "

@@ -149,6 +149,7 @@ STUDY = Study(
     name="expert-routing",
     claim="Bias balancing spreads the load at no loss, and every loop chooses experts of its own.",
     headline="Balanced experts, others in every loop (DeepSeek-V3)",
+    paper="MaxVio 0.72 to 0.04 (1 B); distinct experts / top_k 1.42 in 4 loops (Meta)",
     source="DeepSeek-V3 (arXiv 2412.19437); OpenMythos announcement",
     method=(
         "Text as in test-time-depth, 16 experts top-2 and one shared in the loop, 300 steps; "

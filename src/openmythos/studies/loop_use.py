@@ -181,6 +181,7 @@ STUDY = Study(
     name="loop-use",
     claim="A small language model uses its loops where nothing outside of them does their work.",
     headline="Loops are used where no layer outside does their work",
+    paper="none: this project's own question",
     source="this project",
     method=(
         "One recurrent layer of 0.2 M parameters (width 96, grouped-query attention, "

@@ -225,6 +225,7 @@ STUDY = Study(
     name="stability",
     claim="LTI injection trains at learning rates at which other injections diverge.",
     headline="LTI keeps the loop stable (Parcae)",
+    paper="concat diverges from rate 4e-4 on, LTI not up to 1e-3 (100 M)",
     source="Parcae (arXiv 2604.12946)",
     method=(
         "0.5 M parameters on Python's standard library, 120 steps of 4 x 128 tokens, loops from "

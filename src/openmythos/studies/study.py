@@ -188,6 +188,7 @@ class Study:
     claim: str
     headline: str  # the claim in a few words, with the paper's name
     source: str
+    paper: str  # the paper's number and size
     method: str
     not_shown: tuple[str, ...]
     arms: Callable[[], Sequence[Arm]]

@@ -180,6 +180,7 @@ STUDY = Study(
     name="systematic-generalization",
     claim="A looped model composes facts that it has only ever seen alone; layers do not.",
     headline="Loops compose facts only seen alone (Loop, Think & Generalize)",
+    paper="0 without loops, up to 80% with, after thousands of epochs (30 M)",
     source="Loop, Think & Generalize; Grokked Transformers (arXiv 2405.15071)",
     method=(
         f"{TASK.num_entities} entities, {TASK.num_relations} relations that are permutations; "

@@ -314,6 +314,7 @@ STUDY = Study(
         "what is added to the loop, does not harm it."
     ),
     headline="LTI and local attention carry extrapolation (our hypothesis)",
+    paper="none: this project's own hypothesis",
     source="a hypothesis of this project",
     method=(
         "k-hop as in depth-extrapolation, trained on 1 to 10 hops; each arm changes one part of "
