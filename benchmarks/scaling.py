@@ -32,6 +32,7 @@ from openmythos.nn.layout import TokenLayout, attention_context
 from openmythos.recurrence import schedule
 from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.recurrence.schedule import LoopPlan
+from openmythos.recurrence.trace import RecurrentOutput
 
 LOOPS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
@@ -77,8 +78,8 @@ def outside_the_loop(rounds: int) -> float:
     """Seconds of embedding, prelude, coda and head alone, for a forward pass of 256 tokens."""
     config = S.config()
     model, tokens = model_of(config), draw(1, 256)
-    layout, a = TokenLayout(256, 0, tokens.device), config.attention
-    context = attention_context(layout, a.rotary_dim(config.dim), a.rope_base, a.window)
+    layout = TokenLayout(256, 0, tokens.device)
+    context = attention_context(layout, config.attention, config.dim)
 
     @torch.no_grad()
     def run() -> None:
@@ -139,20 +140,23 @@ class _Halted:
     def update(self, states: object, active: Tensor, loop: int) -> Tensor:
         return active & self._running
 
+    def finish(self, out: RecurrentOutput) -> RecurrentOutput:
+        return out
+
 
 def against_halted_share(rounds: int) -> dict[str, dict[float, float]]:
     """Seconds per loop by fraction of halted positions; 256 tokens, batch 8."""
     config = S.config()
     model, batch, seq = model_of(config), 8, 256
-    layout, a = TokenLayout(seq, 0, torch.device("cpu")), config.attention
-    context = attention_context(layout, a.rotary_dim(config.dim), a.rope_base, a.window)
+    layout = TokenLayout(seq, 0, torch.device("cpu"))
+    context = attention_context(layout, config.attention, config.dim)
     encoded = torch.randn(batch, seq, config.dim, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def run(share: float | None, loops: int) -> None:
         tracker: Any = None if share is None else _Halted(share, batch, seq)
         plan = LoopPlan(num_loops=loops, exits=tracker)
-        schedule.run(model.recurrent, encoded, context, layout.positions(), plan)
+        schedule.run(model.recurrent, encoded, context, plan)
 
     keys = [(share, loops) for share in (None, *SHARES) for loops in (1, 9)]
     found = interleaved({key: functools.partial(run, *key) for key in keys}, rounds)

@@ -272,15 +272,10 @@ class OneSlot:
     """All loops share a slot that each overwrites."""
 
     kind: Literal["one_slot"] = "one_slot"
+    overwrites: ClassVar[bool] = True
 
     def slot(self, loop: int) -> int:
         return 0
-
-    def writes(self, loop: int) -> bool:
-        return True
-
-    def last_writer(self, slot: int, num_loops: int) -> int:
-        return num_loops - 1
 
 
 @dataclass(frozen=True, kw_only=True)

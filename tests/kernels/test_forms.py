@@ -84,12 +84,10 @@ def test_forward_mode_equals_finite_differences() -> None:
 
 def loop_map(block: RecurrentBlock, config: MythosConfig, seq: int) -> Callable[[Tensor], Tensor]:
     """h -> h' of one sequence [seq, dim] at a fixed input."""
-    layout, a = TokenLayout(seq, 0, CPU), config.attention
-    context: AttentionContext = attention_context(
-        layout, a.rotary_dim(config.dim), a.rope_base, a.window
-    )
+    layout = TokenLayout(seq, 0, CPU)
+    context: AttentionContext = attention_context(layout, config.attention, config.dim)
     encoded = torch.randn(1, seq, config.dim, dtype=torch.float64)
-    first, inputs = block.start(encoded, context, layout.positions())
+    first, inputs = block.start(encoded, context)
 
     def step(state: Tensor) -> Tensor:
         return block.step(first._replace(hidden=state[None]), inputs, 0)[0].hidden[0]

@@ -234,11 +234,11 @@ def test_a_prompt_in_one_chunk_is_exact_where_every_loop_writes(policy: CachePol
     full = model(tokens, num_loops=5).logits
     cached = decode(model, tokens, [SEQ], num_loops=5, prefill=policy)
     same = torch.allclose(cached, full, **CLOSE)
-    assert same == all(policy.writes(loop) for loop in range(5))
+    assert same == policy.overwrites
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", [p for p in CACHE_POLICIES if p.writes(1)], ids=name_of)
+@pytest.mark.parametrize("policy", [p for p in CACHE_POLICIES if p.overwrites], ids=name_of)
 def test_a_shared_cache_shows_earlier_tokens_as_their_last_writer_left_them(
     policy: CachePolicy,
 ) -> None:
@@ -248,14 +248,15 @@ def test_a_shared_cache_shows_earlier_tokens_as_their_last_writer_left_them(
     """
     num_loops, tokens = 5, random_tokens(2)
     model = tiny_model(tiny_config(recurrent_layers=2))
+    writer = {policy.slot(loop): loop for loop in range(num_loops)}
     shared = decode(model, tokens, [6], num_loops=num_loops, policy=policy)
     cache, logits = model.new_cache(2, SEQ, num_loops=num_loops), []
     for part in (slice(0, 6), *(slice(i, i + 1) for i in range(6, SEQ))):
         logits.append(model(tokens[:, part], num_loops=num_loops, cache=cache).logits)
         cache.advance(part.stop - part.start)
         for layer in range(2):
-            slots = [cache.recurrent(layer, 1, loop).storage for loop in range(num_loops)]
-            final = [slots[policy.last_writer(policy.slot(i), num_loops)].clone() for i in range(5)]
+            slots = [cache.views("recurrent", 1, loop)[layer].storage for loop in range(num_loops)]
+            final = [slots[writer[policy.slot(loop)]].clone() for loop in range(num_loops)]
             for slot, seen in zip(slots, final, strict=True):
                 slot[:, part] = seen[:, part]
     torch.testing.assert_close(shared, torch.cat(logits, dim=1), **CLOSE)
@@ -268,7 +269,8 @@ def test_prefill_with_fewer_loops_than_decode_repeats_the_last_loops_keys_and_va
     model(tokens[:, :8], num_loops=2, cache=cache)
     cache.advance(8)
     for layer in range(2):
-        first, last, *others = [cache.recurrent(layer, 1, i).storage[:, :8] for i in range(5)]
+        slots = [cache.views("recurrent", 1, loop)[layer].storage for loop in range(5)]
+        first, last, *others = [slot[:, :8] for slot in slots]
         assert not torch.equal(first, last)
         assert all(torch.equal(other, last) for other in others)
     assert torch.isfinite(model(tokens[:, 8:9], num_loops=5, cache=cache).logits).all()
@@ -296,7 +298,7 @@ def test_loops_that_no_position_ran_are_filled_after_an_early_exit(halting: Halt
     rule = StateChangeExit(threshold=10.0)
     out = model(random_tokens(2), num_loops=6, cache=cache, exit_rule=rule)
     assert (out.recurrence.loops_used == 1).all()
-    slots = [cache.recurrent(0, 1, loop).storage for loop in range(6)]
+    slots = [cache.views("recurrent", 1, loop)[0].storage for loop in range(6)]
     assert slots[0][:, :SEQ].abs().sum() > 0
     assert all(torch.equal(slot, slots[0]) for slot in slots)
 
@@ -319,7 +321,7 @@ def test_the_forward_pass_does_not_advance_the_cache(halting: Halting) -> None:
 
 
 def storage_of(cache: KVCache, loop: int) -> Tensor:
-    return cache.recurrent(0, 1, loop).storage
+    return cache.views("recurrent", 1, loop)[0].storage
 
 
 @few_variants

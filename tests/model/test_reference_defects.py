@@ -209,9 +209,9 @@ def test_e_prefill_with_fewer_loops_keeps_the_tokens_in_every_loops_cache() -> N
     model(tokens[:, :8], num_loops=2, cache=cache)
     cache.advance(8)
     for loop in range(4):
-        slot = cache.recurrent(0, 1, loop)
+        slot = cache.views("recurrent", 1, loop)[0]
         assert slot.start == 8 and slot.storage[:, :8].any(dim=-1).all()
-    leaf = [cache.recurrent(0, 1, loop).storage for loop in range(4)]
+    leaf = [cache.views("recurrent", 1, loop)[0].storage for loop in range(4)]
     before = model(tokens[:, 8:9], num_loops=4, cache=cache).logits
     leaf[3][:, :8] += 0.5
     assert not torch.equal(model(tokens[:, 8:9], num_loops=4, cache=cache).logits, before)

@@ -75,7 +75,7 @@ def build(config: Any) -> Any:
 
 
 def context_of(config: Any, layout: TokenLayout) -> AttentionContext:
-    return attention_context(layout, config.rotary_dim(DIM), config.rope_base, config.window)
+    return attention_context(layout, config, DIM)
 
 
 def layouts(seq: int, batch: int) -> dict[str, TokenLayout]:
@@ -105,11 +105,12 @@ def path(layer: AttentionLayer, absorbed: bool) -> Iterator[None]:
     if not isinstance(layer, LatentAttentionLayer):
         yield
         return
-    layer.absorbing_is_cheaper = lambda seq, total: absorbed  # type: ignore[method-assign]
+    taken, other = ("absorbed", "naive") if absorbed else ("naive", "absorbed")
+    setattr(layer, other, getattr(layer, taken))
     try:
         yield
     finally:
-        del layer.absorbing_is_cheaper
+        delattr(layer, other)
 
 
 def manual_attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Any:
@@ -243,7 +244,7 @@ def test_rows_with_deltas_of_their_own_equal_each_row_alone(
     older = torch.randn(3, layout.start, layer.kv_width, dtype=torch.double)
 
     def run(row: slice, deltas: Deltas) -> Tensor:
-        visible = context.rows(row.start, row.stop)
+        visible = context.select(slice(row.start, row.stop))
         kv = torch.cat((older[row], layer.project_kv(x[row], visible, deltas)), dim=1)
         return layer(x[row], kv, visible, deltas)
 
@@ -270,10 +271,8 @@ def test_deltas_reach_every_map() -> None:
 
 
 def test_the_cheaper_path_is_taken() -> None:
-    layer = small(LatentAttention).build(DIM, EPS).to(here())
-    assert not layer.absorbing_is_cheaper(512, 512)  # training
-    assert layer.absorbing_is_cheaper(1, 512)  # decoding
-    calls: list[str] = []
+    config = small(LatentAttention)
+    layer, calls = config.build(DIM, EPS).to(here()), []
     for name in ("naive", "absorbed"):
         original = getattr(layer, name)
 
@@ -282,11 +281,14 @@ def test_the_cheaper_path_is_taken() -> None:
             return original(*args)
 
         setattr(layer, name, spy)
-    config = small(LatentAttention)
-    for seq, start in ((64, 0), (1, 63)):
-        x, kv = torch.randn(1, seq, DIM), torch.randn(1, 64, layer.kv_width)
-        layer(x, kv, context_of(config, TokenLayout(seq, start, here())))
-    assert calls == ["naive", "absorbed"]
+    head_dims, latent = config.nope_head_dim + config.value_head_dim, config.kv_latent_dim
+    for seq, total in ((64, 64), (1, 64), (1, 1), (2, 3), (30, 64), (4, 64), (8, 64)):
+        x, kv = torch.randn(1, seq, DIM), torch.randn(1, total, layer.kv_width)
+        layer(x, kv, context_of(config, TokenLayout(seq, total - seq, here())))
+        expanding, rope = latent * head_dims, config.rope_head_dim
+        naive = total * expanding + seq * total * (head_dims + rope)
+        absorbed = seq * expanding + seq * total * (2 * latent + rope)
+        assert calls.pop() == ("absorbed" if absorbed < naive else "naive")
 
 
 @pytest.mark.parametrize(
@@ -434,17 +436,18 @@ def test_qk_norm_bounds_the_scores(kind: type) -> None:
 
 def test_rows_of_a_context_can_be_cut_and_reordered() -> None:
     valid = torch.arange(4) >= torch.arange(3)[:, None]
-    context = attention_context(TokenLayout(4, 0, here(), valid), 4, 1e4, 0)
+    context = context_of(small(GroupedQueryAttention), TokenLayout(4, 0, here(), valid))
     assert context.cos is not None and context.mask is not None
-    cut, order = context.rows(1, 3), torch.tensor([2, 0, 1])
+    cut, order = context.select(slice(1, 3)), torch.tensor([2, 0, 1])
     taken = context.select(order)
     assert cut.cos is not None and cut.mask is not None
+    assert cut.positions.equal(context.positions[1:3])
     assert cut.cos.equal(context.cos[1:3]) and cut.mask.equal(context.mask[1:3])
     assert taken.cos is not None and taken.mask is not None
     assert taken.cos.equal(context.cos[order]) and taken.mask.equal(context.mask[order])
     # One row for the whole batch serves any part of it.
-    shared = attention_context(TokenLayout(4, 0, here()), 4, 1e4, 2)
-    for part in (shared.rows(1, 3), shared.select(order)):
+    shared = context_of(small(GroupedQueryAttention, window=2), TokenLayout(4, 0, here()))
+    for part in (shared.select(slice(1, 3)), shared.select(order)):
         assert part.cos is shared.cos and part.mask is shared.mask
 
 

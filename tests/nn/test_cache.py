@@ -46,39 +46,44 @@ def make(**changes: Any) -> KVCache:
     return KVCache(**fields | changes)
 
 
+def writes(policy: Any, loop: int) -> bool:
+    """Whether a loop writes its slot: the first of the slot, or any, as the policy says."""
+    return policy.overwrites or policy.slot(loop) not in map(policy.slot, range(loop))
+
+
+def last_writer(policy: Any, slot: int, num_loops: int) -> int:
+    return max(i for i in range(num_loops) if policy.slot(i) == slot and writes(policy, i))
+
+
 def run_loops(cache: KVCache, seq: int, loops: int, mark: float = 0.0) -> None:
     """Write `mark + loop` as every number of `seq` tokens, as the recurrent layers would."""
     for loop in range(loops):
         for layer in range(cache.layers[1]):
             kv = torch.full((cache.batch, seq, WIDTH), mark + loop)
-            cache.recurrent(layer, seq, loop).update(lambda: kv)  # noqa: B023
+            cache.views("recurrent", seq, loop)[layer].update(lambda: kv)  # noqa: B023
 
 
 @pytest.mark.parametrize("num_loops", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("policy", POLICIES, ids=name)
-def test_slots_are_numbered_without_gaps_and_know_their_last_writer(
+def test_slots_are_numbered_without_gaps_and_written_before_they_are_read(
     policy: CachePolicy, num_loops: int
 ) -> None:
     slots = [policy.slot(loop) for loop in range(num_loops)]
     assert slots == sorted(slots) and set(slots) == set(range(slots[-1] + 1))
-    writer = {policy.slot(loop): loop for loop in range(num_loops) if policy.writes(loop)}
-    assert writer == {slot: policy.last_writer(slot, num_loops) for slot in set(slots)}
     # What a loop reads has been written by then.
-    for loop in range(num_loops):
-        assert any(
-            policy.writes(earlier) and slots[earlier] == slots[loop] for earlier in range(loop + 1)
-        )
+    for loop, slot in enumerate(slots):
+        assert slot in {slots[earlier] for earlier in range(loop + 1) if writes(policy, earlier)}
 
 
 def test_the_policies_are_what_their_names_say() -> None:
     loops = range(5)
     assert [ExactCache().slot(loop) for loop in loops] == [0, 1, 2, 3, 4]
     assert [LastLoopCache().slot(loop) for loop in loops] == [0] * 5
-    assert all(LastLoopCache().writes(loop) for loop in loops)
+    assert all(writes(LastLoopCache(), loop) for loop in loops)
     assert [FirstLoopCache().slot(loop) for loop in loops] == [0] * 5
-    assert [FirstLoopCache().writes(loop) for loop in loops] == [True, *[False] * 4]
+    assert [writes(FirstLoopCache(), loop) for loop in loops] == [True, *[False] * 4]
     assert [GroupedLoopCache(group=2).slot(loop) for loop in loops] == [0, 0, 1, 1, 2]
-    assert [GroupedLoopCache(group=2).last_writer(slot, 5) for slot in range(3)] == [1, 3, 4]
+    assert [last_writer(GroupedLoopCache(group=2), slot, 5) for slot in range(3)] == [1, 3, 4]
     assert [GroupedLoopCache(group=1).slot(loop) for loop in loops] == [0, 1, 2, 3, 4]
     with pytest.raises(ConfigError, match="group = 0"):
         GroupedLoopCache(group=0)
@@ -94,27 +99,27 @@ def test_begin_decode_keeps_what_decode_reads(
     cache = make(prefill=prefill, decode=decode, num_loops=num_loops)
     run_loops(cache, 3, num_loops)
     cache.advance(3)
-    held = {loop: cache.recurrent(0, 1, loop).storage.clone() for loop in range(num_loops)}
+    held = {loop: cache.views("recurrent", 1, loop)[0].storage.clone() for loop in range(num_loops)}
     cache.begin_decode()
     for loop in range(num_loops):
-        source = decode.last_writer(decode.slot(loop), num_loops)
+        source = last_writer(decode, decode.slot(loop), num_loops)
         for layer in range(2):
-            slot = cache.recurrent(layer, 1, loop)
+            slot = cache.views("recurrent", 1, loop)[layer]
             assert slot.storage.equal(held[source])
-            assert slot.start == 3 and slot.writes == decode.writes(loop)
+            assert slot.start == 3 and slot.writes == writes(decode, loop)
     assert cache.length == 3
-    before = [cache.recurrent(0, 1, loop).storage.clone() for loop in range(num_loops)]
+    before = [cache.views("recurrent", 1, loop)[0].storage.clone() for loop in range(num_loops)]
     cache.begin_decode()  # is done once
-    after = [cache.recurrent(0, 1, loop).storage for loop in range(num_loops)]
+    after = [cache.views("recurrent", 1, loop)[0].storage for loop in range(num_loops)]
     assert all(a.equal(b) for a, b in zip(after, before, strict=True))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=name)
 def test_begin_decode_copies_nothing_where_the_policy_stays(policy: CachePolicy) -> None:
     cache = make(prefill=policy, decode=policy)
-    before = cache.recurrent(0, 1, 3).storage.data_ptr()
+    before = cache.views("recurrent", 1, 3)[0].storage.data_ptr()
     cache.begin_decode()
-    assert cache.recurrent(0, 1, 3).storage.data_ptr() == before
+    assert cache.views("recurrent", 1, 3)[0].storage.data_ptr() == before
 
 
 def test_exact_prefill_lets_decode_choose_a_loop() -> None:
@@ -128,7 +133,7 @@ def test_exact_prefill_lets_decode_choose_a_loop() -> None:
         run_loops(cache, 3, 5)
         cache.advance(3)
         cache.begin_decode()
-        read = [cache.recurrent(1, 1, loop).storage[0, 0, 0].item() for loop in range(5)]
+        read = [cache.views("recurrent", 1, loop)[1].storage[0, 0, 0].item() for loop in range(5)]
         assert read == seen
 
 
@@ -158,8 +163,8 @@ def test_nbytes_is_the_formula(
 
 def test_layers_and_loops_do_not_share_storage() -> None:
     cache = make()
-    views = [cache.prelude(0, 2), cache.coda(0, 2)]
-    views += [cache.recurrent(layer, 2, loop) for layer in range(2) for loop in range(4)]
+    views = [cache.views("prelude", 2)[0], cache.views("coda", 2)[0]]
+    views += [cache.views("recurrent", 2, loop)[layer] for layer in range(2) for loop in range(4)]
     for index, view in enumerate(views):
         view.update(lambda: torch.full((BATCH, 2, WIDTH), float(index)))  # noqa: B023
     for index, view in enumerate(views):
@@ -170,9 +175,9 @@ def test_layers_and_loops_do_not_share_storage() -> None:
 def test_a_view_shows_all_columns_up_to_its_own() -> None:
     cache = make()
     first, second = torch.randn(BATCH, 3, WIDTH), torch.randn(BATCH, 2, WIDTH)
-    assert cache.prelude(0, 3).update(lambda: first).equal(first)
+    assert cache.views("prelude", 3)[0].update(lambda: first).equal(first)
     cache.advance(3)
-    view = cache.prelude(0, 2)
+    view = cache.views("prelude", 2)[0]
     assert view.start == 3
     assert view.update(lambda: second).equal(torch.cat((first, second), dim=1))
     assert view.update(lambda: -second).equal(torch.cat((first, -second), dim=1))  # the next loop
@@ -185,7 +190,7 @@ def test_a_block_projects_only_where_the_view_is_written(monkeypatch: pytest.Mon
     block = Block(16, config, SwiGLU(hidden_dim=8), 1e-6)
     storage, x = torch.randn(BATCH, CAPACITY, WIDTH), torch.randn(BATCH, 2, 16)
     layout = TokenLayout(2, 3, x.device)
-    context = attention_context(layout, 2, 10_000.0, 0)
+    context = attention_context(layout, config, 16)
     with torch.no_grad():
         written, _ = block(x, LayerView(context, Cached(storage, 3, 2)))
         stored = block.attention.project_kv(block.attention_norm(x), context)
@@ -197,7 +202,8 @@ def test_a_block_projects_only_where_the_view_is_written(monkeypatch: pytest.Mon
 
 def test_a_low_precision_cache_shows_what_it_stored() -> None:
     kv = torch.randn(BATCH, 2, WIDTH)
-    visible = make(like=torch.empty(0, dtype=torch.bfloat16)).prelude(0, 2).update(lambda: kv)
+    cache = make(like=torch.empty(0, dtype=torch.bfloat16))
+    visible = cache.views("prelude", 2)[0].update(lambda: kv)
     assert visible.dtype == torch.bfloat16 and visible.equal(kv.to(torch.bfloat16))
 
 
@@ -210,42 +216,45 @@ def test_loops_that_were_not_run_hold_the_last_one_that_was(
     cache = make(prefill=policy, decode=policy, num_loops=5)
     run_loops(cache, 3, 5, mark=10)
     cache.advance(3)
-    older = [cache.recurrent(0, 1, loop).storage[:, :3].clone() for loop in range(5)]
+    slots = [cache.views("recurrent", 1, loop)[0].storage for loop in range(5)]
+    older = [slot[:, :3].clone() for slot in slots]
     run_loops(cache, 2, loops_run, mark=20)
-    last = cache.recurrent(0, 1, loops_run - 1).storage[:, 3:5].clone()
-    ran = [cache.recurrent(0, 1, loop).storage[:, 3:5].clone() for loop in range(loops_run)]
-    cache.fill_unrun_loops(loops_run, 2)
+    ran = [slot[:, 3:5].clone() for slot in slots[:loops_run]]
+    cache.end_loops(loops_run, torch.full((BATCH, 2), loops_run))
     for loop in range(5):
         for layer in range(2):
-            storage = cache.recurrent(layer, 1, loop).storage
+            storage = cache.views("recurrent", 1, loop)[layer].storage
             assert storage[:, :3].equal(older[loop])
-            assert storage[:, 3:5].equal(ran[loop] if loop < loops_run else last)
+            assert storage[:, 3:5].equal(ran[loop] if loop < loops_run else ran[-1])
             assert not storage[:, 5:].any()
 
 
 def test_padding_is_remembered_per_column() -> None:
     cache = make()
+    tokens = torch.zeros(BATCH, 2, dtype=torch.long)
     assert cache.valid.all() and not cache.padded
-    cache.mark_padding(torch.ones(BATCH, 2, dtype=torch.bool))
+    assert cache.place(tokens, torch.ones(BATCH, 2, dtype=torch.bool)).valid is None
     cache.advance(2)
     assert not cache.padded
-    cache.mark_padding(torch.tensor([[True, True], [False, True]]))
+    layout = cache.place(tokens, torch.tensor([[True, True], [False, True]]))
+    assert (layout.start, layout.seq) == (2, 2) and layout.valid is not None
+    assert layout.valid.tolist() == [[True] * 4, [True, True, False, True]]
     cache.advance(2)
     assert cache.padded
     assert cache.valid.tolist() == [[True] * 8, [True, True, False, *[True] * 5]]
-    cache.mark_padding(torch.ones(BATCH, 2, dtype=torch.bool))
+    assert cache.place(tokens, torch.ones(BATCH, 2, dtype=torch.bool)).valid is not None
     assert cache.padded  # still
 
 
 def test_room_and_batch_are_checked() -> None:
     cache = make()
-    cache.check_room(CAPACITY, BATCH)
+    cache.place(torch.zeros(BATCH, CAPACITY, dtype=torch.long), None)
     cache.advance(6)
-    cache.check_room(2, BATCH)
+    cache.place(torch.zeros(BATCH, 2, dtype=torch.long), None)
     with pytest.raises(ValueError, match=r"6 \+ 3 new tokens exceed its capacity of 8"):
-        cache.check_room(3, BATCH)
+        cache.place(torch.zeros(BATCH, 3, dtype=torch.long), None)
     with pytest.raises(ValueError, match="batch of 2, not of 3"):
-        cache.check_room(1, 3)
+        cache.place(torch.zeros(3, 1, dtype=torch.long), None)
 
 
 # In the model
@@ -274,9 +283,9 @@ def test_only_the_caller_advances(policy: CachePolicy) -> None:
     first = model(tokens, cache=cache).logits
     assert cache.length == 0
     assert model(tokens, cache=cache).logits.equal(first)  # overwrites its own columns
-    cache.fill_unrun_loops(2, 4)
+    cache.end_loops(2, torch.full((2, 4), 2))
     cache.begin_decode()
-    cache.mark_padding(torch.ones(2, 4, dtype=torch.bool))
+    cache.place(tokens, torch.ones(2, 4, dtype=torch.bool))
     assert cache.length == 0
     cache.advance(4)
     assert cache.length == 4

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from variants import here
 
 from openmythos.config import ConfigError
+from openmythos.nn import moe
 from openmythos.nn.dispatch import Dispatched
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import LowRank
@@ -33,7 +34,7 @@ def build(**fields: Any) -> MoELayer:
     return layer
 
 
-CONTEXT = AttentionContext(None, None, None, True)
+CONTEXT = AttentionContext(torch.arange(1)[None], None, None, None, True)
 LENGTHS = (10, 6, 8)
 
 
@@ -425,13 +426,15 @@ def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -
         MoE(**fields)
 
 
-def test_positions_that_are_not_active_cost_nothing() -> None:
+def test_positions_that_are_not_active_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the router nor an expert sees them, and their gradient is exactly zero."""
     layer, x = build(), torch.randn(3, 8, DIM, requires_grad=True)
     active = torch.rand(3, 8) < 0.5
     seen: list[int] = []
-    for part in (layer.router, layer.experts, layer.shared_expert.down):
+    for part in (layer.router, layer.shared_expert.down):
         part.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., 0].numel()))
+    experts = moe.routed_experts
+    monkeypatch.setattr(moe, "routed_experts", lambda *a: (seen.append(len(a[0])), experts(*a))[1])
     layer.shared_expert.down.delta_key = "down"  # a map that is called as a module only with one
     deltas = {"down": LowRank(torch.zeros(1, 8), torch.zeros(DIM, 1))}
     out, stats = layer(

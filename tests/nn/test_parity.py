@@ -117,13 +117,10 @@ class PlainTransformer(nn.Module):
     ) -> Tensor:
         start = 0 if cache is None else cache.length
         layout = TokenLayout(tokens.shape[1], start, tokens.device, mask)
-        a = self.attention
-        context = attention_context(
-            layout, a.rotary_dim(DIM), a.rope_base, a.window, a.rope_scaling
-        )
+        context = attention_context(layout, self.attention, DIM)
         x = self.embed(tokens)
         for index, block in enumerate(self.blocks):
-            kv = NoCache() if cache is None else cache.prelude(index, tokens.shape[1])
+            kv = NoCache() if cache is None else cache.views("prelude", tokens.shape[1])[index]
             x, _ = block(x, LayerView(context, kv))
         if cache is not None:
             cache.advance(tokens.shape[1])

@@ -11,6 +11,7 @@ from openmythos.kernels.rope import rotate
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.layout import TokenLayout, attention_context, rope_tables
 
 BASE = 10_000.0
@@ -70,7 +71,9 @@ def test_dtype_of_the_vectors_is_kept() -> None:
 
 
 def test_no_rotation_without_tables() -> None:
-    context = attention_context(TokenLayout(4, 0, torch.device("cpu")), 0, BASE, 0)
+    context = attention_context(
+        TokenLayout(4, 0, torch.device("cpu")), GroupedQueryAttention(position="none"), 8
+    )
     x = torch.randn(2, 3, 4, 8)
     assert context.cos is None and context.sin is None
     assert rotate(x, context.cos, context.sin) is x
@@ -107,7 +110,7 @@ def test_a_bf16_model_still_knows_far_positions(attention: type) -> None:
     layout = TokenLayout(3, 3000, torch.device("cpu"))
 
     def keys() -> Tensor:
-        context = attention_context(layout, config.rotary_dim(32), config.rope_base, config.window)
+        context = attention_context(layout, config, 32)
         assert context.cos is not None and context.cos.dtype == torch.float32
         x = torch.ones(1, 3, 32, dtype=layer.output.weight.dtype)
         return layer.project_kv(x, context).float()

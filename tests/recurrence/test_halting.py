@@ -38,17 +38,16 @@ def run(
 ) -> RecurrentOutput:
     """The recurrent block by itself, with everything collected."""
     encoded = torch.randn(3, SEQ, DIM) if encoded is None else encoded
-    context, positions = causal(model.config)
+    context = causal(model.config)
     last = int(torch.as_tensor(num_loops).max())
     loops = range(1, last + 1)
     plan = LoopPlan(num_loops=num_loops, collect=loops)
-    return schedule.run(model.recurrent, encoded, context, positions, plan)
+    return schedule.run(model.recurrent, encoded, context, plan)
 
 
-def causal(config: MythosConfig) -> tuple[AttentionContext, Tensor]:
-    layout, a = TokenLayout(SEQ, 0, torch.device("cpu")), config.attention
-    context = attention_context(layout, a.rotary_dim(config.dim), a.rope_base, a.window)
-    return context, layout.positions()
+def causal(config: MythosConfig) -> AttentionContext:
+    layout = TokenLayout(SEQ, 0, torch.device("cpu"))
+    return attention_context(layout, config.attention, config.dim)
 
 
 def probabilities_to_states(probabilities: list[float]) -> list[Tensor]:
@@ -222,7 +221,7 @@ def test_packed_positions_equal_the_naive_twin(attention: Attention, act: ACT) -
         coda_layers=0,
     )
     model, encoded = tiny_model(config).train(), torch.randn(3, SEQ, DIM)
-    weights, (context, _) = torch.randn(3, SEQ, DIM), causal(config)
+    weights, context = torch.randn(3, SEQ, DIM), causal(config)
     out = run(model, 5, encoded)
     ((out.state * weights).sum() + 3 * out.ponder_cost).backward()
     packed = gradients(model)

@@ -1,7 +1,6 @@
 """The loop itself: truncated backprop, depths per sequence, checkpoints, statistics, states."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,10 +44,10 @@ CONDITIONED: dict[str, Any] = {
 }
 
 
-def causal(config: MythosConfig) -> tuple[AttentionContext, Tensor]:
-    layout, a = TokenLayout(SEQ, 0, torch.device("cpu")), config.attention
-    context = attention_context(layout, a.rotary_dim(config.dim), a.rope_base, a.window)
-    return replace(context, tokens=torch.arange(SEQ)[None]), layout.positions()
+def causal(config: MythosConfig) -> AttentionContext:
+    layout = TokenLayout(SEQ, 0, torch.device("cpu"))
+    tokens = torch.arange(SEQ)[None]
+    return attention_context(layout, config.attention, config.dim, tokens)
 
 
 def naive_loops(
@@ -78,15 +77,15 @@ def test_the_schedule_computes_the_equation(config: MythosConfig) -> None:
     model, depths = tiny_model(config), torch.tensor([4, 1, 3])
     encoded, weights = torch.randn(2, 3, SEQ, DIM)
     encoded.requires_grad_()
-    context, positions = causal(config)
+    context = causal(config)
     block = model.recurrent
     rows = [
-        block(row[None], context, positions, depth)
+        block(row[None], context, depth)
         for row, depth in zip(encoded, depths.tolist(), strict=True)
     ]
     wanted = run_backward(model, encoded, (torch.cat(rows) * weights).sum())
     block.checkpoint_loops = True
-    out = schedule.run(block, encoded, context, positions, LoopPlan(num_loops=depths))
+    out = schedule.run(block, encoded, context, LoopPlan(num_loops=depths))
     torch.testing.assert_close(out.state, torch.cat(rows), rtol=1e-4, atol=1e-5)
     found = run_backward(model, encoded, (out.state * weights).sum())
     assert_gradients_close(found, wanted)
@@ -98,8 +97,8 @@ def test_rows_in_different_loops_step_together(config: MythosConfig) -> None:
     """One step of rows at loops 0, 3 and 7 is that of each row by itself."""
     model, loops = tiny_model(config), torch.tensor([0, 3, 7])
     block, encoded = model.recurrent, torch.randn(3, SEQ, DIM)
-    context, positions = causal(config)
-    state, inputs = block.start(encoded, context, positions)
+    context = causal(config)
+    state, inputs = block.start(encoded, context)
     state = state._replace(hidden=torch.randn(3, SEQ, DIM))
     together, _ = block.step(state, inputs, loops)
     for row, loop in enumerate(loops.tolist()):
@@ -135,9 +134,9 @@ def test_truncated_backprop_equals_a_manual_detach(
     model, num_loops = tiny_model(config), 5
     encoded, weights = torch.randn(2, 2, SEQ, DIM)
     encoded.requires_grad_()
-    context, positions = causal(config)
+    context = causal(config)
     plan = LoopPlan(num_loops=num_loops, backprop_loops=backprop_loops)
-    out = schedule.run(model.recurrent, encoded, context, positions, plan)
+    out = schedule.run(model.recurrent, encoded, context, plan)
     normed = model.recurrent.prelude_norm(encoded)
     # Where all loops carry gradient, so does the initial state.
     detach = num_loops - backprop_loops if 0 < backprop_loops < num_loops else -1

@@ -73,8 +73,8 @@ def test_a_stack_is_a_plain_transformer() -> None:
     out = model(tokens, num_loops=1)
     x = model.embed(tokens)
     layout = token_layout(model.config, tokens, None, None, None)
-    attention = model.config.attention
-    context = attention_context(layout, attention.rotary_dim(32), 10_000.0, depth.WINDOW)
+    assert model.config.attention.window == depth.WINDOW
+    context = attention_context(layout, model.config.attention, 32)
     for layer in (*model.prelude, *model.recurrent.layers, *model.coda):
         x, _ = layer(x, LayerView(context))
     torch.testing.assert_close(out.logits, model.norm(x) @ model.head_weight.T)

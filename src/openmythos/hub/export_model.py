@@ -15,7 +15,6 @@ from openmythos.config import from_dict
 from openmythos.hub.export_cache import LoopCache
 from openmythos.hub.export_config import OpenMythosConfig
 from openmythos.model.config import MythosConfig
-from openmythos.model.head import scaled
 from openmythos.model.inputs import ModelInputs
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.facts import fills
@@ -184,7 +183,7 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):  # type
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = out.last_hidden_state[:, keep]
-        logits = scaled(self.model.mythos.config, self.lm_head(hidden))
+        logits = self.model.mythos.logits(hidden, self.lm_head)
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -30,7 +30,7 @@ class ExpertWeights(NamedTuple):
 
     gate_up: Tensor  # [num_experts, 2 * expert_dim, dim]
     down: Tensor  # [num_experts, dim, expert_dim]
-    sums: "GradientSums | None" = None
+    sums: dict[int, Tensor] | None = None  # gradients of gate_up (0) and down (1) so far
 
 
 def prepare(gate_up: Tensor, down: Tensor) -> ExpertWeights:
@@ -43,7 +43,7 @@ def prepare(gate_up: Tensor, down: Tensor) -> ExpertWeights:
     fast = kernels.fast(gate_up.device) is not None and not torch.compiler.is_compiling()
     if not (trained and fast):
         return ExpertWeights(gate_up, down)
-    sums = GradientSums()
+    sums: dict[int, Tensor] = {}
     return ExpertWeights(
         _Collect.apply(gate_up, sums, 0),  # type: ignore[no-untyped-call]
         _Collect.apply(down, sums, 1),  # type: ignore[no-untyped-call]
@@ -274,33 +274,6 @@ def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
 # Gradients of weights that are used many times
 
 
-class GradientSums:
-    """Accumulates the gradients of the weights over all their uses, in place.
-
-    Autograd would allocate a full gradient in every loop and add it to the sum: for many experts
-    that is most of the memory traffic of a step. Instead each use adds its product to the sum here
-    and returns None; `_Collect`, which autograd runs after the last of them, returns the sum.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
-
-    def add(self, which: int, left: Tensor, right: Tensor, ends: Tensor) -> None:
-        """Add left_g^T right_g of each group g of rows to the gradient of weight `which`."""
-        total = self._sums.get(which)
-        if total is None:
-            self._sums[which] = grouped_outer(left, right, ends)
-        elif left.device.type == "cpu":
-            for (start, end), part in zip(_groups(ends), total, strict=True):
-                if end > start:
-                    torch.addmm(part, left[start:end].t(), right[start:end], out=part)
-        else:
-            total += grouped_outer(left, right, ends)
-
-    def take(self, which: int) -> Tensor | None:
-        return self._sums.pop(which, None)
-
-
 class _Collect(torch.autograd.Function):
     """The identity; its gradient is the incoming one plus the one accumulated in `sums`."""
 
@@ -313,7 +286,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        total = ctx.sums.take(ctx.which)
+        total = ctx.sums.pop(ctx.which, None)
         if total is not None and grad is not None:
             total = total + grad
         return grad if total is None else total, None, None
@@ -322,12 +295,26 @@ class _Collect(torch.autograd.Function):
 def _weight_gradient(
     ctx: Any, which: int, left: Tensor, right: Tensor, ends: Tensor
 ) -> Tensor | None:
-    """The gradient of gate_up (0) or down (1), or None if it was added to `ctx.sums`."""
+    """left_g^T right_g of each group g: the gradient of gate_up (0) or down (1).
+
+    Autograd would allocate a full gradient in every loop and add it to the sum: for many experts
+    that is most of the memory traffic of a step. So each use adds its product to `ctx.sums`, in
+    place, and returns None; `_Collect`, which autograd runs after the last use, returns the sum.
+    """
     if not ctx.needs_input_grad[1 + which]:
         return None
     if ctx.sums is None:
         return grouped_outer(left, right, ends)
     # If this gradient is not requested, its sum would be left over for the next backward pass.
-    if torch._C._will_engine_execute_node(ctx.collectors[which]):
-        ctx.sums.add(which, left, right, ends)
+    if not torch._C._will_engine_execute_node(ctx.collectors[which]):
+        return None
+    total = ctx.sums.get(which)
+    if total is None:
+        ctx.sums[which] = grouped_outer(left, right, ends)
+    elif left.device.type == "cpu":
+        for (start, end), part in zip(_groups(ends), total, strict=True):
+            if end > start:
+                torch.addmm(part, left[start:end].t(), right[start:end], out=part)
+    else:
+        total += grouped_outer(left, right, ends)
     return None

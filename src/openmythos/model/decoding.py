@@ -9,27 +9,23 @@ from abc import ABC, abstractmethod
 from typing import SupportsIndex
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.inference import generation
 from openmythos.inference.sampling import Sampling
 from openmythos.model.config import MythosConfig
-from openmythos.model.head import logits_of
 from openmythos.model.inputs import ModelInputs, whole_number
+from openmythos.nn.block import Layers, LayerStats
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
-from openmythos.nn.feed_forward import RouterStats
-from openmythos.recurrence.exit_rules import ExitRule, ExitTracker, FixedExit
+from openmythos.recurrence.exit_rules import EarlyExit, ExitRule, ExitTracker, FixedExit
 from openmythos.recurrence.trace import RecurrentOutput
 from openmythos.types import Hidden, Logits, LoopCounts, Mask, NextLogits, TokenIds
 
 
-def exit_tracker(
-    model: "Decodable", rule: ExitRule | None, inputs: ModelInputs
-) -> ExitTracker | None:
-    """The `ExitTracker` of a pass; None without a rule that can exit early."""
-    if rule is None or isinstance(rule, FixedExit):
-        return None
-    layout, cache = inputs.layout, inputs.cache
+def exit_tracker(model: "Decodable", rule: EarlyExit, inputs: ModelInputs) -> ExitTracker:
+    """What applies the rule to the loops of a pass."""
+    layout, cache = inputs.layout, inputs.plan.cache
     if cache is not None and rule.needs_logits and len(model.coda):
         cache.keep_probes()
 
@@ -52,7 +48,7 @@ def probe_unrun_loops(
     The state of these tokens is final, but the K/V of a second coda layer also depend on earlier
     tokens, which may have run more loops.
     """
-    cache, probed = inputs.cache, tracker.loops_run
+    cache, probed = inputs.plan.cache, tracker.loops_run
     if cache is None or not tracker.rule.needs_logits:
         return
     if len(model.coda) > 1 and cache.length:
@@ -67,21 +63,21 @@ class Decodable(nn.Module, ABC):
 
     config: MythosConfig
     embed: nn.Embedding
-    coda: nn.ModuleList
+    coda: Layers
     head: nn.Linear | None
 
     @abstractmethod
     def run(
         self, inputs: ModelInputs, exit_rule: ExitRule | None = None
-    ) -> tuple[RecurrentOutput, dict[str, RouterStats | None]]:
-        """Run embedding, prelude and loops; also returns router statistics by layer name."""
+    ) -> tuple[RecurrentOutput, dict[str, LayerStats]]:
+        """Run embedding, prelude and loops; also returns the router statistics of each part."""
 
     @abstractmethod
     def hidden(
         self,
         state: Hidden,
         inputs: ModelInputs,
-        router: dict[str, RouterStats | None] | None = None,
+        router: dict[str, LayerStats] | None = None,
         *,
         last_only: bool = False,
         probed_loop: int | None = None,
@@ -92,9 +88,16 @@ class Decodable(nn.Module, ABC):
         that loop, read out for an exit rule.
         """
 
-    def logits(self, hidden: Hidden) -> Logits:
-        """Logits [batch, seq, vocab] from the output of `hidden`."""
-        return logits_of(self.config, hidden, self.head_weight)
+    def logits(self, hidden: Hidden, head: nn.Module | None = None) -> Logits:
+        """Logits [batch, seq, vocab] from the output of `hidden`: scaled, then softcapped.
+
+        `head` takes the place of the model's own.
+        """
+        logits = F.linear(hidden, self.head_weight) if head is None else head(hidden)
+        cap = self.config.logit_softcap
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     @property
     def head_weight(self) -> Tensor:
@@ -154,7 +157,6 @@ class Decodable(nn.Module, ABC):
         inputs = ModelInputs.decoding(self.config, tokens, attention_mask, num_loops, cache)
         recurrence, _ = self.run(inputs, exit_rule)
         logits = self.logits(self.hidden(recurrence.state, inputs, last_only=True))
-        cache.note_exits(recurrence.loops_used)
         cache.advance(tokens.shape[1])
         return logits[:, 0], recurrence.loops_used[:, -1]
 

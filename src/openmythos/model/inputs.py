@@ -1,7 +1,7 @@
 """Validate forward() arguments; compute positions and masks."""
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex, TypedDict
 
@@ -10,13 +10,10 @@ from torch import Tensor
 
 from openmythos.config import require_int
 from openmythos.inference.generation import check_are_ids
-from openmythos.kernels.cross_entropy import IGNORE
 from openmythos.model.config import MythosConfig
-from openmythos.nn.cache import KVCache
+from openmythos.nn.cache import KVCache, Part
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
-from openmythos.nn.value_embedding import NoValueEmbeddings
-from openmythos.nn.view import KVView, LayerView
-from openmythos.recurrence.exit_rules import ExitTracker
+from openmythos.nn.view import KVView, LayerView, NoCache
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
 from openmythos.recurrence.schedule import LoopPlan
 from openmythos.types import LoopCounts, Mask, TokenIds
@@ -66,11 +63,7 @@ class ModelInputs:
     tokens: TokenIds
     layout: TokenLayout
     context: AttentionContext
-    num_loops: int | LoopCounts
-    backprop_loops: int
-    collect: Collection[int]
-    cache: KVCache | None
-    initial_state: Tensor | None
+    plan: LoopPlan
     training: bool
 
     @classmethod
@@ -102,17 +95,15 @@ class ModelInputs:
             raise ValueError(
                 f"initial_state: has shape {list(initial_state.shape)}, must be {list(shape)}"
             )
-        return cls(
-            tokens=tokens,
-            layout=layout,
-            context=_context(config, layout, tokens),
+        plan = LoopPlan(
             num_loops=loops,
             backprop_loops=backprop_loops,
-            collect=_check_collected(collect_loops, loops),
             cache=cache,
+            collect=_check_collected(collect_loops, loops) if len(collect_loops) else (),
             initial_state=initial_state,
-            training=training,
         )
+        context = attention_context(layout, config.attention, config.dim, tokens)
+        return cls(tokens=tokens, layout=layout, context=context, plan=plan, training=training)
 
     @classmethod
     def decoding(
@@ -124,60 +115,23 @@ class ModelInputs:
         cache: KVCache,
     ) -> "ModelInputs":
         """Inputs of a decoding step; its tokens and mask are already checked."""
-        cache.check_room(tokens.shape[1], len(tokens))
-        if attention_mask is not None:
-            cache.mark_padding(attention_mask)
-        seq, valid = tokens.shape[1], None
-        if cache.padded:
-            valid = cache.valid[:, : cache.length + seq]
-        layout = TokenLayout(seq, cache.length, tokens.device, valid)
-        return cls(
-            tokens=tokens,
-            layout=layout,
-            context=_context(config, layout, tokens),
-            num_loops=num_loops,
-            backprop_loops=0,
-            collect=(),
-            cache=cache,
-            initial_state=None,
-            training=False,
-        )
+        layout = cache.place(tokens, attention_mask)
+        context = attention_context(layout, config.attention, config.dim, tokens)
+        plan = LoopPlan(num_loops=num_loops, cache=cache)
+        return cls(tokens=tokens, layout=layout, context=context, plan=plan, training=False)
 
-    def view(self, kv: KVView, *, collects: bool = True) -> LayerView:
-        """What a layer outside the loop sees; in training it may collect router statistics."""
-        return LayerView(self.context, kv, collects=collects and self.training)
+    def views(self, part: Part, layers: int, loop: int = 0, *, collects: bool) -> list[LayerView]:
+        """What each layer of a part sees; in training it may collect router statistics."""
+        cache, seq = self.plan.cache, self.layout.seq
+        kv: Sequence[KVView] = [NoCache()] * layers
+        if cache is not None:
+            kv = cache.views(part, seq, loop)
+        return [LayerView(self.context, x, collects=collects and self.training) for x in kv]
 
-    def loop_plan(self, exits: ExitTracker | None) -> LoopPlan:
-        return LoopPlan(
-            num_loops=self.num_loops,
-            backprop_loops=self.backprop_loops,
-            cache=self.cache,
-            exits=exits,
-            collect=self.collect,
-            initial_state=self.initial_state,
-        )
-
-    def sorted_rows(self, order: Tensor | None) -> "ModelInputs":
-        """The inputs with the rows in this order (None: unchanged)."""
-        return self if order is None else replace(self, context=self.context.select(order))
-
-    def rows(self, count: int) -> "ModelInputs":
-        """The inputs of the first `count` rows."""
-        return replace(self, context=self.context.rows(0, count))
-
-
-def _context(config: MythosConfig, layout: TokenLayout, tokens: Tensor) -> AttentionContext:
-    attention = config.attention
-    context = attention_context(
-        layout,
-        attention.rotary_dim(config.dim),
-        attention.rope_base,
-        attention.window,
-        attention.rope_scaling,
-    )
-    if isinstance(config.value_embeddings, NoValueEmbeddings):
-        return context
-    return replace(context, tokens=tokens)
+    def rows(self, order: Tensor | None, count: int) -> "ModelInputs":
+        """The inputs of the first `count` rows, in this order (None: unchanged)."""
+        rows = slice(0, count) if order is None else order[:count]
+        return replace(self, context=self.context.select(rows))
 
 
 def _check_loops(
@@ -229,75 +183,39 @@ def token_layout(
     cache: KVCache | None,
 ) -> TokenLayout:
     """Check tokens [batch, seq] and make their layout; padding is marked in the cache."""
-    check_are_ids("tokens", tokens)
+    check_ids("tokens", tokens, config.vocab_size)
     if tokens.ndim != 2:
         raise ValueError(f"tokens: has shape {list(tokens.shape)}, must be [batch, seq]")
     if tokens.numel() == 0:
         raise ValueError("tokens: is empty; start with at least one token")
-    if attention_mask is not None:
-        if attention_mask.shape != tokens.shape:
+    for name, given in (("attention_mask", attention_mask), ("documents", documents)):
+        if given is not None and given.shape != tokens.shape:
             raise ValueError(
-                f"attention_mask: has shape {list(attention_mask.shape)}, "
-                f"the tokens have {list(tokens.shape)}"
+                f"{name}: has shape {list(given.shape)}, the tokens have {list(tokens.shape)}"
             )
-        attention_mask = attention_mask.bool()
-    batch, seq = tokens.shape
-    start = 0 if cache is None else cache.length
-    if start + seq > config.context:
-        raise ValueError(
-            f"tokens: {start + seq} tokens are longer than the context of {config.context}"
-        )
-    _check_ids(tokens, config.vocab_size)
-    _check_documents(documents, tokens)
-    if cache is None:
-        return TokenLayout(seq, 0, tokens.device, attention_mask, documents)
-    if documents is not None:
-        raise ValueError("documents: packed rows and a cache do not go together")
-    cache.check_room(seq, batch)
-    if attention_mask is not None:
-        cache.mark_padding(attention_mask)
-    valid = cache.valid[:, : start + seq] if cache.padded else None
-    return TokenLayout(seq, start, tokens.device, valid)
-
-
-def _check_documents(documents: Tensor | None, tokens: Tensor) -> None:
-    if documents is None:
-        return
-    if documents.shape != tokens.shape:
-        raise ValueError(
-            f"documents: has shape {list(documents.shape)}, the tokens have {list(tokens.shape)}"
-        )
-    if documents.is_floating_point() or documents.is_complex():
+    if documents is not None and (documents.is_floating_point() or documents.is_complex()):
         raise ValueError(f"documents: must hold whole numbers, holds {documents.dtype}")
+    if documents is not None and cache is not None:
+        raise ValueError("documents: packed rows and a cache do not go together")
+    end = tokens.shape[1] + (0 if cache is None else cache.length)
+    if end > config.context:
+        raise ValueError(f"tokens: {end} tokens are longer than the context of {config.context}")
+    mask = None if attention_mask is None else attention_mask.bool()
+    if cache is not None:
+        return cache.place(tokens, mask)
+    return TokenLayout(tokens.shape[1], 0, tokens.device, mask, documents)
 
 
-def _outside(ids: Tensor, vocab_size: int) -> int | None:
-    """An id outside the vocabulary, or None. Accelerators are not checked: it would synchronise."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    low, high = map(int, torch.aminmax(ids))
-    return low if low < 0 else high if high >= vocab_size else None
+def check_ids(name: str, ids: Tensor, vocab_size: int, *, ignored: int | None = None) -> None:
+    """Raise a ValueError unless `ids` are token ids, or `ignored`.
 
-
-def _check_ids(tokens: Tensor, vocab_size: int) -> None:
-    found = _outside(tokens, vocab_size)
-    if found is not None:
-        raise ValueError(f"tokens: id {found} is outside the vocabulary of {vocab_size} tokens")
-
-
-def check_targets(targets: Tensor, tokens: Tensor, vocab_size: int) -> None:
-    """Raise a ValueError for targets that are neither a token's id nor IGNORE.
-
-    On an accelerator ids are not checked here; the gather of the loss raises a device error.
+    On an accelerator their range is not checked: it would synchronise.
     """
-    if targets.shape != tokens.shape:
-        raise ValueError(
-            f"targets: has shape {list(targets.shape)}, the tokens have {list(tokens.shape)}"
-        )
-    check_are_ids("targets", targets)
-    found = _outside(targets.where(targets != IGNORE, 0), vocab_size) if len(targets) else None
-    if found is not None:
-        raise ValueError(
-            f"targets: id {found} is neither {IGNORE} (not counted) nor in the vocabulary of "
-            f"{vocab_size} tokens"
-        )
+    check_are_ids(name, ids)
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    low, high = map(int, torch.aminmax(ids if ignored is None else ids.where(ids != ignored, 0)))
+    if low < 0 or high >= vocab_size:
+        place = "outside" if ignored is None else f"neither {ignored} (not counted) nor in"
+        found = low if low < 0 else high
+        raise ValueError(f"{name}: id {found} is {place} the vocabulary of {vocab_size} tokens")

@@ -1,31 +1,31 @@
 """The model: embed -> prelude -> recurrent block, looped -> coda -> norm -> head."""
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openmythos.kernels.cross_entropy import IGNORE
+from openmythos.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from openmythos.kernels.precision import at_least_fp32
 from openmythos.model.config import MythosConfig
 from openmythos.model.decoding import Decodable, exit_tracker, probe_unrun_loops
-from openmythos.model.head import loss_of, weighted_sum
 from openmythos.model.init import init_weights
-from openmythos.model.inputs import ModelInputs, PassOptions, check_targets
-from openmythos.model.outputs import MythosLosses, MythosOutput, without_none
+from openmythos.model.inputs import ModelInputs, PassOptions, check_ids
+from openmythos.model.outputs import MythosLosses, MythosOutput, by_layer
 from openmythos.model.storage import Pretrained
-from openmythos.nn.block import Block, FeedForward
-from openmythos.nn.feed_forward import RouterStats
+from openmythos.nn.block import Block, FeedForward, Layers, LayerStats
+from openmythos.nn.cache import Part
 from openmythos.nn.linear import ReadoutMap
 from openmythos.nn.norm import RMSNorm
-from openmythos.nn.view import KVView, NoCache
 from openmythos.recurrence import schedule
 from openmythos.recurrence.conditioning import Conditioning
-from openmythos.recurrence.exit_rules import ExitRule
+from openmythos.recurrence.exit_rules import ExitRule, FixedExit
 from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.trace import RecurrentOutput
-from openmythos.types import Hidden, TokenIds
+from openmythos.types import Hidden, Scalar, TokenIds
 
 
 class OpenMythos(Decodable, Pretrained):
@@ -51,7 +51,7 @@ class OpenMythos(Decodable, Pretrained):
             return RMSNorm(c.dim, c.norm_eps, weighted=weighted) if wanted else nn.Identity()
 
         self.embed = nn.Embedding(c.vocab_size, c.dim)
-        self.prelude = nn.ModuleList(block(c.feed_forward) for _ in range(c.prelude_layers))
+        self.prelude = Layers(block(c.feed_forward) for _ in range(c.prelude_layers))
         self.recurrent = RecurrentBlock(
             [block(c.recurrent_feed_forward) for _ in range(c.recurrent_layers)],
             norm=norm(c.prelude_norm),
@@ -63,7 +63,7 @@ class OpenMythos(Decodable, Pretrained):
             readout_norm=norm(c.readout_norm),
             readout_map=ReadoutMap(c.dim) if c.readout_map else nn.Identity(),
         )
-        self.coda = nn.ModuleList(block(c.feed_forward) for _ in range(c.coda_layers))
+        self.coda = Layers(block(c.feed_forward) for _ in range(c.coda_layers))
         for layers in (self.prelude, self.recurrent.layers, self.coda):
             c.value_embeddings.add_to(layers, c.vocab_size)
         self.norm = norm(c.final_norm)
@@ -91,15 +91,12 @@ class OpenMythos(Decodable, Pretrained):
             self.config, tokens, self.training, has_exits=exit_rule is not None, **options
         )
         recurrence, router = self.run(inputs, exit_rule)
-        ordered = inputs.sorted_rows(recurrence.order)
-        loop_logits = {
-            loops: self.logits(self.hidden(state, ordered.rows(len(state)), last_only=last_only))
-            for loops, state in recurrence.outputs.items()
-        }
+        loop_logits = {}
+        for loops, state in recurrence.outputs.items():
+            rows = inputs.rows(recurrence.order, len(state))
+            loop_logits[loops] = self.logits(self.hidden(state, rows, last_only=last_only))
         hidden = self.hidden(recurrence.state, inputs, router, last_only=last_only)
-        if inputs.cache is not None:
-            inputs.cache.note_exits(recurrence.loops_used)
-        return MythosOutput(self.logits(hidden), recurrence, without_none(router), loop_logits)
+        return MythosOutput(self.logits(hidden), recurrence, by_layer(router), loop_logits)
 
     def losses(
         self,
@@ -116,79 +113,80 @@ class OpenMythos(Decodable, Pretrained):
         halting weight. The entries sum to the expected loss; all logits of one loop are in memory
         then.
         """
-        check_targets(targets, tokens, self.config.vocab_size)
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets: has shape {list(targets.shape)}, the tokens have {list(tokens.shape)}"
+            )
+        check_ids("targets", targets, self.config.vocab_size, ignored=IGNORE)
         inputs = ModelInputs.check(self.config, tokens, self.training, **options)
         recurrence, router = self.run(inputs)
-        ordered, sorted_targets = inputs.sorted_rows(recurrence.order), targets
-        if recurrence.order is not None:
-            sorted_targets = targets[recurrence.order]
-        loss = partial(loss_of, self.config, weight=self.head_weight)
-        by_loop = {}
+        by_loop, order = {}, recurrence.order
         for loops, state in recurrence.outputs.items():
-            hidden = self.hidden(state, ordered.rows(len(state)))
-            some = sorted_targets[: len(state)]
+            hidden = self.hidden(state, inputs.rows(order, len(state)))
+            some = (targets if order is None else targets[order])[: len(state)]
             if by_halting:
-                weighted = weighted_sum(self.logits(hidden), some, recurrence.halt_weights[loops])
-                by_loop[loops] = weighted / (targets != IGNORE).sum()
+                rows = at_least_fp32(self.logits(hidden)).flatten(0, 1)
+                each = F.cross_entropy(rows, some.flatten(), ignore_index=IGNORE, reduction="none")
+                weighted = each * recurrence.halt_weights[loops].flatten()
+                by_loop[loops] = weighted.sum() / (targets != IGNORE).sum()
             else:
-                by_loop[loops] = loss(hidden=hidden, targets=some)
-        final = loss(hidden=self.hidden(recurrence.state, inputs, router), targets=targets)
-        return MythosLosses(final, by_loop, recurrence, without_none(router))
+                by_loop[loops] = self._loss(hidden, some)
+        final = self._loss(self.hidden(recurrence.state, inputs, router), targets)
+        return MythosLosses(final, by_loop, recurrence, by_layer(router))
+
+    def _loss(self, hidden: Hidden, targets: TokenIds) -> Scalar:
+        """Mean cross-entropy in nats over the targets that are not IGNORE.
+
+        Without a softcap the logits of all tokens are never in memory at once.
+        """
+        if self.config.logit_softcap:
+            logits = at_least_fp32(self.logits(hidden)).flatten(0, 1)
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
+        if self.config.logit_scale != 1:
+            hidden = hidden * self.config.logit_scale
+        return linear_cross_entropy(hidden, self.head_weight, targets)
 
     def run(
         self, inputs: ModelInputs, exit_rule: ExitRule | None = None
-    ) -> tuple[RecurrentOutput, dict[str, RouterStats | None]]:
-        """Run embedding, prelude and loops; also returns router statistics by layer name."""
-        router: dict[str, RouterStats | None] = {}
-        x = self.embed(inputs.tokens)
+    ) -> tuple[RecurrentOutput, dict[str, LayerStats]]:
+        """Run embedding, prelude and loops; also returns the router statistics of each part."""
+        x, plan, tracker = self.embed(inputs.tokens), inputs.plan, None
         if self.config.embed_scale != 1:
             x = x * self.config.embed_scale
-        for index, layer in enumerate(self.prelude):
-            kv = NoCache() if inputs.cache is None else inputs.cache.prelude(index, x.shape[1])
-            x, router[f"prelude.{index}"] = layer(x, inputs.view(kv))
-        tracker = exit_tracker(self, exit_rule, inputs)
-        recurrence = self.recurrent.scheduled(
-            schedule.run,
-            self.recurrent,
-            x,
-            inputs.context,
-            inputs.layout.positions(),
-            inputs.loop_plan(tracker),
-        )
+        x, router = self.prelude(x, inputs.views("prelude", len(self.prelude), collects=True))
+        if exit_rule is not None and not isinstance(exit_rule, FixedExit):
+            tracker = exit_tracker(self, exit_rule, inputs)
+            plan = replace(plan, exits=tracker)
+        recurrence = self.recurrent.scheduled(schedule.run, self.recurrent, x, inputs.context, plan)
         if tracker is not None:
             probe_unrun_loops(self, recurrence.state, inputs, tracker)
-        for index, stats in enumerate(recurrence.router):
-            router[f"recurrent.layers.{index}"] = stats
-        return recurrence, router
+        return recurrence, {"prelude": router, "recurrent.layers": list(recurrence.router)}
 
     def hidden(
         self,
         state: Hidden,
         inputs: ModelInputs,
-        router: dict[str, RouterStats | None] | None = None,
+        router: dict[str, LayerStats] | None = None,
         *,
         last_only: bool = False,
         probed_loop: int | None = None,
     ) -> Tensor:
         """Apply coda and final norm to a state: the head's input; see `Decodable`."""
-        x, cache, seq = state, inputs.cache, state.shape[1]
-        for index, layer in enumerate(self.coda):
-            kv: KVView = NoCache()
-            if cache is not None and probed_loop is not None:
-                kv = cache.probe(index, seq, probed_loop)
-            elif cache is not None:
-                kv = cache.coda(index, seq)
-            last = last_only and index + 1 == len(self.coda)
-            x, stats = layer(x, inputs.view(kv, collects=router is not None), last_only=last)
-            if router is not None:
-                router[f"coda.{index}"] = stats
+        part: Part = "coda" if probed_loop is None else "probe"
+        collects = router is not None
+        views = inputs.views(part, len(self.coda), probed_loop or 0, collects=collects)
+        if last_only and views and state.shape[1] > 1:
+            views[-1] = replace(views[-1], last_only=True)
+        x, stats = self.coda(state, views)
+        if router is not None:
+            router["coda"] = stats
         return self.norm(x[:, -1:] if last_only else x)
 
     def compile_layers(self, **options: Any) -> None:
         """torch.compile all layers, the shared ones once for all loops; with torch's options."""
         # `Module.compile` does not affect copies: a copy runs its own weights, eagerly.
         block = self.recurrent
-        for part in (*self.prelude, block.entry, block.layers, *self.coda):
+        for part in (*self.prelude, block.layers, *self.coda):
             part.compile(**options)
 
     @torch.no_grad()

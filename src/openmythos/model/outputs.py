@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from openmythos.nn.block import LayerStats
 from openmythos.nn.feed_forward import RouterStats
 from openmythos.recurrence.trace import RecurrentOutput
 from openmythos.types import Logits, Scalar
@@ -39,6 +40,11 @@ class MythosLosses:
     router: Mapping[str, RouterStats]
 
 
-def without_none(router: Mapping[str, RouterStats | None]) -> dict[str, RouterStats]:
-    """The statistics of the layers that have a router."""
-    return {name: stats for name, stats in router.items() if stats is not None}
+def by_layer(router: Mapping[str, LayerStats]) -> dict[str, RouterStats]:
+    """The statistics by layer name, of the layers that have a router; `router` has each part's."""
+    return {
+        f"{part}.{index}": stats
+        for part, layers in router.items()
+        for index, stats in enumerate(layers)
+        if stats is not None
+    }

@@ -23,8 +23,8 @@ class AttentionLayer(nn.Module, ABC):
     attention under the mask of this call (`context.attend`). `deltas` change the linear maps in
     this loop: pass them to every `nn.linear.Linear`.
 
-    The layer's config states `kv_width(dim)`, `rotary_dim(dim)` (0: no rotary tables are made),
-    `rope_base`, `rope_scaling`, `window` (0: unlimited) and `build(dim, norm_eps)`.
+    The layer's config states `kv_width(dim)`, `build(dim, norm_eps)` and what
+    `nn.layout.AttentionPositions` has.
     """
 
     residual_outputs: tuple[str, ...] = ("output.weight",)

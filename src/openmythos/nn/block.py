@@ -1,11 +1,10 @@
 """One transformer layer."""
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
 from torch import Tensor, nn
 
-from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.feed_forward import GELU, FeedForwardLayer, GeGLU, ReLU2, RouterStats, SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.latent_attention import LatentAttention
@@ -56,19 +55,15 @@ class Block(nn.Module):
         self.feed_forward_branch_norm = norm("branch")
         self.feed_forward_sum_norm = norm("sum")
 
-    def forward(
-        self, x: Hidden, view: LayerView, *, last_only: bool = False
-    ) -> tuple[Tensor, RouterStats | None]:
-        """(x [batch, seq, dim], router statistics if the view collects them).
-
-        last_only: project keys and values at all positions, compute the output only at the last.
-        """
-        normed = self.attention_norm(x)
+    def forward(self, x: Hidden, view: LayerView) -> tuple[Tensor, RouterStats | None]:
+        """(x [batch, seq, dim], router statistics if the view collects them)."""
+        normed, context = self.attention_norm(x), view.context
         project = self.attention.project_kv
         kv = view.kv.update(lambda: project(normed, view.context, view.deltas))
-        if last_only:
-            x, normed, view = x[:, -1:], normed[:, -1:], view.last(kv)
-        update = self.attention(normed, kv, view.context, view.deltas)
+        if view.last_only:
+            x, context = x[:, -1:], context.last()
+            normed = normed[:, -1:]
+        update = self.attention(normed, kv, context, view.deltas)
         x = self.attention_sum_norm(x + self.attention_branch_norm(update))
         update, router = self.feed_forward(self.feed_forward_norm(x), view)
         return self.feed_forward_sum_norm(x + self.feed_forward_branch_norm(update)), router
@@ -79,10 +74,6 @@ LayerStats = list[RouterStats | None]
 
 class Layers(nn.ModuleList):
     """Several layers, one after the other, each with its own view."""
-
-    def shared_weights(self) -> list[ExpertWeights | None]:
-        """Each layer's prepared expert weights, for all loops: see `LayerView.expert_weights`."""
-        return [cast("Block", layer).feed_forward.shared_weights() for layer in self]
 
     def forward(self, x: Hidden, views: Sequence[LayerView]) -> tuple[Hidden, LayerStats]:
         stats: LayerStats = []

@@ -1,19 +1,25 @@
 """The KV cache: preallocated, one slot per (layer, loop); policies share slots between loops.
 
+A policy states the `slot` of each loop, numbered in the order of loops without gaps, and whether a
+loop `overwrites` what an earlier one has written to the same slot.
+
 A looped layer runs many times per token, so a layer cannot know when a token is finished. Only the
 caller of the model advances the cache (`KVCache.advance`), after the whole forward pass.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos.config import require_int
+from openmythos.nn.layout import TokenLayout
 from openmythos.nn.view import Cached
+from openmythos.types import LoopsPerToken, Mask, TokenIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +27,10 @@ class ExactCache:
     """Every loop keeps keys and values of its own: cached decoding equals the full forward pass."""
 
     kind: Literal["exact"] = "exact"
+    overwrites: ClassVar[bool] = True
 
     def slot(self, loop: int) -> int:
         return loop
-
-    def writes(self, loop: int) -> bool:
-        return True
-
-    def last_writer(self, slot: int, num_loops: int) -> int:
-        return slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +38,10 @@ class LastLoopCache:
     """One slot, overwritten by each loop: queries see earlier tokens' K/V of their last loop."""
 
     kind: Literal["last"] = "last"
+    overwrites: ClassVar[bool] = True
 
     def slot(self, loop: int) -> int:
         return 0
-
-    def writes(self, loop: int) -> bool:
-        return True
-
-    def last_writer(self, slot: int, num_loops: int) -> int:
-        return num_loops - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +49,9 @@ class FirstLoopCache:
     """One slot, written by the first loop: later loops project no keys or values."""
 
     kind: Literal["first"] = "first"
+    overwrites: ClassVar[bool] = False
 
     def slot(self, loop: int) -> int:
-        return 0
-
-    def writes(self, loop: int) -> bool:
-        return loop == 0
-
-    def last_writer(self, slot: int, num_loops: int) -> int:
         return 0
 
 
@@ -69,6 +60,7 @@ class GroupedLoopCache:
     """`group` consecutive loops share a slot, each overwriting the one before it."""
 
     kind: Literal["grouped"] = "grouped"
+    overwrites: ClassVar[bool] = True
     group: int = 2
 
     def __post_init__(self) -> None:
@@ -77,14 +69,10 @@ class GroupedLoopCache:
     def slot(self, loop: int) -> int:
         return loop // self.group
 
-    def writes(self, loop: int) -> bool:
-        return True
-
-    def last_writer(self, slot: int, num_loops: int) -> int:
-        return min((slot + 1) * self.group, num_loops) - 1
-
 
 CachePolicy = ExactCache | LastLoopCache | FirstLoopCache | GroupedLoopCache
+# "probe": the coda, run after a loop for an exit rule that reads logits.
+Part = Literal["prelude", "recurrent", "coda", "probe"]
 
 
 class KVCache:
@@ -119,43 +107,54 @@ class KVCache:
         # token must not stop earlier.
         self.exit_loop = torch.zeros(batch, dtype=torch.long, device=like.device)
         prelude, recurrent, coda = layers
+        slots = {"prelude": 1, "recurrent": prefill.slot(num_loops - 1) + 1, "coda": 1, "probe": 0}
+        counts = {"prelude": prelude, "recurrent": recurrent, "coda": coda, "probe": 0}
         shape = (batch, capacity, kv_width)
-
-        slots = prefill.slot(num_loops - 1) + 1
         try:
-            self._prelude = like.new_zeros(prelude, *shape)
-            self._coda = like.new_zeros(coda, *shape)
-            self._recurrent = [like.new_zeros(slots, *shape) for _ in range(recurrent)]
+            self._storage = {
+                part: [like.new_zeros(slots[part], *shape) for _ in range(count)]
+                for part, count in counts.items()
+            }
         except (RuntimeError, MemoryError):
-            numbers = (prelude + coda + slots * recurrent) * batch * capacity * kv_width
+            numbers = sum(slots[part] * counts[part] for part in slots) * math.prod(shape)
             raise ValueError(
                 f"cache: no room for {numbers * like.itemsize / 2**30:.1f} GiB (a batch of "
                 f"{batch}, {capacity} tokens, {num_loops} loops)"
             ) from None
-        # The coda's K/V for the state after each loop, for exit rules that read logits.
-        self._probes: list[Tensor] = []
         self._probed = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(t.nbytes for t in (self._prelude, self._coda, *self._recurrent, *self._probes))
+        return sum(slots.nbytes for layers in self._storage.values() for slots in layers)
 
-    def prelude(self, layer: int, seq: int) -> Cached:
-        """A prelude layer's view of the next `seq` tokens and all earlier ones."""
-        return Cached(self._prelude[layer], self.length, seq)
+    def place(self, tokens: TokenIds, attention_mask: Mask | None) -> TokenLayout:
+        """The layout of tokens [batch, seq] about to be written, whose padding is remembered.
 
-    def coda(self, layer: int, seq: int) -> Cached:
-        return Cached(self._coda[layer], self.length, seq)
+        Raises a ValueError if they do not fit.
+        """
+        batch, seq = tokens.shape
+        end = self.length + seq
+        if batch != self.batch:
+            raise ValueError(f"cache: was made for a batch of {self.batch}, not of {batch}")
+        if end > self.capacity:
+            raise ValueError(
+                f"cache: {self.length} + {seq} new tokens exceed its capacity of {self.capacity}"
+            )
+        if attention_mask is not None:
+            self.valid[:, self.length : end] = attention_mask
+            self.padded = self.padded or not bool(attention_mask.all())
+        valid = self.valid[:, :end] if self.padded else None
+        return TokenLayout(seq, self.length, tokens.device, valid)
 
-    def probe(self, layer: int, seq: int, loop: int) -> Cached:
-        """A coda layer's view for reading out the state after `loop`, for an exit rule."""
-        return Cached(self._probes[layer][loop], self.length, seq)
-
-    def recurrent(self, layer: int, seq: int, loop: int) -> Cached:
-        """A recurrent layer's view in that loop."""
-        storage = self._recurrent[layer][self.policy.slot(loop)]
-        return Cached(storage, self.length, seq, self.policy.writes(loop))
+    def views(self, part: Part, seq: int, loop: int = 0) -> list[Cached]:
+        """What each layer of a part sees in a loop: the next `seq` tokens and all before them."""
+        slot, writes = loop, True
+        if part == "recurrent":
+            slot = self.policy.slot(loop)
+            is_first = loop == 0 or self.policy.slot(loop - 1) != slot
+            writes = self.policy.overwrites or is_first
+        return [Cached(slots[slot], self.length, seq, writes) for slots in self._storage[part]]
 
     def keep_probes(self) -> None:
         """Allocate keys and values of the coda for every loop, not only for the last.
@@ -169,52 +168,31 @@ class KVCache:
                 "exit_rule: reads the logits of every loop, so a cache must be filled under such a "
                 "rule from its first token on"
             )
-        if not self._probes:
-            shape = (self.num_loops, *self._coda.shape[1:])
-            self._probes = [self._coda.new_zeros(shape) for _ in self._coda]
+        if not self._storage["probe"]:
+            self._storage["probe"] = [
+                slots.new_zeros(self.num_loops, *slots.shape[1:]) for slots in self._storage["coda"]
+            ]
 
     def fill_probes(self, loops_run: int, seq: int) -> None:
         """Copy the coda's K/V of the last probed loop to the loops after `loops_run`."""
-        end = self.length + seq
-        for storage in self._probes:
-            last = storage[loops_run - 1, :, self.length : end]
-            storage[loops_run:, :, self.length : end] = last
-        self._probed = end
+        self._probed = self.length + seq
+        for slots in self._storage["probe"]:
+            new = slots[:, :, self.length : self._probed]
+            new[loops_run:] = new[loops_run - 1]
 
-    def fill_unrun_loops(self, loops_run: int, seq: int) -> None:
-        """For the current tokens, copy the K/V of the last loop run to the loops not run."""
-        source = self.policy.slot(loops_run - 1)
-        end = self.length + seq
-        for storage in self._recurrent:
-            if source + 1 < storage.shape[0]:
-                storage[source + 1 :, :, self.length : end] = storage[source, :, self.length : end]
+    def end_loops(self, loops_run: int, loops_used: LoopsPerToken) -> None:
+        """After the loops of a pass, of which the current tokens ran loops_used [batch, seq].
 
-    def advance(self, seq: int) -> None:
-        """Count the `seq` columns of the last forward pass as filled."""
-        self.length += seq
-
-    def begin_decode(self) -> None:
-        """Switch from the prefill to the decode policy; keep the K/V that the latter reads."""
-        if self.policy == self._decode_policy:
-            return
-        old, new = self.policy, self._decode_policy
-        writers = [
-            new.last_writer(slot, self.num_loops)
-            for slot in range(new.slot(self.num_loops - 1) + 1)
-        ]
-        index = torch.tensor([old.slot(loop) for loop in writers], device=self.valid.device)
-        self._recurrent = [storage.index_select(0, index) for storage in self._recurrent]
-        self.policy = new
-
-    def note_exits(self, loops_used: Tensor) -> None:
-        """Keep the largest of loops_used [batch, seq] over the real tokens of every sequence."""
-        used = loops_used * self.valid[:, self.length : self.length + loops_used.shape[1]]
+        Loops that were not run get the K/V of the last that was. `exit_loop` becomes the largest
+        number of loops of the real tokens of every sequence.
+        """
+        new = slice(self.length, self.length + loops_used.shape[1])
+        last = self.policy.slot(loops_run - 1)
+        for slots in self._storage["recurrent"]:
+            if last + 1 < len(slots):
+                slots[last + 1 :, :, new] = slots[last, :, new]
+        used = loops_used * self.valid[:, new]
         self.exit_loop = torch.maximum(self.exit_loop, used.amax(dim=1))
-
-    def mark_padding(self, attention_mask: Tensor) -> None:
-        """Declare which of the columns about to be written are real tokens."""
-        self.valid[:, self.length : self.length + attention_mask.shape[1]] = attention_mask
-        self.padded = self.padded or not bool(attention_mask.all())
 
     def select_rows(self, rows: Tensor) -> None:
         """Reorder, repeat or drop sequences: row i becomes the present row rows[i]."""
@@ -233,14 +211,28 @@ class KVCache:
 
     def _replace_storage(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to all keys and values, each [slots, batch, capacity, kv_width]."""
-        self._prelude, self._coda = change(self._prelude), change(self._coda)
-        self._recurrent = [change(storage) for storage in self._recurrent]
-        self._probes = [change(storage) for storage in self._probes]
+        self._storage = {
+            part: [change(slots) for slots in layers] for part, layers in self._storage.items()
+        }
 
-    def check_room(self, seq: int, batch: int) -> None:
-        if batch != self.batch:
-            raise ValueError(f"cache: was made for a batch of {self.batch}, not of {batch}")
-        if self.length + seq > self.capacity:
-            raise ValueError(
-                f"cache: {self.length} + {seq} new tokens exceed its capacity of {self.capacity}"
-            )
+    def advance(self, seq: int) -> None:
+        """Count the `seq` columns of the last forward pass as filled."""
+        self.length += seq
+
+    def begin_decode(self) -> None:
+        """Switch from the prefill to the decode policy; keep the K/V that the latter reads."""
+        old, new = self.policy, self._decode_policy
+        if old == new:
+            return
+        # The last loop that writes a slot stays.
+        writers: dict[int, int] = {}
+        for loop in range(self.num_loops):
+            if new.overwrites or new.slot(loop) not in writers:
+                writers[new.slot(loop)] = loop
+        index = torch.tensor(
+            [old.slot(loop) for loop in writers.values()], device=self.valid.device
+        )
+        self._storage["recurrent"] = [
+            slots.index_select(0, index) for slots in self._storage["recurrent"]
+        ]
+        self.policy = new

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.config import MAX_WIDTH, require_int
+from openmythos.kernels.experts import ExpertWeights
 from openmythos.kernels.gated import gated_linear
-from openmythos.nn.experts import ExpertWeights
 from openmythos.nn.linear import Linear, per_row
 from openmythos.nn.view import LayerView
 from openmythos.types import Hidden

@@ -113,36 +113,25 @@ class LatentAttentionLayer(AttentionLayer):
         key = rotate(self.key_norm(key).unsqueeze(1), context.cos, context.sin).squeeze(1)
         return torch.cat((self.kv_latent_norm(latent), key), dim=-1)
 
-    def _queries(
-        self, x: Tensor, context: AttentionContext, deltas: Deltas
-    ) -> tuple[Tensor, Tensor]:
-        """(unrotated, rotated) query parts, [batch, heads, seq, nope_head_dim | rope_head_dim]."""
-        if self.config.q_latent_dim:
-            latent = self.query_latent_norm(self.query_down(x, deltas))
-            query = self.query_up(latent, deltas)
-        else:
-            query = self.query(x, deltas)
-        query = query.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
-        query, split = self.query_norm(query), self.config.nope_head_dim
-        return query[..., :split], rotate(query[..., split:], context.cos, context.sin)
-
     def forward(
         self, x: Hidden, kv: KeyValues, context: AttentionContext, deltas: Deltas = NO_DELTAS
     ) -> Hidden:
-        nope, rope = self._queries(x, context, deltas)
-        kv = kv.to(nope.dtype)
-        path = self.absorbed if self.absorbing_is_cheaper(x.shape[1], kv.shape[1]) else self.naive
-        out = path(nope, rope, kv, context, deltas)
-        return self.output(out.transpose(1, 2).flatten(2), deltas)
-
-    def absorbing_is_cheaper(self, seq: int, total: int) -> bool:
-        """Compare the multiply-adds per head of both paths for `seq` queries on `total` keys."""
-        c = self.config
+        c, seq, total = self.config, x.shape[1], kv.shape[1]
+        if c.q_latent_dim:
+            query = self.query_up(self.query_latent_norm(self.query_down(x, deltas)), deltas)
+        else:
+            query = self.query(x, deltas)
+        query = self.query_norm(query.unflatten(-1, (c.num_heads, -1)).transpose(1, 2))
+        nope, rope = query[..., : c.nope_head_dim], query[..., c.nope_head_dim :]
+        rope = rotate(rope, context.cos, context.sin)
+        # Multiply-adds per head that absorbing saves: it expands the seq queries, not all latents.
+        # It adds some per query and key, since latents are wider than keys and values.
         head_dims = c.nope_head_dim + c.value_head_dim
-        naive = total * c.kv_latent_dim * head_dims + seq * total * (head_dims + c.rope_head_dim)
-        absorbed = seq * c.kv_latent_dim * head_dims
-        absorbed += seq * total * (2 * c.kv_latent_dim + c.rope_head_dim)
-        return absorbed < naive
+        saved = (total - seq) * c.kv_latent_dim * head_dims
+        added = seq * total * (2 * c.kv_latent_dim - head_dims)
+        path = self.absorbed if saved > added else self.naive
+        out = path(nope, rope, kv.to(nope.dtype), context, deltas)
+        return self.output(out.transpose(1, 2).flatten(2), deltas)
 
     def naive(
         self, nope: Tensor, rope: Tensor, kv: Tensor, context: AttentionContext, deltas: Deltas
@@ -162,7 +151,10 @@ class LatentAttentionLayer(AttentionLayer):
     ) -> Tensor:
         """Attend to the latents themselves as one key-value head shared by all query heads."""
         c = self.config
-        weight = self.kv_up.merged_weight(deltas).to(nope.dtype)
+        weight, delta = self.kv_up.weight, deltas.get(self.kv_up.delta_key)
+        if delta is not None:
+            weight = weight + delta.up @ delta.down
+        weight = weight.to(nope.dtype)
         weight = weight.view(*weight.shape[:-2], c.num_heads, -1, c.kv_latent_dim)
         query = torch.cat((per_head(nope, weight[..., : c.nope_head_dim, :]), rope), dim=-1)
         # The values include the rotary key, sliced off below: no copy of the latents.

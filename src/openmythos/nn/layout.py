@@ -1,20 +1,20 @@
 """Token positions, rotary tables and attention masks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from openmythos.kernels.attention import attention
-from openmythos.nn.rope_scaling import NoScaling, RopeFrequencies
-
-NO_SCALING = NoScaling()
+from openmythos.nn.rope_scaling import NO_SCALING, RopeFrequencies
 
 
 @dataclass(frozen=True)
 class AttentionContext:
     """Positions and masks of one forward pass: computed once, used by every layer in every loop."""
 
+    positions: Tensor  # [batch or 1, seq]
     cos: Tensor | None  # [batch or 1, 1, seq, rotary_dim]; None without rotary positions
     sin: Tensor | None
     mask: Tensor | None  # [batch or 1, 1, seq, total], True = may attend
@@ -36,20 +36,28 @@ class AttentionContext:
             scale=scale,
         )
 
-    def rows(self, start: int, stop: int) -> "AttentionContext":
-        """The context of a slice of the batch."""
-        return self._take(slice(start, stop))
+    def select(self, rows: Tensor | slice) -> "AttentionContext":
+        """The context of these rows of the batch, in this order."""
 
-    def select(self, rows: Tensor) -> "AttentionContext":
-        """The context of the batch reordered by `rows`."""
-        return self._take(rows)
+        def of(x: Tensor | None) -> Any:
+            # Tensors with batch size 1 are shared by all rows.
+            return x if x is None or len(x) == 1 else x[rows]
+
+        return replace(
+            self,
+            positions=of(self.positions),
+            cos=of(self.cos),
+            sin=of(self.sin),
+            mask=of(self.mask),
+            tokens=of(self.tokens),
+        )
 
     def last(self) -> "AttentionContext":
         """The context of the last query of every row."""
         cos, sin, mask = (
             None if x is None else x[:, :, -1:] for x in (self.cos, self.sin, self.mask)
         )
-        return AttentionContext(cos, sin, mask, False, self.window)
+        return AttentionContext(self.positions[:, -1:], cos, sin, mask, False, self.window)
 
     def pick(self, columns: Tensor, total: int) -> "AttentionContext":
         """The context of the queries at `columns` [batch, picked] of each row, on `total` keys."""
@@ -59,6 +67,8 @@ class AttentionContext:
             index = columns[:, None, :, None].expand(-1, -1, -1, x.shape[-1])
             return x.expand(batch, -1, -1, -1).gather(2, index)
 
+        positions = self.positions.expand(batch, -1).gather(1, columns)
+        tokens = None if self.tokens is None else self.tokens.expand(batch, -1).gather(1, columns)
         cos, sin = (None if x is None else along(x) for x in (self.cos, self.sin))
         if self.mask is not None:
             mask = along(self.mask)
@@ -66,18 +76,7 @@ class AttentionContext:
             mask = torch.arange(total, device=columns.device) <= columns[:, None, :, None]
         else:
             mask = columns.new_ones(batch, 1, picked, total, dtype=torch.bool)
-        tokens = self.tokens
-        if tokens is not None:
-            tokens = tokens.expand(batch, -1).gather(1, columns)
-        return AttentionContext(cos, sin, mask, False, self.window, packed=True, tokens=tokens)
-
-    def _take(self, rows: Tensor | slice) -> "AttentionContext":
-        # Tensors with batch size 1 are shared by all rows.
-        cos, sin, mask, tokens = (
-            x if x is None or x.shape[0] == 1 else x[rows]
-            for x in (self.cos, self.sin, self.mask, self.tokens)
-        )
-        return AttentionContext(cos, sin, mask, self.is_causal, self.window, tokens=tokens)
+        return AttentionContext(positions, cos, sin, mask, False, self.window, True, tokens)
 
 
 @dataclass(frozen=True)
@@ -126,19 +125,33 @@ class TokenLayout:
         return allowed[:, None], False
 
 
+class AttentionPositions(Protocol):
+    """What the config of an attention layer states about positions."""
+
+    @property
+    def rope_base(self) -> float: ...
+    @property
+    def rope_scaling(self) -> RopeFrequencies: ...
+    @property
+    def window(self) -> int:
+        """How many of the last keys a query sees; 0: all."""
+
+    def rotary_dim(self, dim: int) -> int:
+        """Features of a head that are rotated in a model of width `dim`; 0: no rotary tables."""
+
+
 def attention_context(
-    layout: TokenLayout,
-    rotary_dim: int,
-    base: float,
-    window: int,
-    scaling: RopeFrequencies = NO_SCALING,
+    layout: TokenLayout, attention: AttentionPositions, dim: int, tokens: Tensor | None = None
 ) -> AttentionContext:
-    """Rotary tables and mask for `layout`; rotary_dim = 0: no rotary positions."""
+    """Rotary tables and mask for `layout`, of an attention layer in a model of width `dim`."""
+    positions, rotary_dim, window = layout.positions(), attention.rotary_dim(dim), attention.window
     mask, is_causal = layout.mask(window)
-    if rotary_dim == 0:
-        return AttentionContext(None, None, mask, is_causal, window)
-    cos, sin = rope_tables(layout.positions(), rotary_dim, base, scaling)
-    return AttentionContext(cos.unsqueeze(1), sin.unsqueeze(1), mask, is_causal, window)
+    cos = sin = None
+    if rotary_dim:
+        cos, sin = rope_tables(
+            positions[:, None], rotary_dim, attention.rope_base, attention.rope_scaling
+        )
+    return AttentionContext(positions, cos, sin, mask, is_causal, window, tokens=tokens)
 
 
 def rope_tables(

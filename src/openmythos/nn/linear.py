@@ -53,14 +53,6 @@ class Linear(nn.Linear):
         delta = deltas.get(self.delta_key)
         return y if delta is None else y + delta.times(x)
 
-    def merged_weight(self, deltas: Deltas) -> Tensor:
-        """The weight [out_features, in_features] with its delta added, for paths that need W.
-
-        [batch, out_features, in_features] where each row of the batch has a delta of its own.
-        """
-        delta = deltas.get(self.delta_key)
-        return self.weight if delta is None else self.weight + delta.up @ delta.down
-
 
 class ReadoutMap(nn.Linear):
     """C h: a linear map from the last state to the coda's input (Parcae, arXiv 2604.12946)."""

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from openmythos.config import MAX_PARTS, MAX_WIDTH, require, require_int, require_number
+from openmythos.kernels.experts import ExpertWeights, prepare, routed_experts
 from openmythos.kernels.precision import at_least_fp32, no_autocast
 from openmythos.nn.dispatch import TokenDispatcher, dispatched_experts
-from openmythos.nn.experts import Experts, ExpertWeights
 from openmythos.nn.facts import Fill, constant, multiply_adds
 from openmythos.nn.feed_forward import FeedForwardLayer, GatedLayer, RouterStats, at_places
 from openmythos.nn.linear import NO_DELTAS, Deltas, Linear, per_row
@@ -137,6 +138,15 @@ class Router(Linear):
         return Routing(weights, chosen, scores, logits)
 
 
+class Experts(nn.Module):
+    """num_experts SwiGLU networks: y_i = W_down,i (silu(g) * u) with [g | u] = W_gate_up,i x."""
+
+    def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_dim, dim))
+        self.down = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
+
+
 class MoELayer(FeedForwardLayer):
     """y = sum_{i in top_k} g_i Expert_i(x) + SharedExpert(x).
 
@@ -168,7 +178,9 @@ class MoELayer(FeedForwardLayer):
         return sum(x.numel() for x in stacks) // self.config.num_experts * self.config.top_k
 
     def shared_weights(self) -> ExpertWeights:
-        return self.experts.weights()
+        """The weights of the experts, the local shard if sharded, prepared for many calls."""
+        stacks = (self.experts.gate_up, self.experts.down)
+        return prepare(*(w.to_local() if isinstance(w, DTensor) else w for w in stacks))
 
     def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]:
         tokens, places = x.flatten(0, 1), None
@@ -177,18 +189,12 @@ class MoELayer(FeedForwardLayer):
         else:
             places = view.active.flatten().nonzero()[:, 0]
             tokens, routing = self._route_some(tokens, places, view.deltas)
-        weights = self.experts.weights() if view.expert_weights is None else view.expert_weights
+        weights = self.shared_weights() if view.expert_weights is None else view.expert_weights
+        inputs = (tokens, routing.weights, routing.chosen, weights)
         if self.dispatcher is None:
-            out = self.experts(tokens, routing.weights, routing.chosen, weights)
+            out = routed_experts(*inputs)
         else:
-            out = dispatched_experts(
-                tokens,
-                routing.weights,
-                routing.chosen,
-                weights,
-                self.config.num_experts,
-                self.dispatcher,
-            )
+            out = dispatched_experts(*inputs, self.config.num_experts, self.dispatcher)
         out = out.view(x.shape) if places is None else at_places(out, places, x.shape)
         if self.shared_expert is not None:
             out = out + self.shared_expert(x, view)[0]

@@ -12,13 +12,6 @@ from openmythos.config import require, require_int, require_number
 _MOST = 2**31 - 1
 
 
-def plain_frequencies(rotary_dim: int, base: float, device: torch.device) -> Tensor:
-    """base^(-2i / d) for i < d / 2, in fp32 (Su et al. 2021, arXiv 2104.09864)."""
-    exponent = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32)
-    frequencies: Tensor = base ** (-exponent / rotary_dim)
-    return frequencies
-
-
 @runtime_checkable
 class RopeFrequencies(Protocol):
     """Interface of RoPE scalings."""
@@ -33,13 +26,18 @@ class RopeFrequencies(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class NoScaling:
-    """No scaling: base^(-2i / d)."""
+    """No scaling: base^(-2i / d) for i < d / 2 (Su et al. 2021, arXiv 2104.09864)."""
 
     kind: Literal["none"] = "none"
     amplitude: ClassVar[float] = 1.0
 
     def frequencies(self, rotary_dim: int, base: float, device: torch.device) -> Tensor:
-        return plain_frequencies(rotary_dim, base, device)
+        exponent = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32)
+        frequencies: Tensor = base ** (-exponent / rotary_dim)
+        return frequencies
+
+
+NO_SCALING = NoScaling()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ class LinearScaling:
         require_number("factor", self.factor, at_least=1, at_most=1e6)
 
     def frequencies(self, rotary_dim: int, base: float, device: torch.device) -> Tensor:
-        return plain_frequencies(rotary_dim, base, device) / self.factor
+        return NO_SCALING.frequencies(rotary_dim, base, device) / self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ class Llama3Scaling:
         require(fits, "high_frequency", self.high_frequency, allowed)
 
     def frequencies(self, rotary_dim: int, base: float, device: torch.device) -> Tensor:
-        plain = plain_frequencies(rotary_dim, base, device)
+        plain = NO_SCALING.frequencies(rotary_dim, base, device)
         turns = self.original_context * plain / (2 * math.pi)
         share = (turns - self.low_frequency) / (self.high_frequency - self.low_frequency)
         share = share.clamp(0, 1)
@@ -111,7 +109,7 @@ class YarnScaling:
         return 0.1 * math.log(self.factor) + 1
 
     def frequencies(self, rotary_dim: int, base: float, device: torch.device) -> Tensor:
-        plain = plain_frequencies(rotary_dim, base, device)
+        plain = NO_SCALING.frequencies(rotary_dim, base, device)
 
         def pair(turns: float) -> float:
             """Index of the channel pair that makes `turns` turns in the original context."""

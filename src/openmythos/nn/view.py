@@ -1,13 +1,13 @@
 """What a layer sees besides its input: positions and mask, keys and values, per-loop deltas."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from openmythos.nn.experts import ExpertWeights
+from openmythos.kernels.experts import ExpertWeights
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import Deltas
 from openmythos.types import KeyValues, Mask
@@ -53,16 +53,6 @@ class Cached:
         return self.storage[:, :end]
 
 
-@dataclass(frozen=True)
-class Given:
-    """Keys and values that were computed before."""
-
-    kv: Tensor
-
-    def update(self, project: Project) -> KeyValues:
-        return self.kv
-
-
 @dataclass
 class Halting:
     """Keys and values with halting: a halted position keeps those of its last loop.
@@ -102,7 +92,7 @@ class LayerView:
 
     `active` [batch, seq] is False where the feed-forward is skipped; None: computed everywhere.
     `expert_weights` are shared by the loops of a pass. With `collects` the layer returns router
-    statistics, as in training.
+    statistics, as in training. `last_only`: the output is computed at the last position alone.
     """
 
     context: AttentionContext
@@ -111,7 +101,4 @@ class LayerView:
     expert_weights: ExpertWeights | None = None
     active: Mask | None = None
     collects: bool = False
-
-    def last(self, kv: Tensor) -> "LayerView":
-        """The view of the last position only, attending to `kv`."""
-        return replace(self, context=self.context.last(), kv=Given(kv))
+    last_only: bool = False

@@ -10,6 +10,7 @@ of a batch run which loop, and what is kept for the backward pass.
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from openmythos.nn.block import Block, Layers, LayerStats
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.view import KVView
 from openmythos.recurrence.conditioning import Conditioning
-from openmythos.recurrence.entry import Entry
 from openmythos.recurrence.halting import HaltingLayer
 from openmythos.recurrence.initial_state import InitialState
 from openmythos.recurrence.injection import InjectionLayer
@@ -49,7 +49,6 @@ class RecurrentBlock(Scheduled):
         self.initial_state = initial_state
         self.prelude_norm = norm
         self.injection = injection
-        self.entry = Entry(norm, injection)
         self.layers = Layers(layers)
         self.conditioning = conditioning(self.layers)
         self.loop_norm = loop_norm
@@ -57,11 +56,9 @@ class RecurrentBlock(Scheduled):
         self.readout_map = readout_map
         self.halting = halting
 
-    def forward(
-        self, encoded: Hidden, context: AttentionContext, positions: Tensor, num_loops: int
-    ) -> Hidden:
+    def forward(self, encoded: Hidden, context: AttentionContext, num_loops: int) -> Hidden:
         """The equation: the coda's input after num_loops loops, [batch, seq, dim]."""
-        state, inputs = self.start(encoded, context, positions)
+        state, inputs = self.start(encoded, context)
         for loop in range(num_loops):
             state, _ = self.step(state, inputs, loop)
         return self.readout(state)[0]
@@ -70,7 +67,6 @@ class RecurrentBlock(Scheduled):
         self,
         encoded: Hidden,
         context: AttentionContext,
-        positions: Tensor,
         *,
         given: Hidden | None = None,
         training: bool = False,
@@ -78,16 +74,18 @@ class RecurrentBlock(Scheduled):
     ) -> tuple[LoopState, LoopInputs]:
         """(first state: h_0 or `given`; loop inputs) from the prelude's output [batch, seq, dim].
 
-        `can_stop`: an exit rule may stop positions. `training` draws fresh noise for a random
-        initial state and asks for router statistics.
+        `can_stop`: an exit rule may stop positions. `training`: fresh noise, router statistics.
         """
-        encoded, drive = self.entry(encoded)
-        own = self.initial_state.draw
-        hidden = own(encoded, positions, fresh=training) if given is None else given
+        encoded = self.prelude_norm(encoded)
+        weights = [cast("Block", layer).feed_forward.shared_weights() for layer in self.layers]
+        draw = self.initial_state.draw
+        hidden = draw(encoded, context.positions, fresh=training) if given is None else given
+        active, used = None, hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
+        if can_stop or self.halting is not None:
+            active = torch.ones_like(used, dtype=torch.bool)
         halt = None if self.halting is None else self.halting.start(hidden)
-        weights = self.layers.shared_weights()
-        state = LoopState.first(hidden, halt, can_stop=can_stop or self.halting is not None)
-        return state, LoopInputs(drive, context, weights, collects=training)
+        state = LoopState(hidden, used, active, halt, kv=())
+        return state, LoopInputs(self.injection.prepare(encoded), context, weights, training)
 
     def step(
         self,
@@ -102,8 +100,7 @@ class RecurrentBlock(Scheduled):
         """
         u = self.injection(state.hidden, inputs.drive)
         embedding, deltas = self.conditioning(loop)
-        if embedding is not None:
-            u = u + embedding.to(u.dtype)
+        u = u if embedding is None else u + embedding.to(u.dtype)
         views = inputs.views(state, deltas, kv)
         hidden, router = self.layers(u, views)
         hidden = self.loop_norm(hidden)
@@ -117,7 +114,7 @@ class RecurrentBlock(Scheduled):
 
     def readout(self, state: LoopState) -> tuple[Hidden, Tensor | None]:
         """(the coda's input if the loops end here, ponder cost [batch, seq])."""
-        if self.halting is None:
-            return self.readout_map(self.readout_norm(state.hidden)), None
-        output, ponder = self.halting.finish(state.halt, state.hidden, state.loops_used)
+        output, ponder = state.hidden, None
+        if self.halting is not None:
+            output, ponder = self.halting.finish(state.halt, state.hidden, state.loops_used)
         return self.readout_map(self.readout_norm(output)), ponder

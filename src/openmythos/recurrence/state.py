@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from openmythos.nn.experts import ExpertWeights
+from openmythos.kernels.experts import ExpertWeights
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import Deltas
 from openmythos.nn.view import Halting, KVView, LayerView, NoCache
@@ -28,13 +27,6 @@ class LoopState(NamedTuple):
     halt: Any  # state of the halting layer, a tree of tensors [batch, seq, ...]
     kv: tuple[KeyValues, ...]  # of every layer, kept only if positions can stop
 
-    @classmethod
-    def first(cls, hidden: Hidden, halt: Any, *, can_stop: bool) -> "LoopState":
-        """The state before the first loop."""
-        shape = hidden.shape[:2]
-        active = hidden.new_ones(shape, dtype=torch.bool) if can_stop else None
-        return cls(hidden, hidden.new_zeros(shape, dtype=torch.long), active, halt, ())
-
     def moved(
         self, hidden: Hidden, active: Mask, halt: Any, views: Sequence[LayerView]
     ) -> "LoopState":
@@ -42,10 +34,6 @@ class LoopState(NamedTuple):
         assert self.active is not None
         kept = tuple(view.kv.kept() for view in views if isinstance(view.kv, Halting))
         return LoopState(hidden, self.loops_used + self.active, active, halt, kept)
-
-    def running(self) -> Mask | None:
-        """`active`, or None if all positions are active."""
-        return None if self.active is None or bool(self.active.all()) else self.active
 
     def map(self, function: Callable[..., Tensor], *others: "LoopState") -> "LoopState":
         """Apply `function` to every tensor, together with the same tensor of each other state."""
@@ -68,10 +56,8 @@ class LoopInputs:
 
     def rows(self, start: int, stop: int) -> "LoopInputs":
         """The inputs of a slice of the batch."""
-        if (start, stop) == (0, len(self.drive.input_term)):
-            return self
-        drive, context = self.drive.rows(start, stop), self.context.rows(start, stop)
-        return replace(self, drive=drive, context=context)
+        context = self.context.select(slice(start, stop))
+        return replace(self, drive=self.drive.rows(start, stop), context=context)
 
     def pick(self, columns: Tensor, total: int) -> "LoopInputs":
         """The inputs at the positions `columns` [batch, width], which see up to `total` keys."""
@@ -83,8 +69,9 @@ class LoopInputs:
     ) -> list[LayerView]:
         """What each layer sees in one loop; `kv` has a view per layer, None: no cache."""
         sources = [NoCache()] * len(self.expert_weights) if kv is None else kv
-        active = state.running()
+        active = None
         if state.active is not None:
+            active = None if bool(state.active.all()) else state.active
             before = state.kv or [None] * len(sources)
             sources = [
                 Halting(source, old, active, self.columns)

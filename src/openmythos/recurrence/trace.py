@@ -41,18 +41,13 @@ class Trace:
     """Router statistics summed over loops; states and their norms if requested."""
 
     def __init__(self, block: RecurrentBlock, collect: Collection[int]) -> None:
-        self.router: LayerStats = [None] * len(block.layers)
+        # Of every loop or part of one. Summed at the end: some are made without gradient.
+        self.router: list[LayerStats] = []
         self.states: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self._block, self._collect = block, collect
         self._cumulative: list[Tensor] = []
         self._norms: list[Tensor] = []
-
-    def add_router(self, stats: LayerStats) -> None:
-        self.router = [
-            old if new is None else new.plus(old)
-            for old, new in zip(self.router, stats, strict=True)
-        ]
 
     def record(self, loops_run: int, before: LoopState, state: LoopState) -> None:
         """Record what is requested of the loop from state `before` to `state`."""
@@ -63,13 +58,6 @@ class Trace:
             self._cumulative.append(self._block.halting.cumulative(state.halt))
         if self._block.record_norms:
             self._record_norms(before.hidden, state.hidden)
-
-    def record_rest(self, loops_run: int, state: LoopState) -> None:
-        """After all positions stopped, the remaining loops repeat the last state."""
-        rest = [] if isinstance(self._collect, range) else sorted(self._collect)
-        for loops in (loops for loops in rest if loops > loops_run):
-            self.states[loops] = state.hidden
-            self.outputs[loops] = self._block.readout(state)[0]
 
     def _halt_weights(self) -> Mapping[int, Tensor]:
         """Weight of every loop's state, [rows, seq] each; a row's last loop gets the remainder."""
@@ -88,12 +76,20 @@ class Trace:
         squares = size.square().sum() / state.shape[-1]
         self._norms.append(torch.stack([torch.ones_like(size).sum(), squares, change.sum()]))
 
-    def added_to(self, output: RecurrentOutput) -> RecurrentOutput:
+    def added_to(self, output: RecurrentOutput, last: Hidden, loops_run: int) -> RecurrentOutput:
+        """The output with what was recorded; `last` is the state after the last loop run."""
+        if output.order is None and not isinstance(self._collect, range):
+            # All positions had stopped: the loops not run repeat the last state.
+            for loops in sorted(loops for loops in self._collect if loops > loops_run):
+                self.states[loops], self.outputs[loops] = last, output.state
+        router = self.router[0]
+        for stats in self.router[1:]:
+            router = [b if a is None else a.plus(b) for a, b in zip(stats, router, strict=True)]
         return replace(
             output,
-            router=self.router,
+            router=router,
             states=self.states,
             outputs=self.outputs,
-            halt_weights=self._halt_weights(),
+            halt_weights=self._halt_weights() if self._cumulative else {},
             norms=torch.stack(self._norms) if self._norms else None,
         )
