@@ -141,17 +141,17 @@ def bound_seconds(workload: Workload, figure: str, limits: dict[str, float], pea
     if figure in ("training step", "forward"):
         count, seq = workload.batch * workload.seq, workload.seq
         per_token = (
-            cost.training_flops_per_token(config, num_loops=loops, context=seq)
+            cost.Flops(config, seq).training(loops)
             if figure == "training step"
-            else cost.forward_flops_per_token(config, num_loops=loops, context=seq)
+            else cost.Flops(config, seq).forward(loops)
         )
     elif figure.startswith("prefill"):
         count = int(figure.split()[-1]) * PROMPT
-        per_token = cost.forward_flops_per_token(config, num_loops=loops, context=PROMPT)
+        per_token = cost.Flops(config, PROMPT).forward(loops)
     else:
         count = int(figure.split()[-1])
         # A new token attends to all keys, twice the mean over a causal forward pass.
-        per_token = cost.forward_flops_per_token(config, num_loops=loops, context=2 * PROMPT)
+        per_token = cost.Flops(config, 2 * PROMPT).forward(loops)
         cache = cost.cache_bytes(
             config,
             context=PROMPT,

@@ -136,7 +136,7 @@ def test_forward_flops_are_what_torch_counts(config: MythosConfig) -> None:
     with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         OpenMythos(config).train()(tokens, num_loops=loops)
     # The counter knows no causal mask: to it, each of SEQ tokens sees SEQ.
-    predicted = cost.forward_flops_per_token(config, num_loops=loops, context=2 * SEQ)
+    predicted = cost.Flops(config, 2 * SEQ).forward(loops)
     padding = padding_flops(config, loops)
     assert counted.get_total_flops() == BATCH * SEQ * (predicted + padding)
 
@@ -152,19 +152,17 @@ def test_training_flops_are_what_torch_counts(variant: str, backprop_loops: int)
     with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         out = OpenMythos(config).train()(tokens, num_loops=3, backprop_loops=backprop_loops)
         out.logits.sum().backward()
-    predicted = cost.training_flops_per_token(
-        config, num_loops=3, backprop_loops=backprop_loops, context=2 * SEQ
-    )
+    predicted = cost.Flops(config, 2 * SEQ).training(3, backprop_loops)
     assert counted.get_total_flops() == BATCH * SEQ * predicted
 
 
 def test_a_window_saves_attention() -> None:
-    full = cost.forward_flops_per_token(tiny(), context=256)
-    pairs = cost.forward_flops_per_token(tiny(), context=512) - full
-    windowed = cost.forward_flops_per_token(tiny("attention.window=64"), context=256)
+    full = cost.Flops(tiny(), 256).forward(3)
+    pairs = cost.Flops(tiny(), 512).forward(3) - full
+    windowed = cost.Flops(tiny("attention.window=64"), 256).forward(3)
     # Mean number of visible tokens: 128, and 64 less the missing half of the first 64.
     assert full - windowed == round(pairs * (128 - (64 - 64 * 64 / 512)) / 128)
-    assert cost.forward_flops_per_token(tiny("attention.window=256"), context=256) == full
+    assert cost.Flops(tiny("attention.window=256"), 256).forward(3) == full
 
 
 @pytest.fixture
@@ -271,7 +269,7 @@ def test_a_plan_holds_what_the_functions_say() -> None:
     sized = {"context": 512, "batch": 3, "num_loops": 6}
     assert plan.cache_bytes == cost.cache_bytes(config, **sized, policy=ExactCache())
     assert plan.shared_cache_bytes == cost.cache_bytes(config, **sized, policy=LastLoopCache())
-    assert plan.forward_flops == cost.forward_flops_per_token(config, num_loops=6, context=512)
+    assert plan.forward_flops == cost.Flops(config, 512).forward(6)
     assert plan.training_flops < 3 * plan.forward_flops
     assert plan.training == cost.training_memory(config, **sized, backprop_loops=2)
     assert plan.checkpointed.total < plan.training.total

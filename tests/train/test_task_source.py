@@ -172,8 +172,8 @@ def test_learning_learns() -> None:
 def test_loops_without_gradient_cost_a_forward_pass_alone() -> None:
     fixed = FixedLoops(mean_loops=10)
     some = replace(TASK_TRAINING, num_steps=2, batch_size=4, loops=fixed, backprop_loops=2)
-    once = cost.forward_flops_per_token(BASE, num_loops=0, context=4)
-    per_loop = cost.forward_flops_per_token(BASE, num_loops=1, context=4) - once
+    once = cost.Flops(BASE, 4).forward(0)
+    per_loop = cost.Flops(BASE, 4).forward(1) - once
     tokens = 4 * (3 + 1)
     for training, passes in ((some, 10 + 2 * 2), (replace(some, backprop_loops=0), 30)):
         config = on_task(BASE, KHop(), training, min_hops=3, first_hops=3, max_hops=3)

@@ -376,10 +376,7 @@ def test_sizes_are_looked_at_where_they_are_logged(shards: TokenShards) -> None:
 
 def test_flops_of_a_step_are_those_of_its_loops(shards: TokenShards) -> None:
     trainer = trainer_of(shards, backprop_loops=2)
-    wanted = sum(
-        cost.training_flops_per_token(MODEL, num_loops=n, backprop_loops=2, context=SEQ)
-        for n in (1, 2, 5)
-    )
+    wanted = sum(cost.Flops(MODEL, SEQ).training(n, 2) for n in (1, 2, 5))
     assert trainer._flops_per_token(torch.tensor([1, 2, 5])) == pytest.approx(wanted, rel=1e-6)
     assert 0 < next(trainer.steps()).mfu <= 1
 

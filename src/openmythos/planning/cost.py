@@ -105,7 +105,7 @@ def plan(
     for name, value in (("context", context), ("batch", batch), ("num_loops", loops)):
         require_int(name, value, minimum=1, maximum=MAX_SIZE)
     require_int("backprop_loops", backprop_loops, minimum=0)
-    count = parameters(config)
+    count, flops = parameters(config), Flops(config, context)
     cache = partial(cache_bytes, config, context=context, batch=batch, num_loops=loops, dtype=dtype)
     training = partial(
         training_memory,
@@ -128,10 +128,8 @@ def plan(
         weight_bytes=count.total * dtype.itemsize,
         cache_bytes=cache(policy=ExactCache()),
         shared_cache_bytes=cache(policy=LastLoopCache()),
-        forward_flops=forward_flops_per_token(config, num_loops=loops, context=context),
-        training_flops=training_flops_per_token(
-            config, num_loops=loops, backprop_loops=backprop_loops, context=context
-        ),
+        forward_flops=flops.forward(loops),
+        training_flops=round(flops.training(loops, backprop_loops)),
         training=training(checkpointing=False),
         checkpointed=training(checkpointing=True),
     )
@@ -141,20 +139,20 @@ def parameters(config: MythosConfig) -> ParameterCount:
     """Count the weights of the model that the config describes."""
     model = on_meta(config)
     mixtures = [module for module in model.modules() if isinstance(module, MoELayer)]
-    routed = sum(_numel(mixture.experts) for mixture in mixtures)
-    total = _numel(model)
+    routed = sum(numel(mixture.experts) for mixture in mixtures)
+    total = numel(model)
     lora = model.recurrent.conditioning.lora
     return ParameterCount(
         total=total,
         active=total - routed + sum(mixture.active_weights() for mixture in mixtures),
-        embedding=_numel(model.embed),
-        prelude=_numel(model.prelude),
-        recurrent=_numel(model.recurrent),
-        coda=_numel(model.coda),
-        norm=_numel(model.norm),
-        head=0 if model.head is None else _numel(model.head),
+        embedding=numel(model.embed),
+        prelude=numel(model.prelude),
+        recurrent=numel(model.recurrent),
+        coda=numel(model.coda),
+        norm=numel(model.norm),
+        head=0 if model.head is None else numel(model.head),
         routed_experts=routed,
-        loop_lora=0 if lora is None else _numel(lora),
+        loop_lora=0 if lora is None else numel(lora),
     )
 
 
@@ -179,42 +177,35 @@ def cache_bytes(
     return slots * batch * context * width * dtype.itemsize
 
 
-def forward_flops_per_token(
-    config: MythosConfig, *, num_loops: int | None = None, context: int | None = None
-) -> int:
+class Flops:
     """2 x multiply-adds of the matrix products, per token of a sequence of `context` tokens.
 
     Causal attention is counted half: a token sees context / 2 others on average. Latent attention
-    is counted by its naive path, which training and prefill take.
+    is counted by its naive path, which training and prefill take. Recomputation by activation
+    checkpointing is not counted.
     """
-    loops = config.num_loops if num_loops is None else num_loops
-    once, per_loop = _flops(config, config.context if context is None else context)
-    return round(once + loops * per_loop)
-
-
-def training_flops_per_token(
-    config: MythosConfig,
-    *,
-    num_loops: int | None = None,
-    backprop_loops: int = 0,
-    context: int | None = None,
-) -> int:
-    """Forward and backward; the latter costs twice the former wherever gradient flows.
-
-    Recomputation by activation checkpointing is not counted.
-    """
-    loops = config.num_loops if num_loops is None else num_loops
-    flops = TrainingFlops(config, config.context if context is None else context)
-    return round(flops.per_token(loops, backprop_loops))
-
-
-class TrainingFlops:
-    """`training_flops_per_token` of one config and context, for many numbers of loops."""
 
     def __init__(self, config: MythosConfig, context: int) -> None:
-        self._once, self._per_loop = _flops(config, context)
+        model, c = on_meta(config), config
+        recurrent, lora = model.recurrent, model.recurrent.conditioning.lora
+        outside = (model.prelude, recurrent.readout_map, model.coda)
+        once = sum(map(multiply_adds, outside)) + c.vocab_size * c.dim
+        once += recurrent.injection.maps_once()
+        per_loop = multiply_adds(recurrent.layers) + recurrent.injection.maps_per_loop()
+        per_loop += 0 if lora is None else lora.multiply_adds()
+        window = min(c.attention.window or context, context)
+        visible = window - window**2 / (2 * context)
+        attention = visible * c.attention.multiply_adds_per_key(c.dim)
+        outer = c.prelude_layers + c.coda_layers
+        self._once = 2 * (once + outer * attention)
+        self._per_loop = 2 * (per_loop + c.recurrent_layers * attention)
 
-    def per_token(self, num_loops: int, backprop_loops: int = 0) -> float:
+    def forward(self, num_loops: int) -> int:
+        """Of a forward pass."""
+        return round(self._once + num_loops * self._per_loop)
+
+    def training(self, num_loops: int, backprop_loops: int = 0) -> float:
+        """Forward and backward; the latter costs twice the former wherever gradient flows."""
         passes = num_loops + 2 * _grad_loops(num_loops, backprop_loops)
         return 3 * self._once + passes * self._per_loop
 
@@ -240,7 +231,7 @@ def training_memory(
     logits       of one chunk of the loss, as on an accelerator: one matrix in `dtype`, two in fp32
     """
     model, c, size = on_meta(config), config, dtype.itemsize
-    total = _numel(model)
+    total = numel(model)
     loops = _grad_loops(c.num_loops if num_loops is None else num_loops, backprop_loops)
     outer = c.prelude_layers + c.coda_layers
     # The norms before the loops and before the head keep their inputs, others their outputs.
@@ -269,29 +260,14 @@ def on_meta(config: MythosConfig) -> OpenMythos:
         return OpenMythos(config)
 
 
-def _numel(module: nn.Module | LoopDeltas) -> int:
+def numel(module: nn.Module | LoopDeltas) -> int:
+    """The number of weights of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _matrix_numel(model: OpenMythos) -> int:
     layers = (model.prelude, model.recurrent.layers, model.coda)
     return sum(p.numel() for part in layers for p in part.parameters() if p.ndim >= 2)
-
-
-def _flops(config: MythosConfig, context: int) -> tuple[float, float]:
-    """Forward FLOPs per token: (outside the loops, per loop)."""
-    model, c = on_meta(config), config
-    recurrent, lora = model.recurrent, model.recurrent.conditioning.lora
-    outside = (model.prelude, recurrent.readout_map, model.coda)
-    once = sum(map(multiply_adds, outside)) + c.vocab_size * c.dim
-    once += recurrent.injection.maps_once()
-    per_loop = multiply_adds(recurrent.layers) + recurrent.injection.maps_per_loop()
-    per_loop += 0 if lora is None else lora.multiply_adds()
-    window = min(c.attention.window or context, context)
-    visible = window - window**2 / (2 * context)
-    attention = visible * c.attention.multiply_adds_per_key(c.dim)
-    outer = c.prelude_layers + c.coda_layers
-    return 2 * (once + outer * attention), 2 * (per_loop + c.recurrent_layers * attention)
 
 
 def _layer_bytes(config: MythosConfig, feed_forward: FeedForward, size: int) -> int:

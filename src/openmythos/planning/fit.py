@@ -4,6 +4,7 @@ Assumes weights sharded over all devices (FSDP2), all-gather and computation in 
 `distributed.parallelize`. An estimate from the config alone, as in `cost.training_memory`.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -117,16 +118,10 @@ def _candidates(config: MythosConfig, gpus: int, batch: int) -> Iterator[Setting
         and all(m.config.num_experts % n == 0 for m in layers)
     ]
     micro_batches = [n for n in range(batch, 0, -1) if batch % n == 0]
-    for experts in holders:
-        for checkpoint_loops in (False, True):
-            for micro_batch in micro_batches:
-                yield Settings(
-                    gpus=gpus,
-                    batch=batch,
-                    micro_batch=micro_batch,
-                    checkpoint_loops=checkpoint_loops,
-                    experts=experts,
-                )
+    for experts, checkpoint, size in itertools.product(holders, (False, True), micro_batches):
+        yield Settings(
+            gpus=gpus, batch=batch, micro_batch=size, checkpoint_loops=checkpoint, experts=experts
+        )
 
 
 def device_memory(
@@ -147,7 +142,7 @@ def device_memory(
         checkpointing=s.checkpoint_loops,
         dtype=BF16,
     )
-    total = _numel(cost.on_meta(config))
+    total = cost.numel(cost.on_meta(config))
     outside, units = _units(config, s.experts)
     largest, next_largest, *_ = (*sorted(units, reverse=True), 0)
     several = s.gpus > 1
@@ -170,14 +165,10 @@ def _units(config: MythosConfig, experts: int) -> tuple[int, list[int]]:
     """Numbers of weights after the all-gather: outside all FSDP units, and of each unit."""
     model = cost.on_meta(config)
     units = (*model.prelude, model.recurrent, *model.coda)
-    outside = _numel(model) - sum(map(_numel, units))
+    outside = cost.numel(model) - sum(map(cost.numel, units))
     return outside, [_unit_size(unit, experts) for unit in units]
 
 
 def _unit_size(unit: nn.Module, experts: int) -> int:
-    routed = sum(_numel(m.experts) for m in unit.modules() if isinstance(m, MoELayer))
-    return _numel(unit) - routed + routed // experts
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    routed = sum(cost.numel(m.experts) for m in unit.modules() if isinstance(m, MoELayer))
+    return cost.numel(unit) - routed + routed // experts

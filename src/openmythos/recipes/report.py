@@ -61,15 +61,15 @@ class LoopReport:
             return f"The loss at {bad[0]} loops is not finite: the model has diverged."
         if len(self.loops) == 1:
             return ""
-        fewest, flat = min(self.loops), self.gain < FLAT
-        gain = f"{100 * self.gain:.1f}% fewer bits than {fewest} loop{'s' if fewest > 1 else ''}"
-        if flat:
+        fewest = min(self.loops)
+        loops = "1 loop" if fewest == 1 else f"{fewest} loops"
+        if self.gain < FLAT:
             return (
-                f"The curve against loops is nearly flat ({gain} at best): "
+                "The curve against loops is nearly flat "
+                f"({100 * self.gain:.1f}% fewer bits than {loops} at best): "
                 "after so short a training more loops hardly help this model."
             )
         best = min(self.bits_per_byte, key=self.bits_per_byte.__getitem__)
-        loops = "1 loop" if fewest == 1 else f"{fewest} loops"
         return (
             f"Looping helps: {self.bits_per_byte[fewest]:.3f} bits per byte at {loops}, "
             f"{self.best:.3f} at {best} ({100 * self.gain:.1f}% fewer)."

@@ -1,12 +1,12 @@
 """Create the folder of a run so that a failure leaves no partial run."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from openmythos.config import ConfigError
 from openmythos.data.tokenizer import TOKENIZER_FILE
+from openmythos.files import remove
 from openmythos.train.state import LOCK_FILE, lock
 
 CONFIG_FILE = "config.toml"
@@ -59,8 +59,4 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def _remove_parts(folder: Path) -> None:
     """Remove an incomplete run; last its marker, so that an interrupted removal is recognised."""
     for name in _PARTS:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)

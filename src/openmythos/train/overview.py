@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,13 +141,11 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 
 def differences(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
-    """For each config the values that differ from the others, under the shortest clear names.
-
-    If a part has different kinds, the fields that only one kind has are left out.
-    """
+    """For each config the values that differ from the others, under the shortest clear names."""
     flat = [dict(_flattened(to_dict(config))) for config in configs]
     keys = dict.fromkeys(key for config in flat for key in config)
-    shown = [key for key in keys if _is_shown(key, flat)]
+    # Values are compared where they exist: a part of another kind has other fields.
+    shown = [key for key in keys if len({str(c[key]) for c in flat if key in c}) > 1]
     names = {key: key.removesuffix(".kind") for key in shown}
     lasts = [name.rpartition(".")[2] for name in names.values()]
     short = {
@@ -163,20 +161,6 @@ def _flattened(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
             yield from _flattened(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
-
-
-def _is_shown(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
-    values = [config[key] for config in configs if key in config]
-    if any(value != values[0] for value in values):
-        return True
-    return len(values) < len(configs) and not _explained(key, configs)
-
-
-def _explained(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether this key is in a part whose kind differs between the configs."""
-    parts = key.split(".")
-    above = [".".join([*parts[:end], "kind"]) for end in range(1, len(parts))]
-    return any(len({config.get(kind) for config in configs}) > 1 for kind in above)
 
 
 def _text(value: Any) -> str:

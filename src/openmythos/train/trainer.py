@@ -22,7 +22,7 @@ from openmythos.distributed.parallelize import clip_gradients, parallelize, redu
 from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
-from openmythos.planning.cost import TrainingFlops
+from openmythos.planning.cost import Flops
 from openmythos.recurrence.loop_sampling import sample_loops
 from openmythos.train.checkpoint import Counters
 from openmythos.train.config import TiedLoops, TrainConfig
@@ -111,7 +111,7 @@ class Trainer:
         self._asked_to_stop = stopping or (lambda: False)
         self._interruptible = stopping is not None and self.world_size == 1
         self._changing = False  # weights have changed in this step: it cannot be abandoned
-        self._flops = TrainingFlops(model.config, source.seq_len)
+        self._flops = Flops(model.config, source.seq_len)
         self._peak = 0.0  # FLOPs per second of this rank, measured after the first step
 
     @property
@@ -286,7 +286,7 @@ class Trainer:
 
     def _flops_per_token(self, loops: LoopCounts) -> float:
         """FLOPs per token, summed over rows with their own numbers of loops."""
-        return sum(self._flops.per_token(n, self.config.backprop_loops) for n in loops.tolist())
+        return sum(self._flops.training(n, self.config.backprop_loops) for n in loops.tolist())
 
     def _by_loop(
         self, sizes: list[Tensor], longest: int
