@@ -25,6 +25,7 @@ from openmythos.config import apply_overrides, to_dict
 from openmythos.files import write_json
 from openmythos.planning import cost
 from openmythos.recipes import catalogue
+from openmythos.train.folder import read_config
 from openmythos.train.run import Run
 from openmythos.train.state import StateFile, read_state
 
@@ -225,7 +226,7 @@ def test_a_list_is_a_line_for_each_item_in_one_panel(
 
 def test_labels_say_in_what_runs_differ(here: Path) -> None:
     runs = [make(here / "a", 1), make(here / "b", 1, **{"train.optimizer.lr": 0.5})]
-    configs = [tracking.run_config(run) for run in runs]
+    configs = [read_config(run) for run in runs]
     first, second = tracking._labels(runs, configs)
     assert first.startswith("a: lr=") and second == "b: lr=0.5"
     assert tracking._labels(runs[:1], configs[:1]) == ["a"]

@@ -107,10 +107,14 @@ def test_model_is_left_in_its_mode(shards: TokenShards, training: bool) -> None:
 
 
 def test_progress_ends_at_all_tokens(shards: TokenShards) -> None:
-    scored: list[int] = []
-    depth_sweep(tiny_model(CONFIG), shards, (1,), seq_len=SEQ, batch_size=1, progress=scored.append)
-    assert scored == sorted(scored)
-    assert scored[-1] == len(shards) - 1
+    calls: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
+
+    depth_sweep(tiny_model(CONFIG), shards, (1,), seq_len=SEQ, batch_size=1, progress=progress)
+    assert calls == sorted(calls)
+    assert calls[-1] == (len(shards) - 1, len(shards) - 1)
 
 
 def test_bf16_is_close(shards: TokenShards) -> None:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CODES = tuple(128 + number for number in SIGNALS)
@@ -61,12 +60,6 @@ def stop_training(received: list[int]) -> Iterator[None]:
         _received = None
 
 
-def exit_at_once(code: int) -> NoReturn:
-    """End the process without waiting for threads, or for a stream that a thread has locked."""
-    os.write(2, b"interrupted\n")
-    os._exit(code)
-
-
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     if _received is not None and not _received:
         _received.append(number)
@@ -86,6 +79,7 @@ def _listen(read_end: int) -> None:
             continue
         # The pipe is closed when the work has ended. A second signal ends the process now.
         if not select.select([read_end], [], [], GRACE)[0] or os.read(read_end, 1):
-            exit_at_once(128 + received[0])
+            os.write(2, b"interrupted\n")  # not print: a thread may have locked the stream
+            os._exit(128 + received[0])  # waits for no thread
         break
     os.close(read_end)

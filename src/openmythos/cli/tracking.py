@@ -18,7 +18,6 @@ from openmythos.cli.flags import shown
 from openmythos.cli.progress import duration
 from openmythos.cli.screen import OUT, STYLES, short
 from openmythos.config import ConfigError, require
-from openmythos.files import load_toml
 from openmythos.train.metrics import (
     Metrics,
     chosen_metrics,
@@ -91,6 +90,7 @@ class Plot:
 
     def run(self) -> None:
         from openmythos.analysis import plots
+        from openmythos.train.folder import read_config
 
         require(bool(self.runs), "runs", [], "must name at least one run folder")
         require(bool(self.metric), "metric", [], "must name at least one")
@@ -98,7 +98,7 @@ class Plot:
         out = Path(self.out or Path(runs[0] if len(runs) == 1 else ".", "curves.png"))
         require(out.suffix == ".png", "out", self.out, "must end in .png")
         require(out.parent.is_dir() or not self.out, "out", self.out, "its folder does not exist")
-        labels = _labels(runs, [run_config(run) for run in runs])
+        labels = _labels(runs, [read_config(run) for run in runs])
         metrics = [read_metrics(run) for run in runs]
         if not all(metrics):
             raise ConfigError(f"{runs[metrics.index([])]}: no step has been logged yet")
@@ -125,16 +125,6 @@ class Plot:
         figure = plots.metric_curves(panels, x_label=X_LABELS[self.x], single=len(runs) == 1)
         plots.save_figure(figure, out, rows)
         OUT.print(f"Written: {out}, {out.with_suffix('.csv')}")
-
-
-def run_config(run: Path) -> "RunConfig":
-    """The config of a run folder."""
-    from openmythos.train.config import RunConfig
-    from openmythos.train.folder import CONFIG_FILE
-
-    if not (run / CONFIG_FILE).is_file():
-        raise ConfigError(f"{run}: is not the folder of a run: it has no {CONFIG_FILE}")
-    return load_toml(RunConfig, run / CONFIG_FILE)
 
 
 def _positions(x: str, run: Path, metrics: list[Metrics]) -> list[float]:

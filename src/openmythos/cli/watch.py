@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,6 @@ from rich.text import Text
 from openmythos.cli.flags import RunFolder
 from openmythos.cli.progress import duration
 from openmythos.cli.screen import OUT, STYLES
-from openmythos.cli.tracking import run_config
 from openmythos.config import require_number
 from openmythos.train.metrics import Metrics, MetricsTail, recent_median, scalars, seconds_left
 from openmythos.train.state import ENDED, RunState, State, progress, read_state
@@ -39,29 +39,26 @@ class Watch:
     def run(self) -> None:
         require_number("every", self.every, above=0)
         run = Path(self.folder)
-        run_config(run)
         tail = MetricsTail(run)
+        shown, ended = _frame(run, tail)
         if self.once:
-            OUT.print(_frame(run, tail)[0])
+            OUT.print(shown)
             return
-        with Live(console=OUT, auto_refresh=False) as live:
-            try:
-                while True:
-                    shown, ended = _frame(run, tail)
-                    live.update(shown, refresh=True)
-                    if ended:
-                        return
-                    time.sleep(self.every)
-            except KeyboardInterrupt:
-                return
+        with Live(shown, console=OUT, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+            while not ended:
+                time.sleep(self.every)
+                shown, ended = _frame(run, tail)
+                live.update(shown, refresh=True)
 
 
 def _frame(run: Path, tail: MetricsTail) -> tuple[Panel, bool]:
     """The frame to show, and whether it is the last one."""
+    from openmythos.train.folder import read_config
+
     # Read the state before the metrics: then the last frame includes the last step.
     record = read_state(run)
     metrics = tail.read()
-    num_steps = run_config(run).train.num_steps
+    num_steps = read_config(run).train.num_steps
     state, done = progress(record, metrics, num_steps)
     bar = Table.grid(padding=(0, 1))
     bar.add_row(

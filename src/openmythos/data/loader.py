@@ -6,6 +6,7 @@ says which document each token belongs to, so that attention can be masked betwe
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -139,7 +140,7 @@ class _Source:
         self._seed, self._number = seed, number
         # One window fewer than would fit, so that every epoch can start at a random offset.
         self.windows_per_epoch = max(1, (len(shards) - seq_len) // seq_len)
-        self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
+        self._starts = lru_cache(maxsize=1)(self._window_starts)
 
     def window(self, sample: int) -> NDArray[np.int64]:
         """The window's tokens, [seq_len + 1]."""
@@ -149,10 +150,7 @@ class _Source:
     def start(self, sample: int) -> int:
         """Position of the window's first token in the stream."""
         epoch, number = divmod(sample, self.windows_per_epoch)
-        if epoch != self._epoch[0]:
-            # Only a cache: the starts can be recomputed from seed and epoch.
-            self._epoch = (epoch, self._window_starts(epoch))
-        return int(self._epoch[1][number])
+        return int(self._starts(epoch)[number])
 
     def _window_starts(self, epoch: int) -> NDArray[np.int64]:
         own = (self._number,) if self._number else ()

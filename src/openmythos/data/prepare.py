@@ -105,14 +105,9 @@ def prepare(
 
 
 def _begin(out: Path, origin: Origin, tokenizer: Tokenizer) -> "_Worker":
-    wanted = origin.preparation
-    corpus = Corpus(
-        wanted.paths,
-        field=wanted.field,
-        held_out=wanted.held_out,
-        limit_bytes=wanted.limit_bytes,
-        skip_bad_rows=wanted.skip_bad_rows,
-    )
+    arguments = dict(vars(origin.preparation))
+    del arguments["part_bytes"]  # the others are those of the corpus
+    corpus = Corpus(**arguments)
     save_json(origin, out / UNFINISHED / ORIGIN_FILE)
     tokenizer.save(out)
     return _Worker(corpus=corpus, origin=origin, out=out)

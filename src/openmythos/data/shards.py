@@ -170,7 +170,7 @@ def write_shards(
     folder: str | os.PathLike[str],
     *,
     shard_tokens: int = 1 << 25,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _done: None,
 ) -> TokenShards:
     """Tokenise documents into a folder, replacing earlier shards, and open it.
 
@@ -194,8 +194,7 @@ def write_shards(
                 ids.insert(0, tokenizer.bos_id)
             writer.add(ids)
             num_bytes += len(piece.encode())
-        if progress is not None:
-            progress(num_bytes)
+        progress(num_bytes)
     if not starts:
         raise ConfigError("there is no document to tokenise")
     writer.flush()

@@ -36,13 +36,13 @@ def depth_sweep(
     seq_len: int,
     batch_size: int = 8,
     precision: str = "fp32",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> dict[int, Likelihood]:
     """The likelihood at each number of loops, all from one pass at the largest.
 
     Every token but the first is scored once, in windows of seq_len tokens that do not overlap; a
     token early in a window has little context, so this is an upper bound of the model's loss.
-    `progress` is called with the tokens scored so far.
+    `progress` is called with the numbers of tokens scored so far and in total.
     """
     was_training = model.training
     model.eval()
@@ -58,8 +58,7 @@ def depth_sweep(
                 losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
                 totals[num_loops] += float((losses.cpu() * batch.weights.flatten()).sum())
             tokens += int(batch.weights.sum())
-            if progress is not None:
-                progress(tokens)
+            progress(tokens, len(shards) - 1)
     finally:
         model.train(was_training)
     return {loop: _likelihood(total, tokens, shards) for loop, total in totals.items()}

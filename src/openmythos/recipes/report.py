@@ -84,7 +84,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     step: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> LoopReport:
     """Score the run's held-out text, or all text of `data`; `step` None: the newest checkpoint.
 
@@ -93,14 +93,10 @@ def evaluate(
     config = run.config.train
     model, step = run.load_checkpoint(device, step=step)
     chosen = run.choose_precision(precision, model.device)
-    with _tokens(run, data) as (shards, text):
+    with _tokens(run, data) as shards:
+        text = decode_text(run, shards)
         found = depth_sweep(
-            model,
-            shards,
-            loops,
-            seq_len=config.seq_len,
-            precision=chosen,
-            progress=None if progress is None else lambda done: progress(done, len(shards) - 1),
+            model, shards, loops, seq_len=config.seq_len, precision=chosen, progress=progress
         )
     scored = ", ".join(data) if data else HELD_OUT
     assert not isinstance(config.loops, TiedLoops)  # only tasks have these
@@ -110,16 +106,14 @@ def evaluate(
 
 
 @contextmanager
-def _tokens(run: Run, data: Sequence[str]) -> Iterator[tuple[TokenShards, bytes]]:
-    """(tokens to score, the text that they encode)."""
+def _tokens(run: Run, data: Sequence[str]) -> Iterator[TokenShards]:
+    """The tokens to score."""
     if not data:
-        shards = run.shards("held_out")
-        yield shards, decode_text(run, shards)
+        yield run.shards("held_out")
         return
     with TemporaryDirectory() as folder:
         corpus = open_data(TextData(paths=tuple(data), field=run.text.field))
-        shards = write_shards(corpus.documents(), run.tokenizer, folder)
-        yield shards, "".join(document.text for document in corpus.documents()).encode()
+        yield write_shards(corpus.documents(), run.tokenizer, folder)
 
 
 def decode_text(run: Run, shards: TokenShards) -> bytes:

@@ -38,7 +38,7 @@ def evaluate(
     precision: str = "auto",
     step: int | None = None,
     examples: int = 400,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> HopsReport:
     """Test problems of up to 3 times the trained hops, as far as task and context length allow.
 
@@ -60,8 +60,7 @@ def evaluate(
             examples=examples,
             precision=chosen,
         )
-        if progress is not None:
-            progress(len(found), len(hops))
+        progress(len(found), len(hops))
     return HopsReport(found, data, step, chosen, str(model.device))
 
 

@@ -1,4 +1,4 @@
-"""Create the folder of a run so that a failure leaves no partial run."""
+"""The folder of a run: its config, and its creation, which leaves no partial run if it fails."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -6,13 +6,21 @@ from pathlib import Path
 
 from openmythos.config import ConfigError
 from openmythos.data.tokenizer import TOKENIZER_FILE
-from openmythos.files import remove
+from openmythos.files import load_toml, remove
+from openmythos.train.config import RunConfig
 from openmythos.train.state import LOCK_FILE, lock
 
 CONFIG_FILE = "config.toml"
 # Where a run is written until it is complete, and what an interrupted creation may leave.
 _UNFINISHED = ".unfinished"
 _PARTS = ("tokens", TOKENIZER_FILE, _UNFINISHED)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The config of a run folder."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"{folder}: is not the folder of a run: it has no {CONFIG_FILE}")
+    return load_toml(RunConfig, folder / CONFIG_FILE)
 
 
 def require_free(folder: Path) -> None:

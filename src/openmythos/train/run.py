@@ -30,12 +30,12 @@ from openmythos.data.prepared import References
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.data.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
 from openmythos.distributed.ranks import launched_here, rank_and_world_size, wait_for_files
-from openmythos.files import load_toml, save_toml
+from openmythos.files import save_toml
 from openmythos.machine import Precision, choose_device, choose_precision, slow_precision
 from openmythos.model.mythos import OpenMythos
 from openmythos.train import checkpoint, precision
 from openmythos.train.config import RunConfig, TaskData, TextData
-from openmythos.train.folder import CONFIG_FILE, new_folder, require_free
+from openmythos.train.folder import CONFIG_FILE, new_folder, read_config, require_free
 from openmythos.train.metrics import MetricsLog
 from openmythos.train.state import StateFile, lock
 from openmythos.train.task_source import TaskSource, fitted
@@ -81,7 +81,7 @@ class Run:
         return self.config.data
 
     @classmethod
-    def create(cls, folder: Path, config: RunConfig, progress: Progress | None = None) -> "Run":
+    def create(cls, folder: Path, config: RunConfig, progress: Progress = lambda *_: None) -> "Run":
         """Make the folder, train or load the tokenizer, write the token shards.
 
         `progress` is called with the stage and the bytes of text done so far. A failure leaves
@@ -94,8 +94,7 @@ class Run:
             OpenMythos(config.model)  # fail early if the model cannot be built
         with new_folder(folder) as unfinished:
             if isinstance(config.data, TextData):
-                report = progress or (lambda _stage, _done: None)
-                made = cls._with_text(unfinished, config, config.data, report)
+                made = cls._with_text(unfinished, config, config.data, progress)
             else:
                 made = cls(unfinished, fitted(config), None)
             # Refuses a corpus shorter than one window, and ranks that cannot share a batch.
@@ -131,9 +130,7 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> "Run":
         """Open an existing run folder."""
-        if not (folder / CONFIG_FILE).is_file():
-            raise ConfigError(f"{folder}: is not the folder of a run: it has no {CONFIG_FILE}")
-        config = load_toml(RunConfig, folder / CONFIG_FILE)
+        config = read_config(folder)
         on_text = isinstance(config.data, TextData)
         return cls(folder, config, load_tokenizer(folder) if on_text else None)
 
@@ -230,7 +227,7 @@ def train(
     held = lock(run.folder)
     try:
         trainer = _trainer(run, resume, stopping, on_message)
-        if resume and run.config != load_toml(RunConfig, run.folder / CONFIG_FILE):
+        if resume and run.config != read_config(run.folder):
             save_toml(run.config, run.folder / CONFIG_FILE)
     except BaseException:
         held.release()
@@ -251,9 +248,9 @@ def _trainer(
     wait_for_files()
     found = checkpoint.list_checkpoints(run.folder) if resume else []
     if found:
-        kind, trained = config.optimizer.kind, load_toml(RunConfig, run.folder / CONFIG_FILE).train
-        allowed = f"the run was trained with {trained.optimizer.kind}"
-        require(kind == trained.optimizer.kind, "train.optimizer.kind", kind, allowed)
+        kind, trained = config.optimizer.kind, read_config(run.folder).train.optimizer.kind
+        allowed = f"the run was trained with {trained}"
+        require(kind == trained, "train.optimizer.kind", kind, allowed)
     with torch.device("meta"):
         model = OpenMythos(run.config.model)
     kept = precision.read(run.folder) if found else None

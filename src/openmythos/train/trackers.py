@@ -33,12 +33,8 @@ class Tracked:
 class Sink(NamedTuple):
     """An active tracker: `log(values, step)` and `close(failed)`."""
 
-    log: Callable[[Mapping[str, float], int], object]
+    log: Callable[[dict[str, float], int], object]
     close: Callable[[bool], object]
-
-
-def _run_sink(run: Any, close: Callable[[bool], object]) -> Sink:
-    return Sink(lambda values, step: run.log(dict(values), step=step), close)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +50,7 @@ class TensorBoard:
         folder = str(run.folder / "tensorboard")
         writer = _imported(self).SummaryWriter(folder, purge_step=purge, flush_secs=10)
 
-        def log(values: Mapping[str, float], step: int) -> None:
+        def log(values: dict[str, float], step: int) -> None:
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
 
@@ -93,7 +89,7 @@ class Wandb:
             # Otherwise wandb records every redraw of the progress bar.
             settings=wandb.Settings(console="off"),
         )
-        return _run_sink(started, lambda failed: started.finish(exit_code=int(failed)))
+        return Sink(started.log, lambda failed: started.finish(exit_code=int(failed)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +114,7 @@ class Trackio:
             resume="allow",
             embed=False,
         )
-        return _run_sink(started, lambda _failed: started.finish())
+        return Sink(started.log, lambda _failed: started.finish())
 
 
 Tracker = TensorBoard | Wandb | Trackio
@@ -144,7 +140,7 @@ class Trackers:
         """Log the scalars of a step, see `metrics.scalars`."""
         values = scalars(metrics)
         for kind, sink in list(self._sinks.items()):
-            self._try(kind, partial(sink.log, values, metrics["step"]))
+            self._try(kind, partial(sink.log, dict(values), metrics["step"]))
 
     def __enter__(self) -> "Trackers":
         return self
