@@ -16,7 +16,6 @@ from matplotlib.image import imread
 
 from openmythos import OpenMythos
 from openmythos.analysis import plots
-from openmythos.analysis.routing import overlap
 from openmythos.config import ConfigError, to_dict
 from openmythos.files import read_json
 from openmythos.model.inputs import token_layout
@@ -653,15 +652,6 @@ def test_ood_pairs_are_many_and_counted_once() -> None:
     found = systematic.measure(OpenMythos(arm.model, seed=0).eval(), arm, quick=False)
     assert 200 <= found["ood"]["pairs"] <= 1000
     assert found["train"]["pairs"] > 900
-
-
-def test_overlap_of_expert_sets() -> None:
-    same = torch.tensor([[[0, 1]], [[1, 0]]])
-    assert overlap(same) == {"jaccard": 1.0, "union_over_top_k": 1.0}
-    half = torch.tensor([[[0, 1]], [[1, 2]]])
-    assert overlap(half) == pytest.approx({"jaccard": 1 / 3, "union_over_top_k": 1.5})
-    apart = torch.tensor([[[0, 1]], [[2, 3]]])
-    assert overlap(apart) == {"jaccard": 0.0, "union_over_top_k": 2.0}
 
 
 def test_controls_of_the_text_studies_are_matched() -> None:
