@@ -102,16 +102,6 @@ def blockwise_attention(
     return out.transpose(1, 2)
 
 
-def _blocks(seq: int, total: int, window: int) -> list[tuple[slice, slice]]:
-    """(queries, keys) of each block: its queries, and the keys that they may see."""
-    edges = [*range(0, seq, 64 if total <= FEW_KEYS else 128), seq]
-    start = total - seq
-    return [
-        (slice(i, j), slice(max(0, start + i - window + 1) if window else 0, start + j))
-        for i, j in pairwise(edges)
-    ]
-
-
 def _weights(
     query: Tensor, key: Tensor, mask: Tensor | None, queries: slice, keys: slice, scale: float
 ) -> Tensor:
@@ -139,10 +129,17 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask, window, scale, heads):  # type: ignore[no-untyped-def]
-        blocks = _blocks(query.shape[1], key.shape[1], window)
-        out = query.new_empty(len(query) // heads, query.shape[1], heads, value.shape[2])
+        seq, total = query.shape[1], key.shape[1]
+        edges = [*range(0, seq, 64 if total <= FEW_KEYS else 128), seq]
+        start = total - seq
+        # The queries of each block, and the keys that they may see.
+        blocks = [
+            (slice(i, j), slice(max(0, start + i - window + 1) if window else 0, start + j))
+            for i, j in pairwise(edges)
+        ]
+        out = query.new_empty(len(query) // heads, seq, heads, value.shape[2])
         kept = []
-        keep = key.shape[1] <= KEPT_KEYS and any(ctx.needs_input_grad)
+        keep = total <= KEPT_KEYS and any(ctx.needs_input_grad)
         for queries, keys in blocks:
             weights = _weights(query, key, mask, queries, keys, scale)
             mixed = torch.bmm(weights, value[:, keys])

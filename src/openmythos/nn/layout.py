@@ -1,7 +1,7 @@
 """Token positions, rotary tables and attention masks."""
 
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,19 +38,14 @@ class AttentionContext:
 
     def select(self, rows: Tensor | slice) -> "AttentionContext":
         """The context of these rows of the batch, in this order."""
-
-        def of(x: Tensor | None) -> Any:
-            # Tensors with batch size 1 are shared by all rows.
-            return x if x is None or len(x) == 1 else x[rows]
-
-        return replace(
-            self,
-            positions=of(self.positions),
-            cos=of(self.cos),
-            sin=of(self.sin),
-            mask=of(self.mask),
-            tokens=of(self.tokens),
+        # Tensors with batch size 1 are shared by all rows.
+        positions = self.positions if len(self.positions) == 1 else self.positions[rows]
+        cos, sin, mask, tokens = (
+            x if x is None or len(x) == 1 else x[rows]
+            for x in (self.cos, self.sin, self.mask, self.tokens)
         )
+        window, packed = self.window, self.packed
+        return AttentionContext(positions, cos, sin, mask, self.is_causal, window, packed, tokens)
 
     def last(self) -> "AttentionContext":
         """The context of the last query of every row."""

@@ -31,15 +31,6 @@ class Drive(NamedTuple):
     input_term: Hidden  # contribution of the input to u
     decay: Tensor  # factor on the state, [dim] or a scalar
 
-    def rows(self, start: int, stop: int) -> "Drive":
-        """The drive of a slice of the batch."""
-        return self._replace(input_term=self.input_term[start:stop])
-
-    def pick(self, columns: Tensor) -> "Drive":
-        """The drive at the positions `columns` [batch, width]."""
-        index = columns[..., None].expand(-1, -1, self.input_term.shape[-1])
-        return self._replace(input_term=self.input_term.gather(1, index))
-
 
 class InjectionLayer(nn.Module, ABC):
     """Interface: `prepare` once per pass, `forward` in every loop.

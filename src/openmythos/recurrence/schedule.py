@@ -16,7 +16,7 @@ from openmythos.nn.cache import KVCache
 from openmythos.nn.layout import AttentionContext
 from openmythos.recurrence.exit_rules import ExitTracker, LoopStates
 from openmythos.recurrence.loop import RecurrentBlock
-from openmythos.recurrence.state import LoopInputs, LoopState
+from openmythos.recurrence.state import LoopInputs, LoopState, index_at
 from openmythos.recurrence.trace import RecurrentOutput, Trace
 from openmythos.types import Hidden, LoopCounts
 
@@ -165,7 +165,7 @@ def _packed(state: LoopState, inputs: LoopInputs, total: int) -> tuple[LoopState
     assert active is not None
     longest = max(1, int(active.sum(dim=1).max()))  # at least 1: an empty batch is no special case
     columns = (~active).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
-    packed = state._replace(kv=()).map(lambda x: x.gather(1, _like(columns, x)))
+    packed = state._replace(kv=()).map(lambda x: x.gather(1, index_at(columns, x)))
     return packed._replace(kv=state.kv), inputs.pick(columns, total)
 
 
@@ -174,14 +174,9 @@ def _unpacked(whole: LoopState, packed: LoopState, inputs: LoopInputs) -> LoopSt
     columns = inputs.columns
     assert columns is not None
     merged = whole._replace(kv=()).map(
-        lambda x, new: x.scatter(1, _like(columns, x), new.to(x.dtype)), packed._replace(kv=())
+        lambda x, new: x.scatter(1, index_at(columns, x), new.to(x.dtype)), packed._replace(kv=())
     )
     return merged._replace(kv=packed.kv)
-
-
-def _like(columns: Tensor, x: Tensor) -> Tensor:
-    """[batch, width] as an index into x [batch, seq, ...] along its positions."""
-    return columns.view(*columns.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
 
 
 def _joined(parts: list[LoopState]) -> LoopState:

@@ -56,13 +56,14 @@ class LoopInputs:
 
     def rows(self, start: int, stop: int) -> "LoopInputs":
         """The inputs of a slice of the batch."""
-        context = self.context.select(slice(start, stop))
-        return replace(self, drive=self.drive.rows(start, stop), context=context)
+        drive = self.drive._replace(input_term=self.drive.input_term[start:stop])
+        return replace(self, drive=drive, context=self.context.select(slice(start, stop)))
 
     def pick(self, columns: Tensor, total: int) -> "LoopInputs":
         """The inputs at the positions `columns` [batch, width], which see up to `total` keys."""
-        context = self.context.pick(columns, total)
-        return replace(self, drive=self.drive.pick(columns), context=context, columns=columns)
+        term, context = self.drive.input_term, self.context.pick(columns, total)
+        drive = self.drive._replace(input_term=term.gather(1, index_at(columns, term)))
+        return replace(self, drive=drive, context=context, columns=columns)
 
     def views(
         self, state: LoopState, deltas: Deltas, kv: Sequence[KVView] | None
@@ -81,6 +82,11 @@ class LoopInputs:
             LayerView(self.context, source, deltas, weights, active, self.collects)
             for source, weights in zip(sources, self.expert_weights, strict=True)
         ]
+
+
+def index_at(columns: Tensor, x: Tensor) -> Tensor:
+    """[batch, width] as an index into x [batch, seq, ...] along its positions."""
+    return columns.view(*columns.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
 
 
 class Scheduled(nn.Module):
