@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 import openmythos
 from openmythos import OpenMythos, cli
 from openmythos.cli import jobs
+from openmythos.eval import harness
 from openmythos.files import load_toml
 from openmythos.model import presets
 from openmythos.recipes import task_report
@@ -294,6 +295,11 @@ def test_a_run_is_exported_for_transformers(here: Path, call: Call) -> None:
     card = Path("hub/README.md").read_text()
     assert 'license: "cc0-1.0"' in card and f"| training steps | {STEPS} |" in card
     assert "Not measured for this checkpoint" in card and "dim = 32" in card
+    assert call("export", "run", "--out", "asked", "--format", "lm-eval").code == 0
+    rows = Path("asked/openmythos_held_out.jsonl").read_text().splitlines()
+    held_out = Run.open(Path("run")).shards("held_out")
+    assert len(rows) == held_out.read(0, len(held_out)).tolist().count(256) > 0
+    assert all(json.loads(row)["text"].startswith("def f") for row in rows)
     names = {path.name for path in Path("hub").iterdir()}
     assert names >= {"modeling_openmythos.py", "tokenizer.json", "generation_config.json"}
     assert call("eval", "run", "--num-loops", "1,2", "--device", "cpu").code == 0
@@ -338,6 +344,11 @@ def test_a_task_is_learned_resumed_and_asked_like_text(here: Path, call: Call) -
     assert call("export", "chains", "--out", "hub", "--format", "hf").code == 0
     card = Path("hub/README.md").read_text()
     assert "| hops | " in card and 'kind = "k_hop"' in card
+    assert call("export", "chains", "--out", "asked", "--format", "lm-eval").code == 0
+    names = [f"openmythos_k_hop_{hops:03d}" for hops in (1, 2, 3, 4, 5, 6, 8)]
+    assert sorted(path.stem for path in Path("asked").glob("*.yaml")) == names
+    if not harness.INSTALLED:
+        assert_refused(call("eval", "chains", "--tasks", "asked"), "lm-eval needs: pip install")
     assert call("export", "chains", "--out", "exported").code == 0
     assert sorted(path.name for path in Path("exported").iterdir()) == [
         *("config.json", "model.safetensors")

@@ -178,6 +178,8 @@ class Eval:
     """Text to score instead of the run's own held-out part."""
     num_loops: Annotated[str | None, shown("N,N,...", "1,2,4,8,16; for a task more")] = None
     """Loop counts, separated by commas."""
+    tasks: Annotated[str, shown("FOLDER|NAME,...", "")] = ""
+    """Tasks of lm-eval instead: their names, or a folder from `export --format lm-eval`."""
     precision: Annotated[str, shown("KIND")] = "auto"
     """To compute in: fp32, bf16, or auto (bf16 if the device computes it natively)."""
     step: Step = None
@@ -186,7 +188,7 @@ class Eval:
     """Folder for eval.json, loops.png and loops.csv; for a task hops.png and hops.csv."""
 
     def run(self) -> None:
-        from openmythos.cli.jobs import evaluate, evaluate_hops
+        from openmythos.cli.jobs import evaluate, evaluate_hops, evaluate_tasks
         from openmythos.recipes import report, task_report
         from openmythos.train.config import TextData
         from openmythos.train.run import Run
@@ -198,7 +200,13 @@ class Eval:
         if self.num_loops is not None:
             loops = _loop_counts(self.num_loops)
         folder = report.report_folder(run, data, self.step, self.out)
-        chosen = {"device": self.device, "step": self.step, "precision": self.precision}
+        chosen: dict[str, Any] = {"device": self.device, "step": self.step}
+        chosen["precision"] = self.precision
+        if self.tasks:
+            require(not data, "data", data, "cannot be combined with --tasks")
+            written = evaluate_tasks(run, self.tasks, loops or TEXT_LOOPS, folder, **chosen)
+            OUT.print(f"\nWritten: {written}")
+            return
         if on_text:
             report.write_report(evaluate(run, loops, data=data, **chosen), folder)
         else:

@@ -1,5 +1,6 @@
 """Long-running work of the commands, each with a progress bar."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -10,10 +11,12 @@ from openmythos.cli.interrupt import Interrupted, stop_training
 from openmythos.cli.progress import Progress
 from openmythos.cli.screen import OUT, print_heat_map
 from openmythos.distributed.ranks import first_rank_does, launched, process_group, wait_for_file
+from openmythos.files import write_json
 from openmythos.machine import choose_device
 from openmythos.recipes import report, task_report
 from openmythos.recipes.report import LoopReport
 from openmythos.recipes.task_report import HopsReport
+from openmythos.tasks.words import Words
 from openmythos.train.config import RunConfig, TaskData
 from openmythos.train.folder import CONFIG_FILE
 from openmythos.train.guards import Divergence
@@ -133,3 +136,37 @@ def evaluate_hops(run: Run, loops: tuple[int, ...], **options: Any) -> HopsRepor
     print_heat_map(found.accuracy, found.data.max_hops)
     OUT.print(f"computed in {found.precision} on {found.device}")
     return found
+
+
+def evaluate_tasks(
+    run: Run,
+    tasks: str,
+    loops: Sequence[int],
+    folder: Path,
+    *,
+    device: str,
+    step: int | None,
+    precision: str,
+) -> Path:
+    """Print the metrics of lm-eval's tasks by loops; returns the JSON file that has them."""
+    from openmythos.eval import harness, harness_tasks
+
+    model, step = run.load_checkpoint(device, step=step)
+    if run.choose_precision(precision, model.device) == "bf16":
+        model.bfloat16()
+    data = run.config.data
+    encoder = Words(data.task) if isinstance(data, TaskData) else run.tokenizer
+    own = tasks if Path(tasks).is_dir() else None
+    names = [harness_tasks.TAG] if own else tasks.split(",")
+    found = harness.evaluate(harness.HarnessModel(model, encoder), names, loops, folder=own)
+    table = Table("task", "metric", *(f"{count} loops" for count in loops))
+    for task, by_loops in found.items():
+        for metric in next(iter(by_loops.values())):
+            if not metric.endswith("_stderr"):
+                values = (f"{by_loops[count][metric]:.4f}" for count in loops)
+                table.add_row(task, metric, *values)
+    OUT.print(table)
+    path = folder / "lm-eval.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json({"step": step, "dtype": str(model.embed.weight.dtype), "results": found}, path)
+    return path

@@ -47,7 +47,9 @@ def text_config(bos: str, context: int) -> dict[str, Any]:
 def task_config(task: Task, context: int) -> dict[str, Any]:
     """tokenizer_config.json for the tokens of a task."""
     known = words(task)
-    return _config(context) | {"pad_token": PAD if PAD in known else known[0]}
+    # lm-eval wants a token that ends texts.
+    pad = PAD if PAD in known else known[0]
+    return _config(context) | {"pad_token": pad, "eos_token": pad}
 
 
 def _config(context: int) -> dict[str, Any]:
