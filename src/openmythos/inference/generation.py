@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openmythos.config import require_int
+from openmythos.inference.contrast import Contrast
 from openmythos.inference.sampling import Sampling, sample
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
 from openmythos.recurrence.exit_rules import ExitRule, FixedExit
@@ -36,6 +37,7 @@ class Request:
         require_int("max_new_tokens", self.max_new_tokens, minimum=0)
         require_int("num_loops", self.num_loops, minimum=1, maximum=MOST_LOOPS)
         require_int("prefill_chunk", self.prefill_chunk, minimum=0)
+        self.sampling.contrast.early_loops(self.num_loops)  # refuses one that does not fit
 
 
 @runtime_checkable
@@ -70,8 +72,12 @@ class DecodableModel(Protocol):
         exit_rule: ExitRule,
         attention_mask: Mask | None,
         cache: KVCache,
+        contrast: Contrast,
     ) -> tuple[NextLogits, LoopCounts]:
-        """(logits after the last token, loops it ran); the tokens are appended to the cache."""
+        """(logits after the last token, loops it ran); the tokens are appended to the cache.
+
+        With a `contrast`, the logits that it adjusts.
+        """
 
 
 class DecodeStep(NamedTuple):
@@ -147,6 +153,7 @@ def _next(
         exit_rule=request.exit_rule,
         attention_mask=mask,
         cache=cache,
+        contrast=request.sampling.contrast,
     )
 
 

@@ -1,11 +1,12 @@
 """From next-token logits to a token: pure functions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from openmythos.config import require_int, require_number
+from openmythos.inference.contrast import Contrast, NoContrast
 from openmythos.types import NextLogits, NextTokenIds
 
 
@@ -15,7 +16,7 @@ class Sampling:
 
     top_k keeps the k most likely tokens (0: all), top_p the smallest set of probability >= top_p,
     min_p those at least min_p times as likely as the most likely. Filters apply in this order, to
-    the probabilities at the given temperature.
+    the probabilities at the given temperature. `contrast` changes the logits before all that.
     """
 
     temperature: float = 0.0
@@ -23,6 +24,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    contrast: Contrast = field(default_factory=NoContrast)
 
     def __post_init__(self) -> None:
         require_number("temperature", self.temperature, at_least=0)

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.inference import generation
+from openmythos.inference.contrast import Contrast
 from openmythos.inference.sampling import Sampling
 from openmythos.model.config import MythosConfig
 from openmythos.model.inputs import ModelInputs, whole_number
 from openmythos.nn.block import Layers, LayerStats
-from openmythos.nn.cache import CachePolicy, ExactCache, KVCache
+from openmythos.nn.cache import CachePolicy, ExactCache, KVCache, Part
 from openmythos.recurrence.exit_rules import EarlyExit, ExitRule, ExitTracker, FixedExit
 from openmythos.recurrence.trace import RecurrentOutput
 from openmythos.types import Hidden, Logits, LoopCounts, Mask, NextLogits, TokenIds
@@ -30,7 +31,7 @@ def exit_tracker(model: "Decodable", rule: EarlyExit, inputs: ModelInputs) -> Ex
         cache.keep_probes()
 
     def readout(state: Hidden, loop: int) -> Logits:
-        return model.logits(model.hidden(state, inputs, probed_loop=loop))
+        return model.logits(model.hidden(state, inputs, part="probe", loop=loop))
 
     if layout.valid is None:
         valid = torch.ones(1, layout.seq, dtype=torch.bool, device=layout.device)
@@ -54,7 +55,7 @@ def probe_unrun_loops(
     if len(model.coda) > 1 and cache.length:
         probed = max(probed, int(cache.exit_loop.max()))
     for loop in range(tracker.loops_run, probed):
-        model.hidden(state, inputs, probed_loop=loop)
+        model.hidden(state, inputs, part="probe", loop=loop)
     cache.fill_probes(probed, state.shape[1])
 
 
@@ -80,12 +81,13 @@ class Decodable(nn.Module, ABC):
         router: dict[str, LayerStats] | None = None,
         *,
         last_only: bool = False,
-        probed_loop: int | None = None,
+        part: Part = "coda",
+        loop: int = 0,
     ) -> Tensor:
         """Apply coda and final norm to a state: the head's input [batch, seq or 1, dim].
 
-        `router`, if given, receives the coda's statistics. `probed_loop`: `state` is the one after
-        that loop, read out for an exit rule.
+        `router`, if given, receives the coda's statistics. `part` and `loop`: where the cache keeps
+        the coda's keys and values for this state, if it is not the last loop's.
         """
 
     def logits(self, hidden: Hidden, head: nn.Module | None = None) -> Logits:
@@ -149,16 +151,32 @@ class Decodable(nn.Module, ABC):
         exit_rule: ExitRule,
         attention_mask: Mask | None,
         cache: KVCache,
+        contrast: Contrast,
     ) -> tuple[NextLogits, LoopCounts]:
         """(logits after the last token, loops it ran); the tokens are appended to the cache.
 
         Tokens and mask are not checked here: `inference.generation` did, once for all steps.
         """
-        inputs = ModelInputs.decoding(self.config, tokens, attention_mask, num_loops, cache)
+        early = contrast.early_loops(num_loops)
+        collect = (early,) if early else ()
+        inputs = ModelInputs.decoding(
+            self.config, tokens, attention_mask, num_loops, cache, collect
+        )
         recurrence, _ = self.run(inputs, exit_rule)
         logits = self.logits(self.hidden(recurrence.state, inputs, last_only=True))
+        if early:
+            logits = contrast.adjusted(logits, self._early_logits(recurrence, inputs, cache, early))
         cache.advance(tokens.shape[1])
         return logits[:, 0], recurrence.loops_used[:, -1]
+
+    def _early_logits(
+        self, recurrence: RecurrentOutput, inputs: ModelInputs, cache: KVCache, loops: int
+    ) -> Logits:
+        """Logits [batch, 1, vocab] after so many loops; where a position ran fewer, its last."""
+        cache.keep_early(loops)
+        ran_fewer = (recurrence.loops_used < loops)[..., None]
+        state = torch.where(ran_fewer, recurrence.state, recurrence.outputs[loops])
+        return self.logits(self.hidden(state, inputs, last_only=True, part="early"))
 
     def generate(
         self,

@@ -113,11 +113,12 @@ class ModelInputs:
         attention_mask: Tensor | None,
         num_loops: int,
         cache: KVCache,
+        collect: Collection[int] = (),
     ) -> "ModelInputs":
         """Inputs of a decoding step; its tokens and mask are already checked."""
         layout = cache.place(tokens, attention_mask)
         context = attention_context(layout, config.attention, config.dim, tokens)
-        plan = LoopPlan(num_loops=num_loops, cache=cache)
+        plan = LoopPlan(num_loops=num_loops, cache=cache, collect=collect)
         return cls(tokens=tokens, layout=layout, context=context, plan=plan, training=False)
 
     def views(self, part: Part, layers: int, loop: int = 0, *, collects: bool) -> list[LayerView]:

@@ -169,12 +169,11 @@ class OpenMythos(Decodable, Pretrained):
         router: dict[str, LayerStats] | None = None,
         *,
         last_only: bool = False,
-        probed_loop: int | None = None,
+        part: Part = "coda",
+        loop: int = 0,
     ) -> Tensor:
         """Apply coda and final norm to a state: the head's input; see `Decodable`."""
-        part: Part = "coda" if probed_loop is None else "probe"
-        collects = router is not None
-        views = inputs.views(part, len(self.coda), probed_loop or 0, collects=collects)
+        views = inputs.views(part, len(self.coda), loop, collects=router is not None)
         if last_only and views and state.shape[1] > 1:
             views[-1] = replace(views[-1], last_only=True)
         x, stats = self.coda(state, views)

@@ -72,7 +72,7 @@ class GroupedLoopCache:
 
 CachePolicy = ExactCache | LastLoopCache | FirstLoopCache | GroupedLoopCache
 # "probe": the coda, run after a loop for an exit rule that reads logits.
-Part = Literal["prelude", "recurrent", "coda", "probe"]
+Part = Literal["prelude", "recurrent", "coda", "probe", "early"]
 
 
 class KVCache:
@@ -80,7 +80,8 @@ class KVCache:
 
     Storage: one slot per prelude and coda layer; per recurrent layer as many as the policy needs
     for `num_loops`; each slot is [batch, capacity, kv_width]. `length` columns are filled. Exit
-    rules that read logits add one slot per coda layer and loop (`keep_probes`).
+    rules that read logits add one slot per coda layer and loop (`keep_probes`), a contrast with an
+    early loop one per coda layer (`keep_early`).
     """
 
     def __init__(
@@ -107,8 +108,8 @@ class KVCache:
         # token must not stop earlier.
         self.exit_loop = torch.zeros(batch, dtype=torch.long, device=like.device)
         prelude, recurrent, coda = layers
-        slots = {"prelude": 1, "recurrent": prefill.slot(num_loops - 1) + 1, "coda": 1, "probe": 0}
-        counts = {"prelude": prelude, "recurrent": recurrent, "coda": coda, "probe": 0}
+        slots = {"prelude": 1, "recurrent": prefill.slot(num_loops - 1) + 1, "coda": 1}
+        counts = {"prelude": prelude, "recurrent": recurrent, "coda": coda}
         shape = (batch, capacity, kv_width)
         try:
             self._storage = {
@@ -121,7 +122,9 @@ class KVCache:
                 f"cache: no room for {numbers * like.itemsize / 2**30:.1f} GiB (a batch of "
                 f"{batch}, {capacity} tokens, {num_loops} loops)"
             ) from None
+        self._storage |= {"probe": [], "early": []}
         self._probed = 0
+        self._early_loops = 0
 
     @property
     def nbytes(self) -> int:
@@ -172,6 +175,17 @@ class KVCache:
             self._storage["probe"] = [
                 slots.new_zeros(self.num_loops, *slots.shape[1:]) for slots in self._storage["coda"]
             ]
+
+    def keep_early(self, loops: int) -> None:
+        """Allocate keys and values of the coda for the state after so many loops."""
+        if self.length and loops != self._early_loops:
+            raise ValueError(
+                f"contrast: reads the logits after {loops} loops, so a cache must be filled under "
+                "it from its first token on"
+            )
+        if not self._early_loops:
+            self._early_loops = loops
+            self._storage["early"] = [torch.zeros_like(slots) for slots in self._storage["coda"]]
 
     def fill_probes(self, loops_run: int, seq: int) -> None:
         """Copy the coda's K/V of the last probed loop to the loops after `loops_run`."""
