@@ -1,7 +1,6 @@
 """GGUF files of Llama and Qwen3 (package ``gguf``): read only, quantised weights as fp32."""
 
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,7 @@ class GGUFFile:
         except (ValueError, IndexError, KeyError) as error:
             raise ConfigError(f"{path}: is damaged or not a GGUF file: {error}") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.metadata: dict[str, Any] = {
-            name: field.contents() for name, field in reader.fields.items()
-        }
+        self._metadata = reader.fields
 
     def names(self) -> Iterable[str]:
         return self._tensors
@@ -61,47 +58,41 @@ class GGUFFile:
         numbers = torch.tensor(self._dequantize(found.data, found.tensor_type))
         return numbers.view(header.shape).to(header.dtype)
 
-    @cached_property
-    def architecture(self) -> str:
-        return str(self.metadata.get("general.architecture"))
+    def value(self, key: str, default: Any = None) -> Any:
+        """One entry of the metadata; a vocabulary takes a second."""
+        return self._metadata[key].contents() if key in self._metadata else default
 
     def fields(self) -> Fields:
         """The metadata without the prefix of the architecture, and whether there is a head."""
-        prefix = f"{self.architecture}."
-        data = {
-            key.removeprefix(prefix): value
-            for key, value in self.metadata.items()
-            if not key.startswith(("general.", "tokenizer.", "GGUF.", "quantize."))
-        }
-        own = {"architecture": self.architecture, "tied": "output.weight" not in self._tensors}
+        architecture = str(self.value("general.architecture"))
+        others = ("general.", "tokenizer.", "GGUF.", "quantize.")
+        names = [key for key in self._metadata if not key.startswith(others)]
+        data = {key.removeprefix(f"{architecture}."): self.value(key) for key in names}
+        own = {"architecture": architecture, "tied": "output.weight" not in self._tensors}
         return Fields(self.path, data | own)
 
     def tokenizer(self, vocab_size: int) -> Tokenizer:
         """The tokenizer in the metadata; only byte-level BPE."""
-        data = {
-            key.removeprefix("tokenizer.ggml."): value
-            for key, value in self.metadata.items()
-            if key.startswith("tokenizer.ggml.")
-        }
-        kind = data.get("model")
+
+        def get(key: str, default: Any = None) -> Any:
+            return self.value(f"tokenizer.ggml.{key}", default)
+
+        kind, tokens = get("model"), get("tokens")
         if kind != "gpt2":
             raise ConfigError(f"{self.path}: tokenizer {kind!r} is not implemented, only 'gpt2'")
-        kinds = data.get("token_type") or [_NORMAL] * len(data["tokens"])
         added = {
             text: kind in _SPECIAL
-            for text, kind in zip(data["tokens"], kinds, strict=True)
+            for text, kind in zip(tokens, get("token_type", [_NORMAL] * len(tokens)), strict=True)
             if kind != _NORMAL
         }
-        made = byte_level_bpe(
-            data["tokens"], data["merges"], added, data.get("pre", "default"), str(self.path)
-        )
-        eos = int(data["eos_token_id"])
+        made = byte_level_bpe(tokens, get("merges"), added, get("pre", "default"), str(self.path))
+        eos = int(get("eos_token_id"))
         return PublicTokenizer(
             made,
             vocab_size=vocab_size,
-            bos_id=int(data.get("bos_token_id", eos)),
-            stop_ids=sorted({eos, int(data.get("eot_token_id", eos))}),
-            adds_bos=bool(data.get("add_bos_token", False)),
+            bos_id=int(get("bos_token_id", eos)),
+            stop_ids=sorted({eos, int(get("eot_token_id", eos))}),
+            adds_bos=bool(get("add_bos_token", False)),
             name=str(self.path),
         )
 
