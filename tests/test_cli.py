@@ -720,7 +720,10 @@ def test_help_names_every_command(call: Call) -> None:
         (["train", "--nonsense", "3"], "--nonsense"),
         (["generate", "run", "--num-loops", "2.5"], "--num-loops"),
         (["generate", "run", "--num-loops", "2.5"], "'2.5' is not a number"),
-        (["generate"], "generate: needs RUN (run folder), such as runs/demo-1"),
+        (
+            ["generate"],
+            "generate: needs MODEL (run folder, model folder, GGUF file or Hub",
+        ),
         (["export"], "export: needs RUN (run folder), --out FOLDER"),
         (["plan"], "plan: needs PRESET"),
         (["trian"], "unknown command 'trian', did you mean 'train'? known: data, demo"),

@@ -1,4 +1,4 @@
-"""GGUF files against transformers: small ones that the test writes, and SmolLM2 from PyPI (slow)."""
+"""GGUF files against transformers: small ones written here, and SmolLM2 from PyPI (slow)."""
 
 import subprocess
 import sys
@@ -46,9 +46,10 @@ def transformers_model(architecture: str, tied: bool) -> LlamaForCausalLM:
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32)).eval()
     for name, tensor in model.named_parameters():
-        tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(
-            std=tensor.shape[-1] ** -0.5
-        )
+        if "norm" in name:
+            tensor.uniform_(0.5, 1.5)
+        else:
+            tensor.normal_(std=tensor.shape[-1] ** -0.5)
     return model
 
 

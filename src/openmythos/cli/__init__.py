@@ -12,13 +12,14 @@ from openmythos.cli.commands import Demo, Eval, Generate, Plan, Presets, Train
 from openmythos.cli.data import Data, Tokenizer
 from openmythos.cli.export import Export
 from openmythos.cli.flags import parse
+from openmythos.cli.hub import Import, Info
 from openmythos.cli.interrupt import CODES, Interrupted, answer_signals
 from openmythos.cli.study import Study
 from openmythos.cli.tracking import Plot, Runs
 from openmythos.cli.watch import Watch
 
 COMMANDS = (
-    *(Demo, Train, Generate, Eval, Export, Plan, Presets, Study),
+    *(Demo, Train, Generate, Eval, Import, Info, Export, Plan, Presets, Study),
     *(Tokenizer, Data, Runs, Plot, Watch),
 )
 _DEBUG = "OPENMYTHOS_DEBUG"  # 1: print the traceback of an error

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.table import Table
 
-from openmythos.cli.flags import Changes, Device, RunFolder, Step, Texts, flat, shown
+from openmythos.cli.flags import Changes, Device, ModelSource, Step, Texts, flat, shown
+from openmythos.cli.hub import TEXT_LOOPS, config_of, score
 from openmythos.cli.screen import OUT, print_fit, print_plan, short, stream
 from openmythos.config import (
     ConfigError,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 MAX_GIB = 2.0**20
 DEFAULT_RECIPE = "demo"
-TEXT_LOOPS = (1, 2, 4, 8, 16)
 DEMO_LOOPS = (1, 2, 4, 8)
 DEMO_SAMPLES = (1, 8)
 DEMO_PROMPT = "def main("
@@ -118,7 +118,7 @@ class Train:
 class Generate:
     """Continue a prompt with a trained model, printing the text as it is decoded."""
 
-    folder: RunFolder
+    folder: ModelSource
     prompt: Annotated[str, shown("TEXT", "")] = ""
     """Text to continue; empty: from the start token. If it begins with a dash: --prompt=-x."""
     num_loops: Annotated[int | None, shown("N", "the model's")] = None
@@ -145,25 +145,27 @@ class Generate:
     device: Device = "auto"
 
     def run(self) -> None:
+        import torch
+
+        from openmythos.hub.load import open_source
         from openmythos.inference.generation import Request
         from openmythos.inference.text import Engine
-        from openmythos.train.run import Run
 
         try:
             self.prompt.encode()
         except UnicodeEncodeError:
             raise ConfigError("prompt: is not UTF-8 text") from None
-        run = Run.open(Path(self.folder))
-        tokenizer = run.tokenizer
-        model = run.load_model(self.device, step=self.step)
-        request = Request(max_new_tokens=self.max_new_tokens, stop_ids=(tokenizer.bos_id,))
+        source = open_source(self.folder)
+        tokenizer = source.tokenizer
+        model = source.load(self.device, step=self.step)
+        request = Request(max_new_tokens=self.max_new_tokens, stop_ids=tokenizer.stop_ids)
         num_loops = model.config.num_loops if self.num_loops is None else self.num_loops
         chosen = [f"exit_rule.kind={self.exit_rule}", f"num_loops={num_loops}"]
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             chosen.append(f"sampling.{name}={getattr(self, name)}")
         request = apply_overrides(request, [*chosen, *flat(self.set)])
-        if run.choose_precision(self.precision, model.device) == "bf16":
-            model.bfloat16()
+        narrow = source.precision(self.precision, model.device) == "bf16"
+        model.to(dtype=torch.bfloat16 if narrow else torch.float32)
         loops = stream(Engine(model, tokenizer), self.prompt, request)
         if self.exit_rule != "fixed" and loops:
             OUT.print(f"\n[{sum(loops) / len(loops):.1f} of {request.num_loops} loops per token]")
@@ -173,9 +175,9 @@ class Generate:
 class Eval:
     """Bits per byte and perplexity of held-out text, or accuracy on a task, against loops."""
 
-    folder: RunFolder
+    folder: ModelSource
     data: Texts = ()
-    """Text to score instead of the run's own held-out part."""
+    """Text to score instead of the run's own held-out part; must be given if it is not a run."""
     num_loops: Annotated[str | None, shown("N,N,...", "1,2,4,8,16; for a task more")] = None
     """Loop counts, separated by commas."""
     tasks: Annotated[str, shown("FOLDER|NAME,...", "")] = ""
@@ -184,16 +186,24 @@ class Eval:
     """To compute in: fp32, bf16, or auto (bf16 if the device computes it natively)."""
     step: Step = None
     device: Device = "auto"
-    out: Annotated[str, shown("FOLDER", "the run folder; with --data or --step RUN/eval/...")] = ""
+    out: Annotated[str, shown("FOLDER", "the run folder; else RUN/eval/... or eval/...")] = ""
     """Folder for eval.json, loops.png and loops.csv; for a task hops.png and hops.csv."""
 
     def run(self) -> None:
         from openmythos.cli.jobs import evaluate, evaluate_hops, evaluate_tasks
+        from openmythos.hub.load import open_source
         from openmythos.recipes import report, task_report
         from openmythos.train.config import TextData
-        from openmythos.train.run import Run
 
-        run, data = Run.open(Path(self.folder)), flat(self.data)
+        source, data = open_source(self.folder), flat(self.data)
+        run = source.run
+        if run is None:
+            for name in ("step", "tasks"):
+                value = getattr(self, name)
+                require(not value, name, value, f"needs a run, {self.folder} is not one")
+            given = None if self.num_loops is None else _loop_counts(self.num_loops)
+            score(source, given, data, self.out, device=self.device, precision=self.precision)
+            return
         on_text = isinstance(run.config.data, TextData)
         require(on_text or not data, "data", data, "must not be given: the run learned a task")
         loops: tuple[int, ...] = TEXT_LOOPS if on_text else ()
@@ -217,10 +227,10 @@ class Eval:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a preset costs: parameters, KV cache, FLOPs, training memory; nothing is allocated."""
+    """What a model costs: parameters, KV cache, FLOPs, training memory; nothing is allocated."""
 
     preset: tyro.conf.Positional[Annotated[str, shown("PRESET")]]
-    """Preset name; see `openmythos presets`."""
+    """Preset name (see `openmythos presets`), run folder, model folder, GGUF file or Hub id."""
     context: Annotated[int | None, shown("N", "the preset's")] = None
     """Tokens per sequence."""
     batch: int = 1
@@ -237,10 +247,9 @@ class Plan:
     """Train with gradients through the last N loops of each sequence only (0: all)."""
 
     def run(self) -> None:
-        from openmythos.model import presets
         from openmythos.planning import cost, fit
 
-        config = apply_overrides(presets.get(self.preset), flat(self.set))
+        config = apply_overrides(config_of(self.preset), flat(self.set))
         require_int("gpus", self.gpus, minimum=0)
         require_number("memory", self.memory, above=0, at_most=MAX_GIB)
         names = ("context", "batch", "num_loops", "backprop_loops")

@@ -30,6 +30,9 @@ Many = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
 Texts = Annotated[Many, shown("PATH ...", "")]
 Changes = Annotated[Many, shown("KEY=VALUE ...", "")]
 RunFolder = tyro.conf.Positional[Annotated[str, shown("RUN", help="Run folder.")]]
+ModelSource = tyro.conf.Positional[
+    Annotated[str, shown("MODEL", help="Run folder, model folder, GGUF file or Hub id.")]
+]
 Step = Annotated[int | None, shown("N", "the newest", "Checkpoint.")]
 Device = Annotated[
     str,
@@ -99,7 +102,8 @@ def _message(box: str, argv: list[str]) -> str:
             f"{name} ({what[0].lower()}{what[1:].rstrip('.')})"
             for name, what in re.findall(r"(--\S+ \S+|\S+) (.+?) \(required\)", missing[2])
         ]
-        example = ", such as runs/demo-1" if any(w.startswith("RUN ") for w in wanted) else ""
+        is_run = any(name.startswith(("RUN ", "MODEL ")) for name in wanted)
+        example = ", such as runs/demo-1" if is_run else ""
         return f"{missing[1]}: needs {', '.join(wanted)}{example} (see --help)"
     if valueless := re.match(r"Missing value for argument '(--[\w-]+)'", text):
         flag = valueless[1]

@@ -1,6 +1,7 @@
 """Long-running work of the commands, each with a progress bar."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -112,9 +113,13 @@ def _first_words(run: Run) -> str:
 
 def evaluate(run: Run, loops: tuple[int, ...], **options: Any) -> LoopReport:
     """Call `report.evaluate` and print bits per byte by number of loops."""
+    return print_report(partial(report.evaluate, run, loops, **options))
+
+
+def print_report(evaluation: Callable[..., LoopReport]) -> LoopReport:
+    """Run an evaluation with a progress bar and print bits per byte by number of loops."""
     with Progress(OUT, "evaluating", unit="tokens") as progress:
-        options["progress"] = lambda done, total: progress.update(done, total=total)
-        found = report.evaluate(run, loops, **options)
+        found = evaluation(progress=lambda done, total: progress.update(done, total=total))
     table = Table("loops", "bits per byte", "perplexity per token", title=found.text)
     for loop, result in found.loops.items():
         table.add_row(str(loop), f"{result.bits_per_byte:.4f}", f"{result.perplexity:.2f}")

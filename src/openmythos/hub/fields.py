@@ -107,7 +107,7 @@ class Fields:
                 raise self.error(
                     key,
                     "is not known, so it may change the logits; if it does not, ignore it "
-                    f"(load: ignore=[{key!r}], commands: --ignore {key})",
+                    f"(load: ignore=[{key!r}]; openmythos import --ignore {key})",
                 )
 
 

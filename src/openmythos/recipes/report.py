@@ -14,6 +14,7 @@ from openmythos.data.corpus import compression_baselines
 from openmythos.data.shards import TokenShards, write_shards
 from openmythos.eval.likelihood import Likelihood, depth_sweep
 from openmythos.files import read_json, write_json
+from openmythos.hub.load import Source
 from openmythos.train.checkpoint import checkpoint_at, step_of
 from openmythos.train.config import TextData, TiedLoops
 from openmythos.train.metrics import finite_or_none, read_metrics, tokens_seen
@@ -23,6 +24,7 @@ from openmythos.train.run import Run, open_data
 FLAT = 0.01
 HELD_OUT = "held-out text"
 FILE = "eval.json"
+WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,30 @@ def evaluate(
     mean_loops = float(config.loops.mean_loops)
     baselines, on = compression_baselines(text), str(model.device)
     return LoopReport(found, baselines, mean_loops, scored, step, chosen, on)
+
+
+def evaluate_text(
+    source: Source,
+    loops: Sequence[int],
+    *,
+    data: Sequence[str],
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> LoopReport:
+    """Score all text of `data` with a model that is not a run, in windows of up to 1024 tokens."""
+    model = source.load(device).float()
+    chosen, seq_len = source.precision(precision, model.device), min(model.context, WINDOW)
+    corpus = open_data(TextData(paths=tuple(data)))
+    with TemporaryDirectory() as folder:
+        shards = write_shards(corpus.documents(), source.tokenizer, folder)
+        found = depth_sweep(
+            model, shards, loops, seq_len=seq_len, precision=chosen, progress=progress
+        )
+    text = "".join(document.text for document in corpus.documents()).encode()
+    baselines, on = compression_baselines(text), str(model.device)
+    mean_loops = float(model.config.num_loops)
+    return LoopReport(found, baselines, mean_loops, ", ".join(data), 0, chosen, on)
 
 
 @contextmanager
