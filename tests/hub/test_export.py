@@ -13,8 +13,9 @@ import pytest
 import torch
 from variants import FEW_VARIANT_IDS, FEW_VARIANTS, VARIANTS, tiny, tiny_config
 
+import openmythos
 from openmythos import ConfigError, MythosConfig, OpenMythos
-from openmythos.config import from_dict, to_dict
+from openmythos.config import from_dict
 from openmythos.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from openmythos.hub import export, export_bundle
 from openmythos.nn.grouped_query import GroupedQueryAttention
@@ -79,8 +80,7 @@ def _compare(config: MythosConfig, copied: str) -> None:
     again = from_dict(MythosConfig, export.native_json(fields))
     assert again == config
     copy = theirs.OpenMythos(read(theirs.MythosConfig, export.native_json(fields))).eval()
-    state = export.to_native(export.to_hub(model.state_dict()))
-    copy.load_state_dict(state)
+    copy.load_state_dict(model.state_dict())
     tokens = torch.randint(config.vocab_size, (2, 8))
     with torch.no_grad():
         assert torch.equal(copy(tokens).logits, model(tokens).logits)
@@ -265,8 +265,14 @@ def test_what_is_not_supported_is_refused(registered: Registered) -> None:
         loaded(tokens, num_loops=0)
 
 
-def test_config_and_weights_have_names_that_lead_back() -> None:
-    model = OpenMythos(tiny_config(tie_embeddings=False))
-    named = export.to_hub(model.state_dict())
-    assert set(named) >= {"lm_head.weight", "model.mythos.embed.weight"}
-    assert to_dict(model.config) == export.native_json(export.config_json(model))
+def test_an_export_is_read_back_bit_for_bit(registered: Registered, tmp_path: Path) -> None:
+    """As written by us, and as transformers saves it, in several files."""
+    model, loaded, folder = registered
+    loaded.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    for source in (folder, tmp_path):
+        again = openmythos.load(source)
+        assert again.config == model.config
+        state = again.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())

@@ -11,14 +11,13 @@ Writing needs neither transformers nor tokenizers.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from openmythos import __version__
 from openmythos.config import ConfigError, require, to_dict
@@ -70,7 +69,9 @@ def write(model: OpenMythos, out: Path, *, text: Text | None = None, card: str =
     """Write the folder `out`, which must not exist; it appears when it is complete."""
     require(not out.exists(), "out", str(out), "exists already")
     _require_own_parts(model.config, "model")
-    tensors = to_hub(model.state_dict())
+    state = model.state_dict()
+    kept = (tensor.detach().contiguous().cpu() for tensor in state.values())
+    tensors = dict(zip(to_hub(state), kept, strict=True))
     for name, tensor in tensors.items():
         check_finite(out / WEIGHTS_FILE, name, tensor)
     with new_folder(out) as folder:
@@ -139,20 +140,9 @@ def native_json(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config["native"], **beside}
 
 
-def to_hub(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names of an export."""
-    return {
-        HEAD if name == _OWN_HEAD else PREFIX + name: tensor.detach().contiguous().cpu()
-        for name, tensor in state.items()
-    }
-
-
-def to_native(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an export under our names."""
-    return {
-        _OWN_HEAD if name == HEAD else name.removeprefix(PREFIX): tensor
-        for name, tensor in state.items()
-    }
+def to_hub(names: Iterable[str]) -> list[str]:
+    """The names that our tensors have in an export."""
+    return [HEAD if name == _OWN_HEAD else PREFIX + name for name in names]
 
 
 def _require_own_parts(config: Any, path: str) -> None:

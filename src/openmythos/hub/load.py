@@ -13,6 +13,7 @@ from openmythos.config import ConfigError, needs, to_dict
 from openmythos.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from openmythos.files import read_json, replacing, write_json
 from openmythos.hub import weights
+from openmythos.hub.export_format import EXPORT
 from openmythos.hub.fields import Fields
 from openmythos.hub.format import Format
 from openmythos.hub.gemma import GEMMA
@@ -36,7 +37,7 @@ from openmythos.train.run import Run
 
 CONFIG_FILE = "config.json"
 FORMATS: tuple[Format, ...] = (
-    *(OWN, HUGINN, OURO, LLAMA, RETROFIT, PARCAE),
+    *(OWN, EXPORT, HUGINN, OURO, LLAMA, RETROFIT, PARCAE),
     *(QWEN3, OLMO2, GEMMA, NANBEIGE, XLLM, GGUF),
 )
 
