@@ -309,6 +309,17 @@ def test_default_loops_come_from_the_config(model: OpenMythos) -> None:
 
 
 @torch.no_grad()
+def test_a_packed_row_may_be_longer_than_the_context(model: OpenMythos) -> None:
+    """Each document fits; a longer one does not."""
+    tokens = random_tokens(1, CONTEXT + 4)
+    documents = (torch.arange(CONTEXT + 4) >= CONTEXT).long()[None]
+    packed = model(tokens, documents=documents).logits
+    alone = model(tokens[:, CONTEXT:]).logits
+    torch.testing.assert_close(packed[:, CONTEXT:], alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens are longer than the context of"):
+        model(tokens, documents=documents * 0 + (torch.arange(CONTEXT + 4) > CONTEXT))
+
+
 def test_packed_documents_do_not_see_each_other(model: OpenMythos) -> None:
     tokens, documents = random_tokens(2), torch.tensor([[0] * 5 + [1] * 4 + [2] * 3] * 2)
     packed = model(tokens, documents=documents).logits

@@ -198,13 +198,14 @@ def token_layout(
         raise ValueError(f"documents: must hold whole numbers, holds {documents.dtype}")
     if documents is not None and cache is not None:
         raise ValueError("documents: packed rows and a cache do not go together")
+    mask = None if attention_mask is None else attention_mask.bool()
+    layout = TokenLayout(tokens.shape[1], 0, tokens.device, mask, documents)
     end = tokens.shape[1] + (0 if cache is None else cache.length)
+    if documents is not None and end > config.context:
+        end = int(layout.positions().max()) + 1  # a packed row may be longer than its documents
     if end > config.context:
         raise ValueError(f"tokens: {end} tokens are longer than the context of {config.context}")
-    mask = None if attention_mask is None else attention_mask.bool()
-    if cache is not None:
-        return cache.place(tokens, mask)
-    return TokenLayout(tokens.shape[1], 0, tokens.device, mask, documents)
+    return layout if cache is None else cache.place(tokens, mask)
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, *, ignored: int | None = None) -> None:

@@ -168,7 +168,9 @@ class GatedLayer(FeedForwardLayer):
         if view.active is not None:
             return only_active(self, x, view)
         gated = self.gate_up(x, view.deltas)
-        if self.activation is not F.silu or self.down.delta_key in view.deltas:
+        # Of a map that something wraps, such as peft, the weight is not all.
+        plain = isinstance(self.down, Linear) and self.down.delta_key not in view.deltas
+        if self.activation is not F.silu or not plain:
             gate, up = gated.chunk(2, dim=-1)
             return self.down(self.activation(gate) * up, view.deltas), None
         return gated_linear(gated, self.down.weight), None

@@ -129,7 +129,9 @@ class LatentAttentionLayer(AttentionLayer):
         head_dims = c.nope_head_dim + c.value_head_dim
         saved = (total - seq) * c.kv_latent_dim * head_dims
         added = seq * total * (2 * c.kv_latent_dim - head_dims)
-        path = self.absorbed if saved > added else self.naive
+        # Of a map that something wraps, such as peft, the weight is not all.
+        plain = isinstance(self.kv_up, Linear)
+        path = self.absorbed if saved > added and plain else self.naive
         out = path(nope, rope, kv.to(nope.dtype), context, deltas)
         return self.output(out.transpose(1, 2).flatten(2), deltas)
 
