@@ -71,7 +71,7 @@ golden: $(VENV)/.installed-dev  ## record the golden losses anew; needs a line i
 	$(TEST_ENV) UPDATE_GOLDEN=1 $(BIN)/pytest -m "slow or not slow" -k golden $(ARGS)
 
 clean:  ## remove the virtual environment, caches and builds; runs/ stays
-	rm -rf $(VENV) $(BENCH) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) .venv-hub build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # dev holds all that demo needs, so it satisfies both stamps.

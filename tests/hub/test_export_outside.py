@@ -28,11 +28,12 @@ def other_python(name: str, *packages: str) -> str:
     """A Python that sees the packages of this one and has others of its own, in .venv-hub/."""
     folder = ROOT / ".venv-hub" / name
     python, stamp = folder / "bin" / "python", folder / "installed"
-    wanted = "\n".join(packages)
+    shared = sysconfig.get_path("purelib")
+    wanted = "\n".join((*packages, shared))
     if not stamp.is_file() or stamp.read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         found = next(folder.glob("lib/python*/site-packages"))
-        (found / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (found / "shared.pth").write_text(shared + "\n")
         pinned = folder / "constraints.txt"
         pinned.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
