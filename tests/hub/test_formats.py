@@ -3,6 +3,7 @@
 The models of transformers are compared with transformers itself; all others with `references`.
 """
 
+import importlib
 import json
 import math
 import weakref
@@ -31,7 +32,7 @@ from transformers import (
 import openmythos
 from openmythos import OpenMythos
 from openmythos.config import apply_overrides
-from openmythos.hub import weights
+from openmythos.hub import export, weights
 from openmythos.hub.load import open_source, save
 from openmythos.recurrence.initial_state import EncodedState, SineHashState
 
@@ -181,6 +182,17 @@ def test_transformers_reads_what_is_written(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again(TOKENS).logits, theirs(TOKENS).logits)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_for_transformers_is_read(tied: bool, tmp_path: Path) -> None:
+    config = apply_overrides(openmythos.presets.tiny(), [f"tie_embeddings={tied}".lower()])
+    model = OpenMythos(config, seed=0)
+    export.write(model, tmp_path / "export")
+    again = openmythos.load(tmp_path / "export")
+    assert open_source(tmp_path / "export").format.name == "export"
+    assert again.config == model.config
+    assert all(torch.equal(again.state_dict()[k], x) for k, x in model.state_dict().items())
+
+
 # -- Ouro's gate
 
 
@@ -316,3 +328,13 @@ def test_devices_and_steps_are_checked(huginn: Path) -> None:
         openmythos.load(huginn, device="tpu")
     with pytest.raises(openmythos.ConfigError, match="is not a run"):
         open_source(huginn).load(step=3)
+
+
+def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    formats = importlib.import_module("formats")
+    rows = json.loads(formats.RESULTS.read_text())["rows"]
+    assert {row["model"] for row in rows} == {*CASES, *THEIRS}
+    assert all(max(row["reference"], row["cached"]) <= BAR for row in rows)
+    assert formats.table(rows) in formats.PAGE.read_text()

@@ -151,6 +151,9 @@ def test_unknown_kinds_of_models(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ConfigError, match=r"'mamba'.*unknown kind of model; known: open"):
         openmythos.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "hrm_text"}')
+    with pytest.raises(ConfigError, match="'hrm_text': is not implemented: two states"):
+        openmythos.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="must hold a JSON object"):
         openmythos.load(tmp_path)

@@ -12,7 +12,7 @@ import torch
 from openmythos.config import ConfigError, to_dict
 from openmythos.files import read_json
 from openmythos.hub.load import CONFIG_FILE, Source
-from openmythos.hub.own import OWN
+from openmythos.hub.own import EXPORT, OWN
 from openmythos.model.config import MythosConfig
 from openmythos.nn.cache import LastLoopCache
 from openmythos.planning import cost
@@ -60,7 +60,7 @@ def routed(count: cost.ParameterCount) -> bool:
 
 def exits(source: Source) -> str:
     """Which exit rules suit the model."""
-    if source.format.name != OWN.name:
+    if source.format.name not in (OWN.name, EXPORT.name):
         return source.format.exits
     if not isinstance(source.config.halting, NoHalting):
         return f"its own halting: {source.config.halting.kind}"

@@ -23,7 +23,7 @@ from openmythos.hub.llama import LLAMA
 from openmythos.hub.nanbeige import NANBEIGE
 from openmythos.hub.olmo2 import OLMO2
 from openmythos.hub.ouro import OURO
-from openmythos.hub.own import OWN
+from openmythos.hub.own import EXPORT, OWN
 from openmythos.hub.parcae import PARCAE
 from openmythos.hub.qwen3 import QWEN3
 from openmythos.hub.retrofit import RETROFIT
@@ -40,6 +40,15 @@ FORMATS: tuple[Format, ...] = (
     *(OWN, EXPORT, HUGINN, OURO, LLAMA, RETROFIT, PARCAE),
     *(QWEN3, OLMO2, GEMMA, NANBEIGE, XLLM, GGUF),
 )
+# Looped models that are known, and what this package lacks for them.
+_NOT_YET = {
+    "hrm_text": "two states, prefix attention and a gate on attention's output",
+    "iquestloopcoder": "attention of the second loop to the first",
+    "dory": "norms by length, learned interpolation and windows in some layers",
+    "inkling2_loop": "images, short convolutions and attention sinks",
+    "gemma2": "a softcap on attention scores, and windows in some layers",
+    "gemma3_text": "windows in some layers",
+}
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,9 @@ def recognise(path: Path, data: dict[str, Any]) -> Format:
     for found in FORMATS:
         if found.recognises(data):
             return found
+    kind = data.get("model_type")
+    if kind in _NOT_YET:
+        raise ConfigError(f"{path}: model_type = {kind!r}: is not implemented: {_NOT_YET[kind]}")
     shown = {key: data[key] for key in ("model_type", "architectures") if key in data}
     known = ", ".join(found.name for found in FORMATS)
     raise ConfigError(f"{path}: {shown or 'no model_type'}: unknown kind of model; known: {known}")
