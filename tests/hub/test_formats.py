@@ -188,7 +188,7 @@ def test_an_export_for_transformers_is_read(tied: bool, tmp_path: Path) -> None:
     model = OpenMythos(config, seed=0)
     export.write(model, tmp_path / "export")
     again = openmythos.load(tmp_path / "export")
-    assert open_source(tmp_path / "export").format.name == "export"
+    assert open_source(tmp_path / "export").format.name == "openmythos-hf"
     assert again.config == model.config
     assert all(torch.equal(again.state_dict()[k], x) for k, x in model.state_dict().items())
 

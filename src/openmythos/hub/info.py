@@ -11,8 +11,9 @@ import torch
 
 from openmythos.config import ConfigError, to_dict
 from openmythos.files import read_json
+from openmythos.hub.export_format import EXPORT
 from openmythos.hub.load import CONFIG_FILE, Source
-from openmythos.hub.own import EXPORT, OWN
+from openmythos.hub.own import OWN
 from openmythos.model.config import MythosConfig
 from openmythos.nn.cache import LastLoopCache
 from openmythos.planning import cost

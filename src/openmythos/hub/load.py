@@ -23,7 +23,7 @@ from openmythos.hub.llama import LLAMA
 from openmythos.hub.nanbeige import NANBEIGE
 from openmythos.hub.olmo2 import OLMO2
 from openmythos.hub.ouro import OURO
-from openmythos.hub.own import EXPORT, OWN
+from openmythos.hub.own import OWN
 from openmythos.hub.parcae import PARCAE
 from openmythos.hub.qwen3 import QWEN3
 from openmythos.hub.retrofit import RETROFIT

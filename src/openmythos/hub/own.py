@@ -1,4 +1,4 @@
-"""This package's own folders: saved models, and exports for transformers."""
+"""This package's own folders: config.json with every field, tensors under their own names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from openmythos.config import ConfigError, from_dict, to_dict
-from openmythos.hub import export
 from openmythos.hub.fields import Fields
 from openmythos.hub.format import Format
 from openmythos.hub.rules import Rule, same
@@ -48,33 +47,5 @@ OWN = Format(
     read=_read,
     rules=_rules,
     write=_write,
-    ignored=(),
-)
-
-
-def _recognises_export(data: Mapping[str, Any]) -> bool:
-    return data.get("model_type") == _MODEL_TYPE and isinstance(data.get("native"), Mapping)
-
-
-def _read_export(fields: Fields) -> MythosConfig:
-    fields.unrelated("*")  # from_dict below refuses unknown keys itself
-    try:
-        return from_dict(MythosConfig, export.native_json(fields.data))
-    except ConfigError as error:
-        raise ConfigError(f"{fields.path}: {error}") from error
-
-
-def _export_rules(config: MythosConfig) -> list[Rule]:
-    with torch.device("meta"):
-        state = OpenMythos(config).state_dict()
-    return [same(next(iter(export.to_hub({name: x}))), name) for name, x in state.items()]
-
-
-EXPORT = Format(
-    name="export",
-    family="OpenMythos, exported for transformers",
-    recognises=_recognises_export,
-    read=_read_export,
-    rules=_export_rules,
     ignored=(),
 )
