@@ -24,6 +24,7 @@ from openmythos.planning import cost
 from openmythos.processes import worker_pool
 from openmythos.studies import (
     adaptive_computation,
+    breadth_and_depth,
     depth_extrapolation,
     depth_lora,
     expert_routing,
@@ -61,6 +62,7 @@ STUDIES: dict[str, Study] = {
         expert_routing.STUDY,
         depth_lora.STUDY,
         adaptive_computation.STUDY,
+        breadth_and_depth.STUDY,
     )
 }
 

@@ -15,7 +15,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.studies.learning import TASK_TRAINING
 from openmythos.studies.statistics import plus_minus
 from openmythos.studies.text import RATES, on_text
-from openmythos.tasks import KHop, SystematicHops, Task
+from openmythos.tasks import FactsAndChains, KHop, SystematicHops, Task
 from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
 from openmythos.train.task_source import fitted
 
@@ -103,7 +103,8 @@ class Arm:
 
 def _in_world(run: RunConfig, seed: int) -> RunConfig:
     data = run.data
-    if isinstance(data, TaskData) and isinstance(data.task, KHop | SystematicHops):
+    with_facts = KHop | SystematicHops | FactsAndChains
+    if isinstance(data, TaskData) and isinstance(data.task, with_facts):
         return replace(run, data=replace(data, task=replace(data.task, facts_seed=seed)))
     return run
 
