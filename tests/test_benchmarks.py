@@ -159,8 +159,10 @@ def test_every_number_in_the_readme_is_that_of_the_results() -> None:
 
 
 def test_the_readme_has_nine_claims_of_a_few_words() -> None:
-    _, _, *rows = claims.claims_table(claims.ROOT / "results").splitlines()
-    assert len(rows) == len(claims.STUDIES) - len(claims.IN_DOCS_ONLY) == 9
+    results = claims.ROOT / "results"
+    _, _, *rows = claims.claims_table(results).splitlines()
+    done = [name for name in claims.STUDIES if (results / name / "report.md").exists()]
+    assert len(rows) == len(done) - len(claims.IN_DOCS_ONLY) == 9
     for row in rows:
         words = re.sub(r"\]\(.*?\)", "]", row).replace("|", " ").split()
         assert len(words) <= 25, row

@@ -50,6 +50,14 @@ from openmythos.studies.study import (
 
 ARMS = {arm.name: arm for arm in depth.arms()}
 RESULTS = Path(__file__).parents[2] / "results"
+# Studies whose rule is fixed, and whose runs are still to be made.
+NOT_RUN_YET = {"breadth-and-depth", "looped-scaling", "loops-against-tokens"}
+RUN = [name for name in runner.STUDIES if name not in NOT_RUN_YET]
+
+
+def test_no_results_are_lost() -> None:
+    without = {name for name in runner.STUDIES if not (RESULTS / name / "results.json").exists()}
+    assert without == NOT_RUN_YET
 
 
 def test_arms_are_matched_as_their_names_say() -> None:
@@ -216,13 +224,13 @@ def test_quick_runs_everything_once_and_keeps_it(
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of results/ of what --report-only reads."""
     folder = tmp_path_factory.mktemp("results")
-    for name in runner.STUDIES:
+    for name in RUN:
         (folder / name).mkdir()
         shutil.copy(RESULTS / name / "results.json", folder / name)
     return folder
 
 
-@pytest.mark.parametrize("name", runner.STUDIES)
+@pytest.mark.parametrize("name", RUN)
 def test_what_is_committed_is_what_the_rules_say_of_the_kept_runs(
     name: str, committed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +245,7 @@ def test_what_is_committed_is_what_the_rules_say_of_the_kept_runs(
         )
 
 
-@pytest.mark.parametrize("name", runner.STUDIES)
+@pytest.mark.parametrize("name", RUN)
 def test_stored_runs_can_be_extended(name: str) -> None:
     """Unless an older procedure made them: then the message says what to do."""
     stored = load(RESULTS / name / "results.json")

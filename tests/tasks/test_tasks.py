@@ -10,6 +10,7 @@ from openmythos.tasks import (
     IGNORE,
     Addition,
     Composition,
+    FactsAndChains,
     KHop,
     Parity,
     PHop,
@@ -17,6 +18,7 @@ from openmythos.tasks import (
     Reachability,
     SystematicHops,
     TaskBatch,
+    WrittenHops,
 )
 
 GOLDEN_FACTS = [[2, 3, 4, 0, 5, 1], [4, 5, 2, 0, 3, 1]]
@@ -34,6 +36,8 @@ TASKS: list[Any] = [
     Parity(supervision="prefix"),
     Reachability(num_nodes=16),
     SystematicHops(),
+    FactsAndChains(num_subjects=12, num_attributes=7),
+    WrittenHops(max_hops=8),
 ]
 
 
@@ -192,3 +196,37 @@ def test_parts_of_the_systematic_split_do_not_mix() -> None:
     assert rows.targets[:, 0].equal(rows.tokens[:, 0])
     single = draw(task, 1, batch=400).tokens
     assert alone[single[:, 1] - 50, single[:, 0]].any()
+
+
+def test_facts_and_chains_are_those_of_their_tables() -> None:
+    task = FactsAndChains(num_subjects=9, num_attributes=5, facts_per_row=3)
+    values, first = task.values().tolist(), task.chains.vocab_size
+    made, chain_facts = draw(task, hops=4, batch=200), task.chains.facts().tolist()
+    seen = set()
+    for tokens, targets in zip(made.tokens.tolist(), made.targets.tolist(), strict=True):
+        for column in task.fact_columns().tolist():
+            subject, attribute = tokens[column - 1] - first, tokens[column] - first - 9
+            assert targets[column - 1] == IGNORE
+            assert targets[column] == first + values[attribute][subject]
+            seen.add((subject, attribute))
+        entity = tokens[6]
+        for relation, target in zip(tokens[7:], targets[7:], strict=True):
+            entity = chain_facts[relation - 20][entity]
+            assert target == entity
+    assert len(seen) == task.num_facts == 45  # every fact is asked, by every pair of tokens
+    assert made.answers().equal(made.targets[:, -1])
+    assert not FactsAndChains(facts_seed=1).values().equal(FactsAndChains().values())
+
+
+def test_what_is_written_is_what_each_hop_reaches() -> None:
+    task = WrittenHops(max_hops=7)
+    made, plain = draw(task, hops=5), draw(KHop(), hops=5)
+    assert made.answers().equal(plain.answers())
+    assert task.prompts(made).shape == (16, 9)
+    rows = zip(made.tokens.tolist(), made.targets.tolist(), plain.targets.tolist(), strict=True)
+    for tokens, targets, reached in rows:
+        assert tokens[6:8] == [task.chains.padding] * 2 and tokens[8] == tokens[0]
+        assert targets[:8] == [IGNORE] * 8 and targets[8:] == reached[1:]
+        assert tokens[9:] == reached[1:-1]  # each token written is the one before's target
+    with pytest.raises(ValueError, match="hops = 8"):
+        draw(task, hops=8)

@@ -152,10 +152,11 @@ def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     hops = (1, 2) if quick else tuple(range(1, HOPS + 1))
     rows, task = (20 if quick else 400), _task_of(arm.run)
     asked = {h: ask(model, task, h, loops, ASKED_SEED, rows) for h in hops}
-    means = {n: [statistics.mean(x) for x in zip(*(asked[h][n] for h in hops))] for n in loops}
     return {
-        "facts": to_json({n: mean[1] for n, mean in means.items()}),
-        "fact_nats": to_json({n: mean[0] for n, mean in means.items()}),
+        "facts": to_json({n: statistics.mean(asked[h][n].facts for h in hops) for n in loops}),
+        "fact_nats": to_json(
+            {n: statistics.mean(asked[h][n].fact_nats for h in hops) for n in loops}
+        ),
         "chains": to_json({h: {n: asked[h][n].chains for n in loops} for h in hops}),
     }
 
@@ -302,7 +303,11 @@ STUDY = Study(
         "chains."
     ),
     setups=(
-        ("facts", "names with attributes, in sentences", f"{TASK.num_facts:,} pairs, single tokens"),
+        (
+            "facts",
+            "names with attributes, in sentences",
+            f"{TASK.num_facts:,} pairs of tokens",
+        ),
         ("times that each fact is seen", "100 to 1000", "144"),
         ("bits per parameter", "1 (100 times) to 2 (1000 times)", "see the table"),
     ),

@@ -29,6 +29,8 @@ from openmythos.studies import (
     depth_lora,
     expert_routing,
     loop_use,
+    looped_scaling,
+    loops_against_tokens,
     parameter_efficiency,
     stability,
     systematic_generalization,
@@ -63,6 +65,8 @@ STUDIES: dict[str, Study] = {
         depth_lora.STUDY,
         adaptive_computation.STUDY,
         breadth_and_depth.STUDY,
+        loops_against_tokens.STUDY,
+        looped_scaling.STUDY,
     )
 }
 
@@ -287,7 +291,8 @@ def _trial(study: Study, runs: Sequence[RunResult]) -> Trial:
 
 def _tuned(arm: Arm, trials: Sequence[Trial]) -> Arm:
     """The arm at the rate with the best fit; the lowest of equal ones."""
-    own = sorted((t for t in trials if t.arm == arm.name), key=lambda trial: trial.rate)
+    name = arm.tuned_as or arm.name
+    own = sorted((t for t in trials if t.arm == name), key=lambda trial: trial.rate)
     return arm.at_rate(max(own, key=lambda trial: trial.fit).rate) if own else arm
 
 

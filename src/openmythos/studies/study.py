@@ -15,7 +15,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.studies.learning import TASK_TRAINING
 from openmythos.studies.statistics import plus_minus
 from openmythos.studies.text import RATES, on_text
-from openmythos.tasks import FactsAndChains, KHop, SystematicHops, Task
+from openmythos.tasks import Task, TaskWithFacts
 from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
 from openmythos.train.task_source import fitted
 
@@ -34,7 +34,8 @@ class Arm:
     Each learning rate in `rates` is tried at full length with `trial_seeds` seeds, and in worlds,
     that no run has; the grid grows until its best is inside. Runs use the rate with the least
     validation loss; without `rates`, the optimizer's `lr`. `factors` are what the arms differ in; a
-    study groups them by these. `most_seeds` > 0: no run for seeds beyond that number.
+    study groups them by these. `most_seeds` > 0: no run for seeds beyond that number. An arm with
+    `tuned_as` uses the rate of the arm of that name.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Arm:
     rates: tuple[float, ...] = ()
     trial_seeds: int = 3
     most_seeds: int = 0
+    tuned_as: str = ""
 
     @classmethod
     def on_text(cls, name: str, model: MythosConfig, training: TrainConfig) -> "Arm":
@@ -103,8 +105,7 @@ class Arm:
 
 def _in_world(run: RunConfig, seed: int) -> RunConfig:
     data = run.data
-    with_facts = KHop | SystematicHops | FactsAndChains
-    if isinstance(data, TaskData) and isinstance(data.task, with_facts):
+    if isinstance(data, TaskData) and isinstance(data.task, TaskWithFacts):
         return replace(run, data=replace(data, task=replace(data.task, facts_seed=seed)))
     return run
 

@@ -6,6 +6,7 @@ from openmythos.tasks.counting import Addition, Parity
 from openmythos.tasks.facts import FactsAndChains
 from openmythos.tasks.graphs import Reachability
 from openmythos.tasks.split import SystematicHops
+from openmythos.tasks.thought import WrittenHops
 
 Task = (
     KHop
@@ -17,7 +18,11 @@ Task = (
     | Reachability
     | SystematicHops
     | FactsAndChains
+    | WrittenHops
 )
+
+# Tasks whose answers rest on facts drawn from their facts_seed.
+TaskWithFacts = KHop | SystematicHops | FactsAndChains | WrittenHops
 
 __all__ = [
     "IGNORE",
@@ -32,4 +37,6 @@ __all__ = [
     "SystematicHops",
     "Task",
     "TaskBatch",
+    "TaskWithFacts",
+    "WrittenHops",
 ]
