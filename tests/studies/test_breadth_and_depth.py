@@ -89,8 +89,8 @@ def test_facts_and_chains_are_counted_apart() -> None:
     with torch.no_grad():
         logs = model(batch.tokens, num_loops=2).logits.log_softmax(dim=-1)
     single = batch.targets[:, 1:16:2]
-    told = logs[:, 1:16:2].gather(2, single[..., None])
-    assert found.fact_nats == pytest.approx(float(-told.mean()), rel=1e-4)
+    wanted = logs[:, 1:16:2].gather(2, single[..., None])
+    assert found.fact_nats == pytest.approx(float(-wanted.mean()), rel=1e-4)
     best = logs.argmax(dim=-1)
     assert found.facts == pytest.approx(float((best[:, 1:16:2] == single).float().mean()))
     assert found.chains == pytest.approx(float((best[:, -1] == batch.answers()).float().mean()))

@@ -118,13 +118,13 @@ def ask(
     """What a model knows after each number of loops, on rows with a chain of `hops` hops."""
     batch = task.sample(rows, hops, torch.Generator().manual_seed(seed + hops)).to(model.device)
     columns = task.fact_columns()
-    told, answers = batch.targets[:, columns].flatten(), batch.answers()
+    wanted, answers = batch.targets[:, columns].flatten(), batch.answers()
     found = {}
     for count, logits in logits_by_loops(model.eval(), batch.tokens, loops).items():
         single, last = logits[:, columns].flatten(0, 1).float(), logits[:, -1].float()
         found[count] = Asked(
-            float(F.cross_entropy(single, told)),
-            float((single.argmax(dim=-1) == told).float().mean()),
+            float(F.cross_entropy(single, wanted)),
+            float((single.argmax(dim=-1) == wanted).float().mean()),
             float(F.cross_entropy(last, answers)),
             float((last.argmax(dim=-1) == answers).float().mean()),
         )

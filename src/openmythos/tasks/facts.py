@@ -67,11 +67,11 @@ class FactsAndChains:
         value = self.values()[attribute, subject]
         first = self.chains.vocab_size
         asked = torch.stack((first + subject, first + self.num_subjects + attribute), dim=2)
-        told = torch.stack((torch.full(shape, IGNORE), first + value), dim=2)
+        wanted = torch.stack((torch.full(shape, IGNORE), first + value), dim=2)
         chain = self.chains.sample(batch, hops, generator)
         return TaskBatch(
             torch.cat((asked.flatten(1), chain.tokens), dim=1),
-            torch.cat((told.flatten(1), chain.targets), dim=1),
+            torch.cat((wanted.flatten(1), chain.targets), dim=1),
             chain.answer_at + 2 * self.facts_per_row,
         )
 
