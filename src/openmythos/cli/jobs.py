@@ -164,7 +164,7 @@ def evaluate_tasks(
     own = tasks if Path(tasks).is_dir() else None
     names = [harness_tasks.TAG] if own else tasks.split(",")
     found = harness.evaluate(harness.HarnessModel(model, encoder), names, loops, folder=own)
-    table = Table("task", "metric", *(f"{count} loops" for count in loops))
+    table = Table("task", "metric", *(f"loops: {count}" for count in loops))
     for task, by_loops in found.items():
         for metric in next(iter(by_loops.values())):
             if not metric.endswith("_stderr"):
