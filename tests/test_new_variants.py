@@ -284,8 +284,8 @@ class Descent:
     lr: float = 0.1
 
     def build(self, model: nn.Module, dtype: torch.dtype | None = None) -> Optimizers:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        return Optimizers([torch.optim.SGD(model.parameters(), lr=self.lr, weight_decay=0)], names)
+        sgd = torch.optim.SGD(model.parameters(), lr=self.lr, weight_decay=0)
+        return Optimizers([sgd], model)
 
 
 @dataclass(frozen=True, kw_only=True)
