@@ -303,6 +303,17 @@ def test_dtype_is_kept_or_chosen(huginn: Path) -> None:
     assert {t.dtype for t in mixed.parameters() if t.ndim > 1} == {torch.float32}
 
 
+@torch.no_grad()
+def test_bf16_computes(loaded: Loaded) -> None:
+    """Also where norm weights stay in fp32."""
+    model = loaded.model(dtype=torch.bfloat16)
+    state = None if loaded.state is None else loaded.state.bfloat16()
+    logits = model(TOKENS, initial_state=state).logits
+    assert logits.dtype == torch.bfloat16
+    error = (logits.float() - loaded.expected).norm() / loaded.expected.norm()
+    assert float(error) < 0.2
+
+
 def test_tensors_are_read_one_rule_at_a_time(huginn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all that was read, at most one rule's tensors exist besides the model's own."""
     alive, most, get = 0, 0, weights.SafeTensors.get

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,23 @@ def test_refused(name: str, change: Change, text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=text) as error:
         openmythos.load(folder)
     assert "\n" not in str(error.value) and str(error.value).startswith(str(folder))
+
+
+@given(name=st.sampled_from(sorted(CASES)), data=st.data())
+def test_any_tensor_that_is_missing_or_renamed_is_named(
+    name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    key = data.draw(st.sampled_from(sorted(CASES[name].weights)))
+    new = data.draw(st.sampled_from(["", f"{key}.x", f"module.{key}"]))
+
+    def change(_config: dict[str, Any], weights: Weights) -> None:
+        tensor = weights.pop(key)
+        if new:
+            weights[new] = tensor
+
+    folder = put(tmp_path_factory.mktemp("tensor"), name, change)
+    with pytest.raises(ConfigError, match=f"tensor {re.escape(key)} is missing"):
+        open_source(folder).check_names()
 
 
 SWITCHED_ON = st.one_of(

@@ -239,7 +239,7 @@ def get(name: str) -> MythosConfig:
 
 def _parcae(*, dim: int, layers: int) -> MythosConfig:
     # Parcae counts a third to a half of its parameters in value embeddings, a table of vocab_size x
-    # dim for every other layer, and ties its head; we have no such tables.
+    # dim for every other layer, and ties its head; these presets have neither.
     return MythosConfig(
         vocab_size=32_768,
         dim=dim,
