@@ -13,6 +13,7 @@ import torch
 
 import openmythos
 from openmythos import OpenMythos, presets
+from openmythos.inference.contrast import NoContrast
 from openmythos.recurrence.exit_rules import FixedExit
 
 PACKAGE = str(Path(openmythos.__file__).parent)
@@ -49,7 +50,12 @@ def main() -> None:
     @torch.no_grad()
     def forward(tokens: torch.Tensor) -> None:
         model.eval().next_logits(
-            tokens, num_loops=4, exit_rule=FixedExit(), attention_mask=None, cache=cache
+            tokens,
+            num_loops=4,
+            exit_rule=FixedExit(),
+            attention_mask=None,
+            cache=cache,
+            contrast=NoContrast(),
         )
 
     cache = model.new_cache(1, 64)
