@@ -40,7 +40,8 @@ def passed(call: Callable[[], object]) -> tuple[int, int]:
     return len(seen), len({file for file, _ in seen})
 
 
-def main() -> None:
+def counted() -> dict[str, tuple[int, int]]:
+    """(functions, files) of a training step, a prefill and a decoded token."""
     model = OpenMythos(presets.tiny(), seed=0)
     tokens = torch.arange(16)[None]
 
@@ -62,11 +63,15 @@ def main() -> None:
     prefill = passed(lambda: forward(tokens))
     cache.begin_decode()
     token = passed(lambda: forward(tokens[:, :1]))
-    for name, (functions, files) in {
+    return {
         "training step (losses and backward)": passed(train),
         "prefill": prefill,
         "decoded token": token,
-    }.items():
+    }
+
+
+def main() -> None:
+    for name, (functions, files) in counted().items():
         print(f"{name:36} {functions:4} functions in {files:3} files")
 
 

@@ -19,6 +19,7 @@ import figures
 import host
 import kills
 import loader as loader_benchmark
+import path as call_path
 import scaling
 
 from openmythos import machine
@@ -247,3 +248,11 @@ def test_cost_lines_have_a_panel_per_quantity() -> None:
     assert [text.get_text() for text in named_axis.axes[0].get_xticklabels()] == ["1b", "3b"]
     with pytest.raises(ValueError, match="no line"):
         figures.cost_lines({"num_loops": {}}, y_labels=("ms",))
+
+
+def test_a_call_passes_no_more_functions_than_docs_say() -> None:
+    """What a reader has to follow; a change that needs more must say so in docs/architecture.md."""
+    functions = {name: count for name, (count, _) in call_path.counted().items()}
+    assert functions["decoded token"] <= 61
+    assert functions["prefill"] <= 75
+    assert functions["training step (losses and backward)"] <= 100
