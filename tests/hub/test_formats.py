@@ -34,6 +34,7 @@ from openmythos import OpenMythos
 from openmythos.config import apply_overrides
 from openmythos.hub import export, weights
 from openmythos.hub.load import open_source, save
+from openmythos.planning import cost
 from openmythos.recurrence.initial_state import EncodedState, SineHashState
 
 BAR = 1e-4
@@ -349,3 +350,48 @@ def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> No
     assert {row["model"] for row in rows} == {*CASES, *THEIRS}
     assert all(max(row["reference"], row["cached"]) <= BAR for row in rows)
     assert formats.table(rows) in formats.PAGE.read_text()
+
+
+_OURO_1B = {
+    **{"hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 49152},
+    **{"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 65536},
+}
+PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Ouro 1.4B": (
+        "ouro",
+        _OURO_1B | {"num_hidden_layers": 24, "layer_types": None},
+        1_434_652_673,
+    ),
+    "Ouro 2.6B": (
+        "ouro",
+        _OURO_1B | {"num_hidden_layers": 48, "layer_types": None},
+        2_667_974_657,
+    ),
+    "Huginn": (
+        "huginn",
+        {
+            **{"n_embd": 5280, "n_heads": 55, "num_key_value_heads": 55, "vocab_size": 65536},
+            **{"intermediate_size": 17920, "n_layers_in_prelude": 2, "n_layers_in_coda": 2},
+            "n_layers_in_recurrent_block": 4,
+        },
+        3_565_000_000,
+    ),
+    "Recurrent TinyLlama": (
+        "retrofit_llama",
+        {
+            **{"n_embd": 2048, "n_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
+            **{"intermediate_size": 5632, "n_layers_in_prelude": 4, "n_layers_in_coda": 4},
+            "n_layers_in_recurrent_block": 8,
+        },
+        844_000_000,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_the_published_models(name: str, tmp_path: Path) -> None:
+    case, sizes, published = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(CASES[case].config | sizes))
+    count = cost.parameters(open_source(tmp_path).config).total
+    exact = published % 1_000_000 != 0
+    assert count == published if exact else abs(count - published) < 500_000
