@@ -150,7 +150,9 @@ def exponent(results: Sequence[RunResult]) -> Exponent:
     generator = torch.Generator().manual_seed(0)
     means, drawn_means = [], []
     for budget, loops in itertools.product(BUDGETS, LOOPS):
-        losses = torch.tensor([own(run) for run in groups[name_of(budget, loops)]]).double()
+        losses = torch.tensor(
+            [own(run) for run in groups[name_of(budget, loops)]], dtype=torch.double
+        )
         picked = torch.randint(len(losses), (RESAMPLES, len(losses)), generator=generator)
         means.append(losses.mean())
         drawn_means.append(losses[picked].mean(dim=1))
@@ -204,7 +206,10 @@ def unified(known: Sequence[Point], asked: Sequence[Point]) -> list[float]:
             )
         )
     ).double()
-    design, losses = _design(known, exponents), torch.tensor([p.loss for p in known]).double()
+    design, losses = (
+        _design(known, exponents),
+        torch.tensor([p.loss for p in known], dtype=torch.double),
+    )
     target = losses.expand(len(exponents), -1)[..., None]
     solved = torch.linalg.pinv(design) @ target
     errors = (design @ solved - target).square().sum(dim=(1, 2))
@@ -220,7 +225,7 @@ def unified(known: Sequence[Point], asked: Sequence[Point]) -> list[float]:
 
 def _design(at_points: Sequence[Point], exponents: Tensor) -> Tensor:
     """The four terms without their factors, [exponents, points, 4]."""
-    loops, seen, asked, _ = torch.tensor(at_points).double().unbind(dim=1)
+    loops, seen, asked, _ = torch.tensor(at_points, dtype=torch.double).unbind(dim=1)
     a, b, z = exponents[:, None].unbind(dim=-1)
     terms = (
         torch.ones_like(a * loops),

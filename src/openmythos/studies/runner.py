@@ -28,6 +28,7 @@ from openmythos.studies import (
     depth_extrapolation,
     depth_lora,
     expert_routing,
+    iso_parameter_text,
     loop_use,
     looped_scaling,
     loops_against_tokens,
@@ -67,6 +68,7 @@ STUDIES: dict[str, Study] = {
         breadth_and_depth.STUDY,
         loops_against_tokens.STUDY,
         looped_scaling.STUDY,
+        iso_parameter_text.STUDY,
     )
 }
 
