@@ -35,7 +35,7 @@ def runs(facts: tuple[float, ...], chains: tuple[float, ...], noise: float = 0.0
         return RunResult(name, seed, settings, curve, 10_000, 1.0, 1.0, "")
 
     cells = dict(zip(CROSSED, zip(facts, chains, strict=True), strict=True))
-    cells[study.LAYERS] = (0.9, 0.9)
+    cells[study.LAYERS] = cells[study.WIDE] = (0.9, 0.9)
     return [run(name, seed, *cell) for name, cell in cells.items() for seed in range(3)]
 
 
@@ -57,7 +57,8 @@ def runs(facts: tuple[float, ...], chains: tuple[float, ...], noise: float = 0.0
 def test_a_double_dissociation_needs_both_halves(facts: Any, chains: Any, verdict: str) -> None:
     finding = study.judge(runs(facts, chains))
     assert finding.verdict == verdict, finding.sentence
-    assert len(finding.table) == 5
+    assert len(finding.table) == len(ARMS)
+    assert len(f"{study.STUDY.headline} {finding.brief}".split()) <= 21  # a row of the README
 
 
 def test_effects_are_means_over_the_other_factor() -> None:
@@ -72,6 +73,7 @@ def test_arms_are_matched_as_they_say() -> None:
     assert experts.active == pytest.approx(dense.total, rel=0.04)  # the router is 3%
     for width in (study.DENSE, study.MIXTURE):
         assert counts[study.name_of(width, 1)] == counts[study.name_of(width, study.LOOPS)]
+    assert counts[study.WIDE].total == pytest.approx(experts.total, rel=0.02)
     deep = ARMS[study.name_of(study.DENSE, study.LOOPS)].model
     assert ARMS[study.LAYERS].model.effective_depth(1) == deep.effective_depth(study.LOOPS)
     # What the facts hold is more than two bits per parameter of the dense model, and less than one

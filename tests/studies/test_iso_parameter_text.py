@@ -78,6 +78,7 @@ def test_a_loop_is_worth_less_than_a_layer(changes: Any, verdict: str) -> None:
     finding = study.judge(runs(**changes))
     assert finding.verdict == verdict, finding.sentence
     assert len(finding.table) == len(ARMS)
+    assert len(f"{study.STUDY.headline} {finding.brief}".split()) <= 21  # a row of the README
 
 
 def test_equal_compute_is_one_loop_on_more_tokens() -> None:

@@ -16,6 +16,11 @@ ARMS = {arm.name: arm for arm in study.arms()}
 Loss = Callable[[float, int, int, int], float]  # of budget, mean loops, tokens, loops asked
 
 
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "RESAMPLES", 400)
+
+
 def law(budget: float, mean: int, tokens: int, asked: int, z: float = 3.0) -> float:
     return 3.0 + 0.6 / mean + 1.5 * (tokens / 1e6) ** -0.4 + 2.0 * math.exp(-z * asked / mean)
 
@@ -92,6 +97,7 @@ def test_scaling_is_judged_by_its_exponent_and_its_laws() -> None:
     def judged(loss: Loss, noise: float = 0.005) -> str:
         finding = study.judge(runs(loss, noise))
         assert len(finding.table) == len(ARMS)
+        assert len(f"{study.STUDY.headline} {finding.brief}".split()) <= 21  # a row of the README
         return finding.verdict
 
     assert judged(parabola(0.4)) == "holds"

@@ -52,6 +52,7 @@ def test_loops_must_answer_what_tokens_do_for_less(changes: Any, verdict: str) -
     finding = study.judge(runs(**changes))
     assert finding.verdict == verdict, finding.sentence
     assert len(finding.table) == len(ARMS)
+    assert len(f"{study.STUDY.headline} {finding.brief}".split()) <= 21  # a row of the README
 
 
 def test_models_are_of_about_equal_size() -> None:

@@ -45,6 +45,7 @@ HOPS, LOOPS = 5, 6
 MEASURED = tuple(range(1, LOOPS + 3))
 EXPERTS = MoE(num_experts=16, top_k=2, expert_dim=24, bias_rate=5e-3, balance_weight=0.0)
 DENSE, MIXTURE, LAYERS = "dense", "16 experts", f"dense, {LOOPS} layers"
+WIDE = "dense, the experts' parameters, 1 loop"
 # Share of facts and of the longest chains that the dense model with one loop may know at most:
 # else there is no room for the gains that are asked for.
 ROOM = 0.75
@@ -80,7 +81,13 @@ def arms() -> list[Arm]:
         for loops in (1, LOOPS)
     ]
     layers = _arm(LAYERS, replace(dense, recurrent_layers=LOOPS), experts=DENSE)
-    return [*crossed, replace(layers, why="depth without sharing, at the loops' FLOPs")]
+    every = (EXPERTS.num_experts + EXPERTS.num_shared_experts) * EXPERTS.expert_dim
+    wide = replace(dense, recurrent_feed_forward=SwiGLU(hidden_dim=every))
+    return [
+        *crossed,
+        replace(layers, why="depth without sharing, at the loops' FLOPs"),
+        replace(_arm(WIDE, wide, experts="all at once"), why="parameters without routing"),
+    ]
 
 
 def _arm(name: str, model: MythosConfig, experts: str) -> Arm:
@@ -217,6 +224,10 @@ def effects(
     return experts, loops_add
 
 
+def _mean(results: Sequence[RunResult], arm: str, known: Callable[[RunResult], float]) -> float:
+    return statistics.mean(map(known, by_arm(results)[arm]))
+
+
 def judge(results: Sequence[RunResult]) -> Finding:
     """Premise: the dense model with one loop knows at most 75% of the facts and of the 5-hop
     chains. Central, the double dissociation: experts add more to facts than to chains, and loops
@@ -248,7 +259,11 @@ def judge(results: Sequence[RunResult]) -> Finding:
     }
     sentence = (
         f"The premise is that one dense layer has room to gain (at most {ROOM:.0%} of facts and "
-        f"chains; it has {most:.0%}). {as_sentence(statements)}"
+        f"chains; it has {most:.0%}). {as_sentence(statements)} Without a bar: a dense layer with "
+        f"as many parameters as all experts knows {_mean(results, WIDE, facts):.0%} of the "
+        f"facts (16 experts {_mean(results, name_of(MIXTURE, 1), facts):.0%}); {LOOPS} layers know "
+        f"{_mean(results, LAYERS, facts):.0%} and answer {_mean(results, LAYERS, chains):.0%} of "
+        "the chains."
     )
     brief = (
         f"Experts: facts {100 * statistics.mean(experts_facts):+.0f}, chains "
@@ -317,7 +332,7 @@ STUDY = Study(
     ),
     not_shown=(
         "Language: facts and chains are random, and their tokens apart.",
-        "Experts at equal total parameters: these have more, which is what they are for.",
+        "Experts at equal total parameters with loops: a dense layer with as many is run once.",
         "Loops at equal FLOPs: six loops compute six times as much; six layers do so too.",
         "Chains over the many facts: those are over 80 others, which any model here can hold.",
     ),

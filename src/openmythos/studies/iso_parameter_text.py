@@ -259,10 +259,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"attention costs {plus_minus(latent, sign='+')} nats, LTI injection "
         f"{plus_minus(injected, sign='+')}."
     )
-    brief = (
-        f"4 loops save {statistics.mean(saves[TOKENS[1]]):.2f} nats and are worth "
-        f"{4**law.phi:.1f} layers (phi {interval})."
-    )
+    brief = f"4 loops save {statistics.mean(saves[TOKENS[1]]):.2f} nats; phi {interval}."
     verdict = by_bars(statements, premise=met)
     return Finding(verdict, sentence, table_of(results, COLUMNS), brief)
 

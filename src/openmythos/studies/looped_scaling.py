@@ -315,7 +315,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"The premise is that the model uses its loops (8 against 1 are worth {plus_minus(gains)} "
         f"nats, at least {USED}): {'met' if met else 'not met'}. {as_sentence(statements)}"
     )
-    brief = f"Best loops {best}: a power of {interval}; unified law errs by {error:.1%}."
+    brief = f"{best} loops: exponent {interval}; unified law errs {error:.1%}."
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 
 

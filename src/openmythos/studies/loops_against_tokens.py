@@ -199,8 +199,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"Without a bar: trained on the answer alone, 20 loops answer {share[ALONE]:.1%}."
     )
     brief = (
-        f"{share[LOOPS]:.0%} against {share[TOKENS]:.0%}; {times[1]:.2f} of the time at batch 1, "
-        f"{times[64]:.2f} at 64, {work:.1f} times the FLOPs."
+        f"{share[LOOPS]:.0%} against {share[TOKENS]:.0%}; time x{times[1]:.2f} (batch 1), "
+        f"x{times[64]:.2f} (64), FLOPs x{work:.1f}."
     )
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 
