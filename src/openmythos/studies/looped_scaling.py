@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -201,8 +201,8 @@ def unified(known: Sequence[Point], asked: Sequence[Point]) -> list[float]:
         list(
             itertools.product(
                 (0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
-                [0.05 * k for k in range(2, 21)],
-                torch.logspace(-0.5, 1.0, 16).tolist(),
+                [0.1 * k for k in range(1, 11)],
+                torch.logspace(-0.5, 1.0, 13).tolist(),
             )
         )
     ).double()
@@ -255,18 +255,13 @@ def rate_of_loops(run: RunResult) -> float | None:
     mu, curve = trained_loops()[run.arm], curve_of(run.curve)
     if mu == 1:
         return None
-    losses = torch.tensor([*curve.values()]).double()
-    errors: Mapping[float, float] = {
-        z: _misfit(torch.exp(-z * torch.tensor([*curve]).double() / mu), losses)
-        for z in torch.logspace(-1, 1.5, 101).tolist()
-    }
-    return min(errors, key=errors.__getitem__)
-
-
-def _misfit(shape: Tensor, losses: Tensor) -> float:
-    design = torch.stack((torch.ones_like(shape), shape), dim=1)
-    left = losses - design @ torch.linalg.pinv(design) @ losses
-    return float(left.square().sum())
+    losses = torch.tensor([*curve.values()], dtype=torch.double)
+    rates = torch.logspace(-1, 1.5, 101, dtype=torch.double)
+    shape = torch.exp(-rates[:, None] * torch.tensor([*curve], dtype=torch.double) / mu)
+    design = torch.stack((torch.ones_like(shape), shape), dim=-1)
+    solved = torch.linalg.pinv(design) @ losses
+    left = losses - (design @ solved[..., None])[..., 0]
+    return float(rates[left.square().sum(dim=-1).argmin()])
 
 
 def beyond(run: RunResult) -> float:
