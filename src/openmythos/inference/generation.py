@@ -21,7 +21,9 @@ class Request:
     """What to generate and how.
 
     `prefill` and `decode` choose how the loops share a cache; `prefill_chunk` > 0 feeds the prompt
-    in pieces of that many tokens. Generation of a row ends at any of `stop_ids`.
+    in pieces of that many tokens. Generation of a row ends at any of `stop_ids`. `latent_steps`
+    positions between the prompt and the first new token have the model's last hidden state as their
+    input (arXiv 2412.06769); a model must have been trained for that.
     """
 
     max_new_tokens: int = 64
@@ -31,12 +33,14 @@ class Request:
     prefill: CachePolicy = field(default_factory=ExactCache)
     decode: CachePolicy = field(default_factory=ExactCache)
     prefill_chunk: int = 0
+    latent_steps: int = 0
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_int("max_new_tokens", self.max_new_tokens, minimum=0)
         require_int("num_loops", self.num_loops, minimum=1, maximum=MOST_LOOPS)
-        require_int("prefill_chunk", self.prefill_chunk, minimum=0)
+        for name in ("prefill_chunk", "latent_steps"):
+            require_int(name, getattr(self, name), minimum=0)
         self.sampling.contrast.early_loops(self.num_loops)  # refuses one that does not fit
 
 
@@ -73,10 +77,12 @@ class DecodableModel(Protocol):
         attention_mask: Mask | None,
         cache: KVCache,
         contrast: Contrast,
+        latent: bool,
     ) -> tuple[NextLogits, LoopCounts]:
         """(logits after the last token, loops it ran); the tokens are appended to the cache.
 
-        With a `contrast`, the logits that it adjusts.
+        With a `contrast`, the logits that it adjusts. `latent`: the input of these tokens, one per
+        row, is the last hidden state of the position before.
         """
 
 
@@ -95,11 +101,11 @@ def stream(
     if prompt.ndim != 2:
         raise ValueError(f"prompt: has shape {list(prompt.shape)}, must be [batch, seq]")
     seq = prompt.shape[1]
-    total = seq + request.max_new_tokens
-    if total > model.context:
+    new = request.latent_steps + request.max_new_tokens
+    if seq + new > model.context:
         raise ValueError(
-            f"prompt: {seq} tokens and {request.max_new_tokens} new ones are longer than the "
-            f"context of {model.context}"
+            f"prompt: {seq} tokens and {new} new ones are longer than the context of "
+            f"{model.context}"
         )
     if prompt.numel() == 0:
         raise ValueError("prompt: is empty; start with at least one token")
@@ -141,11 +147,25 @@ def decode_one_token(
     model: DecodableModel, tokens: NextTokenIds, request: Request, cache: KVCache
 ) -> tuple[NextLogits, LoopCounts]:
     """Append a token to every row; returns `next_logits` of that token."""
-    return _next(model, tokens[:, None], request, cache, None)
+    return _next(model, tokens[:, None], request, cache)
+
+
+def latent_step(
+    model: DecodableModel, request: Request, cache: KVCache
+) -> tuple[NextLogits, LoopCounts]:
+    """Append a latent position to every row; returns `next_logits` of that position."""
+    no_token = torch.zeros(cache.batch, 1, dtype=torch.long, device=model.device)
+    return _next(model, no_token, request, cache, latent=True)
 
 
 def _next(
-    model: DecodableModel, tokens: TokenIds, request: Request, cache: KVCache, mask: Mask | None
+    model: DecodableModel,
+    tokens: TokenIds,
+    request: Request,
+    cache: KVCache,
+    mask: Mask | None = None,
+    *,
+    latent: bool = False,
 ) -> tuple[NextLogits, LoopCounts]:
     return model.next_logits(
         tokens,
@@ -154,6 +174,7 @@ def _next(
         attention_mask=mask,
         cache=cache,
         contrast=request.sampling.contrast,
+        latent=latent,
     )
 
 
@@ -189,7 +210,7 @@ def _stream(
     batch, seq = prompt.shape
     cache = model.new_cache(
         batch,
-        seq + request.max_new_tokens,
+        seq + request.latent_steps + request.max_new_tokens,
         num_loops=request.num_loops,
         prefill=request.prefill,
         decode=request.decode,
@@ -201,6 +222,8 @@ def _stream(
     drawn = torch.zeros(batch, dtype=torch.long, device="cpu")
 
     logits, loops = prefill(model, prompt, request, cache, attention_mask)
+    for _ in range(request.latent_steps):
+        logits, loops = latent_step(model, request, cache)
     for index in range(request.max_new_tokens):
         drawn = torch.where(ended, drawn, sample(logits, request.sampling, generator))
         ended = ended | torch.isin(drawn, stop_ids)

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openmythos.config import require
 from openmythos.inference import generation
 from openmythos.inference.contrast import Contrast
 from openmythos.inference.sampling import Sampling
 from openmythos.model.config import MythosConfig
-from openmythos.model.inputs import ModelInputs, whole_number
+from openmythos.model.inputs import ModelInputs, refuse_value_embeddings, whole_number
 from openmythos.nn.block import Layers, LayerStats
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache, Part
 from openmythos.recurrence.exit_rules import EarlyExit, ExitRule, ExitTracker, FixedExit
@@ -69,9 +70,15 @@ class Decodable(nn.Module, ABC):
 
     @abstractmethod
     def run(
-        self, inputs: ModelInputs, exit_rule: ExitRule | None = None
+        self,
+        inputs: ModelInputs,
+        exit_rule: ExitRule | None = None,
+        embedded: Hidden | None = None,
     ) -> tuple[RecurrentOutput, dict[str, LayerStats]]:
-        """Run embedding, prelude and loops; also returns the router statistics of each part."""
+        """Run embedding, prelude and loops; also returns the router statistics of each part.
+
+        `embedded`: input embeddings [batch, seq, dim] in place of those of the tokens.
+        """
 
     @abstractmethod
     def hidden(
@@ -152,18 +159,23 @@ class Decodable(nn.Module, ABC):
         attention_mask: Mask | None,
         cache: KVCache,
         contrast: Contrast,
+        latent: bool,
     ) -> tuple[NextLogits, LoopCounts]:
         """(logits after the last token, loops it ran); the tokens are appended to the cache.
 
         Tokens and mask are not checked here: `inference.generation` did, once for all steps.
         """
+        if latent:
+            require(cache.length > 0, "cache.length", 0, "must be more: a latent follows a token")
+            refuse_value_embeddings(self.config)
         early = contrast.early_loops(num_loops)
         collect = (early,) if early else ()
         inputs = ModelInputs.decoding(
             self.config, tokens, attention_mask, num_loops, cache, collect
         )
-        recurrence, _ = self.run(inputs, exit_rule)
-        logits = self.logits(self.hidden(recurrence.state, inputs, last_only=True))
+        recurrence, _ = self.run(inputs, exit_rule, cache.hidden if latent else None)
+        cache.hidden = self.hidden(recurrence.state, inputs, last_only=True)
+        logits = self.logits(cache.hidden)
         if early:
             logits = contrast.adjusted(logits, self._early_logits(recurrence, inputs, cache, early))
         cache.advance(tokens.shape[1])

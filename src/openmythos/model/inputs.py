@@ -8,11 +8,12 @@ from typing import Any, Literal, SupportsIndex, TypedDict
 import torch
 from torch import Tensor
 
-from openmythos.config import require_int
+from openmythos.config import require, require_int
 from openmythos.inference.generation import check_are_ids
 from openmythos.model.config import MythosConfig
 from openmythos.nn.cache import KVCache, Part
 from openmythos.nn.layout import AttentionContext, TokenLayout, attention_context
+from openmythos.nn.value_embedding import NoValueEmbeddings
 from openmythos.nn.view import KVView, LayerView, NoCache
 from openmythos.recurrence.loop_sampling import MOST_LOOPS
 from openmythos.recurrence.schedule import LoopPlan
@@ -45,6 +46,8 @@ class PassOptions(TypedDict, total=False):
         cache is inference, whatever mode the module is in.
     collect_loops: loop counts after which to keep states and logits: (1, 2, 4), or "all".
     initial_state: h_0 [batch, seq, dim] of these tokens, in place of the model's own.
+    latents: [batch, seq], True where the last hidden state of the position before takes the place
+        of the token's embedding (see `model.latents`); a pass more per latent.
     """
 
     num_loops: SupportsIndex | LoopCounts | None
@@ -54,6 +57,7 @@ class PassOptions(TypedDict, total=False):
     cache: KVCache | None
     collect_loops: CollectLoops
     initial_state: Tensor | None
+    latents: Mask | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,7 @@ class ModelInputs:
     context: AttentionContext
     plan: LoopPlan
     training: bool
+    latents: Mask | None = None
 
     @classmethod
     def check(  # noqa: PLR0913
@@ -80,6 +85,7 @@ class ModelInputs:
         documents: Tensor | None = None,
         cache: KVCache | None = None,
         initial_state: Tensor | None = None,
+        latents: Tensor | None = None,
         has_exits: bool = False,
     ) -> "ModelInputs":
         """Check the options (see `PassOptions`); a ValueError names the invalid argument."""
@@ -103,7 +109,16 @@ class ModelInputs:
             initial_state=initial_state,
         )
         context = attention_context(layout, config.attention, config.dim, tokens)
-        return cls(tokens=tokens, layout=layout, context=context, plan=plan, training=training)
+        if latents is not None:
+            _check_latents(config, latents, layout, cache)
+        return cls(
+            tokens=tokens,
+            layout=layout,
+            context=context,
+            plan=plan,
+            training=training,
+            latents=latents,
+        )
 
     @classmethod
     def decoding(
@@ -129,10 +144,46 @@ class ModelInputs:
             kv = cache.views(part, seq, loop)
         return [LayerView(self.context, x, collects=collects and self.training) for x in kv]
 
+    def prefix(self, config: MythosConfig, end: int) -> "ModelInputs":
+        """The inputs of the first `end` columns of a pass without a cache."""
+        layout, given, tokens = self.layout, self.plan.initial_state, self.tokens[:, :end]
+        valid, documents = (
+            None if x is None else x[:, :end] for x in (layout.valid, layout.documents)
+        )
+        layout = TokenLayout(end, 0, layout.device, valid, documents)
+        context = attention_context(layout, config.attention, config.dim, tokens)
+        given = None if given is None else given[:, :end]
+        plan = replace(self.plan, collect=(), initial_state=given)
+        return ModelInputs(
+            tokens=tokens, layout=layout, context=context, plan=plan, training=self.training
+        )
+
     def rows(self, order: Tensor | None, count: int) -> "ModelInputs":
         """The inputs of the first `count` rows, in this order (None: unchanged)."""
         rows = slice(0, count) if order is None else order[:count]
         return replace(self, context=self.context.select(rows))
+
+
+def _check_latents(
+    config: MythosConfig, latents: Tensor, layout: TokenLayout, cache: KVCache | None
+) -> None:
+    """Raise a ValueError unless these positions [batch, seq] can be latents."""
+    if latents.ndim != 2 or latents.shape[1] != layout.seq or latents.dtype != torch.bool:
+        raise ValueError(
+            f"latents: is {latents.dtype} {list(latents.shape)}, must be a mask [batch, seq]"
+        )
+    if cache is not None:
+        raise ValueError("latents: with a cache, Request(latent_steps=...) takes them one by one")
+    if (latents & (layout.positions() == 0)).any():
+        raise ValueError("latents: a latent must follow another position of its document")
+    refuse_value_embeddings(config)
+
+
+def refuse_value_embeddings(config: MythosConfig) -> None:
+    """Raise a ConfigError for a model whose later layers look up tokens: a latent has none."""
+    own = config.value_embeddings
+    plain = isinstance(own, NoValueEmbeddings)
+    require(plain, "value_embeddings.kind", own.kind, "must be none where latents are used")
 
 
 def _check_loops(

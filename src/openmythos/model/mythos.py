@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from openmythos.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from openmythos.kernels.precision import at_least_fp32
+from openmythos.model import latents
 from openmythos.model.config import MythosConfig
 from openmythos.model.decoding import Decodable, exit_tracker, probe_unrun_loops
 from openmythos.model.init import init_weights
@@ -147,12 +148,18 @@ class OpenMythos(Decodable, Pretrained):
         return linear_cross_entropy(hidden, self.head_weight, targets)
 
     def run(
-        self, inputs: ModelInputs, exit_rule: ExitRule | None = None
+        self,
+        inputs: ModelInputs,
+        exit_rule: ExitRule | None = None,
+        embedded: Hidden | None = None,
     ) -> tuple[RecurrentOutput, dict[str, LayerStats]]:
-        """Run embedding, prelude and loops; also returns the router statistics of each part."""
-        x, plan, tracker = self.embed(inputs.tokens), inputs.plan, None
-        if self.config.embed_scale != 1:
+        """Run embedding, prelude and loops; see `Decodable`."""
+        plan, tracker = inputs.plan, None
+        x = self.embed(inputs.tokens) if embedded is None else embedded
+        if self.config.embed_scale != 1 and embedded is None:
             x = x * self.config.embed_scale
+        if inputs.latents is not None:
+            x = latents.filled(self, x, inputs, exit_rule)
         x, router = self.prelude(x, inputs.views("prelude", len(self.prelude), collects=True))
         if exit_rule is not None and not isinstance(exit_rule, FixedExit):
             tracker = exit_tracker(self, exit_rule, inputs)

@@ -123,6 +123,7 @@ class KVCache:
                 f"{batch}, {capacity} tokens, {num_loops} loops)"
             ) from None
         self._storage |= {"probe": [], "early": []}
+        self.hidden: Tensor | None = None  # the last token's, [batch, 1, dim], for a latent step
         self._probed = 0
         self._early_loops = 0
 
@@ -212,6 +213,7 @@ class KVCache:
         """Reorder, repeat or drop sequences: row i becomes the present row rows[i]."""
         self._replace_storage(lambda x: x.index_select(1, rows))
         self.valid, self.exit_loop = self.valid[rows], self.exit_loop[rows]
+        self.hidden = None if self.hidden is None else self.hidden[rows]
         self.batch = len(rows)
 
     def reserve(self, capacity: int) -> None:
