@@ -91,7 +91,7 @@ def test_runs_are_those_of_the_stored_studies(name: str) -> None:
     batches, loops = [], []
     for metrics in trainer.steps():
         drawn = source._draw(metrics.step)
-        batches.append(hash_of(*drawn.problems))
+        batches.append(hash_of(*drawn.problems[:3]))
         loops.append(drawn.loops)
         found.append(metrics)
     pinned = PINNED[name]

@@ -11,6 +11,7 @@ from rich.table import Table
 from openmythos.cli.interrupt import Interrupted, stop_training
 from openmythos.cli.progress import Progress
 from openmythos.cli.screen import OUT, print_heat_map
+from openmythos.config import require
 from openmythos.distributed.ranks import first_rank_does, launched, process_group, wait_for_file
 from openmythos.files import write_json
 from openmythos.machine import choose_device
@@ -160,6 +161,9 @@ def evaluate_tasks(
     if run.choose_precision(precision, model.device) == "bf16":
         model.bfloat16()
     data = run.config.data
+    if isinstance(data, TaskData):
+        kind = data.thoughts.kind
+        require(kind == "none", "tasks", tasks, f"must not be given: the run has {kind} thoughts")
     encoder = Words(data.task) if isinstance(data, TaskData) else run.tokenizer
     own = tasks if Path(tasks).is_dir() else None
     names = [harness_tasks.TAG] if own else tasks.split(",")

@@ -5,7 +5,7 @@ says which document each token belongs to, so that attention can be masked betwe
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from openmythos.config import ConfigError, require
 from openmythos.data.mixture import Mixture
 from openmythos.data.shards import TokenShards
-from openmythos.types import NextLogits, PerToken, TokenIds
+from openmythos.types import Mask, NextLogits, PerToken, TokenIds
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,17 @@ class Batch:
     """Token ids; ``targets`` are the tokens shifted by one.
 
     ``documents`` numbers the documents within a row: 0 at the start, 1 more at every bos.
+    ``latents`` marks positions whose input is the last hidden state (see `model.latents`).
     """
 
     tokens: TokenIds
     targets: TokenIds
     documents: TokenIds
+    latents: Mask | None = field(default=None, kw_only=True)
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
-        moved = {name: x.to(device) for name, x in vars(self).items()}
+        moved = {name: x.to(device) for name, x in vars(self).items() if x is not None}
         return replace(self, **moved)
 
 
@@ -61,6 +63,10 @@ class BatchSource(Protocol):
     def loops(self, step: int) -> int | None:
         """Number of loops for all rows of a step; None: sample it from `train.loops`."""
         return None
+
+    def restarts(self, step: int) -> bool:
+        """Whether the optimizer forgets its state before this step: another task begins."""
+        return False
 
     def learned(self, step: int, last_logits: Callable[[TokenIds], NextLogits]) -> None:
         """Called after every step, on all ranks.

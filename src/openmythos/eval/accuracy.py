@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from openmythos.eval.likelihood import logits_by_loops
+from openmythos.inference.generation import DecodableModel, Request, stream
 from openmythos.machine import autocast, choose_precision
 from openmythos.model.mythos import OpenMythos
 from openmythos.tasks import Task
-from openmythos.train.task_source import accuracy
+from openmythos.tasks.thoughts import Thoughts
+from openmythos.types import NextTokenIds, TokenIds
 
 # Problems of n hops are drawn from this seed + n; far from the seeds of training.
 ASKED_SEED = 10_000
@@ -25,21 +27,48 @@ def accuracy_map(
     hops: Sequence[int],
     loops: Sequence[int],
     *,
+    thoughts: Thoughts | None = None,
     examples: int = 400,
     precision: str = "fp32",
 ) -> dict[int, dict[int, float]]:
-    """Accuracy at h hops after T loops, as found[h][T]; one pass gives all T."""
+    """Accuracy at h hops after T loops, as found[h][T].
+
+    One pass gives all T, but a model that has `thoughts` generates them for every T.
+    """
     model.eval()
     found: dict[int, dict[int, float]] = {}
     for hop in hops:
         generator = torch.Generator().manual_seed(ASKED_SEED + hop)
         batch = task.sample(examples, hop, generator).to(model.device)
         with autocast(choose_precision(precision, model.device), model.device):
-            logits = logits_by_loops(model, batch.tokens, loops, last_only=True)
-        found[hop] = {
-            loop: float(accuracy(after[:, 0], batch.answers())) for loop, after in logits.items()
-        }
+            if thoughts is None or thoughts.kind == "none":
+                logits = logits_by_loops(model, batch.tokens, loops, last_only=True)
+                given = {loop: after[:, 0].argmax(dim=-1) for loop, after in logits.items()}
+            else:
+                asked = (model, task, thoughts, batch.tokens, hop)
+                given = {loop: answers(*asked, num_loops=loop) for loop in loops}
+        right = batch.answers()
+        found[hop] = {loop: float((own == right).float().mean()) for loop, own in given.items()}
     return found
+
+
+def answers(
+    model: DecodableModel,
+    task: Task,
+    thoughts: Thoughts,
+    tokens: TokenIds,
+    hops: int,
+    *,
+    num_loops: int,
+) -> NextTokenIds:
+    """The model's answers to questions of so many hops, after thoughts of its own, greedily."""
+    request = Request(
+        num_loops=num_loops,
+        max_new_tokens=thoughts.new_tokens(hops),
+        latent_steps=thoughts.latent_steps(hops),
+    )
+    *_, last = stream(model, thoughts.asked(tokens, hops, task.vocab_size), request)
+    return last.tokens
 
 
 @torch.no_grad()

@@ -57,6 +57,7 @@ def evaluate(
             data.task,
             (hop,),
             loops or _usual_loops(run, data),
+            thoughts=data.thoughts,
             examples=examples,
             precision=chosen,
         )
@@ -67,7 +68,7 @@ def evaluate(
 def _askable(run: Run, data: TaskData) -> Iterator[int]:
     for hops in sorted({max(data.min_hops, round(share * data.max_hops)) for share in _HOPS}):
         try:
-            tokens = data.task.sample(1, hops, torch.Generator()).tokens
+            tokens = data.problems(1, hops, torch.Generator()).tokens
         except ConfigError:
             return  # the task has no problems so long
         if tokens.shape[1] > run.config.model.context:

@@ -1,5 +1,10 @@
 """Synthetic reasoning problems: seeded generators whose difficulty is a number of hops."""
 
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
 from openmythos.tasks.batch import IGNORE, TaskBatch
 from openmythos.tasks.chains import Composition, KHop, PHop, PointerChasing
 from openmythos.tasks.counting import Addition, Parity
@@ -24,6 +29,17 @@ Task = (
 # Tasks whose answers rest on facts drawn from their facts_seed.
 TaskWithFacts = KHop | SystematicHops | FactsAndChains | WrittenHops
 
+
+@runtime_checkable
+class Solvable(Protocol):
+    """A task that knows the steps to its answers."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    def solved(self, batch: int, hops: int, generator: torch.Generator) -> tuple[TaskBatch, Tensor]:
+        """(problems, the steps [batch, hops] that lead to their answers, the last of them)."""
+
+
 __all__ = [
     "IGNORE",
     "Addition",
@@ -34,6 +50,7 @@ __all__ = [
     "Parity",
     "PointerChasing",
     "Reachability",
+    "Solvable",
     "SystematicHops",
     "Task",
     "TaskBatch",

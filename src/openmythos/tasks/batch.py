@@ -1,12 +1,13 @@
 """Batches of problems, and helpers that all tasks use."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from openmythos.kernels.cross_entropy import IGNORE
-from openmythos.types import TokenIds
+from openmythos.types import Mask, TokenIds
 
 
 class TaskBatch(NamedTuple):
@@ -18,10 +19,20 @@ class TaskBatch(NamedTuple):
     tokens: TokenIds
     targets: TokenIds
     answer_at: Tensor  # [batch]
+    latents: Mask | None = None  # positions without a token; see `tasks.thoughts`
 
     def to(self, device: torch.device) -> "TaskBatch":
         """The same problems on a device."""
-        return TaskBatch(*(x.to(device) for x in self))
+        return self._map(lambda x: x.to(device))
+
+    def rows(self, rows: slice) -> "TaskBatch":
+        """Some of the problems."""
+        return self._map(lambda x: x[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "TaskBatch":
+        tokens, targets, answer_at, latents = self
+        latents = None if latents is None else change(latents)
+        return TaskBatch(change(tokens), change(targets), change(answer_at), latents)
 
     def answers(self) -> Tensor:
         """The right answers, [batch]."""

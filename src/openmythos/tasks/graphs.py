@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from openmythos.config import require_int
 from openmythos.tasks.batch import IGNORE, TaskBatch, permutations
@@ -33,25 +34,27 @@ class Reachability:
 
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` graphs whose answer lies exactly `hops` edges from the start."""
+        return self.solved(batch, hops, generator)[0]
+
+    def solved(self, batch: int, hops: int, generator: torch.Generator) -> tuple[TaskBatch, Tensor]:
+        """The same problems, and the nodes on the way to the answer [batch, hops]."""
         half = self.num_nodes // 2
         require_int("hops", hops, minimum=1, maximum=half - 1)
-        rows, targets = [], []
         names = permutations(batch, self.num_names, generator)
-        for name in names:
-            # Node 0 ... hops of a tree are the path; the others hang off any earlier node.
-            parent = (torch.rand(2, half, generator=generator) * torch.arange(half)).long()
-            parent[:, 1 : hops + 1] = torch.arange(hops)
-            child = torch.arange(half).expand(2, half)
-            offset = torch.tensor([[0], [half]])
-            edges = torch.stack((parent + offset, child + offset), dim=2)[:, 1:].flatten(0, 1)
-            edges = name[edges[torch.randperm(len(edges), generator=generator)]]
-            right, wrong = name[hops], name[half + hops]
-            swap = bool(torch.rand((), generator=generator) < 0.5)
-            pair = (wrong, right) if swap else (right, wrong)
-            question = torch.tensor([self.num_names, int(name[0]), int(pair[0]), int(pair[1])])
-            rows.append(torch.cat((edges.flatten(), question)))
-            targets.append(right)
-        tokens = torch.stack(rows)
+        # Node 0 ... hops of a tree are the path; the others hang off any earlier node.
+        parent = (torch.rand(batch, 2, half, generator=generator) * torch.arange(half)).long()
+        parent[:, :, 1 : hops + 1] = torch.arange(hops)
+        child = torch.arange(half).expand(batch, 2, half)
+        offset = torch.tensor([[0], [half]])
+        edges = torch.stack((parent + offset, child + offset), dim=3)[:, :, 1:].flatten(1, 2)
+        order = permutations(batch, edges.shape[1], generator)
+        edges = edges.gather(1, order[:, :, None].expand(-1, -1, 2)).flatten(1)
+        candidates = names[:, [hops, half + hops]]
+        swap = torch.rand(batch, 1, generator=generator) < 0.5
+        candidates = torch.where(swap, candidates.flip(1), candidates)
+        ask = torch.full((batch, 1), self.num_names)
+        tokens = torch.cat((names.gather(1, edges), ask, names[:, :1], candidates), dim=1)
         answers = torch.full_like(tokens, IGNORE)
-        answers[:, -1] = torch.stack(targets)
-        return TaskBatch(tokens, answers, torch.full((batch,), tokens.shape[1] - 1))
+        answers[:, -1] = names[:, hops]
+        last = torch.full((batch,), tokens.shape[1] - 1)
+        return TaskBatch(tokens, answers, last), names[:, 1 : hops + 1]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
+
 from openmythos.config import ConfigError, require, require_int, require_number
 from openmythos.data.tokenizer import Bytes, TokenizerChoice
 from openmythos.distributed.parallelize import Parallel
@@ -13,7 +15,8 @@ from openmythos.recurrence.loop_sampling import (
     NoCurriculum,
     PoissonLoops,
 )
-from openmythos.tasks import KHop, Task
+from openmythos.tasks import KHop, Solvable, Task, TaskBatch
+from openmythos.tasks.thoughts import NoThoughts, PauseThoughts, Thoughts
 from openmythos.train.guards import NoSpikes, Spikes
 from openmythos.train.loss import FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule
@@ -71,6 +74,7 @@ class TaskData:
     A step draws hops uniformly from `min_hops` to the curriculum's reach, which starts at
     `first_hops` and grows by two, up to `max_hops`, whenever the running accuracy on the
     longest quarter of the problems passes `mastery` (first_hops = max_hops: no curriculum).
+    `thoughts`: what stands between question and answer, for tasks that know the steps.
     """
 
     kind: Literal["task"] = "task"
@@ -79,6 +83,7 @@ class TaskData:
     max_hops: int = 20
     first_hops: int = 2
     mastery: float = 0.8
+    thoughts: Thoughts = field(default_factory=NoThoughts)
 
     def __post_init__(self) -> None:
         for name in ("min_hops", "max_hops", "first_hops"):
@@ -87,6 +92,30 @@ class TaskData:
         fits = self.min_hops <= self.first_hops <= self.max_hops
         allowed = f"must be from min_hops = {self.min_hops} to max_hops = {self.max_hops}"
         require(fits, "first_hops", self.first_hops, allowed)
+        thoughts = self.thoughts
+        if thoughts.kind != "none":
+            solved = isinstance(self.task, Solvable)
+            require(solved, "task.kind", self.task.kind, "has no steps; thoughts must be none")
+            fits = self.first_hops == self.max_hops
+            require(fits, "first_hops", self.first_hops, "must be max_hops with thoughts")
+        if isinstance(thoughts, PauseThoughts):
+            fits, allowed = thoughts.stage(1) >= self.max_hops, "leaves steps written at the end"
+            require(fits, "thoughts.stage_share", thoughts.stage_share, allowed)
+
+    @property
+    def vocab_size(self) -> int:
+        """That of the task; with thoughts also the blank."""
+        return self.task.vocab_size + (self.thoughts.kind != "none")
+
+    def problems(
+        self, batch: int, hops: int, generator: torch.Generator, progress: float = 1.0
+    ) -> TaskBatch:
+        """Problems as they are learned after a share `progress` of the training."""
+        if not isinstance(self.task, Solvable) or self.thoughts.kind == "none":
+            return self.task.sample(batch, hops, generator)
+        question, steps = self.task.solved(batch, hops, generator)
+        stage = self.thoughts.stage(progress)
+        return self.thoughts.written(question, steps, stage, self.task.vocab_size)
 
 
 Data = TextData | TaskData

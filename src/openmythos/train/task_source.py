@@ -47,7 +47,7 @@ class TaskSource(BatchSource):
         require(size % world_size == 0, "batch_size", size, allowed)
         self._data, self._train = config.data, config.train
         self._rows = slice(rank * size // world_size, (rank + 1) * size // world_size)
-        self.seq_len, self.vocab_size = longest(self._data), self._data.task.vocab_size
+        self.seq_len, self.vocab_size = longest(self._data), self._data.vocab_size
         self._reached = [(0, self._data.first_hops)]  # (first step, reach from there on)
         self._accuracy = _UNKNOWN
         self._rewind()
@@ -59,8 +59,15 @@ class TaskSource(BatchSource):
 
     def batch(self, step: int) -> Batch:
         """The problems of a step; each is a document of its own."""
-        tokens, targets, _ = self._draw(step).problems
-        return Batch(tokens, targets, torch.zeros_like(tokens))
+        problems = self._draw(step).problems
+        documents = torch.zeros_like(problems.tokens)
+        return Batch(problems.tokens, problems.targets, documents, latents=problems.latents)
+
+    def restarts(self, step: int) -> bool:
+        """At every stage of thoughts that changes the problems."""
+        stage = self._data.thoughts.stage
+        before, now = (stage(n / self._train.num_steps) for n in (step - 1, step))
+        return step > 0 and before < min(now, self._data.max_hops)
 
     def loops(self, step: int) -> int | None:
         return self._draw(step).loops
@@ -103,16 +110,17 @@ class TaskSource(BatchSource):
         generator = self._generator
         reach = next(hops for first, hops in reversed(self._reached) if first <= step)
         hops = int(torch.randint(self._data.min_hops, reach + 1, (), generator=generator))
-        problems = self._data.task.sample(self._train.batch_size, hops, generator)
+        progress = step / self._train.num_steps
+        problems = self._data.problems(self._train.batch_size, hops, generator, progress)
         how, loops = self._train.loops, None
         if isinstance(how, TiedLoops):
             loops = hops + int(torch.randint(how.extra + 1, (), generator=generator))
-        return _Drawn(step, hops, TaskBatch(*(x[self._rows] for x in problems)), loops)
+        return _Drawn(step, hops, problems.rows(self._rows), loops)
 
 
 def longest(data: TaskData) -> int:
     """Sequence length of a problem with max_hops hops."""
-    return data.task.sample(1, data.max_hops, torch.Generator()).tokens.shape[1]
+    return data.problems(1, data.max_hops, torch.Generator()).tokens.shape[1]
 
 
 def fitted(config: RunConfig) -> RunConfig:
@@ -120,7 +128,7 @@ def fitted(config: RunConfig) -> RunConfig:
     data, model = config.data, config.model
     if not isinstance(data, TaskData):
         return config
-    vocab_size = max(model.vocab_size, data.task.vocab_size)
+    vocab_size = max(model.vocab_size, data.vocab_size)
     return replace(
         config,
         model=replace(model, vocab_size=vocab_size),

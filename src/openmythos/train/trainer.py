@@ -20,6 +20,7 @@ from openmythos.data.loader import Batch, BatchSource
 from openmythos.distributed import ranks
 from openmythos.distributed.parallelize import clip_gradients, parallelize, reduce_gradients
 from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak
+from openmythos.model.latents import positions
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
 from openmythos.planning.cost import Flops
@@ -152,6 +153,8 @@ class Trainer:
         # Noise of the initial state; nothing else in a step draws from the global generator.
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 1_009 + self.rank) % 2**63)
         place = self.step + self.counters.passed
+        if self.source.restarts(place):
+            self.optimizers = c.optimizer.build(self.model, self.dtypes.muon_dtype)
         batch, all_loops = self.source.batch(place), self._loops(place)
         rows = len(batch.tokens)
         loops = all_loops[self.rank * rows : (self.rank + 1) * rows]
@@ -166,7 +169,8 @@ class Trainer:
         state_rms, residual = self._by_loop(sizes, int(all_loops.max()))
         self.source.learned(place, lambda tokens: self._last_logits(tokens, loops))
         self._changing = False
-        flops = batch.tokens.shape[1] * self._flops_per_token(all_loops)
+        passes = positions(batch.latents, batch.tokens.shape[1])
+        flops = passes * self._flops_per_token(all_loops)
         elapsed = time.perf_counter() - started
         violations = [float(stats.max_violation()) for stats in router.values()]
         return StepMetrics(
@@ -319,6 +323,7 @@ class Trainer:
             targets = batch.targets[rows].to(self.device)
             # The start token after a document's last one stays a target: it says where to end.
             documents = batch.documents[rows].to(self.device) if c.mask_documents else None
+            latents = None if batch.latents is None else batch.latents[rows].to(self.device)
             with autocast(self.dtypes.model, self.device):
                 losses = self.model.losses(
                     batch.tokens[rows].to(self.device),
@@ -326,6 +331,7 @@ class Trainer:
                     num_loops=self._as_one(loops[rows]),
                     backprop_loops=c.backprop_loops,
                     documents=documents,
+                    latents=latents,
                     collect_loops=c.loss.collect_loops,
                     by_halting=c.loss.by_halting,
                 )
