@@ -15,7 +15,7 @@ from openmythos.recipes import task_report
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.learning import TASK_TRAINING
 from openmythos.tasks import Reachability
-from openmythos.tasks.thoughts import (
+from openmythos.tasks.reasoning import (
     LatentThoughts,
     PauseThoughts,
     Thoughts,

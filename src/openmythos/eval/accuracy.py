@@ -11,7 +11,7 @@ from openmythos.inference.generation import DecodableModel, Request, stream
 from openmythos.machine import autocast, choose_precision
 from openmythos.model.mythos import OpenMythos
 from openmythos.tasks import Task
-from openmythos.tasks.thoughts import Thoughts
+from openmythos.tasks.reasoning import Thoughts
 from openmythos.types import NextTokenIds, TokenIds
 
 # Problems of n hops are drawn from this seed + n; far from the seeds of training.

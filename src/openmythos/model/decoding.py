@@ -159,7 +159,7 @@ class Decodable(nn.Module, ABC):
         attention_mask: Mask | None,
         cache: KVCache,
         contrast: Contrast,
-        latent: bool,
+        latent: bool = False,
     ) -> tuple[NextLogits, LoopCounts]:
         """(logits after the last token, loops it ran); the tokens are appended to the cache.
 

@@ -19,7 +19,7 @@ class TaskBatch(NamedTuple):
     tokens: TokenIds
     targets: TokenIds
     answer_at: Tensor  # [batch]
-    latents: Mask | None = None  # positions without a token; see `tasks.thoughts`
+    latents: Mask | None = None  # positions without a token; see `tasks.reasoning`
 
     def to(self, device: torch.device) -> "TaskBatch":
         """The same problems on a device."""

@@ -45,7 +45,7 @@ class WrittenHops:
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` problems of exactly `hops` hops, at most max_hops."""
         require_int("hops", hops, minimum=1, maximum=self.max_hops)
-        asked, reached, _ = self.chains.sample(batch, hops, generator)
+        asked, reached, *_ = self.chains.sample(batch, hops, generator)
         padding = torch.full((batch, self.max_hops - hops), self.chains.padding)
         question = torch.cat((asked, padding), dim=1)
         tokens = torch.cat((question, asked[:, :1], reached[:, 1:-1]), dim=1)

@@ -16,7 +16,7 @@ from openmythos.recurrence.loop_sampling import (
     PoissonLoops,
 )
 from openmythos.tasks import KHop, Solvable, Task, TaskBatch
-from openmythos.tasks.thoughts import NoThoughts, PauseThoughts, Thoughts
+from openmythos.tasks.reasoning import NoThoughts, PauseThoughts, Thoughts
 from openmythos.train.guards import NoSpikes, Spikes
 from openmythos.train.loss import FinalLoss, Loss
 from openmythos.train.optim import WSD, AdamW, Optimizer, Schedule

@@ -7,7 +7,7 @@ import torch
 
 from openmythos.config import ConfigError, from_dict, to_dict
 from openmythos.tasks import IGNORE, KHop, Reachability
-from openmythos.tasks.thoughts import (
+from openmythos.tasks.reasoning import (
     LatentThoughts,
     NoThoughts,
     PauseThoughts,
