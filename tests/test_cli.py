@@ -724,7 +724,7 @@ def test_help_names_every_command(call: Call) -> None:
             ["generate"],
             "generate: needs MODEL (run folder, model folder, GGUF file or Hub",
         ),
-        (["export"], "export: needs RUN (run folder), --out FOLDER"),
+        (["export"], "export: needs MODEL (run folder, model folder, GGUF file or Hub"),
         (["plan"], "plan: needs PRESET"),
         (["trian"], "unknown command 'trian', did you mean 'train'? known: data, demo"),
         (["train", "--reume", "x"], "Unrecognized options: --reume, x, did you mean --resume?"),

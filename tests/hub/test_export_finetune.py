@@ -12,13 +12,14 @@ from hub.test_export_outside import environment, other_python, small_models
 from openmythos.data.tokenizer import ByteTokenizer
 from openmythos.hub import export
 
+PACKAGES = ("peft==0.21.2", "trl==1.16.0")
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("finetune")
-    python = other_python("finetune", "peft==0.21.2", "trl==1.16.0")
+    python = other_python("finetune", *PACKAGES)
     torch.manual_seed(0)
     for name, model in small_models().items():
         export.write(model, folder / name, text=export.Text(tokenizer=ByteTokenizer()))

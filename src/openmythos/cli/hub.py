@@ -39,14 +39,17 @@ class Import:
     def run(self) -> None:
         import torch
 
-        from openmythos.hub.load import convert, open_source
+        from openmythos.hub import convert
+        from openmythos.hub.load import open_source
         from openmythos.planning import cost
 
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         known = self.dtype in (*dtypes, "keep")
         require(known, "dtype", self.dtype, f"must be {', '.join(dtypes)} or keep")
         source = open_source(self.source, ignore=flat(self.ignore))
-        convert(source, Path(self.out), dtype=dtypes.get(self.dtype))
+        out = Path(self.out)
+        require(not out.exists(), "out", self.out, "exists already")
+        convert.write(source, source.load(dtype=dtypes.get(self.dtype)), out)
         size = short(cost.parameters(source.config).total)
         OUT.print(f"{self.out}: {source.format.family}, {size} parameters")
 

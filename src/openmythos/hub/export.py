@@ -11,7 +11,7 @@ Writing needs neither transformers nor tokenizers.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -65,8 +65,18 @@ class Text:
         return named | generation
 
 
-def write(model: OpenMythos, out: Path, *, text: Text | None = None, card: str = "") -> None:
-    """Write the folder `out`, which must not exist; it appears when it is complete."""
+def write(
+    model: OpenMythos,
+    out: Path,
+    *,
+    text: Text | None = None,
+    card: str = "",
+    add: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the folder `out`, which must not exist; it appears when it is complete.
+
+    `add` is given the unfinished folder and writes further files there.
+    """
     require(not out.exists(), "out", str(out), "exists already")
     _require_own_parts(model.config, "model")
     state = model.state_dict()
@@ -82,6 +92,8 @@ def write(model: OpenMythos, out: Path, *, text: Text | None = None, card: str =
             write_json(data, folder / name)
         if card:
             write_atomically(folder / "README.md", card)
+        if add is not None:
+            add(folder)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ rewritten. Nothing else changes, and comments stay.
 import ast
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -243,6 +243,7 @@ def _import_lines(source: str, names: Sequence[_Import]) -> Iterator[str]:
         yield line if len(line) <= 100 else wrapped
 
 
+@cache
 def sources() -> dict[str, str]:
     """The files of a bundle by name; the same for the same version of the package."""
     bundle = _Bundle()

@@ -8,6 +8,7 @@ from typing import Any
 from openmythos import __version__
 from openmythos.config import ConfigError
 from openmythos.files import dumps_toml, read_json
+from openmythos.hub.load import Source
 from openmythos.model.mythos import OpenMythos
 from openmythos.train.config import TaskData
 from openmythos.train.run import Run
@@ -18,9 +19,9 @@ EVALUATION = "eval.json"  # what `openmythos eval` writes into a run folder
 def card(run: Run, model: OpenMythos, step: int, *, licence: str) -> str:
     """README.md of an export of the run's checkpoint after `step` steps."""
     parts = (
-        _front_matter(run, licence),
+        _front_matter(licence),
         _summary(run, model, step),
-        _use(run),
+        _use("The" if run.text_tokenizer is not None else "e0 r0 r1"),
         "## Loss against loops\n\n" + _evaluation(run, step),
         _training(run),
         _limits(run),
@@ -28,7 +29,24 @@ def card(run: Run, model: OpenMythos, step: int, *, licence: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(run: Run, licence: str) -> str:
+def converted_card(source: Source, model: OpenMythos, *, licence: str) -> str:
+    """README.md of an export of a model that is no run of this package."""
+    title = (
+        f"# {source.path.resolve().stem}\n\nWeights of another checkpoint ({source.format.family}"
+        f"), converted by openmythos {__version__}; not trained further. The number of loops can "
+        "be chosen at every call.\n\n"
+    )
+    terms = "The licence above is what the exporter or the original stated; read the original's."
+    parts = (
+        _front_matter(licence),
+        title + _table(_sizes(model).items()),
+        _use("The"),
+        f"## Licence\n\n{terms}",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(licence: str) -> str:
     tags = ["openmythos", "looped-transformer", "recurrent-depth"]
     fields = {
         "library_name": "transformers",
@@ -42,9 +60,21 @@ def _front_matter(run: Run, licence: str) -> str:
 
 
 def _summary(run: Run, model: OpenMythos, step: int) -> str:
+    rows = _sizes(model) | {
+        "training steps": step,
+        "tokens per step": f"{run.config.train.batch_size * run.config.train.seq_len:,}",
+    }
+    return (
+        f"# {run.folder.resolve().name}\n\nA recurrent-depth (looped) transformer, trained and "
+        f"exported with openmythos {__version__}: the same layers run several times on every "
+        "token, and the number of loops can be chosen at every call.\n\n" + _table(rows.items())
+    )
+
+
+def _sizes(model: OpenMythos) -> dict[str, Any]:
     c = model.config
     count = sum(parameter.numel() for parameter in model.parameters())
-    rows = {
+    return {
         "parameters": f"{count:,}",
         "layers": f"{c.prelude_layers} once, {c.recurrent_layers} in the loop, "
         f"{c.coda_layers} once",
@@ -56,19 +86,10 @@ def _summary(run: Run, model: OpenMythos, step: int) -> str:
         "feed-forward in the loop": c.recurrent_feed_forward.kind,
         "injection": c.injection.kind,
         "weights": str(model.embed.weight.dtype).removeprefix("torch."),
-        "training steps": step,
-        "tokens per step": f"{run.config.train.batch_size * run.config.train.seq_len:,}",
     }
-    return (
-        f"# {run.folder.resolve().name}\n\nA recurrent-depth (looped) transformer, trained and "
-        f"exported with openmythos {__version__}: the same layers run several times on every "
-        "token, and the number of loops can be chosen at every call.\n\n" + _table(rows.items())
-    )
 
 
-def _use(run: Run) -> str:
-    on_text = run.text_tokenizer is not None
-    prompt = "The" if on_text else "e0 r0 r1"
+def _use(prompt: str) -> str:
     return f'''## Use
 
 The folder holds the model's code, generated from openmythos; it needs only `transformers`.

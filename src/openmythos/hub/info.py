@@ -40,7 +40,7 @@ def describe(source: Source) -> dict[str, str]:
     )
     return {
         "family": f"{source.format.family} (format {source.format.name})",
-        "licence": licence(source),
+        "licence": licence(source) or "not stated",
         "parameters": f"{count.total:,}" + (f" ({count.active:,} active)" if routed(count) else ""),
         "by part": ", ".join(f"{name} {number:,}" for name, number in parts.items()),
         "layers": f"{shape} in prelude / recurrent block / coda, width {config.dim}",
@@ -114,9 +114,9 @@ def _changed(value: Any, usual: Any) -> Iterator[str]:
 
 
 def licence(source: Source) -> str:
-    """The licence that the folder states: in its model card, config or licence file."""
+    """The licence that the folder states: in its model card, config or licence file; "" if none."""
     if source.gguf is not None:
-        return str(source.gguf.value("general.license", "not stated"))
+        return str(source.gguf.value("general.license", ""))
     card, config = source.path / "README.md", source.path / CONFIG_FILE
     if card.is_file():
         front = re.match(r"---\n(.*?)\n---", _text(card), re.DOTALL)
@@ -129,7 +129,7 @@ def licence(source: Source) -> str:
         lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
         if lines:
             return f"{lines[0]:.60} ({path.name})"
-    return "not stated"
+    return ""
 
 
 def _text(path: Path) -> str:

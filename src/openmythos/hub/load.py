@@ -1,6 +1,5 @@
 """One way to open any model: a run, a saved model, a public checkpoint, a GGUF file, a Hub id."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 
 from openmythos.config import ConfigError, needs, to_dict
-from openmythos.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from openmythos.files import read_json, replacing, write_json
+from openmythos.data.tokenizer import Tokenizer
+from openmythos.files import read_json, write_json
 from openmythos.hub import weights
 from openmythos.hub.export_format import EXPORT
 from openmythos.hub.fields import Fields
@@ -27,7 +26,7 @@ from openmythos.hub.own import OWN
 from openmythos.hub.parcae import PARCAE
 from openmythos.hub.qwen3 import QWEN3
 from openmythos.hub.retrofit import RETROFIT
-from openmythos.hub.tokenizer import COPIED, load_public_tokenizer
+from openmythos.hub.tokenizer import load_public_tokenizer
 from openmythos.hub.xllm import XLLM
 from openmythos.machine import Precision, choose_device, choose_precision
 from openmythos.model.config import MythosConfig
@@ -193,6 +192,11 @@ def find(source: str | Path) -> Path:
         raise ConfigError(f"{source}: no such folder, nor on the Hub: {first}") from error
 
 
+def written_names() -> tuple[str, ...]:
+    """The names of the formats that `save` writes."""
+    return tuple(found.name for found in FORMATS if found.write is not None)
+
+
 def save(model: OpenMythos, folder: str | Path, format_name: str = OWN.name) -> None:
     """Write a model to a folder in a public format, for the code that reads it.
 
@@ -203,8 +207,9 @@ def save(model: OpenMythos, folder: str | Path, format_name: str = OWN.name) -> 
         raise ConfigError(f"format = {format_name!r}: must be one of {', '.join(known)}")
     found, path = known[format_name], Path(folder)
     data = written_config(found, model.config)
+    tensors = weights.written(model, found.rules(model.config), f"format {found.name}")
     path.mkdir(parents=True, exist_ok=True)
-    weights.write(model, found.rules(model.config), path / weights.SAFETENSORS)
+    weights.write(tensors, path / weights.SAFETENSORS)
     write_json(data, path / CONFIG_FILE)
 
 
@@ -226,18 +231,4 @@ def written_config(found: Format, config: MythosConfig) -> dict[str, Any]:
     return data
 
 
-def convert(source: Source, out: Path, *, dtype: torch.dtype | None = None) -> OpenMythos:
-    """Write a source as this package's own folder, with its tokenizer and licence."""
-    if out.exists():
-        raise ConfigError(f"out = '{out}': exists already")
-    model = source.load(dtype=dtype)
-    model.save_pretrained(out)
-    if source.run is not None and source.run.text_tokenizer is not None:
-        source.run.text_tokenizer.save(out)
-    for path in (file for name in COPIED for file in sorted(source.path.glob(name))):
-        with replacing(out / path.name) as temporary:
-            shutil.copyfile(path, temporary)
-    return model
-
-
-__all__ = ["FORMATS", "TOKENIZER_FILE", "Source", "convert", "find", "load", "open_source", "save"]
+__all__ = ["FORMATS", "Source", "find", "load", "open_source", "save"]

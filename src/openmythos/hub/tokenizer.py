@@ -77,6 +77,20 @@ class PublicTokenizer(Tokenizer):
     def serialized(self) -> str:
         return self._prompts.to_str()
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The files that say the same as this object, by their names."""
+        bos, eos = (self._prompts.id_to_token(i) for i in (self.bos_id, self._stop_ids[0]))
+        kind = "PreTrainedTokenizerFast"
+        settings = {"tokenizer_class": kind, "bos_token": bos, "eos_token": eos}
+        if self._adds_bos is not None:
+            settings |= {"add_bos_token": self._adds_bos}
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self._stop_ids)}
+        return {
+            TOKENIZER_FILE: json.loads(self.serialized()),
+            "tokenizer_config.json": settings,
+            "generation_config.json": ids,
+        }
+
 
 def load_public_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a checkpoint's folder, or of its subfolder tokenizer/."""

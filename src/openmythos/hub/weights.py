@@ -21,6 +21,7 @@ from openmythos.config import ConfigError
 from openmythos.files import read_json, replacing
 from openmythos.hub.rules import MismatchError, Rule
 from openmythos.model.mythos import OpenMythos
+from openmythos.model.storage import check_finite
 
 SAFETENSORS = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "model.pt")
@@ -203,13 +204,13 @@ def _changed(
     change: Callable[[Sequence[Tensor]], Sequence[Tensor]],
     tensors: Sequence[Tensor],
     names: Sequence[str],
-    path: Path,
+    where: Path | str,
 ) -> Sequence[Tensor]:
     try:
         return change(tensors)
     except (MismatchError, RuntimeError) as error:
         text = str(error).partition("\n")[0]
-        raise ConfigError(f"{path}: tensor {' + '.join(names)}: {text}") from error
+        raise ConfigError(f"{where}: tensor {' + '.join(names)}: {text}") from error
 
 
 def _check(path: Path, theirs: str, ours: str, tensor: Tensor, wanted: torch.Size) -> None:
@@ -232,13 +233,20 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-def write(model: OpenMythos, rules: Sequence[Rule], path: Path) -> None:
-    """Write the model's tensors under the names of a format, to one safetensors file."""
+def written(model: OpenMythos, rules: Sequence[Rule], where: str) -> dict[str, Tensor]:
+    """The model's tensors under the names of a format; errors start with `where`."""
     state, made = model.state_dict(), dict[str, Tensor]()
+    for name, tensor in state.items():
+        check_finite(where, name, tensor)
     for rule in rules:
         if not rule.optional:
             ours = [state[name].detach().cpu() for name in rule.ours]
-            tensors = _changed(rule.back, ours, rule.ours, path)
+            tensors = _changed(rule.back, ours, rule.ours, where)
             made |= zip(rule.theirs, [x.contiguous() for x in tensors], strict=True)
+    return made
+
+
+def write(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors to one safetensors file."""
     with replacing(path) as temporary:
-        save_file(made, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt"})

@@ -78,7 +78,7 @@ def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
     return weights
 
 
-def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+def check_finite(path: Path | str, name: str, tensor: Tensor) -> None:
     """Raise a ConfigError for a tensor of a weights file with a value that is not finite."""
     if not torch.isfinite(tensor).all():
         raise ConfigError(f"{path}: tensor {name} holds values that are not finite")
