@@ -6,6 +6,7 @@ python examples/finetune_with_trl.py hub/mine tuned
 
 import sys
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -29,6 +30,7 @@ trainer = SFTTrainer(
         logging_steps=5,
         save_strategy="no",
         report_to=[],
+        use_cpu=not torch.cuda.is_available(),  # else trl computes in bf16
     ),
     train_dataset=Dataset.from_list(sums),
     processing_class=tokenizer,

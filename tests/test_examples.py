@@ -58,7 +58,6 @@ def test_fine_tuning_an_export(name: str, tmp_path: Path) -> None:
     assert len(losses) >= 4 and min(losses) < losses[0] - 0.1, done.stdout
     assert "8 loops" in done.stdout
     tuned = openmythos.load(tmp_path / "tuned")
-    assert not torch.equal(tuned.embed.weight, model.embed.weight) or "lora" in name
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         assert not torch.allclose(tuned(tokens).logits, model(tokens).logits, atol=1e-2)
