@@ -66,7 +66,7 @@ class _Beside:
 
     @classmethod
     def of(cls, source: Source, tokenizer: Tokenizer | None) -> "_Beside":
-        """What a source has; a public tokenizer that is no file, or lacks settings, is made."""
+        """What a source has; what a public tokenizer lacks as files is made."""
         if source.run is not None:
             return cls({})
         folders = (source.path / "tokenizer", source.path)
