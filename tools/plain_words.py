@@ -49,6 +49,7 @@ BANNED = {
 # Files that quote the names of other projects.
 QUOTES = {
     "benchmarks/contenders.py",
+    "examples/load_public_model.py",
     "src/openmythos/hub/huginn.py",
     "tests/hub/references.py",
     "tests/model/test_mythos.py",
