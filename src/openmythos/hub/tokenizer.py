@@ -81,7 +81,7 @@ class PublicTokenizer(Tokenizer):
         """The files that say the same as this object, by their names."""
         bos, eos = (self._prompts.id_to_token(i) for i in (self.bos_id, self._stop_ids[0]))
         kind = "PreTrainedTokenizerFast"
-        settings = {"tokenizer_class": kind, "bos_token": bos, "eos_token": eos}
+        settings: dict[str, Any] = {"tokenizer_class": kind, "bos_token": bos, "eos_token": eos}
         if self._adds_bos is not None:
             settings |= {"add_bos_token": self._adds_bos}
         ids = {"bos_token_id": self.bos_id, "eos_token_id": list(self._stop_ids)}
