@@ -29,6 +29,7 @@ from openmythos.studies import (
     depth_lora,
     expert_routing,
     iso_parameter_text,
+    latent_reasoning,
     loop_use,
     looped_scaling,
     loops_against_tokens,
@@ -67,6 +68,7 @@ STUDIES: dict[str, Study] = {
         adaptive_computation.STUDY,
         breadth_and_depth.STUDY,
         loops_against_tokens.STUDY,
+        latent_reasoning.STUDY,
         looped_scaling.STUDY,
         iso_parameter_text.STUDY,
     )

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from scipy.special import betaincinv, stdtrit
+from scipy.special import bdtr, betaincinv, stdtrit
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
@@ -62,6 +62,15 @@ def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
         float(betaincinv(successes + 1, trials - successes, 0.975)) if successes < trials else 1.0
     )
     return low, high
+
+
+def mcnemar(pairs: Sequence[tuple[bool, bool]]) -> float:
+    """Two-sided p of the exact McNemar test that two methods are right equally often.
+
+    `pairs`: for each problem, whether the first and whether the second is right.
+    """
+    first, second = pairs.count((True, False)), pairs.count((False, True))
+    return min(1.0, 2 * float(bdtr(min(first, second), first + second, 0.5)))
 
 
 def succeeded(values: Sequence[float], bar: float) -> str:

@@ -91,6 +91,8 @@ class Arm:
             return replace(self, run=run, rates=())
         first = max(2, data.min_hops)
         most = min(first + 1, data.max_hops)
+        if data.thoughts.kind != "none":
+            first = most  # thoughts know no curriculum on the hops
         short = self._training(num_steps=3, batch_size=4).run
         run = replace(short, data=replace(data, max_hops=most, first_hops=first))
         return replace(self, run=fitted(run), rates=())
