@@ -285,7 +285,8 @@ def _trial(study: Study, runs: Sequence[RunResult]) -> Trial:
 
 def _tuned(arm: Arm, trials: Sequence[Trial]) -> Arm:
     """The arm at the rate with the best fit; the lowest of equal ones."""
-    own = sorted((t for t in trials if t.arm == arm.name), key=lambda trial: trial.rate)
+    name = arm.tuned_as or arm.name
+    own = sorted((t for t in trials if t.arm == name), key=lambda trial: trial.rate)
     return arm.at_rate(max(own, key=lambda trial: trial.fit).rate) if own else arm
 
 

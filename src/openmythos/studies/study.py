@@ -34,7 +34,8 @@ class Arm:
     Each learning rate in `rates` is tried at full length with `trial_seeds` seeds, and in worlds,
     that no run has; the grid grows until its best is inside. Runs use the rate with the least
     validation loss; without `rates`, the optimizer's `lr`. `factors` are what the arms differ in; a
-    study groups them by these. `most_seeds` > 0: no run for seeds beyond that number.
+    study groups them by these. `most_seeds` > 0: no run for seeds beyond that number. An arm with
+    `tuned_as` uses the rate of the arm of that name.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Arm:
     rates: tuple[float, ...] = ()
     trial_seeds: int = 3
     most_seeds: int = 0
+    tuned_as: str = ""
 
     @classmethod
     def on_text(cls, name: str, model: MythosConfig, training: TrainConfig) -> "Arm":

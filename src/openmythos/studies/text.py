@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,7 +21,7 @@ from openmythos.recurrence.injection import LTI, Injection, NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import LoopSampling, PoissonLoops
 from openmythos.train.config import RunConfig, TextData, TrainConfig
-from openmythos.train.optim import WSD, AdamW
+from openmythos.train.optim import WSD, AdamW, Muon
 from openmythos.train.run import open_data
 from openmythos.train.trainer import StepMetrics, Trainer
 
@@ -77,10 +77,16 @@ def needs_its_loops() -> MythosConfig:
     return replace(text_model(LTI()), prelude_layers=0, coda_layers=0, num_loops=MEAN_LOOPS)
 
 
+def drawn_loops(
+    mean: int = MEAN_LOOPS, per: Literal["sequence", "batch"] = "sequence"
+) -> PoissonLoops:
+    return PoissonLoops(mean_loops=mean, max_loops=16, per=per)
+
+
 def long_training(num_steps: int = 1500) -> TrainConfig:
-    """Loops drawn per sequence from Poisson(6), at most 16."""
-    drawn = PoissonLoops(mean_loops=MEAN_LOOPS, max_loops=16)
-    return replace(text_training(drawn), num_steps=num_steps)
+    """With Muon, and loops drawn per sequence from Poisson(6), at most 16."""
+    muon = Muon(lr=6e-3, adamw_lr_scale=4.0)
+    return replace(text_training(drawn_loops()), num_steps=num_steps, optimizer=muon)
 
 
 def on_text(model: MythosConfig, training: TrainConfig) -> RunConfig:
@@ -92,9 +98,9 @@ def on_text(model: MythosConfig, training: TrainConfig) -> RunConfig:
 def on_two_corpora(model: MythosConfig, training: TrainConfig) -> RunConfig:
     """A run on Python's standard library and an English dictionary, 24 MB in all.
 
-    Of them 6% are held out and reported, and another 3% are for validation.
+    Of them 1% is held out and reported, and another 0.5% is for validation.
     """
-    data = TextData(paths=("stdlib", "gcide"), held_out=0.09)
+    data = TextData(paths=("stdlib", "gcide"), held_out=0.015)
     return RunConfig(model=model, tokenizer=BPE(vocab_size=VOCAB_SIZE), data=data, train=training)
 
 
