@@ -1,6 +1,7 @@
 """Tokenizers of public checkpoints, and the commands on their folders."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,8 @@ def test_generate_and_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     run("generate", folder, *given, "--temperature", 0)
     assert capsys.readouterr().out.startswith("a<|im_end|>b")
     run("plan", folder, "--context", 32)
-    assert str(folder) in capsys.readouterr().out
+    # A narrow terminal breaks a long path.
+    assert str(folder) in re.sub(r"[\s│┃]", "", capsys.readouterr().out)
     assert main(["plan", "no-such-preset"]) == 2
 
 
