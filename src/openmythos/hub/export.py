@@ -24,8 +24,10 @@ from openmythos.config import ConfigError, require, to_dict
 from openmythos.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from openmythos.files import write_atomically, write_json
 from openmythos.hub import export_bundle, export_tokenizer
+from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.model.storage import CONFIG_FILE, WEIGHTS_FILE, check_finite
+from openmythos.nn.latent_attention import LatentAttention
 from openmythos.tasks import Task
 
 PREFIX, HEAD = "model.mythos.", "lm_head.weight"
@@ -139,11 +141,25 @@ def config_json(model: OpenMythos) -> dict[str, Any]:
         "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
         **{theirs: getattr(c, ours) for ours, theirs in BESIDE.items()},
         "hidden_size": c.dim,
-        "num_hidden_layers": c.effective_depth(1),
-        "num_attention_heads": getattr(c.attention, "num_heads", 1),
+        **_attention_json(c),
         **scales,
         "native": native,
     }
+
+
+def _attention_json(c: MythosConfig) -> dict[str, int]:
+    """Sizes of attention for programs that keep keys and values themselves, per head."""
+    a = c.attention
+    if isinstance(a, LatentAttention):
+        kv_heads, head_dim = a.num_heads, a.nope_head_dim + a.rope_head_dim
+    else:
+        kv_heads, head_dim = a.num_kv_heads, a.size(c.dim)
+    sizes = {
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+    return sizes | ({"sliding_window": a.window} if a.window else {})
 
 
 def native_json(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from openmythos.config import from_dict
+from openmythos.hub import export_served
 from openmythos.hub.export_cache import LoopCache
 from openmythos.hub.export_config import OpenMythosConfig
 from openmythos.model.config import MythosConfig
@@ -41,6 +42,7 @@ class OpenMythosPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = OpenMythosConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_attention_backend = True  # that of vLLM, see `export_served`
     _supports_sdpa = True  # the model chooses its own form of attention, which is like sdpa
     _no_split_modules = ("Block", "RecurrentBlock")
 
@@ -59,8 +61,9 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         super().__init__(config)
         # The head is outside the backbone.
         self.mythos = OpenMythos(replace(native_config(config), tie_embeddings=True))
-        if self.device.type != "meta":
-            # `OpenMythos` has initialised them: `_init_weights` must not do it again.
+        self.slots = export_served.attention_slots(self.mythos, config)
+        if self.device.type != "meta" or self.slots:
+            # `OpenMythos` has initialised them, or vLLM loads them: not for `_init_weights`.
             for parameter in self.mythos.parameters():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         self.post_init()
@@ -89,7 +92,7 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         return LoopCache(self.mythos.new_cache(batch, capacity, num_loops=loops))
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(
+    def forward(  # noqa: PLR0913
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -99,6 +102,7 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         use_cache: bool | None = None,
         num_loops: int | None = None,
         last_only: bool = False,
+        inputs_embeds: None = None,  # vLLM wants the name
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """last_hidden_state [batch, seq, dim], or [batch, 1, dim] with last_only.
@@ -107,7 +111,11 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         are read only without a cache: where they start again at 0, a packed document begins. A new
         cache is made only if use_cache is True.
         """
-        _refuse(kwargs)
+        _refuse({**kwargs, "inputs_embeds": inputs_embeds})
+        if self.slots:
+            assert position_ids is not None
+            hidden = export_served.hidden_states(self.mythos, self.slots, input_ids, position_ids)
+            return BaseModelOutputWithPast(last_hidden_state=hidden)
         kept = _given_cache(cache, past_key_values)
         if kept is None and use_cache:
             kept = self.new_cache(len(input_ids), 2 * input_ids.shape[1], num_loops)

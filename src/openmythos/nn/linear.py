@@ -65,4 +65,4 @@ class ReadoutMap(nn.Linear):
 
     def forward(self, state: Tensor) -> Tensor:
         # Autocast computes the map in bf16, but the state keeps its own dtype.
-        return super().forward(state).to(state.dtype)
+        return F.linear(state, self.weight).to(state.dtype)
