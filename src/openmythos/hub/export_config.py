@@ -41,7 +41,7 @@ class OpenMythosConfig(PreTrainedConfig):  # type: ignore[misc]
         self.max_position_embeddings = max_position_embeddings
         self.tie_word_embeddings = tie_word_embeddings
         self.use_cache = use_cache
-        kwargs.pop("num_hidden_layers", None)
+        kwargs.pop("num_hidden_layers", None)  # in older exports
         super().__init__(**kwargs)
 
     @property
