@@ -1,7 +1,6 @@
 """Tokenizers of public checkpoints, and the commands on their folders."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -100,13 +99,15 @@ def test_import_keeps_tokenizer_and_licence(folder: Path, tmp_path: Path) -> Non
     assert main(["import", str(folder), "--out", str(tmp_path / "x"), "--dtype", "int8"]) == 2
 
 
-def test_generate_and_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_and_plan(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = ["--prompt", "a<|im_end|>b", "--max-new-tokens", 5, "--device", "cpu"]
     run("generate", folder, *given, "--temperature", 0)
     assert capsys.readouterr().out.startswith("a<|im_end|>b")
-    run("plan", folder, "--context", 32)
-    # A narrow terminal breaks a long path.
-    assert str(folder) in re.sub(r"[\s│┃]", "", capsys.readouterr().out)
+    monkeypatch.chdir(folder.parent)  # a narrow terminal shortens a long path
+    run("plan", folder.name, "--context", 32)
+    assert folder.name in capsys.readouterr().out
     assert main(["plan", "no-such-preset"]) == 2
 
 
