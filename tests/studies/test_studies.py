@@ -307,18 +307,12 @@ class Here(Executor):
         return future
 
 
-@pytest.mark.parametrize(
-    ("score", "chosen", "asked"),
-    # Losses of three seeds by rate: the mean is least at 2 and 4, the worst seed's at 1 and 0.5.
-    [("mean", 4.0, [1.0, 2.0, 4.0, 8.0]), ("worst", 0.5, [0.25, 0.5, 1.0, 2.0])],
-)
 def test_rates_are_chosen_inside_a_grid_that_grows(
-    score: Any, chosen: float, asked: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The mean of three seeds is least at 4, beyond the grid of 1 and 2; at 8 a seed diverges."""
     arm = replace(ARMS["3 layers, equal parameters"], rates=(1.0, 2.0))
     losses: dict[float, tuple[float | None, ...]] = {
-        0.25: (0.9, 0.9, 0.9),
-        0.5: (0.6, 0.6, 0.6),
         1.0: (0.7, 0.7, 0.7),
         2.0: (0.5, 0.1, 0.8),
         4.0: (0.1, 0.1, 0.9),
@@ -335,7 +329,6 @@ def test_rates_are_chosen_inside_a_grid_that_grows(
         arms=lambda: [arm],
         judge=lambda _runs: Finding("holds", "", [{"arm": "one"}], ""),
         draw=lambda _runs: (plots.new_figure(), [{"arm": "one"}]),
-        trial_score=score,
     )
     monkeypatch.setattr(runner, "run_arm", made_up)
     monkeypatch.setattr(runner, "worker_pool", Here)
@@ -347,9 +340,9 @@ def test_rates_are_chosen_inside_a_grid_that_grows(
         study, tmp_path, seeds=1, quick=True, on_progress=lambda _, total, __: totals.append(total)
     )
     data = read_json(tmp_path / "results.json")
-    assert sorted(t["rate"] for t in data["trials"]) == asked
+    assert sorted(t["rate"] for t in data["trials"]) == [1.0, 2.0, 4.0, 8.0]
     assert all(trial["seconds"] == 6.0 for trial in data["trials"])
-    assert data["runs"][0]["settings"]["train"]["optimizer"]["lr"] == chosen
+    assert data["runs"][0]["settings"]["train"]["optimizer"]["lr"] == 4.0
     assert totals[0] == 3 and totals[-1] == 5
 
 

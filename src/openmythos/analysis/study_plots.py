@@ -14,6 +14,13 @@ Figure = Any  # matplotlib's, which only `plots` imports
 TRAINED = {"color": "#D9D9D9", "linewidth": 6, "zorder": 0.9}  # marks the trained range
 
 
+class Lines(dict[str, dict[Any, list[float]]]):
+    """Values of all seeds, by line and x."""
+
+    def add(self, line: str, x: float | str, value: float) -> None:
+        self.setdefault(line, {}).setdefault(x, []).append(value)
+
+
 def hops_against_loops(
     grid: Mapping[int, Mapping[int, float | int]],
     lines: Mapping[str, Mapping[int, Sequence[float | int]]],

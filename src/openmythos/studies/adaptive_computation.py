@@ -287,8 +287,8 @@ def text_rows(runs: Sequence[RunResult]) -> Iterator[dict[str, str]]:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Mean loops used against hops, per rule; accuracy against mean loops."""
-    lines: dict[str, dict[int, list[float]]] = {}
-    points: dict[str, dict[int, list[float]]] = {}
+    lines = study_plots.Lines()
+    points = study_plots.Lines()
     rows: list[dict[str, object]] = []
     texts = text_arms()
     for arm, runs in by_arm(results).items():
@@ -298,8 +298,8 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
             name = rule if arm == LOOPED else arm
             for run in runs:
                 for hops, (accuracy, loops) in by_hops(run, rule).items():
-                    lines.setdefault(name, {}).setdefault(hops, []).append(loops)
-                    points.setdefault(name, {}).setdefault(hops, []).append(accuracy)
+                    lines.add(name, hops, loops)
+                    points.add(name, hops, accuracy)
                     rows.append(
                         {"rule": name, "seed": run.seed, "hops": hops}
                         | {"accuracy": accuracy, "loops": loops}

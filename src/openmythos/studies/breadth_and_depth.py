@@ -29,6 +29,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     as_sentence,
+    bands_note,
     by_arm,
     by_bars,
     curve_of,
@@ -276,15 +277,15 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Facts by loops at inference, and chains by hops, for every arm."""
-    by_loops: dict[str, dict[int, list[float]]] = {}
-    by_hops: dict[str, dict[int, list[float]]] = {}
+    by_loops = study_plots.Lines()
+    by_hops = study_plots.Lines()
     rows: list[dict[str, object]] = []
     for run in results:
         for loops, share in curve_of(run.curve["facts"]).items():
-            by_loops.setdefault(run.arm, {}).setdefault(loops, []).append(share)
+            by_loops.add(run.arm, loops, share)
             rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "facts": share})
         for hops, row in grid_of(run.curve["chains"]).items():
-            by_hops.setdefault(run.arm, {}).setdefault(hops, []).append(_at_loops(row))
+            by_hops.add(run.arm, hops, _at_loops(row))
             for loops, share in row.items():
                 place = {"arm": run.arm, "seed": run.seed, "hops": hops, "loops": loops}
                 rows.append(place | {"chains": share})
@@ -294,7 +295,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         y_labels=["right [%]"],
         percent=True,
         ticks=True,
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 

@@ -25,6 +25,7 @@ from openmythos.studies.study import (
     Study,
     Verdict,
     as_sentence,
+    bands_note,
     by_arm,
     curve_of,
     factors_of,
@@ -169,8 +170,8 @@ def _table(groups: Mapping[str, Sequence[RunResult]]) -> Iterator[dict[str, str]
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Held-out loss against loops per rank; accuracy against hops per rank."""
-    text: dict[str, dict[float, list[float]]] = {}
-    hops: dict[str, dict[float, list[float]]] = {}
+    text = study_plots.Lines()
+    hops = study_plots.Lines()
     rows: list[dict[str, object]] = []
     factors = factors_of(arms())
     for run in results:
@@ -178,19 +179,19 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         if factors[run.arm]["data"] == "text":
             for loops in (TRAINED,) if run.arm == UNTIED else curve_of(run.curve):
                 loss = nats(run, loops)
-                text.setdefault(name, {}).setdefault(loops, []).append(loss)
+                text.add(name, loops, loss)
                 rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "nats": loss})
             continue
         for count in grid_of(run.curve):
             share = best(run, count)
-            hops.setdefault(name, {}).setdefault(count, []).append(100 * share)
+            hops.add(name, count, 100 * share)
             rows.append({"arm": run.arm, "seed": run.seed, "hops": count, "accuracy": share})
     figure = study_plots.line_panels(
         {f"text (trained with {TRAINED} loops)": text, "k-hop (trained to 10 hops)": hops},
         x_labels=["num_loops at inference", "hops"],
         y_labels=["held-out loss [nats / token]", "accuracy at the best num_loops [%]"],
         ticks=True,
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 

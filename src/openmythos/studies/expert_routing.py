@@ -25,6 +25,7 @@ from openmythos.studies.study import (
     Study,
     Verdict,
     as_sentence,
+    bands_note,
     by_arm,
 )
 from openmythos.studies.text import TextRun, text_model, text_training
@@ -127,7 +128,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Load of the experts, most loaded first, per arm."""
-    loads: dict[str, dict[float, list[float]]] = {}
+    loads = study_plots.Lines()
     rows: list[dict[str, object]] = []
     for run in results:
         rows.append(
@@ -135,12 +136,12 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
             | {key: value for key, value in run.curve.items() if key != "load"}
         )
         for place, load in enumerate(sorted(run.curve.get("load", []), reverse=True), start=1):
-            loads.setdefault(run.arm, {}).setdefault(place, []).append(load)
+            loads.add(run.arm, place, load)
     figure = study_plots.line_panels(
         {"": loads},
         x_labels=["expert, most loaded first"],
         y_labels=["load on held-out text / mean load"],
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 

@@ -37,6 +37,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     as_sentence,
+    bands_note,
     by_arm,
     by_bars,
     table_of,
@@ -252,22 +253,22 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
-    """The cost of forced experts, and distinct experts by loops, a dot per seed."""
-    distinct_by: dict[str, dict[int, list[float]]] = {}
-    alike: dict[str, dict[int, list[float]]] = {}
+    """Distinct experts by loops, and the overlap of each loop with the first."""
+    distinct_by = study_plots.Lines()
+    alike = study_plots.Lines()
     rows: list[dict[str, object]] = []
     for run in results:
         flat = {key: value for key, value in run.curve.items() if not isinstance(value, list)}
         rows.append({"arm": run.arm, "seed": run.seed} | {"score": score(run)} | flat)
         for loops, value in run.curve.get("distinct", {}).items():
-            distinct_by.setdefault(run.arm, {}).setdefault(int(loops), []).append(value)
+            distinct_by.add(run.arm, int(loops), value)
         for loop, value in enumerate(run.curve.get("jaccard_matrix", [[]])[0][1:], start=2):
-            alike.setdefault(run.arm, {}).setdefault(loop, []).append(value)
+            alike.add(run.arm, loop, value)
     figure = study_plots.line_panels(
         {"distinct experts / top_k": distinct_by, "experts shared with the first loop": alike},
         x_labels=["loops", "loop"],
         y_labels=["distinct experts of a token / top_k", "Jaccard index with loop 1"],
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 

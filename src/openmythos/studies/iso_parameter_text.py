@@ -23,6 +23,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     as_sentence,
+    bands_note,
     by_arm,
     by_bars,
     factors_of,
@@ -265,7 +266,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
-    """Loss by layers or loops, and by training FLOPs."""
+    """Loss by layers or loops, a panel per number of tokens."""
     panels: dict[str, dict[str, dict[float, list[float]]]] = {
         f"{tokens:g} M tokens": {"layers": {}, "loops of one layer": {}} for tokens in TOKENS
     }
@@ -285,7 +286,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         y_labels=["held-out loss [nats / token]"],
         log_x=True,
         same_y=True,
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 

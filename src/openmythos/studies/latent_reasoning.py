@@ -29,6 +29,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     as_sentence,
+    bands_note,
     by_arm,
     by_bars,
     curve_of,
@@ -237,19 +238,19 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Accuracy by hops."""
-    by_hops: dict[str, dict[int, list[float]]] = {}
+    by_hops = study_plots.Lines()
     rows: list[dict[str, object]] = []
     for run in results:
         place = {"arm": run.arm, "seed": run.seed}
         for hops, share in curve_of(run.curve["accuracy"]).items():
-            by_hops.setdefault(run.arm, {}).setdefault(hops, []).append(100 * share)
+            by_hops.add(run.arm, hops, 100 * share)
             rows.append(place | {"hops": hops, "accuracy": share})
     figure = study_plots.line_panels(
         {"": by_hops},
         x_labels=["hops"],
         y_labels=["right [%]"],
         ticks=True,
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 

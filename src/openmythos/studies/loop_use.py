@@ -21,6 +21,7 @@ from openmythos.studies.study import (
     Study,
     Verdict,
     as_sentence,
+    bands_note,
     by_arm,
     curve_of,
     to_json,
@@ -152,11 +153,11 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Held-out loss against loops: changes of the model, changes of the training."""
     groups = by_arm(results)
     rows: list[dict[str, object]] = []
-    lines: dict[str, dict[float, list[float]]] = {}
+    lines = study_plots.Lines()
     for name, runs in groups.items():
         for run in runs:
             for loops, loss in curve_of(run.curve).items():
-                lines.setdefault(name, {}).setdefault(loops, []).append(loss)
+                lines.add(name, loops, loss)
                 rows.append({"arm": name, "seed": run.seed, "loops": loops, "nats": loss})
     own = [arm.name for arm in arms() if arm.name not in TABLE_ONLY]
     first = [BASE, *TAKES]
@@ -171,8 +172,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         y_labels=["held-out loss [nats / token]"],
         log_x=True,
         same_y=True,
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds. "
-        f"In the table only: {', '.join(TABLE_ONLY)}.",
+        note=f"{bands_note(results)} In the table only: {', '.join(TABLE_ONLY)}.",
     )
     return figure, rows
 

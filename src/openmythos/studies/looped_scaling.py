@@ -23,6 +23,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     as_sentence,
+    bands_note,
     by_arm,
     by_bars,
     curve_of,
@@ -316,24 +317,23 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Loss by mean loops in training, a line per budget; by loops asked for, at the largest."""
-    by_mean: dict[str, dict[int, list[float]]] = {}
-    by_asked: dict[str, dict[int, list[float]]] = {}
+    by_mean = study_plots.Lines()
+    by_asked = study_plots.Lines()
     rows: list[dict[str, object]] = []
     factors = factors_of(arms())
     for run in results:
         budget, loops = factors[run.arm]["budget"], trained_loops()[run.arm]
-        by_mean.setdefault(f"{budget} TFLOP", {}).setdefault(loops, []).append(own(run))
+        by_mean.add(f"{budget} TFLOP", loops, own(run))
         for asked, loss in curve_of(run.curve).items():
             rows.append({"arm": run.arm, "seed": run.seed, "loops": asked, "nats": loss})
             if float(budget) == BUDGETS[-1]:
-                line = by_asked.setdefault(f"trained with {loops}", {})
-                line.setdefault(asked, []).append(loss)
+                by_asked.add(f"trained with {loops}", asked, loss)
     figure = study_plots.line_panels(
         {"": by_mean, f"{BUDGETS[-1]:g} TFLOP": by_asked},
         x_labels=["mean loops in training", "num_loops at inference"],
         y_labels=["held-out loss [nats / token]"],
         log_x=True,
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 

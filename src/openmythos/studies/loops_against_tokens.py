@@ -27,6 +27,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     as_sentence,
+    bands_note,
     by_arm,
     by_bars,
     curve_of,
@@ -206,17 +207,17 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
-    """Accuracy by hops; milliseconds by batch, a dot per seed."""
-    by_hops: dict[str, dict[int, list[float]]] = {}
-    by_batch: dict[str, dict[int, list[float]]] = {}
+    """Accuracy by hops; CPU milliseconds per answer by batch."""
+    by_hops = study_plots.Lines()
+    by_batch = study_plots.Lines()
     rows: list[dict[str, object]] = []
     for run in results:
         place = {"arm": run.arm, "seed": run.seed}
         for hops, share in curve_of(run.curve["accuracy"]).items():
-            by_hops.setdefault(run.arm, {}).setdefault(hops, []).append(100 * share)
+            by_hops.add(run.arm, hops, 100 * share)
             rows.append(place | {"hops": hops, "accuracy": share})
         for batch, spent in curve_of(run.curve["milliseconds"]).items():
-            by_batch.setdefault(run.arm, {}).setdefault(batch, []).append(spent / batch)
+            by_batch.add(run.arm, batch, spent / batch)
             rows.append(
                 place | {"batch": batch, "milliseconds": spent, "flops": run.curve["flops"]}
             )
@@ -225,7 +226,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         x_labels=["hops, and loops or tokens", "batch"],
         y_labels=["right [%]", "CPU time per answer [ms]"],
         ticks=True,
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 

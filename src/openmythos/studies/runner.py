@@ -271,7 +271,7 @@ def _trials(
             same = found.setdefault((result.arm, result.rate), [])
             same.append(result)
             if len(same) == wanted[result.arm]:
-                yield _trial(get(work.study), same)
+                yield _trial(same)
 
 
 def _next_rates(arm: Arm, trials: Sequence[Trial]) -> list[float]:
@@ -289,10 +289,10 @@ def _next_rates(arm: Arm, trials: Sequence[Trial]) -> list[float]:
     return [best / ratio] if best == tried[0] else []
 
 
-def _trial(study: Study, runs: Sequence[RunResult]) -> Trial:
+def _trial(runs: Sequence[RunResult]) -> Trial:
     """Combine runs of one arm at one learning rate, with different seeds, into a trial."""
     losses = [_DIVERGED if run.validation is None else run.validation for run in runs]
-    loss = max(losses) if study.trial_score == "worst" else statistics.mean(losses)
+    loss = statistics.mean(losses)
     seconds = round(sum(run.seconds for run in runs), 3)
     return Trial(runs[0].arm, runs[0].rate, runs[0].settings, -loss, seconds)
 

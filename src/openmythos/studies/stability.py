@@ -203,14 +203,14 @@ def _typical(sizes: Sequence[float | None]) -> str:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Final loss and rho of every run by learning rate; the state by loops at every rate."""
-    loss: dict[str, dict[float, list[float]]] = {}
-    radii: dict[str, dict[float, list[float]]] = {}
+    loss = study_plots.Lines()
+    radii = study_plots.Lines()
     sizes: dict[float, dict[str, list[Mapping[int, float | None]]]] = {}
     rows: list[dict[str, object]] = []
     for name, runs in by_injection(results).items():
         for run in runs:
-            loss.setdefault(name, {}).setdefault(run.rate, []).append(final_loss(run))
-            radii.setdefault(name, {}).setdefault(run.rate, []).append(rho(run))
+            loss.add(name, run.rate, final_loss(run))
+            radii.add(name, run.rate, rho(run))
             by_loops = state_rms(run)
             sizes.setdefault(run.rate, {}).setdefault(name, []).append(by_loops)
             rows.append(

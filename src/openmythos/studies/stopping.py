@@ -145,8 +145,7 @@ def measure_hops(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     model.eval()
     hops, cap = ((2, 4), 6) if quick else (HOPS, CAP)
     asked = rules() if arm.name == LOOPED else {}
-    found: dict[str, Any] = {"rules": {}, "fixed": {}, "oracle": {}, "all": {}, "rank": {}}
-    ranks: dict[str, list[Tensor]] = {}
+    found: dict[str, Any] = {"rules": {}, "fixed": {}, "oracle": {}, "all": {}}
     for hop in hops:
         generator = torch.Generator().manual_seed(ASKED_SEED + hop)
         batch = arm.task.sample(20 if quick else 200, hop, generator).to(model.device)
@@ -165,8 +164,6 @@ def measure_hops(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
         for name, (correct, used) in stopped.items():
             row = [float(correct.mean()), float(used.mean())]
             found["rules"].setdefault(name, {})[str(hop)] = row
-            ranks.setdefault(name, []).append(torch.stack((torch.full_like(used, hop), used)))
-    found["rank"] = {name: spearman(*torch.cat(parts, dim=1)) for name, parts in ranks.items()}
     if asked and not quick:
         found["milliseconds"] = _milliseconds(model, arm)
     return found
@@ -205,15 +202,6 @@ def _milliseconds(model: OpenMythos, arm: Arm) -> dict[str, float]:
             model(problem[None], num_loops=CAP, exit_rule=rule, last_only=True)
         found[name] = 1e3 * (time.process_time() - begun) / TIMED
     return found
-
-
-def spearman(left: Tensor, right: Tensor) -> float:
-    """Rank correlation; 0 where one side does not vary."""
-    from scipy.stats import spearmanr  # takes most of a second to import
-
-    if any(bool((side == side[0]).all()) for side in (left, right)):
-        return 0.0
-    return float(spearmanr(left.cpu(), right.cpu()).statistic)
 
 
 class Stopped(NamedTuple):
@@ -279,10 +267,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
     learned = {n: each for n, each in found.items() if n not in whole | single}
     names = [name for name, each in whole.items() if passes(each)]
     best = min(names or whole, key=lambda name: mean(whole[name], "loops"))
-    above, gain = (
-        mean(whole[best], "oracle"),
-        100 * (mean(whole[best], "accuracy") - mean(whole[best], "fixed")),
-    )
+    above = mean(whole[best], "oracle")
+    gain = 100 * (mean(whole[best], "accuracy") - mean(whole[best], "fixed"))
     frozen = [name for name, each in single.items() if passes(each)]
     halts = [name for name, each in learned.items() if passes(each)]
     statements = {
@@ -297,7 +283,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
     brief = f"{len(names)} of {len(whole)} rules for whole sequences pass, {len(frozen)} of "
     brief += f"{len(single)} that freeze positions, {len(halts)} of {len(learned)} learned."
     table = [_row(name, each) for name, each in found.items()]
-    table += [row for run in by_arm(results).get(TEXT, [])[:1] for row in _text_rows(results, run)]
+    if TEXT in by_arm(results):
+        table += _text_rows(by_arm(results)[TEXT])
     return Finding(by_bars(statements), as_sentence(statements), table, brief)
 
 
@@ -314,10 +301,10 @@ def _row(name: str, each: Sequence[Stopped]) -> dict[str, str]:
     }
 
 
-def _text_rows(results: Sequence[RunResult], first: RunResult) -> list[dict[str, str]]:
+def _text_rows(runs: Sequence[RunResult]) -> list[dict[str, str]]:
     """Text: loss in nats in place of accuracy."""
-    runs, rows = by_arm(results)[TEXT], []
-    for rule in first.curve["rules"]:
+    rows = []
+    for rule in runs[0].curve["rules"]:
         nats, loops = zip(*(run.curve["rules"][rule] for run in runs), strict=True)
         fixed = [
             min(loss for n, loss in curve_of(run.curve["fixed"]).items() if n <= max(1, used))
@@ -336,26 +323,22 @@ def _text_rows(results: Sequence[RunResult], first: RunResult) -> list[dict[str,
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Loops used minus hops by rule, with the oracle; accuracy by hops."""
-    lines: dict[str, dict[int, list[float]]] = {}
-    points: dict[str, dict[int, list[float]]] = {}
+    lines = study_plots.Lines()
+    points = study_plots.Lines()
     rows: list[dict[str, object]] = []
     shown = ("KL < 1e-2", "KL < 1e-3", "same answer 4 times")
-    for arm, runs in by_arm(results).items():
-        for run in runs if arm != TEXT else ():
-            for rule, by_hops in run.curve["rules"].items():
-                name = rule if arm == LOOPED else arm
-                for hops, (accuracy, loops) in by_hops.items():
-                    rows.append(
-                        {"rule": name, "seed": run.seed, "hops": int(hops)}
-                        | {"accuracy": accuracy, "loops": loops}
-                    )
-                    if arm != LOOPED or (rule.startswith(shown) and not rule.endswith("token")):
-                        lines.setdefault(name, {}).setdefault(int(hops), []).append(loops)
-                        points.setdefault(name, {}).setdefault(int(hops), []).append(accuracy)
-            for hops, loops in curve_of(run.curve["oracle"]).items() if arm == LOOPED else ():
-                lines.setdefault("oracle", {}).setdefault(hops, []).append(loops)
-                right = run.curve["all"][str(hops)]
-                points.setdefault("oracle", {}).setdefault(hops, []).append(right)
+    for run in results:
+        for rule, by_hops in run.curve["rules"].items() if run.arm != TEXT else ():
+            name = rule if run.arm == LOOPED else run.arm
+            for hops, (accuracy, loops) in by_hops.items():
+                place = {"rule": name, "seed": run.seed, "hops": int(hops)}
+                rows.append(place | {"accuracy": accuracy, "loops": loops})
+                if run.arm != LOOPED or (rule.startswith(shown) and not rule.endswith("token")):
+                    lines.add(name, int(hops), loops)
+                    points.add(name, int(hops), accuracy)
+        for hops, loops in curve_of(run.curve["oracle"]).items() if run.arm == LOOPED else ():
+            lines.add("oracle", hops, loops)
+            points.add("oracle", hops, run.curve["all"][str(hops)])
     figure = study_plots.loops_against_hops(lines, points, trained_hops=20, spare=SPARE)
     return figure, rows
 

@@ -160,7 +160,7 @@ class Trial:
     arm: str
     rate: float
     settings: Mapping[str, Any]
-    fit: int | float  # minus the validation loss: mean over seeds, or of the worst seed
+    fit: int | float  # minus the validation loss, mean over seeds
     seconds: int | float
 
 
@@ -206,11 +206,15 @@ class Study:
     caption: str = ""
     # (model, run) -> what a trial minimises; None: the validation loss.
     score: Callable[[OpenMythos, RunConfig], float] | None = None
-    trial_score: Literal["mean", "worst"] = "mean"  # of the seeds of a trial
     # Number of evenly spaced measurements during training: curve["by_step"].
     snapshots: int = 0
     # Written by hand: deviations from what was fixed before the first run, and why.
     deviations: tuple[str, ...] = ()
+
+
+def bands_note(results: Sequence[RunResult]) -> str:
+    """The line below a figure that says what its bands are."""
+    return f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds."
 
 
 def table_of(

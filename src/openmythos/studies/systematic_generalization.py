@@ -21,6 +21,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     Verdict,
+    bands_note,
     by_arm,
     curve_of,
 )
@@ -155,23 +156,23 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Accuracy on ood pairs against training steps, and against loops after training."""
-    by_step: dict[str, dict[float, list[float]]] = {}
-    after: dict[str, dict[float, list[float]]] = {}
+    by_step = study_plots.Lines()
+    after = study_plots.Lines()
     rows: list[dict[str, object]] = []
     for result in results:
         for step, found in result.curve["by_step"].items():
-            by_step.setdefault(result.arm, {}).setdefault(int(step), []).append(best(found, "ood"))
+            by_step.add(result.arm, int(step), best(found, "ood"))
             for part in PARTS:
                 row = {"arm": result.arm, "seed": result.seed, "step": int(step), "part": part}
                 rows.append(row | {"accuracy": best(found, part)})
         for loops, share in by_loops(result.curve, "ood").items():
-            after.setdefault(result.arm, {}).setdefault(loops, []).append(share)
+            after.add(result.arm, loops, share)
     figure = study_plots.line_panels(
         {"pairs of facts never composed (ood)": by_step, "the same, after training": after},
         x_labels=["training steps", "num_loops at inference (layers: 1)"],
         y_labels=["accuracy [%]"],
         percent=True,
-        note=f"Bands: minimum to maximum of {len({result.seed for result in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 

@@ -24,6 +24,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     as_sentence,
+    bands_note,
     by_arm,
     by_bars,
     curve_of,
@@ -203,17 +204,17 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Held-out loss against loops above that at 6 loops, and the two laws of the base."""
-    by_loops: dict[str, dict[int, list[float]]] = {}
-    laws: dict[str, dict[int, list[float]]] = {}
+    by_loops = study_plots.Lines()
+    laws = study_plots.Lines()
     rows: list[dict[str, object]] = []
     for run in results:
         reference = at(run, MEAN_LOOPS)
         for loops, loss in nats(run).items():
-            by_loops.setdefault(run.arm, {}).setdefault(loops, []).append(loss - reference)
+            by_loops.add(run.arm, loops, loss - reference)
             rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "nats": loss})
         for law in LAWS if run.arm == BASE else ():
             for loops, loss in fitted(nats(run), law).items():
-                laws.setdefault(law, {}).setdefault(loops, []).append(loss - reference)
+                laws.add(law, loops, loss - reference)
         for policy, loss in run.curve["nats_by_policy"].items():
             rows.append({"arm": run.arm, "seed": run.seed, "policy": policy, "nats": loss})
     beyond = {
@@ -225,7 +226,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         x_labels=["num_loops at inference"],
         y_labels=["loss above that at 6 loops [nats]"],
         log_x=True,
-        note=f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds.",
+        note=bands_note(results),
     )
     return figure, rows
 
