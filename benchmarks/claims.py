@@ -508,7 +508,7 @@ VERDICTS = (
     "Clopper and Pearson, other numbers with Student's t over seeds, and arms are compared by "
     "paired differences. `--report-only` judges the kept runs again and trains nothing. Studies "
     "whose report says *first edition* are older: they chose rates on the data that they report, "
-    "and share one table of facts."
+    "share one table of facts, and have rules of their own for a claim that holds in part."
 )
 
 

@@ -17,7 +17,7 @@ from openmythos.recurrence.injection import NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.learning import TASK_TRAINING, on_task
-from openmythos.studies.statistics import percent
+from openmythos.studies.statistics import percent, succeeded
 from openmythos.studies.study import (
     Arm,
     Finding,
@@ -132,7 +132,9 @@ def judge(results: Sequence[RunResult]) -> Finding:
         row = {"layers x loops": f"{layers} x {loops}"}
         for task in TASKS:
             runs = groups[name_of(task, layers, loops)]
-            row[f"{task}, accuracy"] = percent([accuracy(run) for run in runs])
+            shares = [accuracy(run) for run in runs]
+            row[f"{task}, accuracy"] = percent(shares)
+            row[f"{task}, seeds that solve it"] = succeeded(shares, SOLVED)
             row[f"{task}, learning rate"] = f"{runs[0].rate:g}"
         row["parameters"] = f"{groups[name_of('p-hop', layers, loops)][0].parameters:,}"
         table.append(row)

@@ -28,8 +28,9 @@ def report_markdown(study: Study, stored: Stored) -> str:
         "",
         *([f"*{study.caption}*", ""] if study.caption else []),
         f"**Method.** {study.method} Seeds: {_seeds(results)}; means with 95% intervals (Student's "
-        "t over seeds); where a share's interval would leave 0 to 100%, minimum and maximum. Bands "
-        "in the figure: minimum to maximum of the seeds.",
+        "t over seeds); where a share's interval would leave 0 to 100%, minimum and maximum; "
+        "counts of successes with the interval of Clopper and Pearson. Bands in the figure: "
+        "minimum to maximum of the seeds.",
         "",
         *_section("Set-ups", _setups(study)),
         *markdown_table(finding.table),
