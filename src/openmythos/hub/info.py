@@ -46,7 +46,8 @@ def describe(source: Source) -> dict[str, str]:
         "layers": f"{shape} in prelude / recurrent block / coda, width {config.dim}",
         "loops": f"{config.num_loops}, so {config.effective_depth(config.num_loops)} layers deep",
         "context": f"{config.context:,} tokens, vocabulary of {config.vocab_size:,}",
-        "cache": f"{exact:,} B per token in bf16; {shared:,} B if all loops share a slot",
+        "cache": f"{exact:,} B per token in bf16"
+        + (f"; {shared:,} B if all loops share a slot" if shared != exact else ""),
         "not our default": ", ".join(differences(config)) or "nothing",
         "exit rules": exits(source),
         "first state": _first_state(config),

@@ -69,7 +69,7 @@ class WrittenThoughts(NoThoughts):
 class PauseThoughts(WrittenThoughts):
     """Blanks are one and the same token, with a learned embedding.
 
-    A stage takes a share `stage` of the training; the last, without written steps, the rest.
+    A stage takes a share `stage_share` of the training; the last, without written steps, the rest.
     """
 
     kind: Literal["pauses"] = "pauses"  # type: ignore[assignment]
