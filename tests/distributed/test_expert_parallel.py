@@ -17,8 +17,10 @@ from ranks import (
     by_ranks,
     trainer_of,
 )
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 
 from openmythos.config import ConfigError
+from openmythos.distributed.expert_parallel import check_experts
 from openmythos.distributed.parallelize import Parallel, parallelize
 from openmythos.distributed.ranks import full_tensor
 from openmythos.model.mythos import OpenMythos
@@ -250,6 +252,14 @@ def test_positions_leave_early_on_each_rank_as_alone(together: Together) -> None
         torch.testing.assert_close(logits, alone.logits, rtol=1e-4, atol=1e-5)
         last.add(int(loops_used.max()))
     assert len(last) == 2 and max(last) < 12
+
+
+def test_a_torch_that_cannot_shard_experts_apart_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(_fsdp_common, "ShardPlacementResult")
+    with pytest.raises(ConfigError, match=r"^experts = 2: must be 1 with torch "):
+        check_experts(OpenMythos(MODEL), 2)
 
 
 def test_what_does_not_divide_is_refused(together: Together) -> None:

@@ -247,7 +247,8 @@ def test_compiled_equals_reference(backend: str) -> None:
     names = ("norm", "rotation", "gated map", "attention", "cross-entropy", "experts, many uses")
     case = together([CASES[name] for name in (*names, "experts, one token of many")])
     compiled = torch.compile(case.run, backend=backend, fullgraph=True)
-    assert_fast_equals_reference(case, torch.float32, compiled)
+    with here():  # the compiler does not see `OnDevice`
+        assert_fast_equals_reference(case, torch.float32, compiled)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -416,7 +417,7 @@ def test_padded_groups_hold_the_same_rows(step: int) -> None:
     assert owner.equal(chosen.flatten())
     assert padded.source[padded.place].equal(exact.source[exact.place])
     assert padded.weights[padded.place].equal(exact.weights[exact.place])
-    assert padded.weights.sum() == pytest.approx(float(exact.weights.sum()))
+    assert float(padded.weights.sum()) == pytest.approx(float(exact.weights.sum()))
 
 
 def test_groups_in_bf16_on_a_cpu_are_padded_to_round_sizes() -> None:

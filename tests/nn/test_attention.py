@@ -355,7 +355,7 @@ def test_packed_documents_equal_separate_ones(name: str) -> None:
 def test_cached_keys_and_values_give_the_whole_pass(name: str, chunk: int, padded: bool) -> None:
     """Through a block and a cache's slot; latent attention changes its path on the way."""
     config, seq, batch = VARIANTS[name], 9, 2
-    block = Block(DIM, config, SwiGLU(hidden_dim=8), EPS).double().eval()
+    block = Block(DIM, config, SwiGLU(hidden_dim=8), EPS).double().eval().to(here())
     valid = torch.arange(seq) >= torch.tensor([0, 4])[:, None] if padded else None
     x = torch.randn(batch, seq, DIM, dtype=torch.double)
     kept = Halting(NoCache(), None)

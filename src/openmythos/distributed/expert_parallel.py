@@ -7,17 +7,15 @@ it shards other weights over all ranks. No row is dropped: ranks first exchange 
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import (
-    FSDPMeshInfo,
-    HSDPMeshInfo,
-    ShardPlacementResult,
-)
+from torch.distributed.fsdp._fully_shard import _fsdp_common
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from openmythos import kernels
@@ -26,8 +24,11 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.dispatch import Dispatched
 from openmythos.nn.moe import MoELayer
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+
 # The mesh and dimension that FSDP2 shards a parameter on; None: the default.
-Placement = Callable[[nn.Parameter], ShardPlacementResult | None]
+Placement = Callable[[nn.Parameter], "ShardPlacementResult | None"]
 
 
 class _AllToAll(torch.autograd.Function):
@@ -77,6 +78,11 @@ class AllToAllDispatcher:
 
 def check_experts(model: OpenMythos, experts: int) -> None:
     """Raise a ConfigError unless every MoE layer can be split into `experts` parts."""
+    if not hasattr(_fsdp_common, "ShardPlacementResult"):
+        raise ConfigError(
+            f"experts = {experts}: must be 1 with torch {torch.__version__}, which cannot shard "
+            "experts over other ranks than the rest; update torch"
+        )
     layers = _layers(model)
     if not layers:
         raise ConfigError(f"experts = {experts}: must be 1 for a model without routed experts")
@@ -107,7 +113,8 @@ def split_experts(model: OpenMythos, mesh: DeviceMesh) -> Placement:
         if len(names) == 1
         else HSDPMeshInfo(others, shard_mesh_dim=1, replicate_mesh_dim=0)
     )
-    return lambda weight: ShardPlacementResult(Shard(0), info) if weight in split else None
+    own = _fsdp_common.ShardPlacementResult(Shard(0), info)
+    return lambda weight: own if weight in split else None
 
 
 def average_over_all(units: Sequence[nn.Module]) -> None:

@@ -268,7 +268,8 @@ class _RoutedExperts(torch.autograd.Function):
 def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
     """Sum the top_k rows of each token, in a fixed order on every device."""
     chosen = rows.index_select(0, place.flatten())
-    return chosen.view(*place.shape, rows.shape[-1]).sum(dim=1)
+    # With a dtype: autocast on a GPU would otherwise sum to fp32, and so make the gradient fp32.
+    return chosen.view(*place.shape, rows.shape[-1]).sum(dim=1, dtype=rows.dtype)
 
 
 # Gradients of weights that are used many times
