@@ -171,14 +171,10 @@ def describe() -> dict[str, str | int | bool | None]:
         subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
         for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "src"))
     )
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        names = (line for line in info.read_text().splitlines() if line.startswith("model name"))
-        cpu = next((line.split(":")[1].strip() for line in names), cpu)
     return {
         "commit": commit or "unknown",
         "dirty": bool(changes),
-        "cpu": cpu,
+        "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_is_native": bf16_is_native(),
@@ -186,6 +182,20 @@ def describe() -> dict[str, str | int | bool | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words: "NVIDIA H100", or "Xeon (AVX512)" with the instructions that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, budget: float = 0.15) -> float:

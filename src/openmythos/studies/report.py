@@ -1,5 +1,6 @@
 """The page of a study: claim, verdict, figure, tables, deviations, and how to run it again."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from openmythos.config import ConfigError
@@ -124,13 +125,21 @@ def _again(study: Study, stored: Stored) -> Iterator[str]:
     yield ""
     yield (
         f"{len(runs)} runs and {len(trials)} trials of learning rates took {minutes:.0f} minutes "
-        f"{clock}, each on one thread of {machine['cpu']} "
-        f"({machine.get('capability', 'instructions not recorded')}), at commit "
+        f"{clock}, each on one thread of {_machines(runs, machine)}, at commit "
         f"{commits}{', with uncommitted changes' if machine.get('dirty') else ''}."
     )
     if stored.rule:
         yield ""
         yield f"Rule, fixed at commit {stored.rule['commit'][:10]}: {stored.rule['words']}"
+
+
+def _machines(runs: Sequence[RunResult], machine: Mapping[str, Any]) -> str:
+    """What the runs ran on, with the number of runs on each if there are several."""
+    last = f"{machine['cpu']} ({machine.get('capability', 'instructions not recorded')})"
+    counts = Counter(run.machine or last for run in runs)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({count} runs)" for name, count in counts.items())
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:

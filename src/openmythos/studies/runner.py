@@ -19,7 +19,7 @@ from openmythos.config import ConfigError, to_dict, unknown_name
 from openmythos.eval.accuracy import task_loss
 from openmythos.eval.likelihood import depth_sweep
 from openmythos.files import write_atomically
-from openmythos.machine import choose_device, describe, keep_freed_memory
+from openmythos.machine import choose_device, describe, device_name, keep_freed_memory
 from openmythos.planning import cost
 from openmythos.processes import worker_pool
 from openmythos.studies import (
@@ -227,6 +227,7 @@ def run_arm(work: _Work, arm: Arm, seed: int, *, measured: bool = True) -> RunRe
         validation=_validation(study, trainer, run, text),
         seconds=round(time.process_time() - started, 3),
         commit="",
+        machine=device_name(trainer.model.device),
     )
 
 

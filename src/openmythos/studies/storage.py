@@ -92,9 +92,10 @@ def save(out: Path, study: Study, stored: Stored) -> None:
 
 
 def _as_json(result: RunResult) -> dict[str, Any]:
-    """A run; without `validation` if there is none, as in the first edition."""
+    """A run; without what is not known of it, as in the first edition."""
+    optional = {"validation": None, "machine": ""}
     return {
         name: value
         for name, value in asdict(result).items()
-        if name != "validation" or value is not None
+        if name not in optional or value != optional[name]
     }

@@ -145,6 +145,7 @@ class RunResult:
     # Mean loss per token or answer at the training's loops, on text or problems never reported.
     # None: not finite, or not measured (first edition).
     validation: float | None = None
+    machine: str = ""  # what it ran on; "": not recorded
 
     @property
     def rate(self) -> float:
