@@ -185,7 +185,7 @@ def describe() -> dict[str, str | int | bool | None]:
 
 
 def device_name(device: torch.device) -> str:
-    """A device in words: "NVIDIA H100", or "Xeon (AVX512)" with the instructions that torch uses."""
+    """Its name; of a processor, also the instructions that torch uses: "Xeon (AVX512)"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"

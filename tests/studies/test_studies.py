@@ -152,7 +152,10 @@ def test_a_report_says_claim_verdict_and_what_is_not_shown(tmp_path: Path) -> No
     assert "each on one thread of a processor (AVX2), at commit" in text
     two = [replace(results[0], machine="a GPU"), *results[1:]]
     several = report_markdown(study, replace(stored, runs=two))
-    assert f"a GPU (1 runs), a processor (AVX2) ({len(two) - 1} runs), at" in several
+    assert (
+        f"a GPU (1 of {len(two)} runs), a processor (AVX2) ({len(two) - 1} of {len(two)} runs), at"
+        in several
+    )
     moved = replace(stored, rule=rule | {"sha256": "another"})
     assert "The verdict rule or its bars changed after the first run" in report_markdown(
         study, moved

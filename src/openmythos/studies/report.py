@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from openmythos.config import ConfigError
 from openmythos.studies.storage import Stored, rule_of
@@ -139,7 +140,7 @@ def _machines(runs: Sequence[RunResult], machine: Mapping[str, Any]) -> str:
     counts = Counter(run.machine or last for run in runs)
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{name} ({count} runs)" for name, count in counts.items())
+    return ", ".join(f"{name} ({count} of {len(runs)} runs)" for name, count in counts.items())
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
