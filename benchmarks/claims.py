@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import bench
+import goals
 
 from openmythos.studies.runner import STUDIES
 from openmythos.studies.statistics import mean_and_half_width
@@ -121,7 +121,7 @@ def kinds_table(results: Path) -> str:
     heads = [f"{name}, {kind}" for name, kind in runs]
     lines = [f"| | | {' | '.join(heads)} |", "|---" * (len(runs) + 2) + "|"]
     for figure in next(iter(runs.values()))["ratio"]:
-        for name in (*bench.FP32, *bench.BF16):
+        for name in (*goals.FP32, *goals.BF16):
             ratios = [run["ratio"][figure].get(name) for run in runs.values()]
             cells = ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
             lines.append(f"| {figure} | {name.removeprefix('openmythos-')} | {' | '.join(cells)} |")
@@ -374,7 +374,7 @@ def floors_table(results: Path) -> str:
         floor = floors[run["workload"]["name"] == "M"]
         return text if value >= floor else f"**{text}**"
 
-    for names, figure, floors in bench.FLOORS:
+    for names, figure, floors in goals.FLOORS:
         cells = []
         for run in runs:
             value = max(run["ratio"][figure].get(name, 0) for name in names)
@@ -383,7 +383,7 @@ def floors_table(results: Path) -> str:
         lines.append(
             f"| {figure} {floors[0]}x, {floors[1]}x | {contenders} | {' | '.join(cells)} |"
         )
-    low, high = bench.PEAK_FLOORS["S"], bench.PEAK_FLOORS["M"]
+    low, high = goals.PEAK_FLOORS["S"], goals.PEAK_FLOORS["M"]
     cells = []
     for run in runs:
         share = run["share_of_bound"]["training step"]["openmythos-fp32"]
@@ -394,11 +394,11 @@ def floors_table(results: Path) -> str:
         cells = []
         for run in runs:
             peak = run.get("peak_megabytes", {})
-            ratio = peak.get(f"openmythos-{kind}", 0) / peak.get(bench.REFERENCE, 1)
+            ratio = peak.get(f"openmythos-{kind}", 0) / peak.get(goals.REFERENCE, 1)
             text = f"{ratio:.2f}x" if ratio else ""
-            cells.append(text if ratio <= bench.MEMORY_CEILING else f"**{text}**")
+            cells.append(text if ratio <= goals.MEMORY_CEILING else f"**{text}**")
         lines.append(
-            f"| peak memory of the training step, at most {bench.MEMORY_CEILING}x | {kind} | "
+            f"| peak memory of the training step, at most {goals.MEMORY_CEILING}x | {kind} | "
             f"{' | '.join(cells)} |"
         )
     return "\n".join(lines)

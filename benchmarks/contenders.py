@@ -79,6 +79,7 @@ class Workload:
 S = Workload("S", 256, 8, 64, 128, 16, 32, 32, 16, 2, 256, 128, 4, 8, 256)
 M = Workload("M", 512, 8, 128, 256, 32, 64, 64, 64, 4, 2048, 256, 8, 2, 512)
 WORKLOADS = {"S": S, "M": M}
+GPU_SIZES = {"S": replace(S, batch=32, seq=1024), "M": replace(M, batch=16, seq=1024)}
 
 
 class Contender(ABC):
@@ -86,6 +87,10 @@ class Contender(ABC):
 
     name: str
     model: nn.Module
+
+    def to(self, device: torch.device) -> None:
+        """Move the model to a device, before anything else is called."""
+        self.model.to(device)
 
     def start_training(self) -> None:
         """Set up fused AdamW, the same optimizer for all contenders."""
@@ -137,7 +142,8 @@ class Ours(Contender):
         if self.precision == "fp32":
             return self.model
         if self.served is None:
-            self.served = OpenMythos(self.model.config, seed=0).to(torch.bfloat16).eval()
+            self.served = OpenMythos(self.model.config, seed=0).eval()
+            self.served.to(self.model.device, torch.bfloat16)
             if self.compiled:
                 self.served.compile_layers()
         return self.served
@@ -163,17 +169,20 @@ class Ours(Contender):
 
 
 class Reference(Contender):
-    """open-mythos 0.5.0. Its halting threshold is unreachable, so that all loops run."""
+    """open-mythos 0.5.0. Its halting threshold is unreachable, so that all loops run.
+
+    In bf16 it computes under autocast: its rotations are complex numbers, which have no bf16.
+    """
 
     name = "open-mythos 0.5.0"
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, precision: Precision = "fp32") -> None:
         from open_mythos.main import MythosConfig as Config
         from open_mythos.main import OpenMythos as Model
 
         w = workload
         torch.manual_seed(0)
-        self.loops = w.loops
+        self.loops, self.precision = w.loops, precision
         config = Config(
             vocab_size=w.vocab,
             dim=w.dim,
@@ -196,20 +205,26 @@ class Reference(Contender):
         )
         self.model = Model(config)
 
+    def _logits(self, tokens: Tensor, **words: Any) -> Tensor:
+        with autocast(self.precision, tokens.device):
+            logits: Tensor = self.model(tokens, n_loops=self.loops, **words)
+        return logits
+
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.forward(tokens).flatten(0, 1), targets.flatten())
+        with autocast(self.precision, tokens.device):
+            return F.cross_entropy(self._logits(tokens).flatten(0, 1), targets.flatten())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens, n_loops=self.loops)
+        return self._logits(tokens)
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
         cache: dict[str, Any] = {}
-        self.model(tokens, n_loops=self.loops, kv_cache=cache)
+        self._logits(tokens, kv_cache=cache)
         return cache
 
     def decode(self, cache: Any, tokens: Tensor) -> None:
         start = next(iter(cache["prelude_0"].values())).shape[1]
-        self.model(tokens, n_loops=self.loops, kv_cache=cache, start_pos=start)
+        self._logits(tokens, kv_cache=cache, start_pos=start)
 
     def cache_bytes(self, cache: Any) -> int:
         return sum(t.nbytes for slot in cache.values() for t in slot.values())
@@ -277,9 +292,13 @@ CONTENDERS = {
     "openmythos-compiled": lambda workload: Ours(workload, "fp32", compiled=True),
     "openmythos-bf16-compiled": lambda workload: Ours(workload, "bf16", compiled=True),
     "open-mythos": Reference,
+    "open-mythos-bf16": lambda workload: Reference(workload, "bf16"),
     "deepseek-v3": DeepSeek,
 }
-REFERENCE = "open-mythos"
+OURS = tuple(name for name in CONTENDERS if name.startswith("openmythos"))
+CPU_CONTENDERS = (*OURS, "open-mythos", "deepseek-v3")
+GPU_CONTENDERS = (*OURS, "open-mythos", "open-mythos-bf16")
+REFERENCE, REFERENCE_BF16 = "open-mythos", "open-mythos-bf16"
 
 
 def with_shape(workload: Workload, **changes: int) -> Workload:

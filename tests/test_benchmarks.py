@@ -16,11 +16,14 @@ import cache as cache_benchmark
 import claims
 import contenders
 import figures
+import goals
 import host
 import kills
+import limits
 import loader as loader_benchmark
 import path as call_path
 import scaling
+import workers
 
 from openmythos import machine
 from openmythos.config import apply_overrides
@@ -33,15 +36,16 @@ TINY = replace(
     **{"experts": 4, "shared_dim": 16, "expert_dim": 8, "loops": 2, "batch": 2, "seq": 16},
     **{"vocab": 64, "context": 1024},
 )
+CPU = torch.device("cpu")
 LIMITS = {"fp32": 1e11, "bf16": 2e11, "bandwidth": 2e10}
 
 
 @pytest.mark.parametrize("name", ["openmythos-fp32", "openmythos-bf16"])
 def test_every_figure_runs(name: str) -> None:
     contender = contenders.CONTENDERS[name](TINY)
-    for figure, prepare in bench.measures(TINY).items():
+    for figure, prepare in workers.measures(TINY, CPU).items():
         prepare(contender)()
-        assert bench.bound_seconds(TINY, figure, LIMITS, "fp32") > 0
+        assert limits.bound_seconds(TINY, figure, LIMITS, "fp32") > 0
     with torch.no_grad():
         held = contender.prefill(torch.zeros(1, 64, dtype=torch.long), 0)
     size = 2 if name.endswith("bf16") else 4
@@ -57,7 +61,7 @@ def test_our_model_of_a_workload_has_its_shapes() -> None:
 
 
 def result_of(ratio: float, share: float, memory: float) -> dict[str, Any]:
-    figures = {figure: {"openmythos-fp32": ratio} for _, figure, _ in bench.FLOORS}
+    figures = {figure: {"openmythos-fp32": ratio} for _, figure, _ in goals.FLOORS}
     return {
         "workload": {"name": "S"},
         "threads": 1,
@@ -68,8 +72,8 @@ def result_of(ratio: float, share: float, memory: float) -> dict[str, Any]:
 
 
 def test_what_is_below_its_floor_is_named() -> None:
-    assert bench.check_floors([result_of(9.0, 0.9, 50.0)]) == []
-    missed = bench.check_floors([result_of(2.4, 0.5, 90.0)])
+    assert goals.check_floors([result_of(9.0, 0.9, 50.0)]) == []
+    missed = goals.check_floors([result_of(2.4, 0.5, 90.0)])
     assert missed == [
         "S, 1 thread(s): decode, batch 1 of openmythos-fp32 2.40x < 2.5x",
         "S, 1 thread(s): decode, batch 8 of openmythos-fp32 2.40x < 5.0x",
@@ -79,14 +83,50 @@ def test_what_is_below_its_floor_is_named() -> None:
 
 
 def test_bf16_is_left_out_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "bf16_is_native", lambda: False)
-    names, skipped = bench.chosen(None)
+    monkeypatch.setattr(bench, "bf16_is_native", lambda _: False)
+    names, skipped = bench.chosen(None, CPU)
     assert names == ("openmythos-fp32", "openmythos-compiled", "open-mythos", "deepseek-v3")
-    assert set(skipped) == set(bench.BF16)
+    assert set(skipped) == set(goals.BF16)
     assert all("not native" in why for why in skipped.values())
-    assert bench.chosen(["openmythos-bf16"]) == (("openmythos-bf16",), {})
-    monkeypatch.setattr(bench, "bf16_is_native", lambda: True)
-    assert bench.chosen(None) == (tuple(contenders.CONTENDERS), {})
+    assert bench.chosen(["openmythos-bf16"], CPU) == (("openmythos-bf16",), {})
+    monkeypatch.setattr(bench, "bf16_is_native", lambda _: True)
+    assert bench.chosen(None, CPU) == (contenders.CPU_CONTENDERS, {})
+
+
+class NoProcesses:
+    """A team of three contenders: b cannot be prepared, c fails in its second call."""
+
+    def __init__(self) -> None:
+        self.pipes = dict.fromkeys("abc")
+        self.orders: dict[str, list[str]] = {name: [] for name in self.pipes}
+
+    def order(self, name: str, method: str, *_: object) -> None:
+        self.orders[name].append(method)
+
+    def answer(self, name: str) -> Any:
+        method = self.orders[name][-1]
+        if (name, method) in {("b", "prepare"), ("c", "time")}:
+            raise workers.FailedError("out of memory")
+        return {"call": 9.0, "time": [1.0, 2.0, 3.0], "peak_megabytes": 5.0}.get(method)
+
+    def ask(self, name: str, method: str, *arguments: object) -> Any:
+        self.order(name, method, *arguments)
+        return self.answer(name)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_contender_that_fails_does_not_stop_the_others(kind: str) -> None:
+    timing = bench.Timing(NoProcesses(), torch.device(kind), rounds=2)
+    timing.figure("training step")
+    assert timing.seconds == {"training step": {"a": 2.0}}
+    assert timing.first == {"training step": {"a": 9.0, "c": 9.0}}
+    assert timing.failed == {"training step": {"b": "out of memory", "c": "out of memory"}}
+    assert timing.peak == ({"a": 5.0} if kind == "cuda" else {})
+
+
+def test_kind_of_a_gpu_is_its_name_up_to_its_number() -> None:
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090")
+    assert [host.gpu_kind(name) for name in names] == ["h100", "a100", "geforce-rtx-4090"]
 
 
 def test_hardware_says_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +136,7 @@ def test_hardware_says_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch
     assert found["threads"] == torch.get_num_threads()
     for native, suffix in ((True, "-bf16"), (False, "")):
         for module in (machine, host):
-            monkeypatch.setattr(module, "bf16_is_native", lambda native=native: native)
+            monkeypatch.setattr(module, "bf16_is_native", lambda _=CPU, native=native: native)
         assert machine.describe()["bf16_is_native"] is native
         assert host.processor_kind() == capability.lower() + suffix
 

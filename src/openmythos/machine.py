@@ -167,10 +167,7 @@ def describe() -> dict[str, str | int | bool | None]:
 
     "dirty": whether src/ differs from the commit.
     """
-    commit, changes = (
-        subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
-        for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "src"))
-    )
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", "src")
     return {
         "commit": commit or "unknown",
         "dirty": bool(changes),
@@ -182,6 +179,14 @@ def describe() -> dict[str, str | int | bool | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _git(*words: str) -> str:
+    """What a git command prints; nothing where there is no git."""
+    try:
+        return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,95 @@
+"""What a machine can do at most, and the time that a figure needs at least on it."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from contenders import Workload
+
+from openmythos.machine import bf16_is_native, matmul_peak
+from openmythos.nn.cache import ExactCache
+from openmythos.planning import cost
+
+PROMPT = 512
+
+
+def median_seconds(run: Callable[[], object], rounds: int) -> float:
+    taken = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def machine_limits(threads: int, with_bf16: bool, device: torch.device) -> dict[str, float]:
+    """Matmul peaks in FLOP/s and memory bandwidth in byte/s, at this number of CPU threads.
+
+    On a GPU also "tf32", the peak of fp32 products whose factors are rounded to TF32.
+    """
+    torch.set_num_threads(threads)
+    return _gpu_limits(device) if device.type == "cuda" else _cpu_limits(with_bf16)
+
+
+def _cpu_limits(with_bf16: bool) -> dict[str, float]:
+    found = {}
+    dtypes = {"fp32": torch.float32}
+    if bf16_is_native() or with_bf16:
+        dtypes["bf16"] = torch.bfloat16
+    for kind, dtype in dtypes.items():
+        rates = []
+        for m, k, n in ((1024, 1024, 1024), (2048, 256, 1024), (2048, 512, 512)):
+            a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+            rounds = 30 if kind == "fp32" or bf16_is_native() else 1
+            seconds = median_seconds(lambda a=a, b=b: a @ b, rounds)
+            rates.append(2 * m * k * n / seconds)
+        found[kind] = max(rates)
+    large = torch.zeros(64 << 20)
+    found["bandwidth"] = large.nbytes / median_seconds(large.sum, 9)
+    return found
+
+
+def _gpu_limits(device: torch.device) -> dict[str, float]:
+    found, kept = {}, torch.get_float32_matmul_precision()
+    kinds = {"fp32": ("highest", torch.float32), "tf32": ("high", torch.float32)}
+    for kind, (precision, dtype) in (*kinds.items(), ("bf16", (kept, torch.bfloat16))):
+        torch.set_float32_matmul_precision(precision)
+        found[kind] = matmul_peak(device, dtype, budget=0.5)
+    torch.set_float32_matmul_precision(kept)
+    large = torch.zeros(256 << 20, device=device)
+    seconds = median_seconds(lambda: large.sum().item(), 9)
+    found["bandwidth"] = large.nbytes / seconds
+    return found
+
+
+def bound_seconds(workload: Workload, figure: str, limits: dict[str, float], peak: str) -> float:
+    """Lower bound of the time on this machine: the larger of arithmetic and memory traffic."""
+    config, loops = workload.config(), workload.loops
+    parameters = cost.parameters(config)
+    weight = 2 if peak == "bf16" else 4
+    moved = 0.0
+    if figure in ("training step", "forward"):
+        count, seq = workload.batch * workload.seq, workload.seq
+        per_token = (
+            cost.Flops(config, seq).training(loops)
+            if figure == "training step"
+            else cost.Flops(config, seq).forward(loops)
+        )
+    elif figure.startswith("prefill"):
+        count = int(figure.split()[-1]) * PROMPT
+        per_token = cost.Flops(config, PROMPT).forward(loops)
+    else:
+        count = int(figure.split()[-1])
+        # A new token attends to all keys, twice the mean over a causal forward pass.
+        per_token = cost.Flops(config, 2 * PROMPT).forward(loops)
+        cache = cost.cache_bytes(
+            config,
+            context=PROMPT,
+            batch=count,
+            num_loops=loops,
+            policy=ExactCache(),
+            dtype=torch.bfloat16 if peak == "bf16" else torch.float32,
+        )
+        moved = min(parameters.total, parameters.active * count) * weight + cache
+    return max(count * per_token / limits[peak], moved / limits["bandwidth"])
