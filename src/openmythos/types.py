@@ -27,7 +27,7 @@ Queries = Float[Tensor, "batch heads seq head_dim"]
 Keys = Float[Tensor, "batch kv_heads kv_seq head_dim"]
 Values = Float[Tensor, "batch kv_heads kv_seq value_dim"]
 AttentionOutput = Float[Tensor, "batch heads seq value_dim"]
-AttentionMask = Bool[Tensor, "#batch 1 seq kv_seq"]
+AttentionMask = Bool[Tensor, "#batch 1 #seq kv_seq"]
 
 # What an attention layer stores per token.
 KeyValues = Float[Tensor, "batch kv_seq kv_width"]

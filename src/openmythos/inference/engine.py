@@ -1,13 +1,20 @@
-"""Many sequences at a time: add requests, step, read events. Token ids only, no text."""
+"""Many sequences at a time: add requests, step, read events. Token ids only, no text.
+
+    step:   prefill   one chunk of one prompt, or several short ones
+            boundary  coda, head and sampling of rows whose loops are done; their next tokens start
+            loop      every row in its loops runs one more, each its own
+
+(loop-level continuous batching: rows at different tokens and in different loops share a batch,
+since every loop has the same weights). `scheduler` decides, `runner` computes.
+"""
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from openmythos.inference.generation import DecodableModel, decode_one_token, prefill
 from openmythos.inference.request import (
     EngineLimits,
     EngineRequest,
@@ -18,88 +25,85 @@ from openmythos.inference.request import (
     NewToken,
     PromptScored,
     RowInfo,
-    TokenLogprobs,
 )
-from openmythos.inference.sampling import sample
-from openmythos.nn.cache import KVCache
+from openmythos.inference.runner import Continuation, EngineModel, Runner, row_exit
+from openmythos.inference.sampling import logprobs, sample_rows
+from openmythos.inference.scheduler import Scheduler
+from openmythos.types import NextLogits
 
-
-@dataclass
-class _Row:
-    """A sequence, with a cache of its own."""
-
-    request: int
-    asked: EngineRequest
-    sample: int
-    generator: torch.Generator
-    cache: KVCache | None = None
-    token: int = -1
-    new_tokens: int = 0
-    token_loops: int = 0
-
-    def finished(self, reason: FinishReason, message: str = "") -> Finished:
-        return Finished(
-            request=self.request,
-            sample=self.sample,
-            reason=reason,
-            new_tokens=self.new_tokens,
-            token_loops=self.token_loops,
-            message=message,
-        )
+T = TypeVar("T")
 
 
 class Engine:
-    """Continues many prompts at once; every one gets the tokens that it would get alone.
+    """Continues many prompts at once; each gets the tokens that `generation.stream` gives it alone.
 
     `add` queues a request, `step` computes a little of all of them and returns what is new. An
     engine belongs to one thread.
     """
 
-    def __init__(self, model: DecodableModel, limits: EngineLimits | None = None) -> None:
+    def __init__(self, model: EngineModel, limits: EngineLimits | None = None) -> None:
         self.model = model
         self.limits = EngineLimits() if limits is None else limits
+        self._runner = Runner(model, self.limits)
+        self._scheduler: Scheduler[Continuation] = Scheduler(self.limits)
         self._numbers = itertools.count()
-        self._rows: list[_Row] = []
         self._events: list[Event] = []
         self._stats = EngineStats(pages_total=self.limits.pages)
 
     def check(self, request: EngineRequest) -> None:
         """Raise a ValueError for a request that this engine can never answer."""
         request.check(self.model.vocab_size, self.model.context)
+        self._scheduler.check(self._row(request, 0, 0))
 
     def add(self, request: EngineRequest) -> int:
         """Queue a request; returns its number. Raises a ValueError as `check` does."""
         self.check(request)
         number = next(self._numbers)
-        for index in range(request.n):
-            seed = (request.options.sampling.seed + index) % 2**63
-            generator = torch.Generator("cpu").manual_seed(seed)
-            self._rows.append(_Row(number, request, index, generator))
+        for sample in range(request.n):
+            self._scheduler.add(self._row(request, number, sample))
         return number
+
+    def _row(self, asked: EngineRequest, number: int, sample: int) -> Continuation:
+        o, plane_map = asked.options, self._runner.plane_map(asked)
+        seed = (o.sampling.seed + sample) % 2**63
+        return Continuation(
+            request=number,
+            sample=sample,
+            num_loops=o.num_loops,
+            planes=plane_map.total,
+            tokens=len(asked.prompt),
+            most_tokens=len(asked.prompt) + o.max_new_tokens,
+            group=(o.num_loops, o.exit_rule, o.prefill, o.decode),
+            chunkable=asked.chunkable,
+            restartable=asked.restartable,
+            asked=asked,
+            ids=list(asked.prompt),
+            generator=torch.Generator("cpu").manual_seed(seed),
+            plane_map=plane_map,
+            exit=row_exit(o.exit_rule),
+        )
 
     def cancel(self, request: int, sample: int | None = None) -> None:
         """End a request, or one continuation of it; one that has ended already is ignored.
 
         The next step returns a `Finished` event with the reason "cancelled", and no token of it.
         """
-        for row in list(self._rows):
+        for row in [*self._scheduler.running, *self._scheduler.waiting]:
             if row.request == request and sample in (None, row.sample):
-                self._rows.remove(row)
-                self._events.append(row.finished("cancelled"))
+                self._finish(row, "cancelled")
 
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing."""
-        return not self._rows and not self._events
+        return not (self._events or self._scheduler.running or self._scheduler.waiting)
 
+    @torch.inference_mode()
     def step(self) -> list[Event]:
         """Compute a little of every sequence in flight; returns the events, in order."""
         self._stats.steps += 1
-        for row in self._rows[: self.limits.max_rows]:
-            self._advance(row)
+        for part in (self._prefill, self._boundary, self._loop):
+            part()
         events, self._events = self._events, []
-        ended = {(e.request, e.sample) for e in events if isinstance(e, Finished)}
-        self._rows = [row for row in self._rows if (row.request, row.sample) not in ended]
         return events
 
     def run(self, requests: Iterable[EngineRequest]) -> list[Event]:
@@ -117,84 +121,131 @@ class Engine:
             RowInfo(
                 request=row.request,
                 sample=row.sample,
-                phase="waiting" if row.cache is None else "boundary",
-                loop=0,
-                num_loops=row.asked.options.num_loops,
+                phase=row.phase,
+                loop=row.loop if row.phase in ("loop", "boundary") else 0,
+                num_loops=row.num_loops,
                 prompt_tokens=len(row.asked.prompt),
                 new_tokens=row.new_tokens,
             )
-            for row in self._rows
+            for row in (*self._scheduler.running, *self._scheduler.waiting)
         ]
 
     def stats(self) -> EngineStats:
         """A copy of the counters."""
-        running = sum(row.cache is not None for row in self._rows)
-        waiting = len(self._rows) - running
-        return replace(self._stats, rows_running=running, rows_waiting=waiting)
+        scheduler = self._scheduler
+        return replace(
+            self._stats,
+            rows_waiting=len(scheduler.waiting),
+            rows_running=len(scheduler.running),
+            pages_used=scheduler.ledger.pages - scheduler.ledger.free,
+            preemptions=scheduler.preemptions,
+        )
 
-    @torch.no_grad()
-    def _advance(self, row: _Row) -> None:
-        """One token of a row."""
-        asked, o = row.asked, row.asked.options
-        if row.cache is None:
-            if asked.prompt_logprobs is not None and row.sample == 0:
-                self._events.append(self._scored(row, asked.prompt_logprobs))
-            if o.max_new_tokens == 0:
-                self._events.append(row.finished("length"))
-                return
-            row.cache = self._new_cache(row)
-            prompt = torch.tensor([asked.prompt], device=self.model.device)
-            logits, loops = prefill(self.model, prompt, o, row.cache)
-            row.token_loops += len(asked.prompt) * int(loops[0])
-        else:
-            token = torch.tensor([row.token], device=self.model.device)
-            logits, loops = decode_one_token(self.model, token, o, row.cache)
-            row.token_loops += int(loops[0])
-        try:
-            row.token = int(sample(logits, o.sampling, row.generator)[0])
-        except ValueError as error:
-            self._events.append(row.finished("error", str(error)))
+    # The parts of a step
+
+    def _prefill(self) -> None:
+        job = self._scheduler.next_prefill()
+        if job is None:
             return
-        row.new_tokens += 1
-        about = None if asked.logprobs is None else logprobs(logits, [row.token], asked.logprobs)[0]
+        read = self._guarded(job.rows, lambda: self._runner.prefill(job))
+        if read is None or not self._scheduler.prefilled(job):
+            return
+        forks = [self._scheduler.fork(row) for row in job.rows]
+        families = [[row, *others] for row, others in zip(job.rows, forks, strict=True)]
+        everyone = [row for family in families for row in family]
+        if self._guarded(everyone, lambda: self._runner.settle(forks)) is None:
+            return
+        logits, loops = read
+        for row in job.rows:
+            self._stats.prompt_tokens += row.tokens
+            if row.scored:
+                scores, used = (None, *row.scores), tuple(row.prompt_loops)
+                scored = PromptScored(request=row.request, logprobs=scores, loops=used)
+                self._events.append(scored)
+        index = [place for place, family in enumerate(families) for _ in family]
+        self._emit(everyone, logits[index], [loops[place] for place in index])
+
+    def _boundary(self) -> None:
+        rows = self._scheduler.boundary()
+        if not rows:
+            return
+        self._stats.boundaries += 1
+        self._stats.boundary_rows += len(rows)
+        done = [row for row in rows if row.output is not None]
+        if done:
+            logits = self._guarded(done, lambda: self._runner.read_out(done))
+            if logits is not None:
+                self._scheduler.read_out(done)
+                self._emit(done, logits, [row.loop for row in done])
+        going_on = [row for row in rows if row.phase == "boundary"]
+        ready, preempted = self._scheduler.grow(going_on)
+        for row in preempted:
+            self._runner.drop(row)
+        if ready:
+            self._guarded(ready, lambda: self._runner.encode(ready))
+
+    def _loop(self) -> None:
+        rows = self._runner.rows
+        if not rows:
+            return
+        self._stats.loop_steps += 1
+        self._stats.loop_rows += len(rows)
+        done = self._guarded(rows, self._runner.loop)
+        self._scheduler.looped(done or [])
+
+    def _emit(self, rows: Sequence[Continuation], logits: NextLogits, loops: Sequence[int]) -> None:
+        """Draw the next token of each row from its logits [rows, vocab]."""
+        drawn = sample_rows(logits, [(row.asked.options.sampling, row.generator) for row in rows])
+        for index, (row, token) in enumerate(zip(rows, drawn, strict=True)):
+            asked, o = row.asked, row.asked.options
+            if o.max_new_tokens == 0:
+                self._finish(row, "length")
+                continue
+            if token is None:
+                self._finish(row, "error", "logits: are not finite; the weights are damaged")
+                continue
+            row.ids.append(token)
+            row.tokens += 1
+            row.new_tokens += 1
+            self._stats.new_tokens += 1
+            about = None
+            if asked.logprobs is not None:
+                about = logprobs(logits[index : index + 1], [token], asked.logprobs)[0]
+            self._events.append(
+                NewToken(
+                    request=row.request,
+                    sample=row.sample,
+                    token=token,
+                    loops=loops[index],
+                    logprobs=about,
+                )
+            )
+            if token in o.stop_ids:
+                self._finish(row, "stop")
+            elif row.new_tokens == o.max_new_tokens:
+                self._finish(row, "length")
+
+    def _finish(self, row: Continuation, reason: FinishReason, message: str = "") -> None:
+        self._scheduler.remove(row)
+        self._runner.drop(row)
+        row.phase = "ended"
+        self._stats.token_loops += row.token_loops
         self._events.append(
-            NewToken(
+            Finished(
                 request=row.request,
                 sample=row.sample,
-                token=row.token,
-                loops=int(loops[0]),
-                logprobs=about,
+                reason=reason,
+                new_tokens=row.new_tokens,
+                token_loops=row.token_loops,
+                message=message,
             )
         )
-        if row.token in o.stop_ids:
-            self._events.append(row.finished("stop"))
-        elif row.new_tokens == o.max_new_tokens:
-            self._events.append(row.finished("length"))
 
-    def _new_cache(self, row: _Row) -> KVCache:
-        o = row.asked.options
-        room = len(row.asked.prompt) + o.max_new_tokens
-        return self.model.new_cache(
-            1, room, num_loops=o.num_loops, prefill=o.prefill, decode=o.decode
-        )
-
-    def _scored(self, row: _Row, top: int) -> PromptScored:
-        o, prompt = row.asked.options, row.asked.prompt
-        cache, found, used = self._new_cache(row), [], []
-        for place, token in enumerate(prompt):
-            tokens = torch.tensor([token], device=self.model.device)
-            logits, loops = decode_one_token(self.model, tokens, o, cache)
-            used.append(int(loops[0]))
-            found += logprobs(logits, prompt[place + 1 : place + 2], top)
-        return PromptScored(request=row.request, logprobs=(None, *found), loops=tuple(used))
-
-
-def logprobs(logits: Tensor, tokens: Iterable[int], top: int) -> list[TokenLogprobs]:
-    """For each token its log-probability under its row of logits [rows, vocab], and `top` more."""
-    rows = logits.double().log_softmax(dim=-1)
-    found = []
-    for row, token in zip(rows, tokens, strict=False):
-        values, ids = row.topk(top)
-        best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        found.append(TokenLogprobs(float(row[token]), best))
-    return found
+    def _guarded(self, rows: Sequence[Continuation], compute: Callable[[], T]) -> T | None:
+        """The result; None after an error, which ends these rows and leaves the others."""
+        try:
+            return compute()
+        except Exception as error:  # whatever it is, other rows must not suffer from it
+            for row in list(rows):
+                self._finish(row, "error", f"{type(error).__name__}: {error}")
+            return None

@@ -6,11 +6,12 @@ from typing import Literal
 from openmythos.config import require, require_int, require_number
 from openmythos.inference.contrast import NoContrast
 from openmythos.inference.generation import Request
+from openmythos.inference.sampling import TokenLogprobs as TokenLogprobs
 from openmythos.nn.cache import ExactCache, FirstLoopCache
 from openmythos.recurrence.exit_rules import FixedExit
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-Phase = Literal["waiting", "prefill", "loop", "boundary"]
+Phase = Literal["waiting", "prefill", "loop", "boundary", "ended"]
 MOST_SAMPLES = 128
 
 
@@ -39,21 +40,22 @@ class EngineRequest:
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), minimum=0)
         o = self.options
-        require(o.prefill == o.decode, "decode", o.decode.kind, "must be the policy of prefill")
         require(o.latent_steps == 0, "latent_steps", o.latent_steps, "must be 0 in an engine")
         require(o.prefill_chunk == 0, "prefill_chunk", o.prefill_chunk, "is the engine's to choose")
         plain = isinstance(o.sampling.contrast, NoContrast)
         require(plain, "contrast.kind", o.sampling.contrast.kind, "must be none in an engine")
 
     @property
-    def restartable(self) -> bool:
-        """Whether a prompt gives the same keys and values in one pass as in several.
-
-        If so it may be prefilled in chunks, and computed again after its pages were taken away.
-        """
+    def chunkable(self) -> bool:
+        """Whether the prompt gives the same keys and values in one pass as in several."""
         rule = self.options.exit_rule
         alone = isinstance(rule, FixedExit) or rule.scope != "sequence"
-        return alone and isinstance(self.options.decode, ExactCache | FirstLoopCache)
+        return alone and isinstance(self.options.prefill, ExactCache | FirstLoopCache)
+
+    @property
+    def restartable(self) -> bool:
+        """Whether prompt and new tokens, read as one prompt, give the same keys and values."""
+        return self.chunkable and self.options.prefill == self.options.decode
 
     def check(self, vocab_size: int, context: int) -> None:
         """Raise a ValueError unless a model with these sizes can answer the request."""
@@ -94,14 +96,6 @@ class EngineLimits:
         for name in ("max_rows", "pages", "page_tokens", "prefill_budget", "boundary_wait"):
             require_int(name, getattr(self, name), minimum=1)
         require_number("boundary_share", self.boundary_share, at_least=0, at_most=1)
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """The log-probability of a token, and the most likely tokens with theirs, best first."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

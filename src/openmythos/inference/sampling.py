@@ -1,6 +1,7 @@
 """From next-token logits to a token: pure functions."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -66,14 +67,75 @@ def sample(logits: NextLogits, sampling: Sampling, generator: torch.Generator) -
     Raises a ValueError where the logits are not finite.
     """
     if sampling.temperature == 0:
-        # Maximum and its index in one transfer: fp64 represents ids and logits exactly.
-        highest, place = logits.max(dim=-1)
-        score, token = torch.stack((highest.double(), place.double())).cpu()
-        _check_finite(score)
-        return token.long()
-    probability = filtered_logits(logits, sampling).softmax(dim=-1).cpu()
+        return _most_likely(logits)
+    probability = probabilities(logits, sampling)
     _check_finite(probability)
+    return draw(probability, generator)
+
+
+def _most_likely(logits: NextLogits) -> NextTokenIds:
+    # Maximum and its index in one transfer: fp64 represents ids and logits exactly.
+    highest, place = logits.max(dim=-1)
+    score, token = torch.stack((highest.double(), place.double())).cpu()
+    _check_finite(score)
+    return token.long()
+
+
+def probabilities(logits: NextLogits, sampling: Sampling) -> Tensor:
+    """What `sample` draws from at a temperature above 0, [batch, vocab] on the CPU."""
+    return filtered_logits(logits, sampling).softmax(dim=-1).cpu()
+
+
+def draw(probability: Tensor, generator: torch.Generator) -> NextTokenIds:
+    """One token per row of probabilities [batch, vocab]."""
     return torch.multinomial(probability, 1, generator=generator).squeeze(1)
+
+
+def sample_rows(
+    logits: NextLogits, how: Sequence[tuple[Sampling, torch.Generator]]
+) -> list[int | None]:
+    """What `sample` draws from each row alone, with its own settings and generator.
+
+    None for a row whose logits are not finite. Rows with the same settings are filtered together.
+    """
+    groups: dict[Sampling, list[int]] = {}
+    for index, (sampling, _) in enumerate(how):
+        groups.setdefault(replace(sampling, seed=0), []).append(index)
+    found: list[int | None] = [None] * len(how)
+    for sampling, places in groups.items():
+        rows = logits if len(places) == len(how) else logits[places]
+        if sampling.temperature == 0:
+            highest, token = rows.max(dim=-1)
+            finite, tokens = highest.isfinite().tolist(), token.tolist()
+        else:
+            probability = probabilities(rows, sampling)
+            finite = probability.isfinite().all(dim=-1).tolist()
+            tokens = [
+                int(draw(probability[i : i + 1], how[place][1])) if finite[i] else 0
+                for i, place in enumerate(places)
+            ]
+        for place, token, is_finite in zip(places, tokens, finite, strict=True):
+            found[place] = token if is_finite else None
+    return found
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The log-probability of a token, and the most likely tokens with theirs, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """The log-probability of each token under its row of logits [rows, vocab], and `top` more."""
+    rows = logits.double().log_softmax(dim=-1)
+    values, ids = rows.topk(top, dim=-1)
+    own = rows.gather(1, torch.tensor(tokens, device=rows.device, dtype=torch.long)[:, None])[:, 0]
+    return [
+        TokenLogprobs(each, tuple(zip(best, scores, strict=True)))
+        for each, best, scores in zip(own.tolist(), ids.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def _check_finite(x: Tensor) -> None:

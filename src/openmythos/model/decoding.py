@@ -18,6 +18,7 @@ from openmythos.inference.contrast import Contrast
 from openmythos.inference.sampling import Sampling
 from openmythos.model.config import MythosConfig
 from openmythos.model.inputs import ModelInputs, refuse_value_embeddings, whole_number
+from openmythos.model.stages import Stages
 from openmythos.nn.block import Layers, LayerStats
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache, Part
 from openmythos.recurrence.exit_rules import EarlyExit, ExitRule, ExitTracker, FixedExit
@@ -126,6 +127,10 @@ class Decodable(nn.Module, ABC):
     def context(self) -> int:
         """The longest sequence, in tokens."""
         return self.config.context
+
+    def stages(self) -> Stages:
+        """The parts of a pass, for rows in different loops: what an engine runs."""
+        return Stages(self)
 
     def new_cache(
         self,

@@ -209,6 +209,16 @@ class KVCache:
         used = loops_used * self.valid[:, new]
         self.exit_loop = torch.maximum(self.exit_loop, used.amax(dim=1))
 
+    def planes(self) -> Tensor:
+        """All keys and values [planes, batch, length, kv_width].
+
+        In order: prelude, coda, the coda after every loop (probes), recurrent; the last two by
+        slot, then by layer.
+        """
+        parts = [self._storage[part] for part in ("prelude", "coda", "probe", "recurrent")]
+        stacked = [torch.stack(layers, dim=1).flatten(0, 1) for layers in parts if layers]
+        return torch.cat(stacked)[:, :, : self.length]
+
     def select_rows(self, rows: Tensor) -> None:
         """Reorder, repeat or drop sequences: row i becomes the present row rows[i]."""
         self._replace_storage(lambda x: x.index_select(1, rows))

@@ -162,8 +162,9 @@ class LatentAttentionLayer(AttentionLayer):
         # The values include the rotary key, sliced off below: no copy of the latents.
         shared = kv.unsqueeze(1)
         batch, heads, seq, _ = query.shape
-        if context.mask is None and not context.is_causal:
-            # One query token sees every key: fold its heads into the query rows of one head.
+        alike = context.mask is None or (seq == 1 and context.packed)
+        if alike and not context.is_causal:
+            # All queries of a row see the same keys: fold the heads into the rows of one head.
             rows = query.transpose(1, 2).flatten(1, 2).unsqueeze(1)
             mixed = context.attend(rows, shared, shared, self.scale)
             mixed = mixed.view(batch, seq, heads, mixed.shape[-1]).transpose(1, 2)

@@ -1,0 +1,370 @@
+"""Carries out what the scheduler decides: prefill, loops and boundaries of rows, with a model.
+
+A prompt is read into a cache of its own, as `generation.stream` does, and then copied to pages. The
+rows that loop are one batch, whatever tokens and loops they are at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from openmythos.inference.exits import RowExit, leaving
+from openmythos.inference.request import EngineLimits, EngineRequest
+from openmythos.inference.sampling import TokenLogprobs, logprobs
+from openmythos.inference.scheduler import Prefill, Row
+from openmythos.nn.cache import CachePolicy, KVCache
+from openmythos.nn.layout import AttentionContext
+from openmythos.nn.pages import Lookup, PagePool, PageTables, PlaneMap
+from openmythos.nn.view import KVView
+from openmythos.recurrence.exit_rules import ExitRule, FixedExit
+from openmythos.recurrence.state import LoopInputs, LoopState
+from openmythos.types import Hidden, LoopCounts, LoopsPerToken, NextLogits, TokenIds
+
+
+@runtime_checkable
+class StagedModel(Protocol):
+    """The stages of a model, for rows at any tokens and in any loops; inference only.
+
+    Views have the keys and values of each layer of a stage.
+    """
+
+    layers: tuple[int, int, int]  # of prelude, recurrent block and coda
+    kv_width: int
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor with the device and dtype of keys and values."""
+
+    def prefill(
+        self,
+        tokens: TokenIds,
+        *,
+        num_loops: int,
+        exit_rule: ExitRule,
+        attention_mask: Tensor | None,
+        cache: KVCache,
+        every: bool,
+    ) -> tuple[Tensor, LoopsPerToken]:
+        """(logits of the last position or of `every` one, loops of all positions)."""
+
+    def context(self, tokens: TokenIds, lengths: Sequence[int]) -> AttentionContext:
+        """For one new token per row [rows, 1], after `lengths` earlier ones each."""
+
+    def encode(
+        self, context: AttentionContext, views: Sequence[KVView]
+    ) -> tuple[LoopState, LoopInputs]:
+        """The state before the first loop of the context's tokens."""
+
+    def loop(
+        self,
+        state: LoopState,
+        inputs: LoopInputs,
+        loop: int | LoopCounts,
+        views: Sequence[KVView],
+    ) -> LoopState:
+        """One loop of all rows, counted from 0; loop indices [rows] give each its own."""
+
+    def output(self, state: LoopState) -> Hidden:
+        """The coda's input if the loops end here."""
+
+    def read_out(
+        self, output: Hidden, context: AttentionContext, views: Sequence[KVView]
+    ) -> NextLogits:
+        """Logits [rows, vocab] of the coda's input [rows, 1, dim]."""
+
+
+class EngineModel(Protocol):
+    """What an engine needs of a model."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+
+    def stages(self) -> StagedModel: ...
+
+    def new_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        num_loops: int,
+        prefill: CachePolicy,
+        decode: CachePolicy,
+    ) -> KVCache:
+        """An empty cache that prompts are read into."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Continuation(Row):
+    """A row with its token ids and what has been computed of it."""
+
+    asked: EngineRequest
+    ids: list[int]
+    generator: torch.Generator
+    plane_map: PlaneMap
+    exit: RowExit | None
+    table: int = -1
+    blocks_set: int = 0
+    exit_loop: int = 0  # most loops of any of its positions
+    output: Tensor | None = None  # [1, 1, dim] the coda's input, while it waits at the boundary
+    new_tokens: int = 0
+    token_loops: int = 0
+    scores: list[TokenLogprobs] = field(default_factory=list)
+    prompt_loops: list[int] = field(default_factory=list)
+
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities of the prompt are still wanted."""
+        return self.asked.prompt_logprobs is not None and self.sample == 0 and not self.new_tokens
+
+
+class Runner:
+    """The tensors of the rows in flight."""
+
+    def __init__(self, model: EngineModel, limits: EngineLimits) -> None:
+        self.model, self.stages = model, model.stages()
+        like = self.stages.like
+        self.device = like.device
+        self.pool = PagePool(limits.pages, limits.page_tokens, self.stages.kv_width, like)
+        self.tables = PageTables(limits.max_rows, self.device)
+        self.rows: list[Continuation] = []  # those that loop
+        self._state: LoopState | None = None
+        self._inputs: LoopInputs | None = None
+        self._lookup: Lookup | None = None
+        self._cache: KVCache | None = None  # of the rows that are being read
+        self._reading: list[Continuation] = []
+
+    def plane_map(self, asked: EngineRequest) -> PlaneMap:
+        o = asked.options
+        probed = o.exit_rule.needs_logits and self.stages.layers[2] > 0
+        return PlaneMap(self.stages.layers, o.num_loops, o.decode, probed)
+
+    # Prefill
+
+    def prefill(self, job: Prefill[Continuation]) -> tuple[NextLogits, list[int]]:
+        """Read tokens of prompts: (logits after the last ones, loops of the last ones)."""
+        rows, o = job.rows, job.rows[0].asked.options
+        if job.start == 0:
+            longest = max(row.tokens for row in rows)
+            self._cache = self.model.new_cache(
+                len(rows), longest, num_loops=o.num_loops, prefill=o.prefill, decode=o.decode
+            )
+            self._reading = list(rows)
+            for row in rows:
+                row.scores, row.prompt_loops = [], []
+        assert self._cache is not None
+        ids = [row.ids[job.start : job.stop] for row in rows]
+        longest = max(map(len, ids))
+        padding = [longest - len(own) for own in ids]
+        tokens = torch.tensor([[0] * n + own for n, own in zip(padding, ids, strict=True)])
+        mask = None
+        if any(padding):
+            mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
+            mask = mask.to(self.device)
+        logits, used = self.stages.prefill(
+            tokens.to(self.device),
+            num_loops=o.num_loops,
+            exit_rule=o.exit_rule,
+            attention_mask=mask,
+            cache=self._cache,
+            every=any(row.scored for row in rows),
+        )
+        loops = used.tolist()
+        for row, own, left, row_logits in zip(rows, loops, padding, logits, strict=True):
+            row.token_loops += sum(own[left:])
+            if row.scored:
+                row.prompt_loops += own[left:]
+                following = row.ids[job.start + 1 : job.stop + 1]
+                scored = row_logits[left : left + len(following)]
+                row.scores += logprobs(scored, following, row.asked.prompt_logprobs or 0)
+        return logits[:, -1], [own[-1] for own in loops]
+
+    def settle(self, forks: Sequence[list[Continuation]]) -> bool:
+        """Copy the rows that have been read to their pages; `forks` share the pages of each."""
+        cache = self._cache
+        assert cache is not None
+        cache.begin_decode()
+        planes, exit_loops = cache.planes(), cache.exit_loop.tolist()
+        for index, (row, others) in enumerate(zip(self._reading, forks, strict=True)):
+            kv = planes[:, index, planes.shape[2] - row.cached :]
+            full = row.cached - row.cached % self.pool.page_tokens
+            for each in (row, *others):
+                each.exit_loop = exit_loops[index]
+                start = 0 if each is row else full
+                pages = torch.tensor(each.blocks, device=self.device).T
+                self.pool.write(kv[:, start:], pages, start)
+                each.table = self.tables.open()
+        self._cache, self._reading = None, []
+        return True
+
+    # Boundary
+
+    def read_out(self, rows: Sequence[Continuation]) -> NextLogits:
+        """Logits [rows, vocab] of rows whose loops are done."""
+        outputs = [row.output for row in rows if row.output is not None]
+        return self._read_out(torch.cat(outputs), rows, [row.plane_map.coda for row in rows])
+
+    def _read_out(
+        self, output: Hidden, rows: Sequence[Continuation], start: list[int]
+    ) -> NextLogits:
+        lookup = self._find(rows)
+        return self.stages.read_out(
+            output, self._context(rows), lookup.views(start, self.stages.layers[2])
+        )
+
+    def encode(self, rows: Sequence[Continuation]) -> None:
+        """Start the next token of each row: it joins those that loop."""
+        for row in rows:
+            row.output = None
+            if row.exit is not None:
+                row.exit.restart()
+        context, lookup = self._context(rows), self._find(rows)
+        views = lookup.views([0] * len(rows), self.stages.layers[0])
+        state, inputs = self.stages.encode(context, views)
+        if self.rows:
+            assert self._state is not None and self._inputs is not None
+            state = self._state.map(lambda *x: torch.cat(x), state)
+            drive = self._inputs.drive
+            term = torch.cat((drive.input_term, inputs.drive.input_term))
+            inputs = replace(inputs, drive=drive._replace(input_term=term))
+        self.rows = [*self.rows, *rows]
+        self._state, self._inputs = state, inputs
+        if len(rows) < len(self.rows):
+            self._place()
+        else:
+            self._lookup = lookup
+
+    # Loops
+
+    def loop(self) -> list[Continuation]:
+        """One loop of every looping row; returns those that are done, ready for the boundary."""
+        before, rows, lookup = self._state, self.rows, self._lookup
+        assert before is not None and self._inputs is not None and lookup is not None
+        loops = [row.loop for row in rows]
+        alike = min(loops) == max(loops)
+        views = lookup.views(
+            [row.plane_map.recurrent(row.loop) for row in rows],
+            self.stages.layers[1],
+            [row.plane_map.writes(row.loop) for row in rows],
+        )
+        loop = loops[0] if alike else torch.tensor(loops, device=self.device)
+        # Every row in the batch loops on: a layer need not look at what the loop before stored.
+        state = self.stages.loop(before, self._inputs, loop, views)._replace(kv=())
+        done = [row.loop + 1 == row.num_loops for row in rows]
+        if state.active is not None:
+            halted = (~state.active[:, 0]).tolist()
+            done = [a or b for a, b in zip(done, halted, strict=True)]
+        judged = any(row.exit is not None for row in rows)
+        if not judged and not any(done):
+            self._state = state
+            return []
+        output = self.stages.output(state)
+        if judged:
+            exits = self._judged(before.hidden, state.hidden, output)
+            done = [a or b for a, b in zip(done, exits, strict=True)]
+        self._state = state
+        return self._leave(done, output, lookup)
+
+    def _judged(self, previous: Tensor, state: Tensor, output: Tensor) -> list[bool]:
+        """Which rows leave by their exit rule; rows of the same rule are judged together."""
+        groups: dict[Any, list[int]] = {}
+        for index, row in enumerate(self.rows):
+            if row.exit is not None:
+                groups.setdefault(row.exit.rule, []).append(index)
+        found = [False] * len(self.rows)
+        for rule, places in groups.items():
+            rows = [self.rows[index] for index in places]
+            at, logits = torch.tensor(places, device=self.device), None
+            if rule.needs_logits:
+                start = [row.plane_map.probe(row.loop) for row in rows]
+                if not self.stages.layers[2]:
+                    start = [0] * len(rows)
+                logits = self._read_out(output[at], rows, start)[:, None]
+            ends = leaving(
+                [row.exit for row in rows if row.exit is not None],
+                [row.loop + 1 for row in rows],
+                [row.exit_loop for row in rows],
+                previous[at],
+                state[at],
+                logits,
+            )
+            for index, end in zip(places, ends, strict=True):
+                found[index] = end
+        return found
+
+    def _leave(self, done: list[bool], output: Hidden, lookup: Lookup) -> list[Continuation]:
+        """Take the rows that are done out of the batch."""
+        left = [index for index, gone in enumerate(done) if gone]
+        rows = [self.rows[index] for index in left]
+        for index, row in zip(left, rows, strict=True):
+            used = row.loop + 1
+            row.output = output[index : index + 1]
+            row.token_loops += used
+            row.exit_loop = max(row.exit_loop, used)
+            lookup.copy(index, row.plane_map.unrun(used))
+            if row.plane_map.probed:
+                self._probe_unrun(row, row.output, used)
+                probed = max(used, row.exit_loop if self.stages.layers[2] > 1 else 0)
+                lookup.copy(index, row.plane_map.unprobed(probed))
+        self._keep([index for index, gone in enumerate(done) if not gone])
+        return rows
+
+    def _probe_unrun(self, row: Continuation, output: Hidden, used: int) -> None:
+        """A second coda layer's keys also depend on earlier tokens, which may have run longer."""
+        if self.stages.layers[2] > 1:
+            for loop in range(used, row.exit_loop):
+                self._read_out(output, [row], [row.plane_map.probe(loop)])
+
+    def drop(self, row: Continuation) -> None:
+        """Forget a row that has ended or waits again."""
+        if row in self._reading:
+            self._cache, self._reading = None, []
+        if row in self.rows:
+            self._keep([index for index, each in enumerate(self.rows) if each is not row])
+        if row.table >= 0:
+            self.tables.close(row.table)
+        row.table, row.blocks_set, row.output = -1, 0, None
+
+    def _keep(self, places: list[int]) -> None:
+        """Only these rows go on looping."""
+        if len(places) == len(self.rows):
+            return
+        state, inputs = self._state, self._inputs
+        assert state is not None and inputs is not None
+        self.rows = [self.rows[index] for index in places]
+        if not self.rows:
+            self._state = self._inputs = self._lookup = None
+            return
+        at = torch.tensor(places, device=self.device)
+        self._state = state.map(lambda x: x.index_select(0, at))
+        term = inputs.drive.input_term.index_select(0, at)
+        self._inputs = replace(inputs, drive=inputs.drive._replace(input_term=term))
+        self._place()
+
+    def _place(self) -> None:
+        """Positions, masks and pages of the rows that loop, after some came or left."""
+        assert self._inputs is not None
+        self._inputs = replace(self._inputs, context=self._context(self.rows))
+        self._lookup = self._find(self.rows)
+
+    def _context(self, rows: Sequence[Continuation]) -> AttentionContext:
+        tokens = torch.tensor([[row.ids[row.cached]] for row in rows], device=self.device)
+        return self.stages.context(tokens, [row.cached for row in rows])
+
+    def _find(self, rows: Sequence[Continuation]) -> Lookup:
+        for row in rows:
+            for block in range(row.blocks_set, len(row.blocks)):
+                self.tables.set(row.table, block, row.blocks[block])
+            row.blocks_set = len(row.blocks)
+        positions = [row.cached for row in rows]
+        return Lookup(self.pool, self.tables, [row.table for row in rows], positions)
+
+
+def row_exit(rule: ExitRule) -> RowExit | None:
+    """The state of an exit rule for one row; None if the rule never ends the loops."""
+    return None if isinstance(rule, FixedExit) else RowExit(rule)

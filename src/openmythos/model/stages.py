@@ -1,0 +1,115 @@
+"""The parts of a pass, one by one, on rows that are at different tokens and in different loops.
+
+`OpenMythos.run` computes a pass of a batch that goes through all loops together; an engine goes
+around it: a row's loops may be run beside any other row's. See `inference.runner`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from openmythos.model.inputs import ModelInputs
+from openmythos.nn.block import Layers
+from openmythos.nn.cache import KVCache
+from openmythos.nn.layout import AttentionContext, rope_tables
+from openmythos.nn.view import KVView, LayerView
+from openmythos.recurrence.exit_rules import ExitRule
+from openmythos.recurrence.loop import RecurrentBlock
+from openmythos.recurrence.state import LoopInputs, LoopState
+from openmythos.types import Hidden, LoopCounts, LoopsPerToken, NextLogits, TokenIds
+
+if TYPE_CHECKING:
+    from openmythos.model.decoding import Decodable
+
+
+class Stages:
+    """A model's stages; see `inference.runner.StagedModel`."""
+
+    def __init__(self, model: "Decodable") -> None:
+        self.model = model
+        c = model.config
+        self.layers = (c.prelude_layers, c.recurrent_layers, c.coda_layers)
+        self.kv_width = c.attention.kv_width(c.dim)
+        self._prelude = cast("Layers", model.prelude)
+        self._block = cast("RecurrentBlock", model.recurrent)
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor with the device and dtype of keys and values."""
+        return self.model.embed.weight.new_empty(0)
+
+    def prefill(
+        self,
+        tokens: TokenIds,
+        *,
+        num_loops: int,
+        exit_rule: ExitRule,
+        attention_mask: Tensor | None,
+        cache: KVCache,
+        every: bool,
+    ) -> tuple[Tensor, LoopsPerToken]:
+        """(logits, loops of all positions); the tokens are appended to the cache.
+
+        Logits of the last position [batch, 1, vocab], or of `every` one.
+        """
+        model = self.model
+        inputs = ModelInputs.decoding(model.config, tokens, attention_mask, num_loops, cache)
+        recurrence, _ = model.run(inputs, exit_rule)
+        logits = model.logits(model.hidden(recurrence.state, inputs, last_only=not every))
+        cache.advance(tokens.shape[1])
+        return logits, recurrence.loops_used
+
+    def context(self, tokens: TokenIds, lengths: Sequence[int]) -> AttentionContext:
+        """For one new token per row [rows, 1], after `lengths` earlier ones each."""
+        attention, dim = self.model.config.attention, self.model.config.dim
+        positions = torch.tensor(lengths, device=tokens.device)[:, None]
+        cos = sin = None
+        rotary = attention.rotary_dim(dim)
+        if rotary:
+            places = positions[:, None]
+            cos, sin = rope_tables(places, rotary, attention.rope_base, attention.rope_scaling)
+        mask, window, total = None, attention.window, max(lengths) + 1
+        if min(lengths) + 1 < total or 0 < window < total:
+            keys = torch.arange(total, device=tokens.device)
+            mask = keys <= positions
+            if window:
+                mask = mask & (keys > positions - window)
+            mask = mask[:, None, None]
+        return AttentionContext(
+            positions, cos, sin, mask, is_causal=False, window=window, packed=True, tokens=tokens
+        )
+
+    def encode(
+        self, context: AttentionContext, views: Sequence[KVView]
+    ) -> tuple[LoopState, LoopInputs]:
+        """Embedding and prelude of the context's tokens: the state before the first loop."""
+        model, scale = self.model, self.model.config.embed_scale
+        assert context.tokens is not None
+        x = model.embed(context.tokens)
+        x = x * scale if scale != 1 else x
+        x, _ = self._prelude(x, [LayerView(context, kv) for kv in views])
+        return self._block.start(x, context)
+
+    def loop(
+        self,
+        state: LoopState,
+        inputs: LoopInputs,
+        loop: int | LoopCounts,
+        views: Sequence[KVView],
+    ) -> LoopState:
+        """One loop of all rows, counted from 0, each in its own."""
+        return self._block.step(state, inputs, loop, views)[0]
+
+    def output(self, state: LoopState) -> Hidden:
+        """The coda's input if the loops end here."""
+        return self._block.readout(state)[0]
+
+    def read_out(
+        self, output: Hidden, context: AttentionContext, views: Sequence[KVView]
+    ) -> NextLogits:
+        """Coda, norm and head of `output` [rows, 1, dim]: logits [rows, vocab]."""
+        model = self.model
+        x, _ = model.coda(output, [LayerView(context, kv) for kv in views])
+        return model.logits(cast("nn.Module", model.norm)(x))[:, 0]

@@ -1,0 +1,173 @@
+"""Keys and values in pages, for sequences that come and go.
+
+All layers have the same kv_width, so one pool serves every layer and loop. A sequence has a table
+[planes, blocks] of pages: a plane per prelude layer, coda layer, and recurrent layer and slot of
+its cache policy; a block is `page_tokens` tokens. A sequence with fewer loops has fewer planes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openmythos.nn.cache import CachePolicy
+from openmythos.nn.view import Project
+from openmythos.types import KeyValues
+
+
+class PagePool:
+    """Storage for `pages` pages; one more, number 0, takes what nobody reads."""
+
+    def __init__(self, pages: int, page_tokens: int, kv_width: int, like: Tensor) -> None:
+        """`like` gives device and dtype."""
+        self.page_tokens = page_tokens
+        try:
+            self.storage = like.new_zeros(pages + 1, page_tokens, kv_width)
+        except (RuntimeError, MemoryError):
+            size = pages * page_tokens * kv_width * like.itemsize / 2**30
+            raise ValueError(f"pages = {pages}: no room for {size:.1f} GiB") from None
+        self.columns = self.storage.view(-1, kv_width)  # of all pages
+
+    def write(self, kv: Tensor, pages: Tensor, start: int) -> None:
+        """Store kv [planes, tokens, kv_width] from position `start` on; pages [planes, blocks]."""
+        at = torch.arange(start, start + kv.shape[1], device=kv.device)
+        columns = pages[:, at // self.page_tokens] * self.page_tokens + at % self.page_tokens
+        self.columns.index_copy_(0, columns.flatten(), kv.flatten(0, 1))
+
+    def gather(self, pages: Tensor, total: int) -> KeyValues:
+        """The first `total` columns of each row of pages [rows, blocks]."""
+        rows = self.storage.index_select(0, pages.flatten())
+        return rows.view(len(pages), -1, rows.shape[-1])[:, :total]
+
+
+@dataclass(frozen=True)
+class Paged:
+    """A view (`nn.view.KVView`) on the pages of one layer, of rows with one new token each."""
+
+    pool: PagePool
+    pages: Tensor  # [rows, blocks]
+    column: Tensor  # [rows] where the new token goes, in `pool.columns`
+    total: int  # columns to read
+
+    def update(self, project: Project) -> KeyValues:
+        self.pool.columns.index_copy_(0, self.column, project()[:, 0])
+        return self.pool.gather(self.pages, self.total)
+
+
+class PageTables:
+    """The page tables of the rows in flight, in one tensor."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._tables = torch.zeros(rows, 1, 1, dtype=torch.long, device=device)
+        self._free = list(range(rows - 1, -1, -1))
+
+    def open(self) -> int:
+        """A table for a new row."""
+        return self._free.pop()
+
+    def close(self, table: int) -> None:
+        self._free.append(table)
+
+    def set(self, table: int, block: int, pages: tuple[int, ...]) -> None:
+        """The pages of a block of a row, one per plane."""
+        rows, planes, blocks = self._tables.shape
+        if len(pages) > planes or block >= blocks:
+            grown = self._tables.new_zeros(
+                rows, max(planes, len(pages)), max(blocks, 2 * block if block >= blocks else 0, 1)
+            )
+            grown[:, :planes, :blocks] = self._tables
+            self._tables = grown
+        self._tables[table, : len(pages), block] = torch.tensor(pages, device=self._tables.device)
+
+    def rows(self, tables: Tensor, blocks: int) -> Tensor:
+        """[rows, planes, blocks], the first `blocks` of each of these tables."""
+        return self._tables[:, :, :blocks].index_select(0, tables)
+
+
+@dataclass(frozen=True)
+class PlaneMap:
+    """Which planes of a sequence hold what, in the order of `KVCache.planes`."""
+
+    layers: tuple[int, int, int]  # of prelude, recurrent block and coda
+    num_loops: int
+    policy: CachePolicy
+    probed: bool  # an exit rule runs the coda after every loop
+
+    @property
+    def total(self) -> int:
+        return self.recurrent(self.num_loops - 1) + self.layers[1]
+
+    @property
+    def coda(self) -> int:
+        """The first plane of the coda; that of the prelude is 0."""
+        return self.layers[0]
+
+    def probe(self, loop: int) -> int:
+        """The first plane of the coda after a loop."""
+        return self.layers[0] + self.layers[2] * (1 + loop)
+
+    def recurrent(self, loop: int) -> int:
+        """The first plane that a loop reads and writes."""
+        start = self.probe(self.num_loops if self.probed else 0)
+        return start + self.layers[1] * self.policy.slot(loop)
+
+    def writes(self, loop: int) -> bool:
+        """Whether a loop writes its keys and values: not where it reads those of another one."""
+        is_first = loop == 0 or self.policy.slot(loop - 1) != self.policy.slot(loop)
+        return self.policy.overwrites or is_first
+
+    def unrun(self, loops_run: int) -> list[tuple[int, int]]:
+        """(from, to): planes to copy at a position whose loops ended early."""
+        pairs = []
+        source = self.recurrent(loops_run - 1)
+        for start in range(source + self.layers[1], self.total, self.layers[1]):
+            pairs += [(source + layer, start + layer) for layer in range(self.layers[1])]
+        return pairs
+
+    def unprobed(self, loops_run: int) -> list[tuple[int, int]]:
+        """The same for the planes of the coda after the loops that were not run."""
+        if not self.probed:
+            return []
+        source, width = self.probe(loops_run - 1), self.layers[2]
+        starts = [self.probe(loop) for loop in range(loops_run, self.num_loops)]
+        return [(source + layer, start + layer) for start in starts for layer in range(width)]
+
+
+class Lookup:
+    """Where a batch of rows, each at its own position, finds and puts its keys and values."""
+
+    def __init__(
+        self, pool: PagePool, tables: PageTables, rows: list[int], positions: list[int]
+    ) -> None:
+        device = pool.storage.device
+        self._pool, self._total = pool, max(positions) + 1
+        size = pool.page_tokens
+        tables_of = torch.tensor(rows, device=device)
+        self._pages = tables.rows(tables_of, (self._total + size - 1) // size)
+        at = torch.tensor(positions, device=device)
+        own = (at // size)[:, None, None].expand(-1, self._pages.shape[1], 1)
+        # [rows, planes]: the column of each row's own position
+        self._columns = self._pages.gather(2, own)[..., 0] * size + (at % size)[:, None]
+        self._rows = torch.arange(len(rows), device=device)[:, None]
+
+    def views(
+        self, start: Sequence[int], layers: int, writes: Sequence[bool] | None = None
+    ) -> list[Paged]:
+        """A view per layer: each row's planes from `start` on; rows that do not write read only."""
+        first = torch.tensor(start, device=self._rows.device)[:, None]
+        planes = first + torch.arange(layers, device=first.device)
+        pages = self._pages[self._rows, planes].transpose(0, 1)
+        columns = self._columns.gather(1, planes).T
+        if writes is not None and not all(writes):
+            columns = columns * torch.tensor(writes, device=first.device)  # 0 is in page 0
+        return [
+            Paged(self._pool, pages[layer], columns[layer], self._total) for layer in range(layers)
+        ]
+
+    def copy(self, row: int, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the keys and values of a row's own position from planes to planes."""
+        if not pairs:
+            return
+        source, target = self._columns[row, torch.tensor(pairs, device=self._rows.device)].T
+        self._pool.columns.index_copy_(0, target, self._pool.columns.index_select(0, source))
