@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from variants import SEQ, members, name_of, random_tokens, tiny_config, tiny_model, variations
 
+from openmythos.analysis.stability import spectral_radius
 from openmythos.config import ConfigError
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.initial_state import NormalState, StateInit, ZeroState
@@ -19,6 +20,7 @@ from openmythos.recurrence.injection import (
     LTI,
     Add,
     Concat,
+    Diagonal,
     Drive,
     Injection,
     LTIInjection,
@@ -202,6 +204,21 @@ def test_baselines() -> None:
     u = concat(state, concat.prepare(encoded))
     torch.testing.assert_close(u, torch.cat((state, encoded), dim=-1) @ both.T)
     assert isinstance(concat.prepare(encoded), Drive)
+
+
+def test_unconstrained_maps_may_start_where_lti_does() -> None:
+    """u = decay * h + e, for whole matrices and per channel; and then leave it."""
+    encoded, state = torch.randn(2, 2, 3, 8)
+    for config in (Concat(init_decay=0.4), Diagonal(init_decay=0.4)):
+        injection = config.build(8)
+        for name, parameter in injection.named_parameters():
+            injection.fills()[name](parameter, None)
+        u = injection(state, injection.prepare(encoded))
+        torch.testing.assert_close(u, 0.4 * state + encoded)
+        assert spectral_radius(injection) == pytest.approx(0.4)
+        with torch.no_grad():
+            next(injection.parameters()).mul_(-5)
+        assert spectral_radius(injection) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("state_init", [ZeroState(), NormalState()])

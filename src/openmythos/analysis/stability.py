@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from openmythos.recurrence.injection import ConcatInjection, InjectionLayer
+from openmythos.recurrence.injection import ConcatInjection, DiagonalInjection, InjectionLayer
 
 
 @torch.no_grad()
@@ -21,4 +21,7 @@ def spectral_radius(injection: InjectionLayer) -> float:
         if not bool(weight.isfinite().all()):
             return math.inf
         return float(torch.linalg.eigvals(weight.cpu()).abs().max())
+    if isinstance(injection, DiagonalInjection):
+        largest = injection.state_map.abs().max()
+        return float(largest) if bool(largest.isfinite()) else math.inf
     return 1.0

@@ -146,7 +146,7 @@ def _write(config: MythosConfig) -> dict[str, Any]:
         "qk_bias": False,
         "intermediate_size": feed_forward.hidden_dim,
         "nonlin_name": "ReLU2",
-        "injection_type": kinds[config.injection.kind],
+        "injection_type": kinds.get(config.injection.kind, "diagonal"),
         "prelude_norm": config.prelude_norm,
         "emb_scale": config.embed_scale,
         "logit_scale": config.logit_scale,

@@ -38,6 +38,17 @@ def identity(x: Tensor, generator: torch.Generator | None) -> None:
     nn.init.ones_(x) if x.ndim == 1 else nn.init.eye_(x)
 
 
+def scaled_identity(value: float) -> Fill:
+    """That number times the identity matrix."""
+
+    def fill(x: Tensor, generator: torch.Generator | None) -> None:
+        nn.init.eye_(x)
+        with torch.no_grad():
+            x.mul_(value)
+
+    return fill
+
+
 def fills(model: nn.Module, *, zero_outputs: bool) -> dict[str, Fill]:
     """The initialisation of every parameter and buffer of the model, by name."""
     stated: dict[str, Fill] = {}

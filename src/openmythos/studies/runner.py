@@ -24,6 +24,7 @@ from openmythos.planning import cost
 from openmythos.processes import worker_pool
 from openmythos.studies import (
     adaptive_computation,
+    bounded_state,
     breadth_and_depth,
     depth_extrapolation,
     depth_lora,
@@ -31,6 +32,7 @@ from openmythos.studies import (
     experts_by_loop,
     iso_parameter_text,
     latent_reasoning,
+    longer_chains,
     loop_use,
     looped_scaling,
     loops_against_tokens,
@@ -39,6 +41,7 @@ from openmythos.studies import (
     stopping,
     systematic_generalization,
     test_time_depth,
+    unseen_compositions,
     what_makes_it_extrapolate,
 )
 from openmythos.studies.report import report_markdown
@@ -75,6 +78,9 @@ STUDIES: dict[str, Study] = {
         latent_reasoning.STUDY,
         looped_scaling.STUDY,
         iso_parameter_text.STUDY,
+        bounded_state.STUDY,
+        unseen_compositions.STUDY,
+        longer_chains.STUDY,
     )
 }
 

@@ -10,6 +10,7 @@ from openmythos.tasks.chains import Composition, KHop, PHop, PointerChasing
 from openmythos.tasks.counting import Addition, Parity
 from openmythos.tasks.facts import FactsAndChains
 from openmythos.tasks.graphs import Reachability
+from openmythos.tasks.pairs import FactPairs
 from openmythos.tasks.split import SystematicHops
 from openmythos.tasks.thought import WrittenHops
 
@@ -22,12 +23,13 @@ Task = (
     | Parity
     | Reachability
     | SystematicHops
+    | FactPairs
     | FactsAndChains
     | WrittenHops
 )
 
 # Tasks whose answers rest on facts drawn from their facts_seed.
-TaskWithFacts = KHop | SystematicHops | FactsAndChains | WrittenHops
+TaskWithFacts = KHop | SystematicHops | FactPairs | FactsAndChains | WrittenHops
 
 
 @runtime_checkable
@@ -44,6 +46,7 @@ __all__ = [
     "IGNORE",
     "Addition",
     "Composition",
+    "FactPairs",
     "FactsAndChains",
     "KHop",
     "PHop",

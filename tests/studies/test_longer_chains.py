@@ -1,0 +1,57 @@
+"""longer-chains: the rule on made-up runs, and the loops of its rule."""
+
+from typing import Any
+
+import pytest
+
+from openmythos.studies import longer_chains as study
+from openmythos.studies.study import RunResult
+
+ARMS = {arm.name: arm for arm in study.arms()}
+
+
+def runs(later: float = 0.0, **changes: float) -> list[RunResult]:
+    """All is solved but what layers were not trained on; `changes` by arm and hops, as to_5_10."""
+    found = []
+    for name in ARMS:
+        shares = {n: 1.0 for n in study.HOPS}
+        if "layers" in name:
+            shares = {n: float(n <= study.LEARNED[name]) for n in study.HOPS}
+        for key, value in changes.items():
+            arm, hops = key.rsplit("_", 1)
+            if getattr(study, arm.upper()) == name:
+                shares[int(hops)] = value
+        curve: dict[str, Any] = {
+            "right": {str(n): share for n, share in shares.items()},
+            "later": {str(n): share - later for n, share in shares.items()},
+        }
+        settings = {"train": {"optimizer": {"lr": 1e-3}}}
+        found += [RunResult(name, s, settings, curve, 1000, 1.0, 1.0, "") for s in (0, 1)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "holds"),
+        ({"to_20_60": 0.9}, "holds in part"),
+        ({"to_5_10": 0.6, "later": 0.1}, "holds in part"),
+        ({"to_20_30": 0.9, "to_5_10": 0.6, "later": 0.1}, "does not hold here"),
+        ({"to_10_15": 0.8}, "does not hold here"),
+        ({"stack_10_15": 0.6}, "does not hold here"),
+        ({"stack_10_10": 0.9}, "premise not met"),
+        ({"stack_20_20": 0.1}, "holds"),
+    ],
+)
+def test_loops_extrapolate_from_an_equal_fit(changes: Any, verdict: str) -> None:
+    finding = study.judge(runs(**changes))
+    assert finding.verdict == verdict, finding.sentence
+    assert len(finding.table) == len(ARMS)
+    assert len(f"{study.STUDY.headline} {finding.brief}".split()) <= 25
+
+
+def test_the_rule_gives_more_loops_than_any_chain_is_long() -> None:
+    assert [study.loops_for(hops) for hops in (5, 10, 60)] == [12, 18, 78]
+    assert 3 * study.loops_for(max(study.HOPS)) <= 240
+    assert ARMS[study.STACK_10].model.attention.window == 0  # type: ignore[union-attr]
+    assert ARMS[study.STACK_10].model.effective_depth(1) == 22
