@@ -19,7 +19,8 @@ import torch
 
 from openmythos.config import require, unknown_name
 
-Forms = Literal["auto", "reference"]
+# "torch": fast forms, but no native code.
+Forms = Literal["auto", "torch", "reference"]
 VARIABLE = "OPENMYTHOS_KERNELS"
 
 
@@ -78,6 +79,11 @@ def fast(device: torch.device) -> Tuned | None:
     if _forms == "reference":
         return None
     return CPU if device.type == "cpu" else ACCELERATOR
+
+
+def native_wanted() -> bool:
+    """Whether compiled code of our own may take the place of torch's operators."""
+    return _forms == "auto" and not torch.compiler.is_compiling()
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import openmythos.nn.few_rows  # noqa: F401  lets `Layers` decode natively; exports do without
 from openmythos.config import require
 from openmythos.inference import generation
 from openmythos.inference.contrast import Contrast

@@ -1,7 +1,7 @@
 """One transformer layer."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -73,11 +73,19 @@ LayerStats = list[RouterStats | None]
 
 
 class Layers(nn.ModuleList):
-    """Several layers, one after the other, each with its own view."""
+    """Several layers, one after the other, each with its own view.
+
+    `decode(layer, x, view)`, set by `nn.few_rows`, computes a layer for one new token per row at
+    once; it returns None where it cannot.
+    """
+
+    decode: ClassVar[Callable[[Block, Hidden, LayerView], Hidden | None] | None] = None
 
     def forward(self, x: Hidden, views: Sequence[LayerView]) -> tuple[Hidden, LayerStats]:
         stats: LayerStats = []
+        decode = type(self).decode
         for layer, view in zip(self, views, strict=True):
-            x, router = layer(x, view)
+            decoded = None if decode is None else decode(cast("Block", layer), x, view)
+            x, router = layer(x, view) if decoded is None else (decoded, None)
             stats.append(router)
         return x, stats

@@ -120,7 +120,7 @@ class GeGLU(_Dense):
     kind: Literal["geglu"] = "geglu"
 
     def build(self, dim: int) -> "GatedLayer":
-        return GatedLayer(dim, self.hidden_dim, _gelu)
+        return GatedLayer(dim, self.hidden_dim, gelu)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class ReLU2(_Dense):
     hidden_dim: int = 1024
 
     def build(self, dim: int) -> "PlainLayer":
-        return PlainLayer(dim, self.hidden_dim, _relu2)
+        return PlainLayer(dim, self.hidden_dim, relu2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +142,14 @@ class GELU(_Dense):
     hidden_dim: int = 1024
 
     def build(self, dim: int) -> "PlainLayer":
-        return PlainLayer(dim, self.hidden_dim, _gelu)
+        return PlainLayer(dim, self.hidden_dim, gelu)
 
 
-def _gelu(x: Tensor) -> Tensor:
+def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _relu2(x: Tensor) -> Tensor:
+def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 

@@ -1,0 +1,308 @@
+"""The fast form of `kernels.few_rows`: its C++ library, called with pointers to the tensors.
+
+Nothing is copied, so weights that change in place are seen. Arithmetic is fp32 whatever the dtype
+of weights, cache and input: fp32 or bf16.
+"""
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmythos import kernels
+from openmythos.kernels import native
+from openmythos.kernels.few_rows import (
+    Deltas,
+    DenseWeights,
+    ExpertsWeights,
+    GroupedWeights,
+    LatentWeights,
+    LayerWeights,
+    Norm,
+    Places,
+)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "relu2": 2}
+# More rows than this are left to torch, whose products on many rows are as fast. Not measured.
+MOST_ROWS = 64
+
+
+class _Map(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "down", "up")),
+        *((name, c_int64) for name in ("outputs", "inputs", "rank", "down_stride", "up_stride")),
+        *((name, c_int32) for name in ("dtype", "delta_dtype")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        ("weight", c_void_p),
+        ("present", c_int32),
+        ("dtype", c_int32),
+        ("eps", c_float),
+    ]
+
+
+_SIZES = "dim kv_width heads kv_heads nope_dim value_dim latent_dim experts top_k expert_dim"
+_MAPS = "query_down query kv_down key value kv_up output router up down"
+_HEAD_NORMS = "query_latent_norm kv_latent_norm query_norm key_norm"
+_LAYER_NORMS = (
+    "attention_norm attention_branch_norm attention_sum_norm "
+    "feed_forward_norm feed_forward_branch_norm feed_forward_sum_norm"
+)
+_POINTERS = "query_bias key_bias router_bias expert_up expert_down"
+_FLAGS = (
+    "attention norm_by_width activation gated dense bias_dtype router_bias_dtype expert_dtype "
+    "softmax_scores normalize"
+)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in _SIZES.split()),
+        *((name, _Map) for name in _MAPS.split()),
+        *((name, _Norm) for name in f"{_HEAD_NORMS} {_LAYER_NORMS}".split()),
+        *((name, c_void_p) for name in _POINTERS.split()),
+        *((name, c_int32) for name in _FLAGS.split()),
+        ("route_scale", c_float),
+    ]
+
+
+_ARRAYS = "x out kv slot line column first writes mask cos sin"
+_COUNTS = "rows rotary_dim same_column slot_stride line_stride mask_stride table_stride"
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in _ARRAYS.split()),
+        *((name, c_int64) for name in _COUNTS.split()),
+        *((name, c_int32) for name in ("dtype", "kv_dtype")),
+    ]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    found = native.library()
+    if found is None:
+        return None
+    found.few_rows_size.restype, found.few_rows_size.argtypes = c_int64, [c_int64]
+    for which, struct in enumerate((_Map, _Norm, _Layer, _Call)):
+        assert found.few_rows_size(which) == ctypes.sizeof(struct), struct
+    found.few_rows_layer.restype = found.few_rows_map.restype = None
+    return found
+
+
+def available() -> bool:
+    """Whether the library is there and the native forms are wanted (see `kernels.use`)."""
+    return kernels.native_wanted() and _library() is not None
+
+
+def accepts(x: Tensor, kv: Tensor) -> bool:
+    """Whether the native form may compute a call with this input, [rows, ...], and cache."""
+    return (
+        available()
+        and not torch.is_grad_enabled()
+        and len(x) <= MOST_ROWS
+        and all(
+            type(t) is Tensor and t.device.type == "cpu" and t.dtype in _DTYPES for t in (x, kv)
+        )
+        and kv.stride(-1) == 1
+        and kv.stride(-2) == kv.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+        # Neither torch.func nor a mode that counts or replaces operators sees a native call.
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def unsupported(layer: LayerWeights) -> str:
+    """Why the native form cannot compute a layer; "" if it can."""
+    for tensor in _tensors(layer):
+        reason = _unsuited(tensor)
+        if reason:
+            return reason
+    return ""
+
+
+def _unsuited(tensor: Tensor) -> str:
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"a weight is a {type(tensor).__name__}"
+    if tensor.device.type != "cpu":
+        return f"weights are on {tensor.device}"
+    if tensor.dtype not in _DTYPES:
+        return f"weights are {tensor.dtype}"
+    return "" if tensor.is_contiguous() else "a weight is not contiguous"
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Norm):
+        yield from () if part.weight is None else (part.weight,)
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _tensors(getattr(part, field.name))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _map(weight: Tensor) -> _Map:
+    outputs, inputs = weight.shape
+    return _Map(
+        weight=weight.data_ptr(), outputs=outputs, inputs=inputs, dtype=_DTYPES[weight.dtype]
+    )
+
+
+def _norm(part: Norm | None) -> _Norm:
+    if part is None:
+        return _Norm()
+    weight = part.weight
+    dtype = 0 if weight is None else _DTYPES[weight.dtype]
+    return _Norm(weight=_pointer(weight), present=1, dtype=dtype, eps=part.eps)
+
+
+def _attention(w: LatentWeights | GroupedWeights) -> dict[str, Any]:
+    made = {
+        "heads": w.heads,
+        "kv_width": w.kv_width,
+        "query": _map(w.query),
+        "output": _map(w.output),
+        "query_norm": _norm(w.query_norm),
+        "key_norm": _norm(w.key_norm),
+    }
+    if isinstance(w, LatentWeights):
+        if w.query_down is not None:
+            made["query_down"] = _map(w.query_down)
+        return made | {
+            "nope_dim": w.nope_dim,
+            "value_dim": w.value_dim,
+            "latent_dim": w.latent_dim,
+            "kv_down": _map(w.kv_down),
+            "kv_up": _map(w.kv_up),
+            "query_latent_norm": _norm(w.query_latent_norm),
+            "kv_latent_norm": _norm(w.kv_latent_norm),
+        }
+    bias = w.query_bias
+    return made | {
+        "attention": 1,
+        "kv_heads": w.kv_heads,
+        "value_dim": w.head_dim,
+        "key": _map(w.key),
+        "value": _map(w.value),
+        "norm_by_width": w.norm_by_width,
+        "query_bias": _pointer(bias),
+        "key_bias": _pointer(w.key_bias),
+        "bias_dtype": 0 if bias is None else _DTYPES[bias.dtype],
+    }
+
+
+def _feed_forward(w: DenseWeights | ExpertsWeights | None) -> dict[str, Any]:
+    if w is None:
+        return {}
+    if isinstance(w, DenseWeights):
+        return {
+            "dense": 1,
+            "up": _map(w.up),
+            "down": _map(w.down),
+            "activation": _ACTIVATIONS[w.activation],
+            "gated": w.gated,
+        }
+    # Routed experts are always SwiGLU, as the shared ones are.
+    return (
+        {"activation": 0, "gated": 1}
+        | _feed_forward(w.shared)
+        | {
+            "experts": len(w.down),
+            "top_k": w.top_k,
+            "expert_dim": w.down.shape[2],
+            "router": _map(w.router),
+            "router_bias": w.router_bias.data_ptr(),
+            "router_bias_dtype": _DTYPES[w.router_bias.dtype],
+            "expert_up": w.gate_up.data_ptr(),
+            "expert_down": w.down.data_ptr(),
+            "expert_dtype": _DTYPES[w.down.dtype],
+            "softmax_scores": w.softmax,
+            "normalize": w.normalize,
+            "route_scale": w.route_scale,
+        }
+    )
+
+
+class NativeLayer:
+    """A layer whose weights the kernel supports; valid while they keep their memory."""
+
+    def __init__(self, weights: LayerWeights) -> None:
+        library = _library()
+        assert library is not None and not unsupported(weights)
+        self._weights = weights  # keeps their memory alive
+        norms = {name: _norm(getattr(weights, name)) for name in _LAYER_NORMS.split()}
+        dim = weights.attention.output.shape[0]
+        attention, feed_forward = weights.attention, weights.feed_forward
+        self._layer = _Layer(
+            dim=dim, **_attention(attention), **_feed_forward(feed_forward), **norms
+        )
+        self._run = library.few_rows_layer
+
+    def __call__(self, x: Tensor, places: Places, deltas: Deltas) -> Tensor:
+        """x [rows, dim] -> [rows, dim], in the dtype of x; as `few_rows.reference`."""
+        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        kv, cos, mask = places.kv, places.cos, places.mask
+        call = _Call(x=x.data_ptr(), out=out.data_ptr(), kv=kv.data_ptr(), rows=len(x))
+        call.dtype, call.kv_dtype = _DTYPES[x.dtype], _DTYPES[kv.dtype]
+        call.slot_stride, call.line_stride = kv.stride(0), kv.stride(1)
+        column, writes = places.column, places.writes
+        if isinstance(column, Tensor):
+            call.column = column.data_ptr()
+        else:
+            call.same_column = column
+        if writes is not True:
+            if writes is False:
+                writes = _no_writes(len(x))
+            call.writes = writes.data_ptr()
+        for name in ("slot", "line", "first"):
+            given = getattr(places, name)
+            if given is not None:
+                setattr(call, name, given.data_ptr())
+        if mask is not None:
+            call.mask, call.mask_stride = mask.data_ptr(), _row_stride(mask)
+        if cos is not None and places.sin is not None:
+            call.cos, call.sin = cos.data_ptr(), places.sin.data_ptr()
+            call.table_stride, call.rotary_dim = _row_stride(cos), cos.shape[-1]
+        layer = self._with(deltas) if deltas else self._layer
+        self._run(ctypes.byref(layer), ctypes.byref(call))
+        return out
+
+    def _with(self, deltas: Deltas) -> _Layer:
+        """A copy with the deltas of this call: another thread may be using the layer."""
+        layer = _Layer.from_buffer_copy(self._layer)
+        for name, (down, up) in deltas.items():
+            one = getattr(layer, name)
+            one.down, one.up, one.rank = down.data_ptr(), up.data_ptr(), down.shape[-2]
+            one.delta_dtype = _DTYPES[down.dtype]
+            if down.ndim == 3:
+                one.down_stride, one.up_stride = down.stride(0), up.stride(0)
+        return layer
+
+
+def _row_stride(x: Tensor) -> int:
+    """Numbers between the rows of x [rows or 1, n]; 0: one for all."""
+    return x.stride(0) if len(x) > 1 else 0
+
+
+@functools.cache
+def _no_writes(rows: int) -> Tensor:
+    return torch.zeros(rows, dtype=torch.bool)
+
+
+def fast(x: Tensor, layer: LayerWeights, places: Places, deltas: Deltas) -> Tensor:
+    """`few_rows.reference`, natively, on contiguous tensors of fp32 or bf16."""
+    return NativeLayer(layer)(x, places, deltas)

@@ -1,0 +1,105 @@
+"""Builds the C++ kernel with the system's compiler at first use, and loads it.
+
+The library is kept in the user's cache folder, under a name that depends on source, compiler, flags
+and CPU. Without a compiler the caller computes with torch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+LOGGER = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("few_rows.cpp")
+# The compiler takes some 3 s; a file system or machine that hangs must not hang the decoder.
+_TIMEOUT = 120.0
+_ARM = ("arm64", "aarch64")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC")
+THIS_CPU = ("-mcpu=native" if platform.machine() in _ARM else "-march=native",)
+
+
+class BuildError(RuntimeError):
+    """The library could not be built; the message says why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernel for this machine, built if need be; None, after one log line, if that fails."""
+    try:
+        return ctypes.CDLL(str(build(cache_folder())))
+    except (BuildError, OSError) as error:
+        LOGGER.info("decoding uses torch's operators, not the native kernel: %s", error)
+        return None
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: $XDG_CACHE_HOME/openmythos, or the system's place for caches."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    if given:
+        return Path(given) / "openmythos"
+    home = Path.home()
+    return (home / "Library/Caches" if sys.platform == "darwin" else home / ".cache") / "openmythos"
+
+
+def build(folder: Path, cpu: Sequence[str] = THIS_CPU) -> Path:
+    """The library in `folder`, compiled for `cpu` unless it is there; a BuildError says why not.
+
+    Processes may build at the same time: each writes to a name of its own and renames.
+    """
+    if not SOURCE.is_file():
+        raise BuildError(f"its source {SOURCE.name} is not installed")
+    compiler = _compiler()
+    command = (compiler, *FLAGS, *cpu)
+    version = _run((compiler, "--version"))
+    parts = ("\n".join(command), version, _cpu(), SOURCE.read_text(encoding="utf-8"))
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    target = folder / f"few_rows-{key}.so"
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        _run((*command, "-o", str(temporary), str(SOURCE)))
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _compiler() -> str:
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    if found is None:
+        raise BuildError("there is no C++ compiler (c++, g++, clang++ or $CXX)")
+    return found
+
+
+def _run(command: Sequence[str]) -> str:
+    """Standard output of a command; a BuildError if it fails."""
+    try:
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=_TIMEOUT
+        ).stdout
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip().splitlines()
+        raise BuildError(f"{command[0]} failed: {said[0] if said else error}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} failed: {error}") from error
+
+
+def _cpu() -> str:
+    """What the CPU can do: a folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("flags", "Features", "model name")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
