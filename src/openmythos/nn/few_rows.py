@@ -47,10 +47,14 @@ class UnsupportedError(Exception):
 
 def decode(block: Block, x: Tensor, view: LayerView) -> Tensor | None:
     """The layer's output for one new token per row, x [rows, 1, dim]; None: run the modules."""
-    if x.shape[1] != 1 or view.active is not None or view.collects:
+    kv, halting = view.kv, None
+    if isinstance(kv, Halting):
+        if kv.active is not None or kv.columns is not None:
+            return None
+        kv, halting = kv.inner, kv
+    if type(kv) is not Cached or kv.seq != 1 or view.active is not None or view.collects:
         return None
-    kv = view.kv.inner if isinstance(view.kv, Halting) else view.kv
-    if type(kv) is not Cached or not few_rows_native.accepts(x, kv.storage):
+    if not few_rows_native.accepts(x, kv.storage):
         return None
     layer = native_layer(block)
     if layer is None:
@@ -65,8 +69,8 @@ def decode(block: Block, x: Tensor, view: LayerView) -> Tensor | None:
         sin=None if context.sin is None else context.sin.view(-1, context.sin.shape[-1]),
     )
     out = layer.run(x[:, 0], places, view.deltas)
-    if isinstance(view.kv, Halting) and kv.writes:
-        view.kv.kv = kv.storage[:, kv.start : end]
+    if halting is not None and kv.writes:
+        halting.kv = kv.storage[:, kv.start : end]
     return out[:, None]
 
 
