@@ -47,11 +47,10 @@ class UnsupportedError(Exception):
 
 def decode(block: Block, x: Tensor, view: LayerView) -> Tensor | None:
     """The layer's output for one new token per row, x [rows, 1, dim]; None: run the modules."""
-    kv, halting = view.kv, None
-    if isinstance(kv, Halting):
-        if kv.active is not None or kv.columns is not None:
-            return None
-        kv, halting = kv.inner, kv
+    halting = view.kv if isinstance(view.kv, Halting) else None
+    if halting is not None and (halting.active is not None or halting.columns is not None):
+        return None
+    kv = view.kv if halting is None else halting.inner
     if type(kv) is not Cached or kv.seq != 1 or view.active is not None or view.collects:
         return None
     if not few_rows_native.accepts(x, kv.storage):
