@@ -14,12 +14,13 @@ from openmythos.cli.export import Export
 from openmythos.cli.flags import parse
 from openmythos.cli.hub import Import, Info
 from openmythos.cli.interrupt import CODES, Interrupted, answer_signals
+from openmythos.cli.serve import Serve
 from openmythos.cli.study import Study
 from openmythos.cli.tracking import Plot, Runs
 from openmythos.cli.watch import Watch
 
 COMMANDS = (
-    *(Demo, Train, Generate, Eval, Import, Info, Export, Plan, Presets, Study),
+    *(Demo, Train, Generate, Serve, Eval, Import, Info, Export, Plan, Presets, Study),
     *(Tokenizer, Data, Runs, Plot, Watch),
 )
 _DEBUG = "OPENMYTHOS_DEBUG"  # 1: print the traceback of an error
