@@ -42,7 +42,9 @@ def main() -> int:
     for hops in HOPS:
         few, enough = round(hops / 2), hops + 4
         found = accuracy_map(model, config.data.task, (hops,), (few, enough), examples=EXAMPLES)
-        accuracy |= {str(hops): {str(loops): share for loops, share in found[hops].items()}}
+        accuracy |= {
+            str(hops): {str(loops): round(share, 4) for loops, share in found[hops].items()}
+        }
         print(f"{hops} lookups: {found[hops]}", flush=True)
         if found[hops][enough] < 0.99 or found[hops][few] > 0.25:
             print("not written: this training did not learn to answer longer chains by looping")
@@ -55,7 +57,7 @@ def main() -> int:
         "changes": list(CHANGES),
         "sha256": sha256_of(SHIPPED / WEIGHTS_FILE),
         "trained_on": {"torch": torch.__version__, "python": platform.python_version()}
-        | {key: value for key, value in describe().items() if key in ("commit", "cpu")},
+        | {"cpu": describe()["cpu"]},
         "accuracy": accuracy,
     }
     write_json(record, SHIPPED / TASK_FILE)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.types import ASGIApp
 
 from openmythos import __version__
@@ -34,7 +35,12 @@ from openmythos.serve.sse import EventStream
 from openmythos.serve.texts import token_text
 
 PAGE = Path(__file__).parent / "playground"
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 _BOS, _EOS = "<|bos|>", "<|eos|>"
 _ENGINE_EVERY = 0.1  # seconds between two events of /engine
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -202,7 +208,7 @@ async def _table(inbox: Inbox, ticket: Ticket, http: Request, seconds: float) ->
 
 def _view(service: Service, loop: int, row: Any) -> answers.LoopView:
     top = [
-        answers.LoopTop(id=token, token=_text_of(service, token), prob=prob)
+        answers.LoopTop(id=token, token=token_text(service.tokenizer, token), prob=prob)
         for token, prob in row.top
     ]
     return answers.LoopView(
@@ -213,12 +219,6 @@ def _view(service: Service, loop: int, row: Any) -> answers.LoopView:
         kl=row.kl,
         kl_last=row.kl_last,
     )
-
-
-def _text_of(service: Service, token: int) -> str:
-    # A vocabulary is often padded: ids beyond it have no text.
-    known = token < service.tokenizer.vocab_size
-    return token_text(service.tokenizer, token) if known else ""
 
 
 def _engine_view(service: Service) -> answers.EngineView:
@@ -312,7 +312,10 @@ def _add_errors(app: FastAPI) -> None:
     }
 
     def answer(error: ApiError) -> Response:
-        return JSONResponse(error.body(), error.status, headers=error.headers())
+        # As ASCII: a message may quote half of a character, which UTF-8 does not have.
+        body = json.dumps(error.body())
+        headers = error.headers()
+        return Response(body, error.status, headers, media_type="application/json")
 
     @app.exception_handler(ApiError)
     async def api_error(_http: Request, error: ApiError) -> Response:

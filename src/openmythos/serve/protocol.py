@@ -6,7 +6,7 @@ Unknown fields are refused; fields of OpenAI that change no token are accepted b
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 from openmythos.config import from_dict
 from openmythos.inference.sampling import Sampling
@@ -15,8 +15,20 @@ from openmythos.serve.errors import unsupported
 
 MOST_LOOPS, MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 64, 16, 16, 64
 _INT64 = 2**63
+
+
+def _encodable(text: str) -> str:
+    """JSON can write half of a character, which no encoding has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be text that UTF-8 can encode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-StopText = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+StopText = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class _Strict(BaseModel):
@@ -105,9 +117,12 @@ class Generation(LoopOptions):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | list[Ids] = Field(
-        "", description="A text, token ids, or a list of either."
-    )
+    prompt: (
+        Text
+        | Ids
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[Ids], Field(min_length=1)]
+    ) = Field("", description="A text, token ids, or a list of either.")
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -132,14 +147,14 @@ class TextPart(_Strict):
     """A piece of a chat message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Strict):
     """A message of a chat; only text is read."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
@@ -188,7 +203,7 @@ class ChatRequest(Generation):
 class TokenizeRequest(_Strict):
     """POST /tokenize."""
 
-    prompt: str
+    prompt: Text
     model: str | None = None
     add_special_tokens: bool = True
 
@@ -204,7 +219,7 @@ class LoopsRequest(LoopOptions):
     """POST /v1/loops: what the model would say after each loop, at every position of a prompt."""
 
     model: str | None = None
-    prompt: str | Ids = ""
+    prompt: Text | Ids = ""
     top: Annotated[int, Field(ge=1, le=20)] = Field(5, description="Most likely tokens to list.")
     last_only: bool = Field(False, description="Whether to tell of the last position alone.")
 

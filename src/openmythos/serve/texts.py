@@ -41,7 +41,7 @@ class ChoiceText:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], stop_ids: Sequence[int]) -> None:
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder, self._vocab_size = StreamDecoder(tokenizer), tokenizer.vocab_size
         self._stops, self._stop_ids = StopStrings(stops), stop_ids
         self._piece = Piece()
         self.tokens = 0  # all that the engine sent, as usage counts them
@@ -63,7 +63,9 @@ class ChoiceText:
         if event.token in self._stop_ids:
             return
         piece = self._piece
-        piece.text += self._stops.push(self._decoder.push(event.token))
+        # A vocabulary is often padded: ids beyond the tokenizer's have no text.
+        known = event.token < self._vocab_size
+        piece.text += self._stops.push(self._decoder.push(event.token) if known else "")
         piece.tokens.append(event.token)
         piece.logprobs.append(event.logprobs)
         piece.loops.append(event.loops)
@@ -88,11 +90,15 @@ class ChoiceText:
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """The text of one token; bytes that are no whole character are written as bytes:\\x.."""
-    data = tokenizer.token_bytes[token]
+    data = _bytes_of(tokenizer, token)
     try:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{value:02x}" for value in data)
+
+
+def _bytes_of(tokenizer: Tokenizer, token: int) -> bytes:
+    return tokenizer.token_bytes[token] if token < tokenizer.vocab_size else b""
 
 
 def completion_logprobs(
@@ -124,7 +130,7 @@ def chat_logprobs(tokenizer: Tokenizer, piece: Piece) -> ChatLogprobs:
     """The same as chat writes it."""
 
     def one(token: int, value: float) -> TopLogprob:
-        data = list(tokenizer.token_bytes[token])
+        data = list(_bytes_of(tokenizer, token))
         return TopLogprob(token=token_text(tokenizer, token), logprob=value, bytes=data)
 
     content = []

@@ -33,14 +33,14 @@ export async function* events(path, body, signal) {
   let waiting = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) return; // a stream that was cut off has thrown
     waiting += value;
     const parts = waiting.split("\n\n");
     waiting = parts.pop();
     for (const part of parts) {
       if (!part.startsWith("data: ")) continue;
       const text = part.slice(6);
-      if (text === "[DONE]") return;
+      if (text === "[DONE]") continue;
       const found = JSON.parse(text);
       if (found.error) throw new Error(found.error.message);
       yield found;

@@ -23,8 +23,9 @@ export function startChain(model) {
   const hops = slider("hops", () => later(build));
   byId("hops").max = Math.min(60, model.context - 1);
   loops.range(most);
-  loops.mark("chain-mark", model.num_loops, `trained for ${model.num_loops}`);
+  loops.mark("chain-mark", model.num_loops, `the model\u2019s own: ${model.num_loops}`);
   hops.mark("hops-mark", trained, `longest in training: ${trained}`);
+  byId("strip-end").textContent = `${most} loops`;
   byId("strip").replaceChildren(...Array.from({ length: most }, (_, i) =>
     element("button", { type: "button", onclick: () => loops.set(i + 1), "aria-label": `${i + 1} loops` })));
   byId("new-chain").addEventListener("click", build);

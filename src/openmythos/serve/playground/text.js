@@ -11,7 +11,7 @@ export function startText(model) {
   const loops = slider("loops"), second = slider("second");
   for (const [control, mark] of [[loops, "loops-mark"], [second, "second-mark"]]) {
     control.range(model.max_loops);
-    control.mark(mark, model.num_loops, `trained for ${model.num_loops}`);
+    control.mark(mark, model.num_loops, `the model\u2019s own: ${model.num_loops}`);
   }
   loops.set(Math.min(model.num_loops, model.max_loops));
   second.set(Math.max(1, Math.round(model.num_loops / 4)));
@@ -108,7 +108,7 @@ export function startText(model) {
     if (!count) return;
     const seconds = (performance.now() - one.began) / 1000;
     const saved = 1 - sum / (count * one.depth);
-    one.totals.textContent = `${count} tokens, ${sum} loops, ${(sum / count).toFixed(1)} loops per token, ` +
+    one.totals.textContent = `${count} ${count === 1 ? "token" : "tokens"}, ${sum} loops, ${(sum / count).toFixed(1)} loops per token, ` +
       `${(count / seconds).toFixed(0)} tokens/s, ${(100 * saved).toFixed(0)}% of the loops saved`;
   }
 
