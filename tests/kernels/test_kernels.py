@@ -84,6 +84,7 @@ def attend(
         if mask == "packed":  # the queries stand anywhere among the keys
             seen = torch.arange(total) <= torch.arange(total - seq)[:seq, None] // 2
             seen = seen[None, None]
+        seen = seen.to(query.device)  # the compiler does not see `OnDevice`
         given: Any = {"mask": seen, "window": window, "packed": mask == "packed"}
         if mask == "none":  # every query sees every key
             given = {}
@@ -128,12 +129,14 @@ def experts(
 
 
 def rotated(x: Tensor) -> Tensor:
-    cos, sin = rope_tables(torch.arange(x.shape[-2]), x.shape[-1], 100.0)
+    positions = torch.arange(x.shape[-2], device=x.device)
+    cos, sin = rope_tables(positions, x.shape[-1], 100.0)
     return rotate(x, cos, sin)
 
 
 def normed(x: Tensor, weight: Tensor) -> Tensor:
-    return rms_norm(x * torch.tensor([1e-2, 1.0, 1e2], dtype=x.dtype)[:, None], weight, 1e-3)
+    scale = torch.tensor([1e-2, 1.0, 1e2], dtype=x.dtype, device=x.device)
+    return rms_norm(x * scale[:, None], weight, 1e-3)
 
 
 CASES = {
@@ -247,8 +250,7 @@ def test_compiled_equals_reference(backend: str) -> None:
     names = ("norm", "rotation", "gated map", "attention", "cross-entropy", "experts, many uses")
     case = together([CASES[name] for name in (*names, "experts, one token of many")])
     compiled = torch.compile(case.run, backend=backend, fullgraph=True)
-    with here():  # the compiler does not see `OnDevice`
-        assert_fast_equals_reference(case, torch.float32, compiled)
+    assert_fast_equals_reference(case, torch.float32, compiled)
 
 
 @pytest.mark.parametrize("name", SMALL)

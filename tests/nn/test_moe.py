@@ -43,7 +43,9 @@ def run(
 ) -> tuple[Tensor, Any]:
     """(output [tokens, dim], statistics) of sequences of these lengths, padded to one batch."""
     x = pad_sequence(tokens.split(lengths or (len(tokens),)), batch_first=True)
-    active = torch.arange(x.shape[1]) < torch.tensor(lengths or (len(tokens),))[:, None]
+    # The backward pass may run this again, in a thread without a default device.
+    ends = torch.tensor(lengths or (len(tokens),), device=x.device)
+    active = torch.arange(x.shape[1], device=x.device) < ends[:, None]
     given = {"active": active if lengths else None, "collects": True} | view
     out, stats = layer(x, LayerView(CONTEXT, NoCache(), **given))
     assert not out[~active].any()

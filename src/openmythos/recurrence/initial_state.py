@@ -111,8 +111,9 @@ class SineHashState:
     """h_0 ~ N(0, 1 / dim); at inference xLLM-Loop's hash of position and feature.
 
     u = frac(43758.5453123 sin(0.013579 feature + 0.021713 position + 0.123457)). The factor
-    magnifies rounding, so devices agree to about 3 digits of u. xLLM-Loop also hashes the row of
-    the batch or the example; here every row is row 0, so that no row depends on its batch.
+    magnifies rounding to the third digit of u; here the sine is rounded once, so that it is the
+    same on every device. xLLM-Loop also hashes the row of the batch or the example; here every row
+    is row 0, so that no row depends on its batch.
     """
 
     kind: Literal["sine_hash"] = "sine_hash"
@@ -123,7 +124,7 @@ class SineHashState:
             return torch.randn_like(encoded) * std
         feature = torch.arange(encoded.shape[-1], device=positions.device, dtype=torch.float32)
         angle = feature * 0.013579 + positions[..., None].float() * 0.021713 + 0.123457
-        value = angle.sin() * 43758.5453123
+        value = angle.double().sin().float() * 43758.5453123
         uniform = (value - value.floor()).clamp(1e-6, 1 - 1e-6)
         noise = torch.erfinv(2 * uniform - 1) * (math.sqrt(2) * std)
         return noise.to(encoded.dtype).expand_as(encoded)
