@@ -62,6 +62,11 @@ NOT_RUN_YET = {
     "bounded-state",
     "unseen-compositions",
     "longer-chains",
+    "linear-frontier",
+    "contrastive-loops",
+    "what-extrapolation-needs",
+    "lora-between-loops",
+    "inside-the-loop",
 }
 RUN = [name for name in runner.STUDIES if name not in NOT_RUN_YET]
 
