@@ -71,6 +71,7 @@ class Engine:
             sample=sample,
             num_loops=o.num_loops,
             planes=plane_map.total,
+            prompt=len(asked.prompt),
             tokens=len(asked.prompt),
             most_tokens=len(asked.prompt) + o.max_new_tokens,
             group=(o.num_loops, o.exit_rule, o.prefill, o.decode),

@@ -81,8 +81,8 @@ class EngineLimits:
     `prefill_budget` token-loops (tokens times loops), but at least one token.
 
     Rows whose loops are done wait for each other before coda, head and the prelude of their next
-    token: until they are `boundary_share` of the rows in flight, or one has waited for
-    `boundary_wait` loops, or no row loops.
+    token: until they are `boundary_share` of the rows in flight, or one has waited for as many
+    loops as a token of it has (at least `boundary_wait`), or no row loops.
     """
 
     max_rows: int = 32

@@ -1,7 +1,8 @@
 """From next-token logits to a token: pure functions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,11 +99,13 @@ def sample_rows(
 
     None for a row whose logits are not finite. Rows with the same settings are filtered together.
     """
-    groups: dict[Sampling, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for index, (sampling, _) in enumerate(how):
-        groups.setdefault(replace(sampling, seed=0), []).append(index)
+        settings = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        groups.setdefault(settings if sampling.temperature else 0, []).append(index)
     found: list[int | None] = [None] * len(how)
-    for sampling, places in groups.items():
+    for places in groups.values():
+        sampling = how[places[0]][0]
         rows = logits if len(places) == len(how) else logits[places]
         if sampling.temperature == 0:
             highest, token = rows.max(dim=-1)

@@ -58,16 +58,17 @@ class PageLedger:
 class Row:
     """A sequence, as the scheduler sees it.
 
-    `planes`: pages per block of `page_tokens` tokens. `tokens` are known, of which `cached` have
-    keys and values; it gets at most `most_tokens`. Rows of the same `group` may be prefilled
-    together. `chunkable`: a prompt may be read in pieces; `restartable`: the row can be computed
-    anew with the same result.
+    `planes`: pages per block of `page_tokens` tokens. `tokens` are known, `prompt` of them given,
+    and `cached` of them have keys and values; it gets at most `most_tokens`. Rows of the same
+    `group` may be prefilled together. `chunkable`: a prompt may be read in pieces; `restartable`:
+    the row can be computed anew with the same result.
     """
 
     request: int
     sample: int
     num_loops: int
     planes: int
+    prompt: int
     tokens: int
     most_tokens: int
     group: Hashable = None
@@ -163,9 +164,9 @@ class Scheduler(Generic[R]):
         They share the full pages of the prompt, and have own ones for the rest.
         """
         full, forked = row.cached // self.limits.page_tokens, []
-        for other in [x for x in self.waiting if x.request == row.request]:
-            fresh = other.tokens == row.tokens
-            if not fresh or not self._room(other, self._first_blocks(other) - full):
+        alike = [x for x in self.waiting if x.request == row.request and x.tokens == x.prompt]
+        for other in alike if row.tokens == row.prompt else []:
+            if len(self.running) == self.limits.max_rows or not self._fits(other, full):
                 continue
             self._take(other, self._first_blocks(other) - full)
             for pages in row.blocks[:full]:
@@ -180,38 +181,36 @@ class Scheduler(Generic[R]):
 
     def _admitted(self) -> list[R]:
         """The next row to read, and others of its group that fit into the same chunk."""
-        head = next((row for row in self._candidates() if self._fits(row)), None)
-        if head is None:
-            return []
-        for row in self.waiting[: self.waiting.index(head)]:
-            row.passed += 1
-        self._take(head, self._first_blocks(head))
-        head.phase, group = "prefill", [head]
+        group: list[R] = []
+        blocked: list[R] = []  # they find no pages; later ones may pass them
         for row in list(self.waiting):
-            longest = max(row.tokens, *(x.tokens for x in group))
-            alike = row.group == head.group and row.request != head.request
-            within = longest * (len(group) + 1) <= self._chunk(head)
-            if alike and within and self._fits(row):
+            if len(self.running) == self.limits.max_rows:
+                break
+            if group and not self._joins(row, group):
+                continue
+            if self._fits(row):
                 self._take(row, self._first_blocks(row))
                 row.phase = "prefill"
                 group.append(row)
+                for passed in blocked:
+                    passed.passed += 1
+            else:
+                blocked.append(row)
+            if any(row.passed >= MOST_PASSED for row in blocked):
+                break
         return group
 
-    def _candidates(self) -> list[R]:
-        """Waiting rows that may be next: none behind one that was passed too often."""
-        for place, row in enumerate(self.waiting):
-            if row.passed >= MOST_PASSED:
-                return self.waiting[: place + 1]
-        return self.waiting
+    def _joins(self, row: R, group: Sequence[R]) -> bool:
+        """Whether a row can be read together with these; samples of one prompt fork instead."""
+        alike = row.group == group[0].group and all(row.request != x.request for x in group)
+        longest = max(row.tokens, *(x.tokens for x in group))
+        return alike and longest * (len(group) + 1) <= self._chunk(row)
 
-    def _fits(self, row: R) -> bool:
-        return self._room(row, self._first_blocks(row))
-
-    def _room(self, row: R, blocks: int) -> bool:
-        """Whether the row can have `blocks` and every other one its next block."""
+    def _fits(self, row: R, shared: int = 0) -> bool:
+        """Whether there are pages for the row and for the next block of every other one."""
         growth = sum(x.planes for x in self.running if x.restartable)
-        fits = blocks * row.planes + growth <= self.ledger.free
-        return fits and len(self.running) < self.limits.max_rows
+        blocks = self._first_blocks(row) - shared
+        return blocks * row.planes + growth <= self.ledger.free
 
     def _take(self, row: R, blocks: int) -> None:
         for _ in range(blocks):
@@ -237,10 +236,13 @@ class Scheduler(Generic[R]):
         looping = sum(row.phase == "loop" for row in self.running)
         if not rows:
             return []
-        share = len(rows) / (len(rows) + looping)
-        due = share >= self.limits.boundary_share
-        due = due or max(row.waited for row in rows) >= self.limits.boundary_wait
+        due = len(rows) >= self.limits.boundary_share * (len(rows) + looping)
+        due = due or any(row.waited >= self.longest_wait(row) for row in rows)
         return rows if due or not looping else []
+
+    def longest_wait(self, row: R) -> int:
+        """How many loops a row waits at the boundary at most."""
+        return max(self.limits.boundary_wait, row.num_loops)
 
     def read_out(self, rows: Sequence[R]) -> None:
         """The keys and values of the rows' present tokens are complete."""
