@@ -5,7 +5,6 @@ python benchmarks/claims.py --check   # exit code 1 if one of them is out of dat
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -13,22 +12,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import goals
+from speed_claims import (
+    bench_rows,
+    cache_rows,
+    floors_table,
+    kinds_table,
+    load,
+    row,
+    scaling_rows,
+    speed_tables,
+)
 
 from openmythos.studies.runner import STUDIES
 from openmythos.studies.statistics import mean_and_half_width
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("avx512-bf16", "avx2")  # of processors; all figures were measured on the first
 IN_DOCS_ONLY = {"loop-use"}  # only a footnote in the README: it explains the demo
-
-
-def load(results: Path, name: str) -> Any:
-    return json.loads((results / name).read_text(encoding="utf-8"))
-
-
-def row(claim: str, measured: str, where: str) -> str:
-    return f"| {claim} | {measured} | {where} |"
 
 
 def study_rows(results: Path) -> Iterator[str]:
@@ -98,126 +97,6 @@ def demo_rows(results: Path) -> Iterator[str]:
         ("" if mean + half < 0 else "**no**, not after so short a training: ")
         + f"{counted(more)} against {first}: {plus_minus(change, '+')} bits per byte",
         "same",
-    )
-
-
-def kinds(results: Path, file: str) -> list[str]:
-    """The kinds of processor for which results/bench has this file."""
-    return [kind for kind in KINDS if (results / "bench" / kind / file).exists()]
-
-
-def bench_runs(results: Path) -> dict[tuple[str, str], list[Any]]:
-    """Results of `make bench` by (workload, kind of processor): one per number of threads."""
-    return {
-        (name, kind): load(results, f"bench/{kind}/bench-{name}.json")["results"]
-        for name in "SM"
-        for kind in kinds(results, f"bench-{name}.json")
-    }
-
-
-def kinds_table(results: Path) -> str:
-    """Ratios to the reference on one thread, a column per workload and kind of processor."""
-    runs = {key: found[0] for key, found in bench_runs(results).items()}
-    heads = [f"{name}, {kind}" for name, kind in runs]
-    lines = [f"| | | {' | '.join(heads)} |", "|---" * (len(runs) + 2) + "|"]
-    for figure in next(iter(runs.values()))["ratio"]:
-        for name in (*goals.FP32, *goals.BF16):
-            ratios = [run["ratio"][figure].get(name) for run in runs.values()]
-            cells = ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
-            lines.append(f"| {figure} | {name.removeprefix('openmythos-')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def bench_rows(results: Path) -> Iterator[str]:
-    """Rows of speed-ups on one thread by kind of processor, workloads S and M, and cache bytes."""
-    runs = {key: found[0] for key, found in bench_runs(results).items()}
-
-    def ratio(figure: str, name: str) -> str:
-        """Such as `avx512-bf16 1.30x; 1.22x, avx2 1.31x` (S; M); kinds without it are omitted."""
-        by_kind: dict[str, list[str]] = {}
-        for (_, kind), run in runs.items():
-            if name in run["ratio"][figure]:
-                by_kind.setdefault(kind, []).append(f"{run['ratio'][figure][name]:.2f}x")
-        return ", ".join(f"{kind} {'; '.join(found)}" for kind, found in by_kind.items())
-
-    fp32, compiled = "openmythos-fp32", "openmythos-compiled"
-    bf16, both = "openmythos-bf16", "openmythos-bf16-compiled"
-    where = "`make bench` ([tables, processors](docs/performance.md))"
-    yield row(
-        "trains faster than open-mythos 0.5.0, equal shapes and loops, one CPU thread (S; M)",
-        f"fp32: {ratio('training step', fp32)}. bf16 against its fp32: "
-        f"{ratio('training step', bf16)}",
-        where,
-    )
-    yield row(
-        "reads prompts faster (8 of 512 tokens)",
-        f"fp32: {ratio('prefill, batch 8', fp32)}. With bf16 weights: "
-        f"{ratio('prefill, batch 8', bf16)}",
-        "same",
-    )
-    for size, claim in ((1, "decodes one sequence faster"), (8, "decodes 8 sequences faster")):
-        figure = f"decode, batch {size}"
-        yield row(
-            claim,
-            f"{ratio(figure, fp32)}. Compiled: {ratio(figure, compiled)}. With bf16 weights, "
-            f"compiled: {ratio(figure, both)} "
-            "([some goals missed](docs/performance.md))",
-            "same",
-        )
-    # Cache sizes are the same on every processor.
-    held = [run["cache_bytes_per_token"] for (_, kind), run in runs.items() if kind == KINDS[0]]
-    less = [one["open-mythos"] / one[fp32] for one in held]
-    yield row(
-        "a token of cache takes what the MLA formula says",
-        f"{held[0][fp32]:.0f} and {held[1][fp32]:.0f} bytes (S, M, fp32), "
-        f"{less[0]:.1f} and {less[1]:.1f} times less than open-mythos 0.5.0",
-        "same",
-    )
-
-
-def scaling_rows(results: Path) -> Iterator[str]:
-    path = f"bench/{kinds(results, 'scaling.json')[0]}/scaling.json"
-    found = load(results, path)
-    fit, memory = found["line_fits"]["forward"], found["training_mib_by_loops"]["last 4 loops"]
-    where = f"`{found['command'].strip()}` ([results](results/{path}))"
-    yield row(
-        "a loop costs the same however many there are; the rest is prelude, coda and head",
-        f"forward {1e3 * fit['fixed_seconds']:.1f} ms + {1e3 * fit['seconds_per_loop']:.1f} ms per "
-        f"loop for 1 to 64 loops, within {fit['largest_relative_error']:.1%} "
-        f"({1e3 * found['outside_the_loop_seconds']:.1f} ms without the loop); backpropagation "
-        f"through the last 4 loops holds {memory['4']:.0f} MiB at 4 loops and {memory['64']:.0f} "
-        "at 64",
-        where,
-    )
-    (halted,) = found["loop_cost_by_halted_percent"].values()
-    (exits,) = found["milliseconds_by_exit_loop"].values()
-    yield row(
-        "halting and early exit save time",
-        f"a loop with 75% of positions halted costs {halted['75']:.0%} of a full one; a token that "
-        f"leaves after 1 / 4 / 16 loops is decoded in {exits['1']:.1f} / {exits['4']:.1f} / "
-        f"{exits['16']:.1f} ms",
-        "same",
-    )
-
-
-def cache_rows(results: Path) -> Iterator[str]:
-    found = load(results, "cache/cache.json")
-    sizes, costs = found["bytes_per_token_at_16_loops"], found["added_by_policy"]
-    exact, shared = ([size[key] for size in sizes] for key in ("exact_ratio", "shared_ratio"))
-    block = min(size["recurrent_shared_ratio"] for size in sizes)
-    priced = ", ".join(
-        f"{name} {cost['added_nats_per_token']:+.3f} ± {cost['half_width_95']:.3f}"
-        for name, cost in costs.items()
-        if name != "exact"
-    )
-    yield row(
-        "a looped cache is small: MLA against full keys and values of equal depth, presets 1b to "
-        "1t at 16 loops",
-        f"{min(exact):.0f} to {max(exact):.0f} times less; loops that share one slot "
-        f"{min(shared):.1f} to {max(shared):.1f} times less again ({block:.0f} times in the "
-        f"recurrent block: prelude and coda keep theirs); cost in nats per token, of a "
-        f"model that hardly uses its loops: {priced}",
-        f"`{found['command']}` ([results](results/cache/cache.json))",
     )
 
 
@@ -316,92 +195,6 @@ def claims_table(results: Path) -> str:
 def in_docs(text: str) -> str:
     """The text with links relative to docs/ instead of the repository root."""
     return text.replace("](results/", "](../results/").replace("](docs/", "](")
-
-
-def shown_share(run: Any, share: float) -> str:
-    """A fraction of the bound, or "?" if the bound was measured on a busy machine.
-
-    No fraction can exceed 1: if one does, the measured limits of that run are too low.
-    """
-    shares = [x for figure in run["share_of_bound"].values() for x in figure.values()]
-    return "?" if max(shares) > 1 else f"{share:.0%}"
-
-
-def speed_tables(results: Path) -> str:
-    """A table per workload, processor and number of threads, of all figures and contenders."""
-    lines: list[str] = []
-    shapes = {
-        "S": "width 256, 16 experts top-2, 4 loops, 8 x 256 tokens",
-        "M": "width 512, 64 experts top-4, 8 loops, 2 x 512 tokens",
-    }
-    for name, shape in shapes.items():
-        found = bench_runs(results)
-        every = [(kind, run) for kind in KINDS for run in found.get((name, kind), [])]
-        for kind, run in every:
-            names = list(run["cache_bytes_per_token"])
-            threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
-            lines += [f"**{name}** ({shape}), {threads}, {kind}", ""]
-            lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-            for figure, seconds in run["seconds"].items():
-                ratio, share = run["ratio"][figure], run["share_of_bound"][figure]
-                cells = [
-                    f"{1e3 * seconds[one]:.1f}, {ratio[one]:.2f}x, {shown_share(run, share[one])}"
-                    for one in names
-                ]
-                lines.append(f"| {figure} | {' | '.join(cells)} |")
-            held, peak = run["cache_bytes_per_token"], run.get("peak_megabytes")
-            lines.append(
-                "| cache, bytes per token | " + " | ".join(f"{held[n]:.0f}" for n in names) + " |"
-            )
-            if peak:  # bench.py --no-memory leaves it out
-                cells = [f"{peak[n]:.0f} MiB" for n in names]
-                lines.append(f"| peak memory, training | {' | '.join(cells)} |")
-            lines.append("")
-    return "\n".join(lines)
-
-
-def floors_table(results: Path) -> str:
-    """Goals of bench.py and the measured values; goals that were missed are in bold."""
-    found = bench_runs(results).items()
-    runs = [run for _, by_threads in found for run in by_threads]
-    heads = [f"{n}, {run['threads']}, {kind}" for (n, kind), by in found for run in by]
-    lines = [
-        f"| floor (S, M) | best of | {' | '.join(heads)} |",
-        "|---" * (len(runs) + 2) + "|",
-    ]
-
-    def cell(run: Any, value: float, floors: tuple[float, float], text: str) -> str:
-        floor = floors[run["workload"]["name"] == "M"]
-        return text if value >= floor else f"**{text}**"
-
-    for names, figure, floors in goals.FLOORS:
-        cells = []
-        for run in runs:
-            value = max(run["ratio"][figure].get(name, 0) for name in names)
-            cells.append(cell(run, value, floors, f"{value:.2f}x") if value else "")
-        contenders = ", ".join(name.removeprefix("openmythos-") for name in names)
-        lines.append(
-            f"| {figure} {floors[0]}x, {floors[1]}x | {contenders} | {' | '.join(cells)} |"
-        )
-    low, high = goals.PEAK_FLOORS["S"], goals.PEAK_FLOORS["M"]
-    cells = []
-    for run in runs:
-        share = run["share_of_bound"]["training step"]["openmythos-fp32"]
-        cells.append(cell(run, share, (low, high), shown_share(run, share)))
-    name = f"share of fp32 peak, training {low:.0%}, {high:.0%}"
-    lines.append(f"| {name} | fp32 | {' | '.join(cells)} |")
-    for kind in ("fp32", "bf16"):
-        cells = []
-        for run in runs:
-            peak = run.get("peak_megabytes", {})
-            ratio = peak.get(f"openmythos-{kind}", 0) / peak.get(goals.REFERENCE, 1)
-            text = f"{ratio:.2f}x" if ratio else ""
-            cells.append(text if ratio <= goals.MEMORY_CEILING else f"**{text}**")
-        lines.append(
-            f"| peak memory of the training step, at most {goals.MEMORY_CEILING}x | {kind} | "
-            f"{' | '.join(cells)} |"
-        )
-    return "\n".join(lines)
 
 
 def replaced(text: str, name: str, content: str) -> str:

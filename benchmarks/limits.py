@@ -63,33 +63,50 @@ def _gpu_limits(device: torch.device) -> dict[str, float]:
     return found
 
 
-def bound_seconds(workload: Workload, figure: str, limits: dict[str, float], peak: str) -> float:
-    """Lower bound of the time on this machine: the larger of arithmetic and memory traffic."""
-    config, loops = workload.config(), workload.loops
-    parameters = cost.parameters(config)
-    weight = 2 if peak == "bf16" else 4
-    moved = 0.0
-    if figure in ("training step", "forward"):
-        count, seq = workload.batch * workload.seq, workload.seq
-        per_token = (
-            cost.Flops(config, seq).training(loops)
-            if figure == "training step"
-            else cost.Flops(config, seq).forward(loops)
-        )
+def bound_seconds(
+    workload: Workload,
+    figure: str,
+    limits: dict[str, float],
+    peak: str,
+    size: int,
+    *,
+    reread: bool = False,
+) -> float:
+    """Lower bound of the time on this machine: the larger of arithmetic and memory traffic.
+
+    `peak` names the limit of arithmetic; weights and cache take `size` bytes a number. Traffic
+    counts for decoding only; `reread` is the reading of `decode_bytes`.
+    """
+    config, loops, moved = workload.config(), workload.loops, 0.0
+    if figure.startswith("decode"):
+        count = int(figure.split()[-1])
+        # A new token attends to all keys, twice the mean over a causal forward pass.
+        per_token = float(cost.Flops(config, 2 * PROMPT).forward(loops))
+        moved = decode_bytes(workload, count, size, reread=reread)
     elif figure.startswith("prefill"):
         count = int(figure.split()[-1]) * PROMPT
         per_token = cost.Flops(config, PROMPT).forward(loops)
     else:
-        count = int(figure.split()[-1])
-        # A new token attends to all keys, twice the mean over a causal forward pass.
-        per_token = cost.Flops(config, 2 * PROMPT).forward(loops)
-        cache = cost.cache_bytes(
-            config,
-            context=PROMPT,
-            batch=count,
-            num_loops=loops,
-            policy=ExactCache(),
-            dtype=torch.bfloat16 if peak == "bf16" else torch.float32,
-        )
-        moved = min(parameters.total, parameters.active * count) * weight + cache
+        count, flops = workload.batch * workload.seq, cost.Flops(config, workload.seq)
+        per_token = flops.training(loops) if figure == "training step" else flops.forward(loops)
     return max(count * per_token / limits[peak], moved / limits["bandwidth"])
+
+
+def decode_bytes(workload: Workload, rows: int, size: int, *, reread: bool) -> float:
+    """Bytes of weights and cache that a decoded token of every row needs, `size` bytes a number.
+
+    Without `reread`, the looped layers stay in the processor's cache: one reading for all loops,
+    which all choose the same experts. With it, every loop reads from memory again. Rows choose
+    their experts independently of each other.
+    """
+    parameters, w = cost.parameters(workload.config()), workload
+    drawn = w.experts * (1 - (1 - w.top_k / w.experts) ** rows)
+    once = parameters.total - parameters.recurrent + parameters.loop_lora  # one delta per loop
+    looped = parameters.total - once - parameters.routed_experts * (1 - drawn / w.experts)
+    cache = (
+        cost.cache_bytes(
+            w.config(), context=PROMPT, batch=rows, num_loops=w.loops, policy=ExactCache()
+        )
+        // torch.bfloat16.itemsize
+    )
+    return size * (once + looped * (w.loops if reread else 1) + cache)

@@ -3,6 +3,7 @@
 Contenders do not share an allocator, a compilation cache in memory, or a thread pool.
 """
 
+import contextlib
 import multiprocessing
 import time
 import traceback
@@ -11,9 +12,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, Contender, S, Workload, with_shape
+from contenders import Contender, S, SkippedError, Workload, with_shape
 from host import peak_bytes
 from limits import PROMPT
+from roster import CONTENDERS
 
 from openmythos.machine import keep_freed_memory
 
@@ -28,10 +30,6 @@ def figure_names(device: torch.device) -> list[str]:
     if device.type == "cpu":
         first = ["forward", "training step", *(f"prefill, batch {rows}" for rows in PREFILL_ROWS)]
     return [*first, *(f"decode, batch {rows}" for rows in DECODE_ROWS[device.type])]
-
-
-class FailedError(Exception):
-    """A contender raised an exception in its process; the text is its first line."""
 
 
 def measures(
@@ -96,12 +94,16 @@ class Worker:
         self.figures = measures(workload, device)
         self.run: Callable[[], object] = lambda: None
 
-    def prepare(self, figure: str) -> None:
+    def prepare(self, figure: str) -> bool:
+        """Whether the contender is timed for this figure."""
+        if not figure.startswith(self.contender.figures):
+            return False
         self.run = lambda: None  # frees the cache of the figure before
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         self.run = self.figures[figure](self.contender)
+        return True
 
     def time(self, calls: int) -> list[float]:
         """Seconds of each call. On a GPU, one more call first refills the allocator's buffers."""
@@ -116,6 +118,9 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
+
+    def start(self) -> None:
+        """Nothing: the process has built its model."""
 
     def peak_megabytes(self) -> float:
         """Largest sum of all tensors on the GPU since the figure was prepared, in MiB."""
@@ -146,6 +151,8 @@ def serve(pipe: Connection, *worker_arguments: Any) -> None:
         try:
             worker = worker or Worker(*worker_arguments)
             pipe.send((True, getattr(worker, method)(*arguments)))
+        except (SkippedError, ImportError) as error:
+            pipe.send((False, str(error)))
         except Exception as error:
             traceback.print_exc()
             first_line = (str(error).strip().splitlines() or [""])[0]
@@ -164,51 +171,61 @@ class Team:
         tf32: bool,
     ) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipes: dict[str, Connection] = {}
+        self._pipes: dict[str, Connection] = {}
         self._processes = []
         for name in names:
-            self.pipes[name], far_end = context.Pipe()
+            self._pipes[name], far_end = context.Pipe()
             arguments = (far_end, workload, name, threads, device, tf32)
             process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             far_end.close()  # so that recv raises if the process dies
             self._processes.append(process)
 
-    def order(self, name: str, method: str, *arguments: object) -> None:
-        self.pipes[name].send((method, arguments))
+    def ask(
+        self, names: Iterable[str], method: str, *arguments: object, together: bool = False
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Call a method of some workers: (what they return, why others failed), by name.
 
-    def answer(self, name: str) -> Any:
-        try:
-            fine, value = self.pipes[name].recv()
-        except EOFError:
-            raise FailedError("its process ended") from None
-        if not fine:
-            raise FailedError(value)
-        return value
+        One after the other, unless `together`.
+        """
+        answers, failures, asked = {}, {}, list(names)
+        for name in asked if together else ():
+            self._order(name, method, *arguments)
+        for name in asked:
+            try:
+                if not together:
+                    self._order(name, method, *arguments)
+                fine, value = self._pipes[name].recv()
+            except (EOFError, OSError):
+                fine, value = False, "its process ended"
+            (answers if fine else failures)[name] = value
+        return answers, failures
 
-    def ask(self, name: str, method: str, *arguments: object) -> Any:
-        try:
-            self.order(name, method, *arguments)
-        except OSError:
-            raise FailedError("its process ended") from None
-        return self.answer(name)
+    def _order(self, name: str, method: str, *arguments: object) -> None:
+        with contextlib.suppress(OSError):  # its process has ended, which recv reports
+            self._pipes[name].send((method, arguments))
 
     def __enter__(self) -> "Team":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pipe in self.pipes.values():
+        for pipe in self._pipes.values():
             pipe.close()
         for process in self._processes:  # no other process while the next workload is measured
             process.join()
 
 
-def resident_megabytes(workload: Workload, name: str) -> float:
-    """Peak memory in MiB that model, optimizer and three steps add to this process (CPU)."""
+def resident_megabytes(workload: Workload, name: str) -> float | None:
+    """Peak memory in MiB that model, optimizer and three steps add to this process (CPU).
+
+    None if the contender does not train.
+    """
     torch.set_num_threads(1)
     as_installed(name)
     # A small model first: libraries and kernels that any training step loads do not count.
     small = CONTENDERS[name](with_shape(S, batch=1, seq=64))
+    if "training" not in small.figures:
+        return None
     small.start_training()
     small.train_step(*torch.zeros(2, 1, 64, dtype=torch.long))
     del small
