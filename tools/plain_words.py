@@ -48,7 +48,7 @@ BANNED = {
 }
 # Files that quote the names of other projects.
 QUOTES = {
-    "benchmarks/contenders.py",
+    "benchmarks/peers.py",
     "examples/load_public_model.py",
     "src/openmythos/hub/huginn.py",
     "tests/hub/references.py",
