@@ -158,6 +158,17 @@ def places(weights: LayerWeights, rotary: int, *, hidden: bool) -> Places:
     )
 
 
+def paged(given: Places) -> Places:
+    """The same keys and values in pages of 12 columns, in an order of their own."""
+    assert given.slot is not None and given.line is not None
+    size, blocks = 12, -(-COLUMNS // 12)
+    pages = torch.randperm(ROWS * blocks).view(ROWS, blocks)
+    kv = torch.full((ROWS * blocks, size, given.kv.shape[-1]), float("nan"))
+    rows = torch.nn.functional.pad(given.kv[given.slot, given.line], (0, 0, 0, 4))
+    kv[pages] = rows.view(ROWS, blocks, size, -1)
+    return replace(given, kv=kv, pages=pages, slot=None, line=None)
+
+
 def maps(weights: LayerWeights) -> Iterator[tuple[str, Tensor]]:
     """The maps of a layer that a delta may change."""
     parts: list[Any] = [weights.attention, weights.feed_forward]
@@ -185,7 +196,7 @@ def row_of(part: Any, r: int) -> Any:
     if isinstance(part, Tensor):
         return part[r : r + 1].contiguous()
     if isinstance(part, Places):
-        names = ("column", "slot", "line", "first", "writes", "mask", "cos", "sin")
+        names = ("column", "slot", "line", "pages", "first", "writes", "mask", "cos", "sin")
         return replace(part, **{name: row_of(getattr(part, name), r) for name in names})
     return part
 
@@ -233,6 +244,23 @@ def test_a_row_alone_has_the_same_bits_as_in_a_batch(attention: str, feed_forwar
         out = few_rows_native.fast(row_of(x, r), weights, row_of(alone, r), own)
         assert torch.equal(out[0], together[r]), f"row {r}"
     assert torch.equal(alone.kv, where.kv)
+
+
+@needs_compiler
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("hidden", [False, True], ids=["", "masked"])
+def test_pages_hold_what_lines_do(attention: str, hidden: bool) -> None:
+    weights, rotary = layer(attention, "swiglu", ("norm",))
+    x, lines = torch.randn(ROWS, DIM), places(weights, rotary, hidden=hidden)
+    pages, natively = paged(lines), paged(lines)
+    wanted = few_rows.reference(x, weights, lines, {})
+    after = paged(lines)
+    for where, run in ((pages, few_rows.reference), (natively, few_rows_native.fast)):
+        found = run(x, weights, where, {})
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert where.pages is not None and after.pages is not None
+        kv, expected = where.kv[where.pages], after.kv[after.pages]
+        torch.testing.assert_close(kv, expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_compiler

@@ -79,9 +79,13 @@ struct Call {
   const void* x;
   void *out, *kv;  // kv: [slots, lines, columns, kv_width] with the strides below
   const int64_t *slot, *line, *column, *first;  // [rows]; null: 0, r, same_column, 0
+  // [rows, blocks], or null: kv is [pages, page_columns, kv_width] with pages slot_stride apart, and
+  // column c of row r is in page pages[r, c / page_columns]
+  const int64_t* pages;
   const uint8_t *writes, *mask;                 // [rows], [rows or 1, >= column + 1]; may be null
   const float *cos, *sin;                       // [rows or 1, rotary]; null: not rotated
   int64_t rows, rotary_dim, same_column, slot_stride, line_stride, mask_stride, table_stride;
+  int64_t page_columns, blocks;
   int32_t dtype, kv_dtype;
 };
 
@@ -482,16 +486,41 @@ void activate(float* x, int64_t count, int32_t kind) {  // x is padded to whole 
 // Attention --------------------------------------------------------------------------------------
 
 struct Keys {  // of one row: columns [first, last], of which `mask` may hide some
-  int64_t first, last, stride;
+  int64_t first, last;
   const uint8_t* mask;
 };
+
+// Where the columns of one row are: one after the other, or in pages.
+template <class W>
+struct Cache {
+  W* start;
+  const int64_t* pages;
+  int64_t page_stride, page_columns, width;
+
+  W* at(int64_t column) const {
+    if (!pages) return start + column * width;
+    return start + pages[column / page_columns] * page_stride + column % page_columns * width;
+  }
+  int64_t adjacent(int64_t column) const {  // columns that follow each other from this one on
+    return pages ? page_columns - column % page_columns : INT64_MAX;
+  }
+};
+
+template <class W>
+Cache<W> cache_of(const Layer& layer, const Call& call, int64_t r) {
+  W* kv = static_cast<W*>(call.kv);
+  if (call.pages)
+    return {kv, call.pages + r * call.blocks, call.slot_stride, call.page_columns, layer.kv_width};
+  int64_t slot = call.slot ? call.slot[r] : 0, line = call.line ? call.line[r] : r;
+  return {kv + slot * call.slot_stride + line * call.line_stride, nullptr, 0, 0, layer.kv_width};
+}
 
 int64_t column_of(const Call& call, int64_t r) {
   return call.column ? call.column[r] : call.same_column;
 }
 
-Keys keys_of(const Layer& layer, const Call& call, int64_t r) {
-  Keys keys{call.first ? call.first[r] : 0, column_of(call, r), layer.kv_width, nullptr};
+Keys keys_of(const Call& call, int64_t r) {
+  Keys keys{call.first ? call.first[r] : 0, column_of(call, r), nullptr};
   if (call.mask) {
     keys.mask = call.mask + r * call.mask_stride;
     while (keys.first < keys.last && !keys.mask[keys.first]) keys.first++;
@@ -513,16 +542,18 @@ float exponentials(float* scores, int64_t count, float most) {
 // mixed[h] = sum_k softmax_k(query[h] . keys[k]) values[k], in blocks of keys with a running
 // maximum.
 template <class W>
-void attend(const Keys& keys, const W* key, const W* value, int64_t key_width, int64_t value_width,
-            Rows query, Rows mixed, int64_t heads, Rows scores, float* numbers) {
+void attend(const Keys& keys, const Cache<W>& cache, int64_t key_at, int64_t value_at,
+            int64_t key_width, int64_t value_width, Rows query, Rows mixed, int64_t heads,
+            Rows scores, float* numbers) {
   float *most = numbers, *sum = numbers + heads, *keep = numbers + 2 * heads;
   for (int64_t h = 0; h < heads; h++) {
     most[h] = -INFINITY, sum[h] = 0;
     std::fill(mixed[h], mixed[h] + round_up(value_width), 0.0f);
   }
-  for (int64_t k = keys.first; k <= keys.last; k += KEYS) {
-    int64_t count = std::min(KEYS, keys.last + 1 - k), stride = keys.stride;
-    product(key + k * stride, stride, count, key_width, query, scores, heads);
+  for (int64_t k = keys.first, count; k <= keys.last; k += count) {
+    count = std::min({KEYS, keys.last + 1 - k, cache.adjacent(k)});
+    const W* block = cache.at(k);
+    product(block + key_at, cache.width, count, key_width, query, scores, heads);
     for (int64_t h = 0; h < heads; h++) {
       for (int64_t i = 0; keys.mask && i < count; i++)
         if (!keys.mask[k + i]) scores[h][i] = -INFINITY;
@@ -537,26 +568,21 @@ void attend(const Keys& keys, const W* key, const W* value, int64_t key_width, i
       keep[h] = std::exp(before - most[h]);
       sum[h] = sum[h] * keep[h] + exponentials(scores[h], count, most[h]);
     }
-    mix(value + k * stride, stride, count, value_width, scores, mixed, heads, keep);
+    mix(block + value_at, cache.width, count, value_width, scores, mixed, heads, keep);
   }
   for (int64_t h = 0; h < heads; h++)
     for (int64_t i = 0; i < value_width; i++) mixed[h][i] /= sum[h];
 }
 
-template <class W>
-W* cache_row(const Call& call, int64_t r) {
-  int64_t slot = call.slot ? call.slot[r] : 0, line = call.line ? call.line[r] : r;
-  return static_cast<W*>(call.kv) + slot * call.slot_stride + line * call.line_stride;
-}
-
 void write_cache(const Layer& layer, const Call& call, int64_t r, const float* from, int64_t offset,
                  int64_t count) {
   if (call.writes && !call.writes[r]) return;
-  int64_t begin = column_of(call, r) * layer.kv_width + offset;
+  int64_t column = column_of(call, r);
   if (call.kv_dtype == FP32)
-    std::copy(from, from + count, cache_row<float>(call, r) + begin);
+    std::copy(from, from + count, cache_of<float>(layer, call, r).at(column) + offset);
   else
-    std::transform(from, from + count, cache_row<uint16_t>(call, r) + begin, to_bf16);
+    std::transform(from, from + count, cache_of<uint16_t>(layer, call, r).at(column) + offset,
+                   to_bf16);
 }
 
 bool any_writes(const Call& call) {
@@ -567,16 +593,13 @@ bool any_writes(const Call& call) {
 void attend_row(const Layer& layer, const Call& call, int64_t r, int64_t key_at, int64_t value_at,
                 int64_t key_width, int64_t value_width, Rows query, Rows mixed, int64_t heads,
                 Rows scores, float* numbers) {
-  Keys keys = keys_of(layer, call, r);
-  if (call.kv_dtype == FP32) {
-    const float* kv = cache_row<float>(call, r);
-    attend(keys, kv + key_at, kv + value_at, key_width, value_width, query, mixed, heads, scores,
-           numbers);
-  } else {
-    const uint16_t* kv = cache_row<uint16_t>(call, r);
-    attend(keys, kv + key_at, kv + value_at, key_width, value_width, query, mixed, heads, scores,
-           numbers);
-  }
+  Keys keys = keys_of(call, r);
+  if (call.kv_dtype == FP32)
+    attend(keys, cache_of<float>(layer, call, r), key_at, value_at, key_width, value_width, query,
+           mixed, heads, scores, numbers);
+  else
+    attend(keys, cache_of<uint16_t>(layer, call, r), key_at, value_at, key_width, value_width,
+           query, mixed, heads, scores, numbers);
 }
 
 void project_latents(const Layer& layer, const Call& call, Rows x) {

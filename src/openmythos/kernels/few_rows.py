@@ -136,14 +136,17 @@ class LayerWeights:
 class Places:
     """Where the tokens of all rows are, and what they see: columns `first` to `column`.
 
-    Row r reads and writes kv[slot[r], line[r]]; without them that is kv[0, r]. Rows in which
-    `writes` is False see the keys and values that are in their column already.
+    Row r reads and writes kv[slot[r], line[r]]; without them that is kv[0, r]. With `pages`
+    [rows, blocks] kv is [pages, columns of a page, kv_width], and a row's columns are those of its
+    pages, one page after the other. Rows in which `writes` is False see the keys and values that
+    are in their column already.
     """
 
     kv: Tensor  # [slots, lines, columns, kv_width]
     column: Tensor | int  # [rows]
     slot: Tensor | None = None
     line: Tensor | None = None
+    pages: Tensor | None = None
     first: Tensor | None = None
     writes: Tensor | bool = True
     mask: Tensor | None = None  # [rows or 1, column + 1 or more], False: hidden
@@ -193,14 +196,26 @@ class _Attention:
         self.weights, self.places, self.deltas = weights, places, deltas
         kv = places.kv
         here = torch.arange(rows, device=kv.device)
-        self.slot = torch.zeros_like(here) if places.slot is None else places.slot
-        self.line = here if places.line is None else places.line
         self.column = torch.zeros_like(here) + places.column
         first = torch.zeros_like(here) if places.first is None else places.first
         index = torch.arange(int(self.column.max()) + 1, device=kv.device)
         self.seen = (index >= first[:, None]) & (index <= self.column[:, None])
         if places.mask is not None:
             self.seen = self.seen & places.mask[:, : len(index)]
+        # Where all columns of a row are: a page and a column of it, or a slot, a line and a column.
+        self.where: tuple[Tensor, ...]
+        if places.pages is not None:
+            page, column = index // kv.shape[1], index % kv.shape[1]
+            self.where = (places.pages[:, page], column.expand(rows, -1))
+        else:
+            slot = torch.zeros_like(here) if places.slot is None else places.slot
+            line = here if places.line is None else places.line
+            wide = (rows, len(index))
+            self.where = (
+                slot[:, None].expand(wide),
+                line[:, None].expand(wide),
+                index.expand(wide),
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         w = self.weights
@@ -218,10 +233,11 @@ class _Attention:
 
     def _cached(self, new: Tensor) -> Tensor:
         """Write new [rows, kv_width]; keys and values [rows, 1, columns, kv_width]."""
-        where, kv = (self.slot, self.line, self.column), self.places.kv
+        kv, own = self.places.kv, self.column[:, None]
+        where = tuple(index.gather(1, own)[:, 0] for index in self.where)
         writes = torch.as_tensor(self.places.writes, device=kv.device).view(-1, 1)
         kv[where] = torch.where(writes, new.to(kv.dtype), kv[where])
-        return kv[self.slot, self.line, : self.seen.shape[1]][:, None].to(new.dtype)
+        return kv[self.where][:, None].to(new.dtype)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         mask, scale = self.seen[:, None, None], query.shape[-1] ** -0.5

@@ -75,8 +75,11 @@ class _Layer(ctypes.Structure):
     ]
 
 
-_ARRAYS = "x out kv slot line column first writes mask cos sin"
-_COUNTS = "rows rotary_dim same_column slot_stride line_stride mask_stride table_stride"
+_ARRAYS = "x out kv slot line column first pages writes mask cos sin"
+_COUNTS = (
+    "rows rotary_dim same_column slot_stride line_stride mask_stride table_stride "
+    "page_columns blocks"
+)
 
 
 class _Call(ctypes.Structure):
@@ -268,7 +271,9 @@ class NativeLayer:
             if writes is False:
                 writes = _no_writes(len(x))
             call.writes = writes.data_ptr()
-        for name in ("slot", "line", "first"):
+        if places.pages is not None:
+            call.page_columns, call.blocks = kv.shape[1], places.pages.shape[1]
+        for name in ("slot", "line", "first", "pages"):
             given = getattr(places, name)
             if given is not None:
                 setattr(call, name, given.data_ptr())

@@ -32,9 +32,11 @@ from openmythos.nn.block import Block, Layers
 from openmythos.nn.feed_forward import GatedLayer, PlainLayer, gelu, relu2
 from openmythos.nn.grouped_query import GroupedQueryAttentionLayer
 from openmythos.nn.latent_attention import LatentAttentionLayer
+from openmythos.nn.layout import AttentionContext
 from openmythos.nn.linear import Deltas, Linear
 from openmythos.nn.moe import Experts, MoELayer, Router
 from openmythos.nn.norm import RMSNorm
+from openmythos.nn.pages import Paged
 from openmythos.nn.view import Cached, Halting, LayerView
 
 LOGGER = logging.getLogger(__name__)
@@ -51,26 +53,54 @@ def decode(block: Block, x: Tensor, view: LayerView) -> Tensor | None:
     if halting is not None and (halting.active is not None or halting.columns is not None):
         return None
     kv = view.kv if halting is None else halting.inner
-    if type(kv) is not Cached or kv.seq != 1 or view.active is not None or view.collects:
+    if view.active is not None or view.collects:
         return None
-    if not few_rows_native.accepts(x, kv.storage):
+    if type(kv) is Paged:
+        places = _paged(kv, view.context)
+    elif type(kv) is Cached and kv.seq == 1:
+        places = _cached(kv, view.context)
+    else:
+        return None
+    if not few_rows_native.accepts(x, places.kv):
         return None
     layer = native_layer(block)
     if layer is None:
         return None
-    context, end = view.context, kv.start + 1
-    places = Places(
+    out = layer.run(x[:, 0], places, view.deltas)
+    if halting is not None and kv.writes is not False:
+        halting.kv = kv.own()
+    return out[:, None]
+
+
+def _cached(kv: Cached, context: AttentionContext) -> Places:
+    return Places(
         kv=kv.storage[None],
         column=kv.start,
         writes=kv.writes,
-        mask=None if context.mask is None else context.mask.view(-1, end),
-        cos=None if context.cos is None else context.cos.view(-1, context.cos.shape[-1]),
-        sin=None if context.sin is None else context.sin.view(-1, context.sin.shape[-1]),
+        mask=None if context.mask is None else context.mask.view(-1, kv.start + 1),
+        cos=_table(context.cos),
+        sin=_table(context.sin),
     )
-    out = layer.run(x[:, 0], places, view.deltas)
-    if halting is not None and kv.writes:
-        halting.kv = kv.storage[:, kv.start : end]
-    return out[:, None]
+
+
+def _paged(kv: Paged, context: AttentionContext) -> Places:
+    first = None
+    if context.window:
+        first = (kv.position - context.window + 1).clamp_min(0)
+    return Places(
+        kv=kv.pool.storage,
+        column=kv.position,
+        pages=kv.pages,
+        first=first,
+        writes=True if kv.writes is None else kv.writes,
+        cos=_table(context.cos),
+        sin=_table(context.sin),
+    )
+
+
+def _table(x: Tensor | None) -> Tensor | None:
+    """A rotary table as [rows or 1, rotary_dim]."""
+    return None if x is None else x.view(-1, x.shape[-1])
 
 
 Layers.decode = staticmethod(decode)

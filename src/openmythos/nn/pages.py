@@ -47,8 +47,14 @@ class Paged:
 
     pool: PagePool
     pages: Tensor  # [rows, blocks]
-    column: Tensor  # [rows] where the new token goes, in `pool.columns`
+    position: Tensor  # [rows] of the new token
+    column: Tensor  # [rows] where it goes, in `pool.columns`
     total: int  # columns to read
+    writes: Tensor | None = None  # [rows]; None: all. A row that does not, puts it into page 0.
+
+    def own(self) -> KeyValues:
+        """Keys and values [rows, 1, kv_width] of the new tokens."""
+        return self.pool.columns.index_select(0, self.column)[:, None]
 
     def update(self, project: Project) -> KeyValues:
         self.pool.columns.index_copy_(0, self.column, project()[:, 0])
@@ -145,24 +151,26 @@ class Lookup:
         size = pool.page_tokens
         tables_of = torch.tensor(rows, device=device)
         self._pages = tables.rows(tables_of, (self._total + size - 1) // size)
-        at = torch.tensor(positions, device=device)
+        self._position = at = torch.tensor(positions, device=device)
         own = (at // size)[:, None, None].expand(-1, self._pages.shape[1], 1)
         # [rows, planes]: the column of each row's own position
         self._columns = self._pages.gather(2, own)[..., 0] * size + (at % size)[:, None]
-        self._rows = torch.arange(len(rows), device=device)[:, None]
+        self._rows = torch.arange(len(rows), device=device)
 
     def views(
         self, start: Sequence[int], layers: int, writes: Sequence[bool] | None = None
     ) -> list[Paged]:
         """A view per layer: each row's planes from `start` on; rows that do not write read only."""
-        first = torch.tensor(start, device=self._rows.device)[:, None]
-        planes = first + torch.arange(layers, device=first.device)
-        pages = self._pages[self._rows, planes].transpose(0, 1)
-        columns = self._columns.gather(1, planes).T
+        first = torch.tensor(start, device=self._rows.device)
+        planes = first + torch.arange(layers, device=first.device)[:, None]
+        pages, columns = self._pages[self._rows, planes], self._columns[self._rows, planes]
+        mask = None
         if writes is not None and not all(writes):
-            columns = columns * torch.tensor(writes, device=first.device)  # 0 is in page 0
+            mask = torch.tensor(writes, device=first.device)
+            columns = columns * mask  # 0 is in page 0
         return [
-            Paged(self._pool, pages[layer], columns[layer], self._total) for layer in range(layers)
+            Paged(self._pool, pages[layer], self._position, columns[layer], self._total, mask)
+            for layer in range(layers)
         ]
 
     def copy(self, row: int, pairs: Sequence[tuple[int, int]]) -> None:

@@ -52,6 +52,10 @@ class Cached:
         # A view, no copy: the cache is for inference, without autograd.
         return self.storage[:, :end]
 
+    def own(self) -> KeyValues:
+        """Keys and values of this call's tokens, once they have been written."""
+        return self.storage[:, self.start : self.start + self.seq]
+
 
 @dataclass
 class Halting:
