@@ -26,6 +26,7 @@ from openmythos.studies import (
     adaptive_computation,
     bounded_state,
     breadth_and_depth,
+    capacity_and_manipulation,
     contrastive_loops,
     depth_extrapolation,
     depth_lora,
@@ -37,9 +38,11 @@ from openmythos.studies import (
     linear_frontier,
     longer_chains,
     loop_use,
+    looped_layers,
     looped_scaling,
     loops_against_tokens,
     lora_between_loops,
+    ltg_as_published,
     parameter_efficiency,
     stability,
     stopping,
@@ -91,6 +94,9 @@ STUDIES: dict[str, Study] = {
         what_extrapolation_needs.STUDY,
         lora_between_loops.STUDY,
         inside_the_loop.STUDY,
+        capacity_and_manipulation.STUDY,
+        ltg_as_published.STUDY,
+        looped_layers.STUDY,
     )
 }
 

@@ -170,10 +170,13 @@ class Composition:
     """Products in the symmetric group: g_1 ... g_k -> g_1 then g_2 ... then g_k.
 
     For size = 5 the word problem is complete for NC^1 (Barrington 1989): no shortcut is known.
+    `factors` "adjacent": words of the size - 1 swaps of neighbours, which generate the group, so
+    that few products must be known by heart.
     """
 
     kind: Literal["composition"] = "composition"
     size: int = 5
+    factors: Literal["all", "adjacent"] = "all"
     supervision: Supervision = "prefix"
 
     def __post_init__(self) -> None:
@@ -187,7 +190,8 @@ class Composition:
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` words of exactly `hops` factors."""
         products = _products(self.size)
-        word = torch.randint(len(products), (batch, hops), generator=generator)
+        letters = torch.arange(len(products)) if self.factors == "all" else _swaps(self.size)
+        word = letters[torch.randint(len(letters), (batch, hops), generator=generator)]
         targets, value = [], None
         for factor in word.unbind(dim=1):
             value = factor if value is None else products[value, factor]
@@ -205,3 +209,14 @@ def _products(size: int) -> Tensor:
     weights = size ** torch.arange(size - 1, -1, -1)
     number = (orders * weights).sum(dim=1)
     return torch.searchsorted(number, (both * weights).sum(dim=2))
+
+
+def _swaps(size: int) -> Tensor:
+    """The numbers of the permutations that swap two neighbours, [size - 1]."""
+    orders = list(all_orders(range(size)))
+    swaps = []
+    for place in range(size - 1):
+        order = list(range(size))
+        order[place], order[place + 1] = order[place + 1], order[place]
+        swaps.append(orders.index(tuple(order)))
+    return torch.tensor(swaps)
