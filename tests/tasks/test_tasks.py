@@ -104,9 +104,14 @@ def test_golden_k_hop() -> None:
     assert made.targets.tolist() == GOLDEN_TARGETS
 
 
-def test_pointers_lead_where_the_pairs_say() -> None:
-    made = draw(PointerChasing(num_entities=7), hops=9)
+@pytest.mark.parametrize("marks", [False, True])
+def test_pointers_lead_where_the_pairs_say(marks: bool) -> None:
+    made = draw(PointerChasing(num_entities=7, marks=marks), hops=9)
     for tokens, targets in zip(made.tokens.tolist(), made.targets.tolist(), strict=True):
+        if marks:
+            assert tokens[2:21:3] == [8] * 7 and targets[:7] == [IGNORE] * 7
+            tokens = [token for token in tokens if token != 8]
+            targets = targets[7:]
         follows = dict(zip(tokens[0:14:2], tokens[1:14:2], strict=True))
         assert sorted(follows) == sorted(follows.values()) == list(range(7))
         entity, seen = tokens[14], []

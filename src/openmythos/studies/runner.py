@@ -32,6 +32,7 @@ from openmythos.studies import (
     depth_lora,
     expert_routing,
     experts_by_loop,
+    in_context_hops,
     inside_the_loop,
     iso_parameter_text,
     latent_reasoning,
@@ -97,6 +98,7 @@ STUDIES: dict[str, Study] = {
         capacity_and_manipulation.STUDY,
         ltg_as_published.STUDY,
         looped_layers.STUDY,
+        in_context_hops.STUDY,
     )
 }
 

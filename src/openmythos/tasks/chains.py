@@ -88,11 +88,13 @@ class PointerChasing:
     """k-hop in context: a_1 b_1 ... a_E b_E s > > ... >, k times: where k steps from s lead.
 
     The pairs are those of one random cycle through all entities, in random order, so that no walk
-    returns before num_entities steps; every problem has facts of its own.
+    returns before num_entities steps; every problem has facts of its own. `marks` puts a ";" after
+    each pair: without, which tokens are a pair depends on the parity of their places.
     """
 
     kind: Literal["pointer_chasing"] = "pointer_chasing"
     num_entities: int = 12
+    marks: bool = False
     supervision: Supervision = "prefix"
 
     def __post_init__(self) -> None:
@@ -100,8 +102,8 @@ class PointerChasing:
 
     @property
     def vocab_size(self) -> int:
-        """Entities and the step token."""
-        return self.num_entities + 1
+        """Entities, the step token, and the mark of a pair."""
+        return self.num_entities + 1 + self.marks
 
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` problems of exactly `hops` hops."""
@@ -109,13 +111,15 @@ class PointerChasing:
         cycle = permutations(batch, size, generator)
         order = permutations(batch, size, generator)
         first, second = cycle.gather(1, order), cycle.roll(-1, dims=1).gather(1, order)
-        pairs = torch.stack((first, second), dim=2).flatten(1)
+        columns = [first, second] + [torch.full_like(first, size + 1)] * self.marks
+        pairs = torch.stack(columns, dim=2).flatten(1)
         place = torch.randint(size, (batch, 1), generator=generator)
         walk = cycle.gather(1, (place + torch.arange(hops + 1)) % size)
         steps = torch.full((batch, hops), size)
         tokens = torch.cat((pairs, walk[:, :1], steps), dim=1)
-        targets = torch.cat((torch.full((batch, 2 * size + 1), IGNORE), walk[:, 1:]), dim=1)
-        made = TaskBatch(tokens, targets, torch.full((batch,), 2 * size + hops))
+        given = pairs.shape[1] + 1
+        targets = torch.cat((torch.full((batch, given), IGNORE), walk[:, 1:]), dim=1)
+        made = TaskBatch(tokens, targets, torch.full((batch,), given - 1 + hops))
         return made if self.supervision == "prefix" else answer_only(made)
 
 
