@@ -47,32 +47,30 @@ def name_of(task: str, shape: tuple[int, int]) -> str:
 
 
 def arms() -> list[Arm]:
+    own: dict[str, Any] = {"rates": (1e-3, 2e-3), "trial_seeds": 2}
+    found = []
+    for name in TASKS:
+        same: dict[str, Any] = {"tuned_as": name_of(name, LOOPED), "most_seeds": 3}
+        found += [_arm(name, shape, **(same if shape == ONCE else own)) for shape in SHAPES]
+    return found
+
+
+def _arm(name: str, shape: tuple[int, int], **fields: Any) -> Arm:
+    task, fewest, first, most, steps = TASKS[name]
     training = replace(
         TASK_TRAINING,
+        num_steps=steps,
+        loops=FixedLoops(mean_loops=shape[1]),
         optimizer=AdamW(lr=1e-3, weight_decay=0.05, beta2=0.98),
         schedule=WSD(warmup=0.05, decay=0.4, final=0.03),
     )
-    return [
-        Arm(
-            name=name_of(name, shape),
-            factors={"task": name, "shape": f"{shape[0]} x {shape[1]}"},
-            run=on_task(
-                model(task, *shape),
-                task,
-                replace(training, num_steps=steps, loops=FixedLoops(mean_loops=shape[1])),
-                min_hops=fewest,
-                first_hops=first,
-                max_hops=most,
-            ),
-            **(
-                {"tuned_as": name_of(name, LOOPED), "most_seeds": 3}
-                if shape == ONCE
-                else {"rates": (1e-3, 2e-3), "trial_seeds": 2}
-            ),
-        )
-        for name, (task, fewest, first, most, steps) in TASKS.items()
-        for shape in SHAPES
-    ]
+    hops = {"min_hops": fewest, "first_hops": first, "max_hops": most}
+    return Arm(
+        name=name_of(name, shape),
+        factors={"task": name, "shape": f"{shape[0]} x {shape[1]}"},
+        run=on_task(model(task, *shape), task, training, **hops),
+        **fields,
+    )
 
 
 @torch.no_grad()

@@ -49,6 +49,7 @@ from openmythos.studies import (
     stopping,
     systematic_generalization,
     test_time_depth,
+    universal_transformer,
     unseen_compositions,
     what_extrapolation_needs,
     what_makes_it_extrapolate,
@@ -99,6 +100,7 @@ STUDIES: dict[str, Study] = {
         ltg_as_published.STUDY,
         looped_layers.STUDY,
         in_context_hops.STUDY,
+        universal_transformer.STUDY,
     )
 }
 
