@@ -29,6 +29,7 @@ from openmythos.inference.request import (
 from openmythos.inference.runner import Continuation, EngineModel, Runner, row_exit
 from openmythos.inference.sampling import logprobs, sample_rows
 from openmythos.inference.scheduler import Scheduler
+from openmythos.nn.few_rows import unchanged
 from openmythos.types import NextLogits
 
 T = TypeVar("T")
@@ -102,8 +103,10 @@ class Engine:
     def step(self) -> list[Event]:
         """Compute a little of every sequence in flight; returns the events, in order."""
         self._stats.steps += 1
-        for part in (self._prefill, self._boundary, self._loop):
-            part()
+        with unchanged():
+            self._prefill()
+            self._boundary()
+            self._loop()
         events, self._events = self._events, []
         return events
 

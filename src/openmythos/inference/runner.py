@@ -136,6 +136,7 @@ class Runner:
         self._state: LoopState | None = None
         self._inputs: LoopInputs | None = None
         self._lookup: Lookup | None = None
+        self._left: tuple[list[Continuation], AttentionContext, Lookup] | None = None
         self._cache: KVCache | None = None  # of the rows that are being read
         self._reading: list[Continuation] = []
 
@@ -212,13 +213,15 @@ class Runner:
     def _read_out(
         self, output: Hidden, rows: Sequence[Continuation], start: list[int]
     ) -> NextLogits:
-        lookup = self._find(rows)
-        return self.stages.read_out(
-            output, self._context(rows), lookup.views(start, self.stages.layers[2])
-        )
+        if self._left is not None and self._left[0] == list(rows):
+            _, context, lookup = self._left
+        else:
+            context, lookup = self._context(rows), self._find(rows)
+        return self.stages.read_out(output, context, lookup.views(start, self.stages.layers[2]))
 
     def encode(self, rows: Sequence[Continuation]) -> None:
         """Start the next token of each row: it joins those that loop."""
+        self._left = None
         for row in rows:
             row.output = None
             if row.exit is not None:
@@ -334,12 +337,13 @@ class Runner:
         """Only these rows go on looping."""
         if len(places) == len(self.rows):
             return
-        state, inputs = self._state, self._inputs
-        assert state is not None and inputs is not None
-        self.rows = [self.rows[index] for index in places]
-        if not self.rows:
-            self._state = self._inputs = self._lookup = None
+        state, inputs, lookup = self._state, self._inputs, self._lookup
+        assert state is not None and inputs is not None and lookup is not None
+        if not places:  # the boundary reads them out where they are
+            self._left = (self.rows, inputs.context, lookup)
+            self.rows, self._state, self._inputs, self._lookup = [], None, None, None
             return
+        self.rows = [self.rows[index] for index in places]
         at = torch.tensor(places, device=self.device)
         self._state = state.map(lambda x: x.index_select(0, at))
         term = inputs.drive.input_term.index_select(0, at)

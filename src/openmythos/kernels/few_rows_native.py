@@ -78,7 +78,7 @@ class _Layer(ctypes.Structure):
 _ARRAYS = "x out kv slot line column first pages writes mask cos sin"
 _COUNTS = (
     "rows rotary_dim same_column slot_stride line_stride mask_stride table_stride "
-    "page_columns blocks"
+    "page_columns page_row_stride"
 )
 
 
@@ -272,7 +272,7 @@ class NativeLayer:
                 writes = _no_writes(len(x))
             call.writes = writes.data_ptr()
         if places.pages is not None:
-            call.page_columns, call.blocks = kv.shape[1], places.pages.shape[1]
+            call.page_columns, call.page_row_stride = kv.shape[1], _row_stride(places.pages)
         for name in ("slot", "line", "first", "pages"):
             given = getattr(places, name)
             if given is not None:

@@ -6,7 +6,9 @@ positions - leaves it to the modules. The weights are the modules' own tensors; 
 place is seen, and one that moves them makes the native layer anew.
 """
 
+import contextlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -169,12 +171,34 @@ class DecodedLayer:
         return self._native(x, places, named)
 
 
+class _Checked(threading.local):
+    """The layers that have been checked for changes in a block of `unchanged`; None outside."""
+
+    layers: dict[Block, DecodedLayer] | None = None
+
+
+_CHECKED = _Checked()
+
+
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Look for changes of a layer only once, for a caller that changes nothing meanwhile."""
+    before, _CHECKED.layers = _CHECKED.layers, {}
+    try:
+        yield
+    finally:
+        _CHECKED.layers = before
+
+
 _LAYERS: WeakKeyDictionary[Block, DecodedLayer] = WeakKeyDictionary()
 _REASONS: set[str] = set()
 
 
 def native_layer(block: Block) -> DecodedLayer | None:
     """The native form of a block as it is now; None, after one log line, if there is none."""
+    checked = _CHECKED.layers
+    if checked is not None and block in checked:
+        return checked[block]
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
     layer = _LAYERS.get(block)
@@ -183,7 +207,11 @@ def native_layer(block: Block) -> DecodedLayer | None:
         if layer.reason and layer.reason not in _REASONS:
             _REASONS.add(layer.reason)
             LOGGER.info("a layer is decoded by torch, not by the native kernel: %s", layer.reason)
-    return layer if layer.supported else None
+    if not layer.supported:
+        return None
+    if checked is not None:
+        checked[block] = layer
+    return layer
 
 
 # Weights of a block

@@ -161,13 +161,18 @@ class Lookup:
         self, start: Sequence[int], layers: int, writes: Sequence[bool] | None = None
     ) -> list[Paged]:
         """A view per layer: each row's planes from `start` on; rows that do not write read only."""
-        first = torch.tensor(start, device=self._rows.device)
-        planes = first + torch.arange(layers, device=first.device)[:, None]
-        pages, columns = self._pages[self._rows, planes], self._columns[self._rows, planes]
+        if min(start) == max(start):
+            which = slice(start[0], start[0] + layers)
+            pages, columns = self._pages[:, which].unbind(1), self._columns[:, which].unbind(1)
+        else:
+            first = torch.tensor(start, device=self._rows.device)
+            planes = first + torch.arange(layers, device=first.device)[:, None]
+            pages = self._pages[self._rows, planes].unbind()
+            columns = self._columns[self._rows, planes].unbind()
         mask = None
         if writes is not None and not all(writes):
-            mask = torch.tensor(writes, device=first.device)
-            columns = columns * mask  # 0 is in page 0
+            mask = torch.tensor(writes, device=self._rows.device)
+            columns = tuple(column * mask for column in columns)  # 0 is in page 0
         return [
             Paged(self._pool, pages[layer], self._position, columns[layer], self._total, mask)
             for layer in range(layers)

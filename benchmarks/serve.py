@@ -1,0 +1,315 @@
+"""The engine against other ways to serve the same requests; writes results/serve/<processor>.
+
+    python benchmarks/serve.py rows --workload S
+    python benchmarks/serve.py figures
+
+rows      many requests of equal length at once, against `generate` one by one
+static    outputs of 16 to 128 tokens, against batches that wait for their longest
+depths    2, 4, 8 or 16 loops by request, against rows that wait for the deepest of them
+equal     the same with equal depths
+boundary  the same requests as `depths`, with other settings of the boundary
+
+Weights are not trained: no contender's time depends on them. One thread; contenders take turns, and
+every number is the median of the rounds. Seconds are CPU time of the process, which other work on
+the machine disturbs least.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import WORKLOADS, Workload
+from figures import cost_lines, speed_ratios
+from host import processor_kind
+from rich.console import Console
+
+from openmythos import OpenMythos
+from openmythos.analysis import plots
+from openmythos.files import read_json, write_json
+from openmythos.inference.engine import Engine
+from openmythos.inference.generation import Request, stream
+from openmythos.inference.request import EngineLimits, EngineRequest, NewToken
+from openmythos.machine import describe, keep_freed_memory
+
+OUT = Console(highlight=False, markup=False)
+DEPTHS = (2, 4, 8, 16)
+PAGES = 32_768
+NEVER = 10**6  # a boundary that waits for every row: all rows get their next token together
+GOALS = {
+    "rows S": {8: 3.5, 16: 5.5, 32: 8.0},
+    "rows M": {8: 2.5, 16: 3.7, 32: 5.5},
+    "static": 1.5,
+    "depths": 1.2,
+    "time per token of 2 loops": 0.45,
+    "equal": 0.97,
+}
+
+
+@dataclass
+class Outcome:
+    """One contender's work on some requests."""
+
+    tokens: int
+    seconds: float
+    per_token: Mapping[int, float] = field(default_factory=dict)  # seconds, by num_loops
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def requests(
+    workload: Workload,
+    count: int,
+    *,
+    prompt: tuple[int, int],
+    new: tuple[int, int],
+    depths: Sequence[int],
+) -> list[EngineRequest]:
+    """Random prompts; lengths are drawn from the closed ranges, depths take turns."""
+    draw = random.Random(0)
+    return [
+        EngineRequest(
+            prompt=tuple(draw.randrange(workload.vocab) for _ in range(draw.randint(*prompt))),
+            options=Request(
+                max_new_tokens=draw.randint(*new), num_loops=depths[number % len(depths)]
+            ),
+        )
+        for number in range(count)
+    ]
+
+
+def one_by_one(model: OpenMythos, asked: Sequence[EngineRequest]) -> Outcome:
+    """`generate` for each request; of many requests the first four stand for all."""
+    tokens, start = 0, time.process_time()
+    for request in asked[:4]:
+        tokens += sum(1 for _ in stream(model, torch.tensor([request.prompt]), request.options))
+    return Outcome(tokens, time.process_time() - start)
+
+
+def static_batches(model: OpenMythos, asked: Sequence[EngineRequest], rows: int) -> Outcome:
+    """`rows` requests at a time, padded on the left, each batch until its longest is done."""
+    tokens, start = 0, time.process_time()
+    for first in range(0, len(asked), rows):
+        batch = asked[first : first + rows]
+        width = max(len(request.prompt) for request in batch)
+        padding = [width - len(request.prompt) for request in batch]
+        prompt = torch.tensor(
+            [[0] * pad + [*r.prompt] for pad, r in zip(padding, batch, strict=True)]
+        )
+        mask = torch.arange(width) >= torch.tensor(padding)[:, None]
+        longest = max(batch, key=lambda request: request.options.max_new_tokens)
+        for _ in stream(model, prompt, longest.options, mask):
+            pass
+        tokens += sum(request.options.max_new_tokens for request in batch)
+    return Outcome(tokens, time.process_time() - start)
+
+
+def served(
+    model: OpenMythos, asked: Sequence[EngineRequest], limits: EngineLimits, *, full: bool = False
+) -> Outcome:
+    """The engine; with `full` only as long as requests wait, so that all rows are in use."""
+    engine, depth, times = Engine(model, limits), {}, {}
+    start = time.process_time()
+    for request in asked:
+        depth[engine.add(request)] = request.options.num_loops
+    tokens, end = 0, start
+    while not engine.idle and (not full or engine.stats().rows_waiting):
+        events = engine.step()
+        end = time.process_time()
+        for event in events:
+            if isinstance(event, NewToken):
+                tokens += 1
+                times.setdefault(event.request, []).append(end)
+    by_depth: dict[int, list[float]] = {}
+    for number, at in times.items():
+        if len(at) > 1:
+            by_depth.setdefault(depth[number], []).append((at[-1] - at[0]) / (len(at) - 1))
+    per_token = {loops: statistics.mean(found) for loops, found in sorted(by_depth.items())}
+    return Outcome(tokens, end - start, per_token)
+
+
+Contenders = Mapping[str, Callable[[], Outcome]]
+
+
+def take_turns(contenders: Contenders, rounds: int) -> dict[str, dict[str, Any]]:
+    """The medians of each contender, and of its ratio to the first one of the same round."""
+    found: dict[str, list[Outcome]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, run in contenders.items():
+            found[name].append(run())
+            OUT.print(f"round {number + 1}, {name}: {found[name][-1].tokens_per_second:.0f} tok/s")
+    first = next(iter(found.values()))
+    return {
+        name: {
+            "tokens_per_second": statistics.median(o.tokens_per_second for o in outcomes),
+            "ratio": statistics.median(
+                o.tokens_per_second / base.tokens_per_second
+                for o, base in zip(outcomes, first, strict=True)
+            ),
+            "ratios": [
+                o.tokens_per_second / base.tokens_per_second
+                for o, base in zip(outcomes, first, strict=True)
+            ],
+            "ms_per_token": {
+                str(loops): 1e3 * statistics.median(o.per_token[loops] for o in outcomes)
+                for loops in outcomes[0].per_token
+            },
+        }
+        for name, outcomes in found.items()
+    }
+
+
+def engine_limits(rows: int, **changes: Any) -> EngineLimits:
+    return EngineLimits(max_rows=rows, pages=PAGES, **changes)
+
+
+def lockstep(rows: int) -> EngineLimits:
+    return engine_limits(rows, boundary_share=1.0, boundary_wait=NEVER)
+
+
+def rows(model: OpenMythos, workload: Workload, rounds: int) -> dict[str, Any]:
+    asked = requests(workload, 32, prompt=(32, 32), new=(64, 64), depths=(workload.loops,))
+    contenders: dict[str, Callable[[], Outcome]] = {
+        "generate one by one": lambda: one_by_one(model, asked)
+    }
+    for count in (8, 16, 32):
+        contenders[f"{count} rows"] = lambda count=count: served(
+            model, asked[:count], engine_limits(count)
+        )
+    return take_turns(contenders, rounds)
+
+
+def static(model: OpenMythos, workload: Workload, rounds: int) -> dict[str, Any]:
+    asked = requests(workload, 64, prompt=(16, 64), new=(16, 128), depths=(workload.loops,))
+    return take_turns(
+        {
+            "static batches of 16": lambda: static_batches(model, asked, 16),
+            "engine, 16 rows": lambda: served(model, asked, engine_limits(16)),
+        },
+        rounds,
+    )
+
+
+def depths(model: OpenMythos, workload: Workload, rounds: int) -> dict[str, Any]:
+    return _against_lockstep(model, workload, rounds, DEPTHS)
+
+
+def equal(model: OpenMythos, workload: Workload, rounds: int) -> dict[str, Any]:
+    return _against_lockstep(model, workload, rounds, (workload.loops,))
+
+
+def _against_lockstep(
+    model: OpenMythos, workload: Workload, rounds: int, loops: Sequence[int]
+) -> dict[str, Any]:
+    found = {}
+    for count in (8, 16, 32):
+        asked = requests(workload, 3 * count, prompt=(16, 16), new=(16, 96), depths=loops)
+        contenders = {
+            f"lockstep, {count} rows": lockstep(count),
+            f"engine, {count} rows": engine_limits(count),
+        }
+        found |= take_turns(
+            {
+                name: lambda limits=limits, asked=asked: served(model, asked, limits, full=True)
+                for name, limits in contenders.items()
+            },
+            rounds,
+        )
+    return found
+
+
+def boundary(model: OpenMythos, workload: Workload, rounds: int) -> dict[str, Any]:
+    asked = requests(workload, 48, prompt=(16, 16), new=(16, 96), depths=DEPTHS)
+    settings = {"lockstep": lockstep(16)}
+    for share in (0.01, 0.25, 0.5, 0.75):
+        settings[f"at {share:.0%}"] = engine_limits(16, boundary_share=share)
+    return take_turns(
+        {
+            name: lambda limits=limits: served(model, asked, limits, full=True)
+            for name, limits in settings.items()
+        },
+        rounds,
+    )
+
+
+SECTIONS: dict[str, Callable[[OpenMythos, Workload, int], dict[str, Any]]] = {
+    "rows": rows,
+    "static": static,
+    "depths": depths,
+    "equal": equal,
+    "boundary": boundary,
+}
+
+
+def measure(section: str, workload: Workload, rounds: int, folder: Path) -> None:
+    model = OpenMythos(workload.config(), seed=0).eval()
+    asked = requests(workload, 2, prompt=(9, 9), new=(9, 9), depths=(2, 4))
+    served(model, asked, engine_limits(2))  # builds the kernel
+    machine = describe()
+    found = SECTIONS[section](model, workload, rounds)
+    path = folder / f"{section}-{workload.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = "python benchmarks/serve.py " + " ".join(sys.argv[1:])
+    write_json(
+        {"command": command, "hardware": machine, "rounds": rounds, **{section: found}}, path
+    )
+    for name, one in found.items():
+        times = ", ".join(f"{n} loops {ms:.1f} ms" for n, ms in one["ms_per_token"].items())
+        OUT.print(f"{name}: {one['tokens_per_second']:.0f} tok/s, {one['ratio']:.2f}x  {times}")
+
+
+def draw(folder: Path) -> None:
+    """Bars of every section against its first contender; time per token against depth."""
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    lines: dict[str, dict[float | int, float | int]] = {}
+    table = []
+    for path in sorted(folder.glob("*-*.json")):
+        section, name = path.stem.rsplit("-", 1)
+        stored = read_json(path)[section]
+        bars = {}
+        for contender, one in stored.items():
+            table.append(
+                {"workload": name, "section": section, "contender": contender}
+                | {key: one[key] for key in ("tokens_per_second", "ratio")}
+                | {f"ms per token, {n} loops": ms for n, ms in one["ms_per_token"].items()}
+            )
+            if one["ratio"] != 1:
+                bars[contender] = {name: one["ratio"]}
+            if section == "depths" and contender.endswith("16 rows"):
+                label = f"{contender.split(',')[0]}, {name}"
+                lines[label] = {int(n): ms for n, ms in one["ms_per_token"].items()}
+        for contender, values in bars.items():
+            panels.setdefault(section, {}).setdefault(contender, {}).update(values)
+    figure = speed_ratios(panels, reference="the simpler way to serve")
+    plots.save_figure(figure, folder / "serve.png", table)
+    if lines:
+        figure = cost_lines({"loops of the request": lines}, y_labels=("ms per token, 16 rows",))
+        plots.save_figure(figure, folder / "time_per_token.png", table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("section", choices=[*SECTIONS, "figures"])
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="S")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("results/serve"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    folder = options.out / processor_kind()
+    if options.section == "figures":
+        draw(folder)
+    else:
+        measure(options.section, WORKLOADS[options.workload], options.rounds, folder)
+
+
+if __name__ == "__main__":
+    main()
