@@ -16,6 +16,7 @@ from openmythos.inference.contrast import LoopContrast
 from openmythos.inference.engine import Engine
 from openmythos.inference.generation import Request, stream
 from openmythos.inference.request import (
+    Draft,
     EngineLimits,
     EngineRequest,
     Event,
@@ -81,7 +82,17 @@ def asked(draw: st.DrawFn) -> EngineRequest:
         prompt=tuple(draw(st.lists(TOKEN, min_size=1, max_size=20))),
         options=options,
         n=draw(st.sampled_from([1, 1, 3])),
+        draft=draw(drafts(options)),
     )
+
+
+def drafts(options: Request) -> st.SearchStrategy[Draft | None]:
+    """Drafts that a request can have."""
+    exact = options.prefill == options.decode and options.prefill in POLICIES[:2]
+    if not exact or options.num_loops == 1 or not isinstance(options.exit_rule, FixedExit):
+        return st.none()
+    loops = st.integers(1, options.num_loops - 1)
+    return st.one_of(st.none(), st.builds(Draft, loops=loops, tokens=st.integers(1, 5)))
 
 
 MODELS = st.builds(
@@ -166,7 +177,8 @@ def check_promise(
                 try:
                     numbers[engine.add(request)] = request
                 except ConfigError as error:
-                    assert str(error).startswith(f"pages = {limits.pages}: are fewer")
+                    refused = "draft = " if engine._runner.stages.halts else "pages = "
+                    assert str(error).startswith(("pages = ", refused))
             for when, number in cancelled:
                 if when == step:
                     engine.cancel(number)
@@ -280,3 +292,27 @@ def test_samples_share_the_full_pages_of_their_prompt() -> None:
     engine.step()
     assert engine.stats().pages_used == 4 * (2 + 3)  # two full blocks, and one more each
     assert [row.phase for row in engine.rows()] == ["loop"] * 3
+
+
+def test_drafts_save_passes_and_change_nothing() -> None:
+    model = tiny_model(tiny_config(), scale=0.3)
+    plain = EngineRequest(
+        prompt=(1, 2, 3),
+        options=Request(max_new_tokens=20, num_loops=4, sampling=Sampling(temperature=1.0, seed=5)),
+    )
+    drafted = replace(plain, draft=Draft(loops=3, tokens=3))
+    engine = Engine(model)
+    assert answers(engine.run([drafted]), 0) == alone(model, plain)
+    stats = engine.stats()
+    assert stats.drafted and 0 < stats.accepted < stats.drafted
+    assert stats.boundaries < 20 and stats.pages_used == 0
+    # With other rows in flight there are no drafts: they would cost more than they save.
+    engine = Engine(model, EngineLimits(draft_rows=1))
+    events = engine.run([drafted, replace(drafted, n=3)])
+    assert engine.stats().drafted < stats.drafted
+    assert [answers(events, 1, n) for n in range(3)] == [alone(model, plain, n) for n in range(3)]
+    with pytest.raises(ConfigError, match=r"draft.loops = 4: must be an integer, at least 1 and"):
+        replace(plain, draft=Draft(loops=4))
+    sharing = replace(plain.options, prefill=LastLoopCache(), decode=LastLoopCache())
+    with pytest.raises(ConfigError, match="needs the cache policies exact or first"):
+        replace(drafted, options=sharing)

@@ -11,10 +11,11 @@ since every loop has the same weights). `scheduler` decides, `runner` computes.
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from openmythos.config import require
 from openmythos.inference.request import (
     EngineLimits,
     EngineRequest,
@@ -29,6 +30,7 @@ from openmythos.inference.request import (
 from openmythos.inference.runner import Continuation, EngineModel, Runner, row_exit
 from openmythos.inference.sampling import logprobs, sample_rows
 from openmythos.inference.scheduler import Scheduler
+from openmythos.inference.speculate import draft_and_verify
 from openmythos.nn.few_rows import unchanged
 from openmythos.types import NextLogits
 
@@ -55,6 +57,8 @@ class Engine:
         """Raise a ValueError for a request that this engine can never answer."""
         request.check(self.model.vocab_size, self.model.context)
         self._scheduler.check(self._row(request, 0, 0))
+        allowed = request.draft is None or not self._runner.stages.halts
+        require(allowed, "draft", request.draft, "needs a model that does not end the loops itself")
 
     def add(self, request: EngineRequest) -> int:
         """Queue a request; returns its number. Raises a ValueError as `check` does."""
@@ -185,8 +189,43 @@ class Engine:
         ready, preempted = self._scheduler.grow(going_on)
         for row in preempted:
             self._runner.drop(row)
+        if len(self._scheduler.running) <= self.limits.draft_rows:
+            ready = self._drafted(ready)
         if ready:
             self._guarded(ready, lambda: self._runner.encode(ready))
+
+    def _drafted(self, rows: Sequence[Continuation]) -> list[Continuation]:
+        """Draft and verify tokens of rows that ask for it; returns the other ones."""
+        groups: dict[Any, list[Continuation]] = {}
+        others = []
+        for row in rows:
+            draft = row.asked.draft
+            tokens = 0 if draft is None else self._scheduler.ahead(row, draft.tokens)
+            if draft is None or not tokens:
+                others.append(row)
+            else:
+                groups.setdefault((draft.loops, row.num_loops, tokens), []).append(row)
+        for (_, _, tokens), group in groups.items():
+            self._draft(group, tokens)
+        return others
+
+    def _draft(self, rows: Sequence[Continuation], tokens: int) -> None:
+        """Draft and verify `tokens` tokens of each row; they stay at the boundary."""
+        found = self._guarded(rows, lambda: draft_and_verify(self._runner, rows, tokens))
+        if found is None:
+            return
+        self._stats.drafted += tokens * len(rows)
+        logits, drafts = found
+        for index, row in enumerate(rows):
+            row.phase, row.waited, row.exit_loop = "boundary", 0, row.num_loops
+            for place in range(tokens + 1):
+                row.token_loops += row.num_loops
+                self._scheduler.read_out([row])
+                self._emit([row], logits[place, index : index + 1], [row.num_loops])
+                agrees = place < tokens and row.ids[-1] == drafts[index][place]
+                if not agrees or row not in self._scheduler.running:
+                    break
+                self._stats.accepted += 1
 
     def _loop(self) -> None:
         rows = self._runner.rows

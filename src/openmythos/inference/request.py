@@ -13,6 +13,23 @@ from openmythos.recurrence.exit_rules import FixedExit
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Phase = Literal["waiting", "prefill", "loop", "boundary", "ended"]
 MOST_SAMPLES = 128
+MOST_DRAFTED = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """Self-speculation: draft `tokens` tokens with `loops` loops each, then check them together.
+
+    The tokens of a request are the same with and without drafts. It pays where few rows are in
+    flight and most of the final tokens are those of fewer loops.
+    """
+
+    loops: int = 1
+    tokens: int = 4
+
+    def __post_init__(self) -> None:
+        require_int("draft.loops", self.loops, minimum=1)
+        require_int("draft.tokens", self.tokens, minimum=1, maximum=MOST_DRAFTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +49,7 @@ class EngineRequest:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    draft: Draft | None = None
 
     def __post_init__(self) -> None:
         require(len(self.prompt) > 0, "prompt", self.prompt, "is empty; start with a token")
@@ -44,6 +62,11 @@ class EngineRequest:
         require(o.prefill_chunk == 0, "prefill_chunk", o.prefill_chunk, "is the engine's to choose")
         plain = isinstance(o.sampling.contrast, NoContrast)
         require(plain, "contrast.kind", o.sampling.contrast.kind, "must be none in an engine")
+        if self.draft is not None:
+            text = "needs the cache policies exact or first, and loops that no rule ends"
+            exact = self.restartable and isinstance(o.exit_rule, FixedExit)
+            require(exact, "draft", self.draft, text)
+            require_int("draft.loops", self.draft.loops, minimum=1, maximum=o.num_loops - 1)
 
     @property
     def chunkable(self) -> bool:
@@ -83,6 +106,8 @@ class EngineLimits:
     Rows whose loops are done wait for each other before coda, head and the prelude of their next
     token: until they are `boundary_share` of the rows in flight, or one has waited for as many
     loops as a token of it has (at least `boundary_wait`), or no row loops.
+
+    Tokens are drafted where a request asks for it and at most `draft_rows` rows are in flight.
     """
 
     max_rows: int = 32
@@ -91,10 +116,12 @@ class EngineLimits:
     prefill_budget: int = 512
     boundary_share: float = 0.5
     boundary_wait: int = 2
+    draft_rows: int = 4
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "pages", "page_tokens", "prefill_budget", "boundary_wait"):
             require_int(name, getattr(self, name), minimum=1)
+        require_int("draft_rows", self.draft_rows, minimum=0)
         require_number("boundary_share", self.boundary_share, at_least=0, at_most=1)
 
 

@@ -33,6 +33,7 @@ class StagedModel(Protocol):
 
     layers: tuple[int, int, int]  # of prelude, recurrent block and coda
     kv_width: int
+    halts: bool  # whether the model itself may end the loops
 
     @property
     def like(self) -> Tensor:
@@ -207,8 +208,10 @@ class Runner:
 
     def read_out(self, rows: Sequence[Continuation]) -> NextLogits:
         """Logits [rows, vocab] of rows whose loops are done."""
-        outputs = [row.output for row in rows if row.output is not None]
-        return self._read_out(torch.cat(outputs), rows, [row.plane_map.coda for row in rows])
+        outputs = torch.cat([row.output for row in rows if row.output is not None])
+        for row in rows:
+            row.output = None
+        return self._read_out(outputs, rows, [row.plane_map.coda for row in rows])
 
     def _read_out(
         self, output: Hidden, rows: Sequence[Continuation], start: list[int]
@@ -223,7 +226,6 @@ class Runner:
         """Start the next token of each row: it joins those that loop."""
         self._left = None
         for row in rows:
-            row.output = None
             if row.exit is not None:
                 row.exit.restart()
         context, lookup = self._context(rows), self._find(rows)
@@ -357,15 +359,22 @@ class Runner:
         self._lookup = self._find(self.rows)
 
     def _context(self, rows: Sequence[Continuation]) -> AttentionContext:
-        tokens = torch.tensor([[row.ids[row.cached]] for row in rows], device=self.device)
-        return self.stages.context(tokens, [row.cached for row in rows])
+        return self.context_of([row.ids[row.cached] for row in rows], [row.cached for row in rows])
 
     def _find(self, rows: Sequence[Continuation]) -> Lookup:
+        return self.lookup_of(rows, [row.cached for row in rows])
+
+    def context_of(self, ids: Sequence[int], positions: Sequence[int]) -> AttentionContext:
+        """For these tokens at these positions, each in a row of a batch."""
+        tokens = torch.tensor(ids, device=self.device)[:, None]
+        return self.stages.context(tokens, positions)
+
+    def lookup_of(self, rows: Sequence[Continuation], positions: list[int]) -> Lookup:
+        """The keys and values of rows at these positions; a row may occur at several."""
         for row in rows:
             for block in range(row.blocks_set, len(row.blocks)):
                 self.tables.set(row.table, block, row.blocks[block])
             row.blocks_set = len(row.blocks)
-        positions = [row.cached for row in rows]
         return Lookup(self.pool, self.tables, [row.table for row in rows], positions)
 
 

@@ -264,6 +264,21 @@ class Scheduler(Generic[R]):
             row.phase, row.loop = "loop", 0
         return ready, preempted
 
+    def ahead(self, row: R, tokens: int) -> int:
+        """Pages for up to `tokens` more tokens than the next; returns for how many there are.
+
+        It takes no other row's pages, and none that another row's next token may need.
+        """
+        tokens = min(tokens, row.most_tokens - 1 - row.tokens)
+        size, growth = self.limits.page_tokens, sum(x.planes for x in self.running)
+        while row.cached + 1 + tokens > len(row.blocks) * size:
+            if self.ledger.free - row.planes < growth:
+                return max(0, len(row.blocks) * size - row.cached - 1)
+            pages = self.ledger.take(row.planes)
+            assert pages is not None
+            row.blocks.append(pages)
+        return max(0, tokens)
+
     def _preempt(self) -> R:
         """Take the pages of the youngest row that can be computed anew."""
         victim = max((row for row in self.running if row.restartable), key=lambda row: row.age)

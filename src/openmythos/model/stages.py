@@ -34,6 +34,7 @@ class Stages:
         self.kv_width = c.attention.kv_width(c.dim)
         self._prelude = cast("Layers", model.prelude)
         self._block = cast("RecurrentBlock", model.recurrent)
+        self.halts = self._block.halting is not None
 
     @property
     def like(self) -> Tensor:
