@@ -49,6 +49,7 @@ from openmythos.studies import (
     stopping,
     systematic_generalization,
     test_time_depth,
+    two_hops_in_english,
     universal_transformer,
     unseen_compositions,
     what_extrapolation_needs,
@@ -101,6 +102,7 @@ STUDIES: dict[str, Study] = {
         looped_layers.STUDY,
         in_context_hops.STUDY,
         universal_transformer.STUDY,
+        two_hops_in_english.STUDY,
     )
 }
 

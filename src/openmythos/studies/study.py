@@ -89,7 +89,7 @@ class Arm:
             small = replace(data, limit_mb=0.05)
             run = replace(short, data=small, tokenizer=BPE(vocab_size=300))
             return replace(self, run=run, rates=())
-        first = max(2, data.min_hops)
+        first = min(max(2, data.min_hops), data.max_hops)
         most = min(first + 1, data.max_hops)
         if data.thoughts.kind != "none":
             first = most  # thoughts know no curriculum on the hops

@@ -8,6 +8,7 @@ from torch import Tensor
 from openmythos.tasks.batch import IGNORE, TaskBatch
 from openmythos.tasks.chains import Composition, KHop, PHop, PointerChasing
 from openmythos.tasks.counting import Addition, Parity
+from openmythos.tasks.english import EnglishPairs
 from openmythos.tasks.facts import FactsAndChains
 from openmythos.tasks.graphs import Reachability
 from openmythos.tasks.pairs import FactPairs
@@ -24,12 +25,13 @@ Task = (
     | Reachability
     | SystematicHops
     | FactPairs
+    | EnglishPairs
     | FactsAndChains
     | WrittenHops
 )
 
 # Tasks whose answers rest on facts drawn from their facts_seed.
-TaskWithFacts = KHop | SystematicHops | FactPairs | FactsAndChains | WrittenHops
+TaskWithFacts = KHop | SystematicHops | FactPairs | EnglishPairs | FactsAndChains | WrittenHops
 
 
 @runtime_checkable
@@ -46,6 +48,7 @@ __all__ = [
     "IGNORE",
     "Addition",
     "Composition",
+    "EnglishPairs",
     "FactPairs",
     "FactsAndChains",
     "KHop",
