@@ -40,7 +40,7 @@ FITS, GOES, FAILS = 0.99, 0.9, 0.4
 
 
 def arms() -> list[Arm]:
-    rates = {"rates": (1e-3, 2e-3), "trial_seeds": 1}
+    rates = {"rates": (1e-3, 2e-3, 4e-3), "trial_seeds": 1}
     return [
         _arm(LOOPED, looped(window=0), **rates),
         _arm(DEEP, _full(12), why="depth without sharing", **rates),
@@ -152,7 +152,7 @@ STUDY = Study(
         "a start and 1 to 5 step tokens; the target at each is where so many steps lead. A "
         "prelude, a recurrent and a coda layer of width 64 with full attention, loops uniform "
         "from 2 to 10 per batch, whatever the hops; 12 and 3 layers of the same width. 4000 steps "
-        "of 32, with a curriculum on the hops; best of two rates for the loop and for 12 layers."
+        "of 32, with a curriculum on the hops; best of three rates for the loop and for 12 layers."
     ),
     caption="Walks answered right by their hops: 10 loops up to 5 hops, 16 beyond.",
     not_shown=(

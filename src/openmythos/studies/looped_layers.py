@@ -32,7 +32,7 @@ LAYERS, LOOPED, ONCE = (6, 1), (1, 6), (1, 1)  # layers in the block, loops
 SHAPES = (LAYERS, LOOPED, ONCE)
 # Task, fewest hops, hops at the start, most hops, steps.
 TASKS: dict[str, tuple[Task, int, int, int, int]] = {
-    "p-hop": (PHop(alphabet=4, length=32), 4, 4, 4, 1200),
+    "p-hop": (PHop(alphabet=4, length=32), 4, 4, 4, 1000),
     "addition": (Addition(digits=3, max_operands=2), 2, 2, 2, 3000),
     "S_5": (Composition(size=5, factors="adjacent"), 2, 2, 6, 2400),
 }
@@ -47,7 +47,7 @@ def name_of(task: str, shape: tuple[int, int]) -> str:
 
 
 def arms() -> list[Arm]:
-    own: dict[str, Any] = {"rates": (1e-3, 2e-3), "trial_seeds": 2}
+    own: dict[str, Any] = {"rates": (5e-4, 1e-3, 2e-3), "trial_seeds": 1}
     found = []
     for name in TASKS:
         same: dict[str, Any] = {"tuned_as": name_of(name, LOOPED), "most_seeds": 3}
@@ -161,9 +161,9 @@ STUDY = Study(
     method=(
         "p-hop induction (p = 4, 4 symbols, 32 places), sums of two numbers of 3 digits (right if "
         "every digit is), and words of 6 swaps of neighbours in the symmetric group S_5; width "
-        "64, no prelude, no coda, no injection; 1200, 3000 and 2400 steps of 32 problems. Rates: "
-        "the best of two for 1 x 6 and for 6 x 1, by the mean validation loss of two seeds, which "
-        "one failing seed decides; 1 x 1 has the rate of 1 x 6. 2000 problems."
+        "64, no prelude, no coda, no injection; 1000, 3000 and 2400 steps of 32 problems. Rates: "
+        "the best of three for 1 x 6 and for 6 x 1, by the validation loss of one other seed; 1 x "
+        "1 has the rate of 1 x 6. 2000 problems."
     ),
     setups=(
         ("p-hop", "p = 16 and 32, 256 places", "p = 4, 32 places"),
@@ -173,6 +173,7 @@ STUDY = Study(
     caption="Problems answered right by layers and loops: a dot per seed.",
     not_shown=(
         "The papers' sizes, and language.",
+        "Rates that are safe for the worst seed: one trial seed may miss a rate at the cliff.",
         "Blocks of several layers looped: the first edition (parameter-efficiency) has 2 x 3 and "
         "3 x 2.",
     ),

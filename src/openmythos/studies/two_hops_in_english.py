@@ -45,7 +45,7 @@ FITS, COMPOSES, NEVER = 0.95, 0.5, 0.15
 
 def arms() -> list[Arm]:
     loop = replace(looped(window=0), prelude_layers=0, coda_layers=0, recurrent_layers=2)
-    rates: dict[str, Any] = {"rates": (1.5e-3, 3e-3), "trial_seeds": 1}
+    rates: dict[str, Any] = {"rates": (7.5e-4, 1.5e-3, 3e-3), "trial_seeds": 1}
     return [
         _arm(LOOPED, loop, **rates),
         _arm(DEEP, _full(8), why="depth without sharing", **rates),
@@ -190,7 +190,7 @@ STUDY = Study(
         "of A is', each in one of four ways; two hops are never asked in the fourth way in "
         "training. The only target is the answer. A block of two layers of width 64 looped 2 to 8 "
         "times with full attention, 8 and 2 layers; 3000 steps of 128 sentences, 40% of them "
-        "single facts, weight decay 0.9. Best of two rates by the ood loss in one other world."
+        "single facts, weight decay 0.9. Best of three rates by the ood loss in one other world."
     ),
     caption="Pairs answered right: asked in training, held out, and of facts never composed (ood).",
     not_shown=(

@@ -135,6 +135,10 @@ def ood(run: RunResult) -> float:
     return right(run.curve, "ood")
 
 
+def _share(runs: Sequence[RunResult], part: Part) -> float:
+    return statistics.mean(right(run.curve, part) for run in runs)
+
+
 def reached(run: RunResult, part: Part, share: float) -> float | None:
     """The share of the training after which so many pairs of a part are right, for good."""
     snapshots = run.curve["by_step"]
@@ -157,8 +161,8 @@ def phases(run: RunResult) -> bool:
 
 
 def judge(results: Sequence[RunResult]) -> Finding:
-    """Premise: the looped model and 6 layers each have learned 95% of the pairs of training and of
-    the held-out pairs, in the mean.
+    """Premise: the looped model and 6 layers each have learned 95% of the pairs of training, and
+    the looped model answers 95% of the held-out pairs, in the mean.
 
     Central: the looped model, at the most loops of training, answers at least 75% of the ood pairs
     with every seed's facts, and no layers more than 10% in the mean. In 4 of 5 seeds it reaches 95%
@@ -167,11 +171,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
     groups = by_arm(results)
     mean = {name: statistics.mean(map(ood, runs)) for name, runs in groups.items()}
     main = groups[LOOPED]
-    fitted = min(
-        statistics.mean(right(run.curve, part) for run in groups[name])
-        for name in (LOOPED, UNSHARED)
-        for part in PARTS[:2]
-    )
+    fitted = min(_share(groups[name], "train") for name in (LOOPED, UNSHARED))
+    general = {name: _share(groups[name], "held_out") for name in (LOOPED, UNSHARED)}
     worst = min(map(ood, main))
     layers = max(LAYERS, key=lambda name: mean[name])
     ordered = sum(map(phases, main))
@@ -181,12 +182,13 @@ def judge(results: Sequence[RunResult]) -> Finding:
         "most 10)": worst >= COMPOSES and mean[layers] <= NEVER,
         f"three phases in {ordered} of {len(main)} seeds": ordered >= PHASED * len(main),
     }
-    met = fitted >= FITS
+    met = min(fitted, general[LOOPED]) >= FITS
     sentence = (
-        f"The premise is that loop and layers learn what is asked in training and generalise to "
-        f"held-out pairs ({100 * fitted:.0f}%, at least 95): {'met' if met else 'not met'}. "
-        f"{as_sentence(statements)} Without a bar: looped without injection, "
-        f"{100 * mean[PLAIN]:.0f}%."
+        f"The premise is that loop and layers learn what training asks ({100 * fitted:.0f}%, at "
+        f"least 95), and the loop held-out pairs ({100 * general[LOOPED]:.0f}%, at least 95): "
+        f"{'met' if met else 'not met'}. {as_sentence(statements)} Without a bar: 6 layers answer "
+        f"{100 * general[UNSHARED]:.0f}% of held-out pairs; looped without injection, "
+        f"{100 * mean[PLAIN]:.0f}% of those never composed."
     )
     brief = (
         f"{100 * mean[LOOPED]:.0f}% of pairs never composed, layers {100 * mean[layers]:.0f}%; "

@@ -1,6 +1,6 @@
 """Chains of lookups: facts in the weights, facts in the context, induction, group products."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations as all_orders
 from typing import Literal
@@ -57,6 +57,14 @@ class KHop:
         start = torch.randint(self.num_entities, (batch,), generator=generator)
         relations = torch.randint(self.num_relations, (batch, hops), generator=generator)
         return self.chain(start, relations)
+
+    def solved(self, batch: int, hops: int, generator: torch.Generator) -> tuple[TaskBatch, Tensor]:
+        """Problems with the answer as the only target, and the entities on the way to it."""
+        start = torch.randint(self.num_entities, (batch,), generator=generator)
+        relations = torch.randint(self.num_relations, (batch, hops), generator=generator)
+        plain = replace(self, supervision="prefix", readout="last")
+        steps = plain.chain(start, relations).targets[:, 1:]
+        return answer_only(self.chain(start, relations)), steps
 
     def chain(self, start: Tensor, relations: Tensor) -> TaskBatch:
         """The problems of given first entities [batch] and relations [batch, hops]."""
