@@ -9,7 +9,8 @@ that emulate bf16, the contenders in bf16 are skipped unless they are named on t
 
 Contenders take turns (A B A B ...), so that a slowdown of the machine affects all of them. Each
 runs in its own process; a figure is the median over rounds. This project's processes use the malloc
-settings of its command line, the others the system's defaults.
+settings of its command line, the others the system's defaults. One thread of a CPU is timed by the
+process's CPU time, since other programs may want the core; more threads and GPUs by the wall clock.
 
 On a GPU all contenders make their first calls at the same time, since most of that is compilation.
 A call ends when the GPU has finished it. fp32 products use TF32 only with --tf32.

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmythos import MythosConfig, OpenMythos
+from openmythos import MythosConfig, OpenMythos, kernels
 from openmythos.inference import generation
 from openmythos.machine import Precision, autocast
+from openmythos.nn.cache import KVCache
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
@@ -96,6 +97,7 @@ class Contender(ABC):
     name: str
     model: nn.Module
     figures: tuple[str, ...] = ("forward", "training", "prefill", "decode")  # that it is timed for
+    inference: Any = torch.no_grad  # what its `generate` runs in
 
     def to(self, device: torch.device) -> None:
         """Move the model to a device, before anything else is called."""
@@ -134,11 +136,24 @@ class Contender(ABC):
 
 
 class Ours(Contender):
-    """OpenMythos in fp32, or in bf16: trained with autocast, served with bf16 weights."""
+    """OpenMythos in fp32, or in bf16: trained with autocast, served with bf16 weights.
 
-    def __init__(self, workload: Workload, precision: Precision, *, compiled: bool = False) -> None:
+    `forms` are those of `openmythos.kernels`: "torch" leaves out the native kernel.
+    """
+
+    inference = torch.inference_mode
+
+    def __init__(
+        self,
+        workload: Workload,
+        precision: Precision,
+        *,
+        compiled: bool = False,
+        forms: kernels.Forms = "auto",
+    ) -> None:
         self.name = f"openmythos {precision}" + (" compiled" if compiled else "")
         self.loops, self.precision, self.compiled = workload.loops, precision, compiled
+        self.forms: kernels.Forms = forms
         self.request = generation.Request(num_loops=workload.loops)
         self.served: OpenMythos | None = None
         self.model = OpenMythos(workload.config(), seed=0)
@@ -165,13 +180,35 @@ class Ours(Contender):
         return self._served()(tokens, num_loops=self.loops).logits
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
-        (batch, seq), model = tokens.shape, self._served()
+        return self._filled(self._served(), tokens, room)
+
+    def _filled(self, model: OpenMythos, tokens: Tensor, room: int) -> KVCache:
+        batch, seq = tokens.shape
         cache = model.new_cache(batch, seq + room, num_loops=self.loops)
-        generation.prefill(model, tokens, self.request, cache)
+        with kernels.use(self.forms):
+            generation.prefill(model, tokens, self.request, cache)
         return cache
 
     def decode(self, cache: Any, tokens: Tensor) -> None:
-        generation.decode_one_token(self._served(), tokens[:, 0], self.request, cache)
+        with kernels.use(self.forms):
+            generation.decode_one_token(self._served(), tokens[:, 0], self.request, cache)
 
     def cache_bytes(self, cache: Any) -> int:
         return cache.nbytes
+
+
+class Bf16Weights(Ours):
+    """OpenMythos decoding with weights and cache in bf16; the native kernel computes in fp32.
+
+    The prompt is read in fp32, since torch computes in bf16, which not every processor does.
+    """
+
+    figures = ("decode",)
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload, "bf16")
+
+    def prefill(self, tokens: Tensor, room: int) -> Any:
+        cache = self._filled(self.model, tokens, room)
+        cache._replace_storage(lambda numbers: numbers.to(torch.bfloat16))
+        return cache

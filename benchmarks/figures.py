@@ -61,6 +61,43 @@ def speed_ratios(
     return figure
 
 
+def time_bars(cases: Mapping[str, Any]) -> Figure:
+    """A panel per case: a bar of stacked parts before and after, in ms, with lower bounds.
+
+    A case holds "parts", seconds by part for each bar, and "bounds", seconds by name.
+    """
+    parts = list(dict.fromkeys(p for c in cases.values() for b in c["parts"].values() for p in b))
+    colours = dict(zip(parts, itertools.cycle(COLOURS), strict=False))
+    with style():
+        figure = new_figure()
+        columns = min(2, len(cases))
+        rows = math.ceil(len(cases) / columns)
+        figure.set_size_inches(4.6 * columns + 0.6, 1.7 * rows + 1.0)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, (title, case) in zip(grid.flat, cases.items(), strict=False):
+            for line, (_, bar) in enumerate(case["parts"].items()):
+                left = 0.0
+                for part in parts:
+                    width = 1e3 * bar.get(part, 0.0)
+                    axes.barh(line, width, 0.62, left=left, color=colours[part], label=part)
+                    left += width
+                axes.text(left, line, f" {left:.3g} ms", verticalalignment="center", fontsize=9)
+            for (name, seconds), dash in zip(case["bounds"].items(), ("-", ":"), strict=True):
+                axes.axvline(1e3 * seconds, color="black", linestyle=dash, label=f"bound: {name}")
+            axes.set_yticks(range(len(case["parts"])), list(case["parts"]))
+            axes.invert_yaxis()
+            axes.set_xlim(0, 1.18 * axes.get_xlim()[1])
+            axes.grid(visible=False, axis="y")
+            axes.set_title(title, fontsize=10.5, loc="left")
+        for unused in grid.flat[len(cases) :]:
+            figure.delaxes(unused)
+        figure.supxlabel("milliseconds per decoded token of every row", fontsize=11)
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        figure.legend(list(unique.values()), list(unique), loc="outside upper left", ncols=3)
+    return figure
+
+
 def cost_lines(
     panels: Mapping[str, Mapping[str, Mapping[float | int, float | int]]],
     *,

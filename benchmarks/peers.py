@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contenders import Contender, Workload
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmythos.machine import Precision, autocast
 
@@ -76,6 +76,12 @@ class Reference(Contender):
         return sum(t.nbytes for slot in cache.values() for t in slot.values())
 
 
+def cache_argument(model: nn.Module) -> str:
+    """The name of the argument for the cache, which transformers 5.24 changed."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 class DeepSeek(Contender):
     """DeepSeek-V3 of `transformers`, not looped, with as many layers as the others execute."""
 
@@ -111,9 +117,7 @@ class DeepSeek(Contender):
             experts_implementation="grouped_mm",
         )
         self.model = DeepseekV3ForCausalLM(config)
-        # The argument was renamed in transformers 5.24.
-        known = inspect.signature(self.model.forward).parameters
-        self._cache_name = "cache" if "cache" in known else "past_key_values"
+        self._cache_name = cache_argument(self.model)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(tokens, use_cache=False).logits

@@ -5,7 +5,6 @@ Contenders do not share an allocator, a compilation cache in memory, or a thread
 
 import contextlib
 import multiprocessing
-import time
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from contenders import Contender, S, SkippedError, Workload, with_shape
 from host import peak_bytes
-from limits import PROMPT
+from limits import PROMPT, clock_of
 from roster import CONTENDERS
 
 from openmythos.machine import keep_freed_memory
@@ -51,7 +50,7 @@ def measures(
 
     def without_grad(contender: Contender, run: Callable[[], object]) -> Callable[[], object]:
         contender.model.eval()
-        return torch.no_grad()(run)
+        return contender.inference()(run)
 
     def prefill(size: int) -> Callable[[Contender], Callable[[], object]]:
         return lambda c: without_grad(c, lambda: c.prefill(prompts[size], ROOM))
@@ -59,7 +58,7 @@ def measures(
     def decoding(size: int) -> Callable[[Contender], Callable[[], object]]:
         def prepare(contender: Contender) -> Callable[[], object]:
             contender.model.eval()
-            with torch.no_grad():
+            with contender.inference():
                 cache = contender.prefill(prompts[size], ROOM)
             return without_grad(contender, lambda: contender.decode(cache, prompts[size][:, :1]))
 
@@ -88,7 +87,7 @@ class Worker:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         as_installed(name)
-        self.device = device
+        self.device, self.clock = device, clock_of(device, threads)
         self.contender = CONTENDERS[name](workload)
         self.contender.to(device)
         self.figures = measures(workload, device)
@@ -113,11 +112,11 @@ class Worker:
 
     def call(self) -> float:
         """Seconds of one call, until the device has finished it."""
-        started = time.perf_counter()
+        started = self.clock()
         self.run()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - started
+        return self.clock() - started
 
     def start(self) -> None:
         """Nothing: the process has built its model."""
@@ -133,7 +132,7 @@ class Worker:
 
     def cache_bytes_per_token(self, seq: int) -> float:
         self.contender.model.eval()
-        with torch.no_grad():
+        with self.contender.inference():
             held = self.contender.prefill(
                 torch.zeros(1, seq, dtype=torch.long, device=self.device), 0
             )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from contenders import Contender, SkippedError, Workload
 from host import processor_kind
+from peers import cache_argument
 from torch import Tensor
 
 from openmythos.planning import cost
@@ -58,19 +59,21 @@ class StaticLlama(Contender):
 
     def __init__(self, workload: Workload) -> None:
         self.model = dense_llama(workload)
-        self._step = torch.compile(self.model.forward, fullgraph=True, dynamic=False)
+        self._cache_name = cache_argument(self.model)
+        mode = "reduce-overhead" if torch.cuda.is_available() else None  # as its `generate`
+        self._step = torch.compile(self.model.forward, fullgraph=True, dynamic=False, mode=mode)
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
         from transformers import StaticCache
 
         seq = tokens.shape[1]
         cache = StaticCache(self.model.config, max_cache_len=seq + room)
-        self.model(tokens, cache=cache, use_cache=True, logits_to_keep=1)
-        return cache, torch.full((1, 1), seq)
+        self.model(tokens, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
+        return cache, torch.full((1, 1), seq, device=tokens.device)
 
     def decode(self, cache: Any, tokens: Tensor) -> None:
         held, position = cache
-        self._step(tokens, cache=held, position_ids=position, use_cache=True)
+        self._step(tokens, position_ids=position, use_cache=True, **{self._cache_name: held})
         position += 1
 
     def cache_bytes(self, cache: Any) -> int:

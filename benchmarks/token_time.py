@@ -1,0 +1,138 @@
+"""Where the time of a decoded token goes: torch's operators beside the native kernel.
+
+    python benchmarks/token_time.py                 (writes results/bench/KIND/token-time.*)
+
+"before" decodes with torch's operators alone, "after" as `openmythos generate` does. Totals are
+medians of CPU time without a profiler, turn by turn. The profiler then says how much of a token is spent inside
+products, attention, and native layers; what is left is Python and many small operators, of which
+the profiler would count too much, since it slows each of them down.
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import WORKLOADS, Ours, Workload
+from figures import time_bars
+from host import processor_kind
+from limits import PROMPT, bound_seconds, machine_limits
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from openmythos.analysis import plots
+from openmythos.files import write_json
+from openmythos.kernels.few_rows_native import NativeLayer
+from openmythos.machine import describe, keep_freed_memory
+
+FORMS = {"before": "torch", "after": "auto"}
+NATIVE, REST = "native layers", "small operators and Python"
+# Operators of torch and of this project by what they do; the profiler's names.
+PARTS = {
+    "products with weights": ("aten::mm", "aten::addmm", "aten::addmm_"),
+    "attention": (
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_softmax",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+    ),
+    NATIVE: (NATIVE,),
+}
+
+
+def seconds_of(call: Callable[[], object], times: int) -> list[float]:
+    taken = []
+    for _ in range(times):
+        started = time.process_time()
+        call()
+        taken.append(time.process_time() - started)
+    return taken
+
+
+def parts_of(call: Callable[[], object], total: float, times: int = 20) -> dict[str, float]:
+    """Seconds of each part of a call that takes `total` seconds without the profiler."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(times):
+            call()
+    parts: dict[str, float] = defaultdict(float)
+    for event in seen.key_averages():
+        for part, names in PARTS.items():
+            if event.key in names:
+                parts[part] += 1e-6 * event.self_cpu_time_total / times
+    return {**parts, REST: total - sum(parts.values())}
+
+
+def mark_native_layers() -> None:
+    """Let the profiler see the calls of native layers as events of one name."""
+    plain = NativeLayer.__call__
+    if plain.__name__ == "marked":
+        return
+
+    def marked(self: NativeLayer, *arguments: Any) -> Any:
+        with record_function(NATIVE):
+            return plain(self, *arguments)
+
+    NativeLayer.__call__ = marked  # type: ignore[method-assign]
+
+
+def measure(workload: Workload, rows: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of the parts of a decoded token, before and after."""
+    tokens = torch.zeros(rows, PROMPT, dtype=torch.long)
+    steps: dict[str, Callable[[], object]] = {}
+    for name, forms in FORMS.items():
+        model = Ours(workload, "fp32", forms=forms)  # type: ignore[arg-type]
+        model.model.eval()
+        cache = torch.inference_mode()(model.prefill)(tokens, 6 * rounds + 60)
+        run = torch.inference_mode()(model.decode)
+        steps[name] = lambda run=run, cache=cache: run(cache, tokens[:, :1])
+        steps[name]()
+    taken: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            taken[name] += seconds_of(step, 5)
+    totals = {name: statistics.median(times) for name, times in taken.items()}
+    mark_native_layers()
+    return {name: parts_of(step, totals[name]) for name, step in steps.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path("results/bench") / processor_kind())
+    options = parser.parse_args()
+    machine = describe()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    limits = machine_limits(1, False, torch.device("cpu"))
+    found: dict[str, Any] = {}
+    for name in options.workload:
+        for rows in options.rows:
+            bounds = {
+                reading: bound_seconds(
+                    WORKLOADS[name], f"decode, batch {rows}", limits, "fp32", 4, reread=reread
+                )
+                for reading, reread in (("weights in cache", False), ("weights reread", True))
+            }
+            parts = measure(WORKLOADS[name], rows, options.rounds)
+            found[f"{name}, {rows} row{'s' * (rows > 1)}"] = {"bounds": bounds, "parts": parts}
+            print(name, rows, bounds, parts)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "token-time.json"
+    about = {"command": "python benchmarks/token_time.py", "hardware": machine, "limits": limits}
+    write_json({**about, "seconds": found}, path)
+    rows = [
+        {"case": case, "when": when, "part": part, "milliseconds": 1e3 * seconds}
+        for case, result in found.items()
+        for when, parts in result["parts"].items()
+        for part, seconds in parts.items()
+    ]
+    plots.save_figure(time_bars(found), path.with_suffix(".png"), rows)
+
+
+if __name__ == "__main__":
+    main()
