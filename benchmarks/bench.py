@@ -5,6 +5,7 @@ that emulate bf16, the contenders in bf16 are skipped unless they are named on t
 
     make bench                                     (own virtual environment, both workloads)
     python benchmarks/bench.py --workload S --threads 1 --rounds 7 --set seq=512 batch=4
+    python benchmarks/bench.py --emulate-avx2      (what a processor without AVX-512 does)
     python benchmarks/bench.py --device cuda       (larger batches; decodes 1, 8 and 64 rows)
 
 Contenders take turns (A B A B ...), so that a slowdown of the machine affects all of them. Each
@@ -29,13 +30,13 @@ import torch
 from bench_results import OUT, compare, merge, print_table, write
 from contenders import GPU_SIZES, WORKLOADS, Workload, with_shape
 from goals import BF16
-from host import processor_kind
+from host import computes_bf16, emulate_avx2, processor_kind
 from limits import machine_limits
 from rich.progress import Progress
 from roster import CONTENDERS, CPU_CONTENDERS, GPU_CONTENDERS
 from workers import Team, figure_names, resident_megabytes
 
-from openmythos.machine import bf16_is_native, choose_device, describe
+from openmythos.machine import choose_device, describe
 
 MEMORY = "memory"  # a figure that is not a time
 
@@ -43,7 +44,7 @@ MEMORY = "memory"  # a figure that is not a time
 def chosen(asked: list[str] | None, device: torch.device) -> tuple[tuple[str, ...], dict[str, str]]:
     """(contenders to time, reason for each one that is skipped)."""
     usual = GPU_CONTENDERS if device.type == "cuda" else CPU_CONTENDERS
-    if asked or bf16_is_native(device):
+    if asked or computes_bf16(device):
         return tuple(asked or usual), {}
     why = f"bf16 is not native on this processor ({processor_kind(device)}): it would be emulated"
     skipped = {name: why for name in usual if name in BF16}
@@ -145,10 +146,13 @@ def options_of(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", nargs="+", type=int, help="of the CPU; default: 1 2")
     parser.add_argument("--rounds", type=int, help="turns of each contender; default: 7, GPU 3")
+    parser.add_argument("--emulate-avx2", action="store_true", help="use no AVX-512")
     parser.add_argument("--tf32", action="store_true", help="fp32 products with TF32 (GPU)")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="default: results/bench/KIND")
     options = parser.parse_args(words)
+    if options.emulate_avx2:
+        emulate_avx2()
     options.device = choose_device(options.device)
     on_gpu = options.device.type == "cuda"
     options.figures = options.figures or [*figure_names(options.device), MEMORY]
@@ -171,6 +175,7 @@ def main() -> None:
         print(resident_megabytes(workloads[0], options.memory_of) or "")
         return
     (names, skipped), machine = chosen(options.contenders, device), describe()
+    machine |= {"emulates_avx2": options.emulate_avx2}
     if on_gpu:
         machine |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     for workload in workloads:

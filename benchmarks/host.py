@@ -1,6 +1,8 @@
 """What the benchmarks ask of the machine that they run on."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +12,25 @@ from openmythos.machine import bf16_is_native
 _CPU = torch.device("cpu")
 
 
+# Keeps torch, oneDNN, MKL and the native kernel from using AVX-512.
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "CXX": str(Path(__file__).with_name("avx2-c++")),
+}
+
+
+def emulates_avx2() -> bool:
+    return AVX2.items() <= os.environ.items()
+
+
+def emulate_avx2() -> None:
+    """Start this program anew as on a processor with AVX2 only; nothing if it was."""
+    if not emulates_avx2():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})
+
+
 def processor_kind(device: torch.device = _CPU) -> str:
     """The instructions that torch uses on a CPU, such as avx512-bf16, or the name of a GPU.
 
@@ -17,7 +38,12 @@ def processor_kind(device: torch.device = _CPU) -> str:
     """
     if device.type == "cuda":
         return gpu_kind(torch.cuda.get_device_name(device))
-    return torch.backends.cpu.get_cpu_capability().lower() + "-bf16" * bf16_is_native()
+    return torch.backends.cpu.get_cpu_capability().lower() + "-bf16" * computes_bf16(_CPU)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device computes bf16 natively; a processor that AVX2 is emulated on need not."""
+    return bf16_is_native(device) and not emulates_avx2()
 
 
 def gpu_kind(name: str) -> str:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 from contenders import Workload
+from host import computes_bf16
 
-from openmythos.machine import bf16_is_native, matmul_peak
+from openmythos.machine import matmul_peak
 from openmythos.nn.cache import ExactCache
 from openmythos.planning import cost
 
 PROMPT = 512
+_CPU = torch.device("cpu")
 
 
 def clock_of(device: torch.device, threads: int) -> Callable[[], float]:
@@ -50,13 +52,13 @@ def machine_limits(threads: int, with_bf16: bool, device: torch.device) -> dict[
 def _cpu_limits(with_bf16: bool, clock: Callable[[], float]) -> dict[str, float]:
     found = {}
     dtypes = {"fp32": torch.float32}
-    if bf16_is_native() or with_bf16:
+    if computes_bf16(_CPU) or with_bf16:
         dtypes["bf16"] = torch.bfloat16
     for kind, dtype in dtypes.items():
         rates = []
         for m, k, n in ((1024, 1024, 1024), (2048, 256, 1024), (2048, 512, 512)):
             a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-            rounds = 30 if kind == "fp32" or bf16_is_native() else 1
+            rounds = 30 if kind == "fp32" or computes_bf16(_CPU) else 1
             seconds = median_seconds(lambda a=a, b=b: a @ b, rounds, clock)
             rates.append(2 * m * k * n / seconds)
         found[kind] = max(rates)

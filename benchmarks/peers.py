@@ -18,11 +18,15 @@ class Reference(Contender):
     """open-mythos 0.5.0. Its halting threshold is unreachable, so that all loops run.
 
     In bf16 it computes under autocast: its rotations are complex numbers, which have no bf16.
+    Compiled are its attention, dense feed-forward layers, shared experts and injection, not the
+    loop over experts in Python: whole layers at 8 rows were not compiled within five minutes.
     """
 
     name = "open-mythos 0.5.0"
 
-    def __init__(self, workload: Workload, precision: Precision = "fp32") -> None:
+    def __init__(
+        self, workload: Workload, precision: Precision = "fp32", *, compiled: bool = False
+    ) -> None:
         from open_mythos.main import MythosConfig as Config
         from open_mythos.main import OpenMythos as Model
 
@@ -50,6 +54,14 @@ class Reference(Contender):
             act_threshold=1e9,
         )
         self.model = Model(config)
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # it is timed for several shapes
+            for block in (*self.model.prelude, *self.model.coda):
+                block.attn.compile()
+                block.ffn.compile()
+            looped = self.model.recurrent
+            for module in (looped.block.attn, *looped.block.ffn.shared_experts, looped.injection):
+                module.compile()
 
     def _logits(self, tokens: Tensor, **words: Any) -> Tensor:
         with autocast(self.precision, tokens.device):

@@ -12,13 +12,21 @@ CONTENDERS = {
     "openmythos-compiled": lambda workload: Ours(workload, "fp32", compiled=True),
     "openmythos-bf16-compiled": lambda workload: Ours(workload, "bf16", compiled=True),
     "open-mythos": Reference,
+    "open-mythos-compiled": lambda workload: Reference(workload, compiled=True),
     "open-mythos-bf16": lambda workload: Reference(workload, "bf16"),
     "deepseek-v3": DeepSeek,
     "llama-static": StaticLlama,
     "llama.cpp": LlamaCpp,
 }
 OURS = tuple(name for name in CONTENDERS if name.startswith("openmythos"))
-CPU_CONTENDERS = (*OURS, "open-mythos", "deepseek-v3", "llama-static", "llama.cpp")
+CPU_CONTENDERS = (
+    *OURS,
+    "open-mythos",
+    "open-mythos-compiled",
+    "deepseek-v3",
+    "llama-static",
+    "llama.cpp",
+)
 ONLY_CPU = ("openmythos-torch", "openmythos-bf16-weights")  # with and without the native kernel
 GPU_CONTENDERS = (
     *(name for name in OURS if name not in ONLY_CPU),

@@ -3,9 +3,9 @@
     python benchmarks/token_time.py                 (writes results/bench/KIND/token-time.*)
 
 "before" decodes with torch's operators alone, "after" as `openmythos generate` does. Totals are
-medians of CPU time without a profiler, turn by turn. The profiler then says how much of a token is spent inside
-products, attention, and native layers; what is left is Python and many small operators, of which
-the profiler would count too much, since it slows each of them down.
+medians of CPU time without a profiler, turn by turn. The profiler then says how much of a token is
+spent inside products, attention, and native layers; what is left is Python and many small
+operators, of which the profiler would count too much, since it slows each of them down.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from contenders import WORKLOADS, Ours, Workload
 from figures import time_bars
-from host import processor_kind
+from host import emulate_avx2, processor_kind
 from limits import PROMPT, bound_seconds, machine_limits
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -104,7 +104,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("results/bench") / processor_kind())
+    parser.add_argument("--emulate-avx2", action="store_true", help="use no AVX-512")
     options = parser.parse_args()
+    if options.emulate_avx2:
+        emulate_avx2()
     machine = describe()
     keep_freed_memory()
     torch.set_num_threads(1)

@@ -92,13 +92,13 @@ def test_goals_that_were_missed_are_named() -> None:
 
 
 def test_bf16_is_left_out_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "bf16_is_native", lambda _: False)
+    monkeypatch.setattr(bench, "computes_bf16", lambda _: False)
     names, skipped = bench.chosen(None, CPU)
-    assert names == tuple(name for name in roster.CPU_CONTENDERS if "bf16" not in name)
+    assert names == tuple(name for name in roster.CPU_CONTENDERS if name not in goals.BF16)
     assert set(skipped) == set(goals.BF16)
     assert all("not native" in why for why in skipped.values())
     assert bench.chosen(["openmythos-bf16"], CPU) == (("openmythos-bf16",), {})
-    monkeypatch.setattr(bench, "bf16_is_native", lambda _: True)
+    monkeypatch.setattr(bench, "computes_bf16", lambda _: True)
     assert bench.chosen(None, CPU) == (roster.CPU_CONTENDERS, {})
 
 
