@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openmythos.config import ConfigError, from_dict, to_dict
-from openmythos.tasks import IGNORE, KHop, Reachability
+from openmythos.tasks import IGNORE, KHop, Parity, Reachability
 from openmythos.tasks.reasoning import (
     LatentThoughts,
     NoThoughts,
@@ -17,8 +17,8 @@ from openmythos.tasks.reasoning import (
 from openmythos.train.config import TaskData
 
 TASK, HOPS = Reachability(num_nodes=8, num_names=10), 3
-BLANK, ASK = 12, 10
-QUESTION = 6 * 3 + 4  # tokens: edges with their marks, question mark, start, candidates
+BLANK, ASK = 11, 10
+QUESTION = 6 * 2 + 4  # tokens: edges, question mark, start, candidates
 
 
 def data(thoughts: Thoughts, **changes: Any) -> TaskData:
@@ -34,7 +34,7 @@ def test_steps_lead_along_edges_to_the_answer() -> None:
     question, steps = TASK.solved(20, HOPS, torch.Generator().manual_seed(0))
     assert torch.equal(steps[:, -1], question.answers())
     for tokens, way in zip(question.tokens.tolist(), steps.tolist(), strict=True):
-        edges = set(zip(tokens[:18:3], tokens[1:18:3], strict=True))
+        edges = set(zip(tokens[:12:2], tokens[1:12:2], strict=True))
         assert edges >= set(zip([tokens[-3], *way], way, strict=False))
 
 
@@ -71,10 +71,20 @@ def test_written_steps_stay_and_without_thoughts_nothing_is_added() -> None:
 def test_configs() -> None:
     staged = data(LatentThoughts(stage_share=0.2))
     assert from_dict(TaskData, to_dict(staged)) == staged
-    assert (staged.vocab_size, data(NoThoughts()).vocab_size) == (13, 12)
+    assert (staged.vocab_size, data(NoThoughts()).vocab_size) == (12, 11)
     with pytest.raises(ConfigError, match=r"stage_share = 0.4: leaves steps written at the end"):
         data(LatentThoughts(stage_share=0.4))
     with pytest.raises(ConfigError, match="first_hops = 2: must be max_hops with thoughts"):
         data(WrittenThoughts(), first_hops=2)
-    with pytest.raises(ConfigError, match=r"task.kind = 'k_hop': has no steps"):
-        TaskData(task=KHop(), thoughts=WrittenThoughts())
+    with pytest.raises(ConfigError, match=r"task.kind = 'parity': has no steps"):
+        TaskData(task=Parity(), thoughts=WrittenThoughts())
+
+
+def test_steps_of_a_chain_lead_from_fact_to_fact() -> None:
+    task = KHop(supervision="answer", readout="padded", max_hops=5, facts_seed=2)
+    question, steps = task.solved(30, 4, torch.Generator().manual_seed(0))
+    facts, entity = task.facts(), question.tokens[:, 0]
+    for hop in range(4):
+        entity = facts[question.tokens[:, 1 + hop] - task.num_entities, entity]
+        assert steps[:, hop].equal(entity)
+    assert question.answers().equal(entity) and (question.targets != IGNORE).sum() == 30

@@ -12,19 +12,16 @@ from openmythos.tasks.batch import IGNORE, TaskBatch, permutations
 
 @dataclass(frozen=True, kw_only=True)
 class Reachability:
-    """u_1 v_1 ; ... u_m v_m ; ? s a b -> the one of a and b that edges lead to from s.
+    """u_1 v_1 ... u_m v_m ? s a b -> the one of a and b that edges lead to from s.
 
     Two trees grow over the nodes, one from s; the right candidate lies exactly `hops` edges below
     s, the wrong one as deep in the other tree, and every node carries a random name. So depth
-    and degree do not give the answer away. Edges come in random order. Without `marks` there is no
-    ";" after an edge: which tokens are a pair then depends on the parity of their places, which a
-    small model with relative positions hardly learns.
+    and degree do not give the answer away. Edges come in random order.
     """
 
     kind: Literal["reachability"] = "reachability"
     num_nodes: int = 24
     num_names: int = 32
-    marks: bool = True
 
     def __post_init__(self) -> None:
         require_int("num_nodes", self.num_nodes, minimum=4)
@@ -32,8 +29,8 @@ class Reachability:
 
     @property
     def vocab_size(self) -> int:
-        """Names, the question mark, and the mark of an edge."""
-        return self.num_names + 1 + self.marks
+        """Names and the question mark."""
+        return self.num_names + 1
 
     def sample(self, batch: int, hops: int, generator: torch.Generator) -> TaskBatch:
         """`batch` graphs whose answer lies exactly `hops` edges from the start."""
@@ -51,16 +48,12 @@ class Reachability:
         offset = torch.tensor([[0], [half]])
         edges = torch.stack((parent + offset, child + offset), dim=3)[:, :, 1:].flatten(1, 2)
         order = permutations(batch, edges.shape[1], generator)
-        edges = names.gather(1, edges.gather(1, order[:, :, None].expand(-1, -1, 2)).flatten(1))
-        if self.marks:
-            pairs = edges.view(batch, -1, 2)
-            mark = torch.full_like(pairs[:, :, :1], self.num_names + 1)
-            edges = torch.cat((pairs, mark), dim=2).flatten(1)
+        edges = edges.gather(1, order[:, :, None].expand(-1, -1, 2)).flatten(1)
         candidates = names[:, [hops, half + hops]]
         swap = torch.rand(batch, 1, generator=generator) < 0.5
         candidates = torch.where(swap, candidates.flip(1), candidates)
         ask = torch.full((batch, 1), self.num_names)
-        tokens = torch.cat((edges, ask, names[:, :1], candidates), dim=1)
+        tokens = torch.cat((names.gather(1, edges), ask, names[:, :1], candidates), dim=1)
         answers = torch.full_like(tokens, IGNORE)
         answers[:, -1] = names[:, hops]
         last = torch.full((batch,), tokens.shape[1] - 1)
