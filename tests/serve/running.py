@@ -32,16 +32,24 @@ class Server:
         )
         self.log: list[str] = []
         self.url = ""
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.log.append(line)
-            if found := re.search(r"serving at (http://\S+)", line):
-                self.url = found[1]
+        with self.process.stdout as lines:
+            for line in lines:
+                self.log.append(line)
+                if found := re.search(r"serving at (http://\S+)", line):
+                    self.url = found[1]
 
-    def wait(self, seconds: float = 60) -> "Server":
+    def ended(self, seconds: float) -> int:
+        """Its exit code, once it has ended and all its lines have been read."""
+        code = self.process.wait(seconds)
+        self._reader.join()
+        return code
+
+    def wait(self, seconds: float = 180) -> "Server":
         """Until it takes work."""
         wait_for(lambda: self.url or self.process.poll() is not None, seconds)
         assert self.url, "".join(self.log)
@@ -101,4 +109,4 @@ def serving(*arguments: str, **environment: str) -> Iterator[Server]:
         yield server.wait()
     finally:
         server.process.send_signal(signal.SIGKILL)
-        server.process.wait()
+        server.ended(60)

@@ -1,0 +1,108 @@
+"""Mixed load for minutes: memory and file descriptors stay flat, nothing is left behind.
+
+OPENMYTHOS_SOAK_SECONDS sets how long; an hour by hand before a release.
+"""
+
+import contextlib
+import json
+import os
+import random
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from serve.running import Server, serving, wait_for
+
+pytestmark = pytest.mark.slow
+SECONDS = float(os.environ.get("OPENMYTHOS_SOAK_SECONDS", "600"))
+CLIENTS = 12
+RULES = ("fixed", "kl", "state_change")
+
+
+def body_of(dice: random.Random) -> dict[str, Any]:
+    """Short and long, shallow and deep, with everything that a request can have."""
+    body: dict[str, Any] = {
+        "prompt": "x" * dice.choice((1, 5, 40)),
+        "max_tokens": dice.choice((1, 8, 40)),
+        "num_loops": dice.choice((1, 2, 4, 16)),
+        "exit_rule": dice.choice(RULES),
+        "seed": dice.randrange(1000),
+        "n": dice.choice((1, 1, 1, 4)),
+        "stream": dice.random() < 0.5,
+    }
+    body |= {"logprobs": 3, "echo": True} if dice.random() < 0.2 else {}
+    return body | ({"stop": ["e", "th"]} if dice.random() < 0.2 else {})
+
+
+class Clients:
+    """Closed-loop clients; every other one leaves in the middle of an answer."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.ended = server, threading.Event()
+        self.counts: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> None:
+        self.ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        dice = random.Random(number)
+        while not self.ended.is_set():
+            body = body_of(dice)
+            outcome = self._leave(body, dice) if number % 2 else self._ask(body)
+            with self._lock:
+                self.counts[outcome] = self.counts.get(outcome, 0) + 1
+
+    def _ask(self, body: dict[str, Any]) -> str:
+        body["stream"] = False
+        return str(self.server.ask("/v1/completions", body)[0])
+
+    def _leave(self, body: dict[str, Any], dice: random.Random) -> str:
+        where, data = urlsplit(self.server.url), json.dumps(body)
+        head = f"Host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((where.hostname, where.port)) as c,
+        ):
+            c.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{data}".encode())
+            c.settimeout(dice.random() * 0.5 + 0.01)
+            c.recv(1)
+        return "left"
+
+
+def files(server: Server) -> int:
+    """Open file descriptors of the server process."""
+    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+
+def test_nothing_grows_and_nothing_is_left(folder: Path) -> None:
+    with serving(str(folder), "--replicas", "2") as server:
+        canary = server.complete(max_tokens=12, num_loops=5)
+        clients = Clients(server)
+        began, warm = time.monotonic(), min(SECONDS / 3, 120)
+        memory = 0
+        try:
+            while time.monotonic() - began < SECONDS:
+                time.sleep(min(SECONDS / 12, 10))
+                assert server.complete(max_tokens=12, num_loops=5) == canary
+                if not memory and time.monotonic() - began > warm:
+                    memory = server.memory()
+        finally:
+            clients.join()
+        grown = server.memory() / memory
+        wait_for(lambda: server.get("/engine")["rows"] == [], 5)
+        idle = server.get("/engine")
+        assert (idle["pages_used"], idle["rows_waiting"]) == (0, 0)
+        assert set(clients.counts) <= {"200", "429", "left"} and clients.counts["200"] > 20
+        assert grown < 1.05, f"{grown:.3f} times the memory"
+        wait_for(lambda: files(server) < 60, 10)
+        assert all(x["restarts"] == 0 for x in server.get("/health")["replicas"])
