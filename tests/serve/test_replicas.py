@@ -12,7 +12,9 @@ import pytest
 from serve.conftest import client_of, wait_until
 from starlette.testclient import TestClient
 
+from openmythos.inference.engine import Engine
 from openmythos.inference.request import (
+    EngineLimits,
     EngineRequest,
     EngineStats,
     Event,
@@ -20,6 +22,7 @@ from openmythos.inference.request import (
     NewToken,
     RowInfo,
 )
+from openmythos.model.mythos import OpenMythos
 from openmythos.serve.limits import ServerLimits
 from openmythos.serve.service import Service
 
@@ -31,6 +34,7 @@ class Gate:
     opened: threading.Event = field(default_factory=threading.Event)
     broken: threading.Event = field(default_factory=threading.Event)
     hung: threading.Event = field(default_factory=threading.Event)
+    failing: threading.Event = field(default_factory=threading.Event)
     made: list["GatedEngine"] = field(default_factory=list)
 
     def engine(self) -> "GatedEngine":
@@ -70,6 +74,11 @@ class GatedEngine:
         time.sleep(0.002)
         events, self.ended = self.ended, []
         for number, request in list(self.requests.items() if self.gate.opened.is_set() else ()):
+            if self.gate.failing.is_set():
+                self.gate.failing.clear()
+                del self.requests[number]
+                events.append(self._finished(number, "error", "logits: are not finite"))
+                continue
             self.said[number] += 1
             events.append(NewToken(request=number, sample=0, token=97, loops=2))
             if self.said[number] == request.options.max_new_tokens:
@@ -77,10 +86,15 @@ class GatedEngine:
                 events.append(self._finished(number, "length"))
         return events
 
-    def _finished(self, number: int, reason: Any) -> Finished:
+    def _finished(self, number: int, reason: Any, message: str = "") -> Finished:
         said = self.said[number]
         return Finished(
-            request=number, sample=0, reason=reason, new_tokens=said, token_loops=2 * said
+            request=number,
+            sample=0,
+            reason=reason,
+            new_tokens=said,
+            token_loops=2 * said,
+            message=message,
         )
 
     def rows(self) -> list[RowInfo]:
@@ -184,6 +198,40 @@ def test_a_stream_whose_replica_dies_is_not_complete(started: Any, gate: Gate) -
     gate.broken.set()
     text = answer.result().text
     assert '"error"' in text.split("\n\n")[-2] and "[DONE]" not in text
+
+
+def test_a_row_that_fails_fails_alone(started: Any, gate: Gate) -> None:
+    client, _, threads = started
+    asked = [threads.submit(_ask, client) for _ in range(4)]
+    wait_until(lambda: _rows(client) == 4)
+    gate.failing.set()
+    gate.opened.set()
+    answers = [answer.result() for answer in asked]
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 500]
+    (failed,) = [answer for answer in answers if answer.status_code == 500]
+    assert failed.json()["error"]["message"] == "logits: are not finite"
+    assert _states(client) == ["ready", "ready"]
+
+
+def test_a_small_pool_gives_the_same_text_and_refuses_what_never_fits(
+    make_service: Callable[..., Service], model: OpenMythos, client: TestClient
+) -> None:
+    def small() -> Engine:
+        return Engine(model, EngineLimits(max_rows=8, pages=40, page_tokens=4))
+
+    bodies = [
+        {"prompt": "x" * (1 + 2 * i), "max_tokens": 12, "num_loops": 1 + i % 3, "seed": i}
+        for i in range(8)
+    ]
+    expected = [client.post("/v1/completions", json=b).json()["choices"] for b in bodies]
+    with ThreadPoolExecutor(8) as threads, client_of(make_service(engine=small)) as tight:
+        wait_until(lambda: tight.get("/ready").status_code == 200)
+        asked = [threads.submit(tight.post, "/v1/completions", json=body) for body in bodies]
+        assert [answer.result().json()["choices"] for answer in asked] == expected
+        for stream in (False, True):
+            body = {"prompt": "x" * 80, "max_tokens": 12, "num_loops": 9, "stream": stream}
+            assert tight.post("/v1/completions", json=body).status_code == 400
+        assert "openmythos_engine_pages_used 0.0" in tight.get("/metrics").text
 
 
 def test_a_step_that_hangs_is_seen(started: Any, gate: Gate) -> None:

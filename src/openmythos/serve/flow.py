@@ -68,9 +68,11 @@ class Flow:
         return ChoiceText(self.tokenizer, self.asked.stops, request.options.stop_ids)
 
     async def begun(self, seconds: float) -> None:
-        """Wait for the first event, for so long at most."""
+        """Wait for the first event, for so long at most; an ApiError if it is a refusal."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._inbox.arrived(), seconds)
+        if self._inbox.refusal is not None:
+            raise _error_of(self._inbox.refusal)
 
     async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         """What is new of the choices, joined where it waited; an ApiError if one fails."""
@@ -113,8 +115,7 @@ class Flow:
             case Finished():
                 self._finished(prompt, answer)
             case Refused():
-                status = 400 if answer.bad_request else 500
-                raise ApiError(status, answer.message)
+                raise _error_of(answer)
             case LoopTable():
                 raise AssertionError("a request for text gets no table of loops")
 
@@ -142,3 +143,7 @@ class Flow:
         """Give up on everything that has not finished."""
         for prompt in self._prompts.values():
             prompt.ticket.cancel()
+
+
+def _error_of(refused: Refused) -> ApiError:
+    return ApiError(400 if refused.bad_request else 500, refused.message)

@@ -97,6 +97,12 @@ class Inbox:
         """Wait until something can be taken."""
         await self._arrived.wait()
 
+    @property
+    def refusal(self) -> Refused | None:
+        """A refusal that waits to be taken."""
+        waiting = (answer for _, answer in self._answers)
+        return next((answer for answer in waiting if isinstance(answer, Refused)), None)
+
     async def take(self) -> list[tuple[int, Answer]]:
         """All answers since the last call; waits for one."""
         await self._arrived.wait()

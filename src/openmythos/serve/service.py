@@ -1,5 +1,6 @@
 """What all routes share: the served model, its tokenizer, the replicas, the limits."""
 
+import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,6 @@ class Service:
         self.metrics = Metrics(self.replicas)
         self.config: MythosConfig = self.served.source.config
         self.tokenizer: Tokenizer = self.served.tokenizer
-        self._seeds = iter(range(2**62))
         config, tokenizer = self.config.vocab_size, self.tokenizer.vocab_size
         allowed = f"must be at most the {config} tokens of the model"
         require(tokenizer <= config, "tokenizer.vocab_size", tokenizer, allowed)
@@ -120,7 +120,7 @@ class Service:
             options = Request(
                 max_new_tokens=min(wanted, room, self.limits.max_new_tokens),
                 num_loops=loops,
-                sampling=asked.sampling(next(self._seeds)),
+                sampling=asked.sampling(secrets.randbits(62)),
                 exit_rule=asked.rule(),
                 stop_ids=() if asked.ignore_eos else self.tokenizer.stop_ids,
             )

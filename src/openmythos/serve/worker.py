@@ -135,9 +135,9 @@ def run(load: Callable[[], Engine], pipe: Connection) -> None:
 
 def process_main(loader: Loader, pipe: Connection, threads: int) -> None:
     """The main function of a replica process: it ends with the server."""
-    # Ctrl-C goes to every process of the terminal; the server decides when replicas end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Signals may go to every process of a terminal or a service; the server ends its replicas.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
