@@ -142,7 +142,7 @@ class Scheduler(Generic[R]):
         if not self._reading:
             return None
         first = self._reading[0]
-        stop = first.tokens
+        stop = max(row.tokens for row in self._reading)
         if first.chunkable and len(self._reading) == 1:
             stop = min(stop, first.cached + self._chunk(first))
         return Prefill(list(self._reading), first.cached, stop)
