@@ -8,10 +8,12 @@ static    outputs of 16 to 128 tokens, against batches that wait for their longe
 depths    2, 4, 8 or 16 loops by request, against rows that wait for the deepest of them
 equal     the same with equal depths
 boundary  the same requests as `depths`, with other settings of the boundary
+drafts    self-speculation of one row against the same engine without; needs `--run`, a folder of
+          `openmythos train demo`, as only a trained model's tokens say how many drafts are right
 
-Weights are not trained: no contender's time depends on them. One thread; contenders take turns, and
-every number is the median of the rounds. Seconds are CPU time of the process, which other work on
-the machine disturbs least.
+Elsewhere weights are not trained: no contender's time depends on them. One thread; contenders take
+turns, and every number is the median of the rounds. Seconds are CPU time of the process, which
+other work on the machine disturbs least.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +37,18 @@ from openmythos.analysis import plots
 from openmythos.files import read_json, write_json
 from openmythos.inference.engine import Engine
 from openmythos.inference.generation import Request, stream
-from openmythos.inference.request import EngineLimits, EngineRequest, NewToken
+from openmythos.inference.request import Draft, EngineLimits, EngineRequest, EngineStats, NewToken
+from openmythos.inference.sampling import Sampling
 from openmythos.machine import describe, keep_freed_memory
+from openmythos.train.run import Run
 
 OUT = Console(highlight=False, markup=False)
 DEPTHS = (2, 4, 8, 16)
 PAGES = 32_768
 NEVER = 10**6  # a boundary that waits for every row: all rows get their next token together
-GOALS = {
-    "rows S": {8: 3.5, 16: 5.5, 32: 8.0},
-    "rows M": {8: 2.5, 16: 3.7, 32: 5.5},
-    "static": 1.5,
-    "depths": 1.2,
-    "time per token of 2 loops": 0.45,
-    "equal": 0.97,
-}
+# (num_loops, temperature) and (loops, tokens) of drafts
+DRAFTED = [(loops, heat) for loops in (8, 16) for heat in (0.0, 0.8)]
+DRAFTS = [(loops, tokens) for loops in (1, 2, 4) for tokens in (1, 2, 4)]
 
 
 @dataclass
@@ -59,6 +58,7 @@ class Outcome:
     tokens: int
     seconds: float
     per_token: Mapping[int, float] = field(default_factory=dict)  # seconds, by num_loops
+    accepted: float = 0.0  # share of the drafts
 
     @property
     def tokens_per_second(self) -> float:
@@ -158,6 +158,7 @@ def take_turns(contenders: Contenders, rounds: int) -> dict[str, dict[str, Any]]
                 o.tokens_per_second / base.tokens_per_second
                 for o, base in zip(outcomes, first, strict=True)
             ],
+            "accepted": statistics.median(o.accepted for o in outcomes),
             "ms_per_token": {
                 str(loops): 1e3 * statistics.median(o.per_token[loops] for o in outcomes)
                 for loops in outcomes[0].per_token
@@ -240,6 +241,39 @@ def boundary(model: OpenMythos, workload: Workload, rounds: int) -> dict[str, An
     )
 
 
+def drafts(run: Run, rounds: int) -> dict[str, Any]:
+    """For each num_loops and temperature a grid of drafts; equal tokens are asserted."""
+    model, tokenizer = run.load_model().eval(), run.tokenizer
+    prompts = [tokenizer.prompt_ids(text) for text in ("A kind of", "To move")]
+    found = {}
+    for loops, heat in DRAFTED:
+        options = Request(max_new_tokens=48, num_loops=loops, sampling=Sampling(temperature=heat))
+        asked = [EngineRequest(prompt=tuple(ids), options=options) for ids in prompts]
+        wanted = [event for event in _one_row(model, asked)[0] if isinstance(event, NewToken)]
+
+        def contender(draft: Draft | None, asked: Any = asked, wanted: Any = wanted) -> Outcome:
+            with_drafts = [replace(request, draft=draft) for request in asked]
+            start = time.process_time()
+            events, stats = _one_row(model, with_drafts)
+            seconds = time.process_time() - start
+            assert [event for event in events if isinstance(event, NewToken)] == wanted
+            share = stats.accepted / stats.drafted if stats.drafted else 0.0
+            return Outcome(len(wanted), seconds, accepted=share)
+
+        grid = {f"{loops} loops, temperature {heat:g}": lambda run=contender: run(None)}
+        for shallow, tokens in DRAFTS:
+            draft = Draft(loops=shallow, tokens=tokens)
+            name = f"{loops} loops, temperature {heat:g}, {tokens} drafted with {shallow}"
+            grid[name] = lambda run=contender, draft=draft: run(draft)
+        found |= take_turns(grid, rounds)
+    return found
+
+
+def _one_row(model: OpenMythos, asked: Sequence[EngineRequest]) -> tuple[list[Any], EngineStats]:
+    engine = Engine(model, engine_limits(1))
+    return engine.run(asked), engine.stats()
+
+
 SECTIONS: dict[str, Callable[[OpenMythos, Workload, int], dict[str, Any]]] = {
     "rows": rows,
     "static": static,
@@ -249,21 +283,23 @@ SECTIONS: dict[str, Callable[[OpenMythos, Workload, int], dict[str, Any]]] = {
 }
 
 
-def measure(section: str, workload: Workload, rounds: int, folder: Path) -> None:
+def measure(section: str, workload: Workload, rounds: int) -> dict[str, Any]:
     model = OpenMythos(workload.config(), seed=0).eval()
     asked = requests(workload, 2, prompt=(9, 9), new=(9, 9), depths=(2, 4))
     served(model, asked, engine_limits(2))  # builds the kernel
-    machine = describe()
-    found = SECTIONS[section](model, workload, rounds)
-    path = folder / f"{section}-{workload.name}.json"
+    return SECTIONS[section](model, workload, rounds)
+
+
+def store(section: str, found: Mapping[str, Any], path: Path, machine: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/serve.py " + " ".join(sys.argv[1:])
-    write_json(
-        {"command": command, "hardware": machine, "rounds": rounds, **{section: found}}, path
-    )
+    write_json({"command": command, "hardware": machine, section: found}, path)
     for name, one in found.items():
         times = ", ".join(f"{n} loops {ms:.1f} ms" for n, ms in one["ms_per_token"].items())
-        OUT.print(f"{name}: {one['tokens_per_second']:.0f} tok/s, {one['ratio']:.2f}x  {times}")
+        accepted = f"{one['accepted']:.0%} accepted" if one["accepted"] else ""
+        OUT.print(
+            f"{name}: {one['tokens_per_second']:.0f} tok/s, {one['ratio']:.2f}x {times}{accepted}"
+        )
 
 
 def draw(folder: Path) -> None:
@@ -278,7 +314,7 @@ def draw(folder: Path) -> None:
         for contender, one in stored.items():
             table.append(
                 {"workload": name, "section": section, "contender": contender}
-                | {key: one[key] for key in ("tokens_per_second", "ratio")}
+                | {key: one[key] for key in ("tokens_per_second", "ratio", "accepted")}
                 | {f"ms per token, {n} loops": ms for n, ms in one["ms_per_token"].items()}
             )
             if one["ratio"] != 1:
@@ -297,18 +333,28 @@ def draw(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("section", choices=[*SECTIONS, "figures"])
+    parser.add_argument("section", choices=[*SECTIONS, "drafts", "figures"])
     parser.add_argument("--workload", choices=list(WORKLOADS), default="S")
+    parser.add_argument("--run", type=Path, help="of `drafts`: a run folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/serve"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    folder = options.out / processor_kind()
-    if options.section == "figures":
+    folder, section, machine = options.out / processor_kind(), options.section, describe()
+    if section == "figures":
         draw(folder)
+    elif section == "drafts":
+        store(
+            section,
+            drafts(Run.open(options.run), options.rounds),
+            folder / "drafts-demo.json",
+            machine,
+        )
     else:
-        measure(options.section, WORKLOADS[options.workload], options.rounds, folder)
+        workload = WORKLOADS[options.workload]
+        found = measure(section, workload, options.rounds)
+        store(section, found, folder / f"{section}-{workload.name}.json", machine)
 
 
 if __name__ == "__main__":

@@ -253,9 +253,9 @@ class Runner:
         loops = [row.loop for row in rows]
         alike = min(loops) == max(loops)
         views = lookup.views(
-            [row.plane_map.recurrent(row.loop) for row in rows],
+            [row.plane_map.recurrent[row.loop] for row in rows],
             self.stages.layers[1],
-            [row.plane_map.writes(row.loop) for row in rows],
+            [row.plane_map.writes[row.loop] for row in rows],
         )
         loop = loops[0] if alike else torch.tensor(loops, device=self.device)
         # Every row in the batch loops on: a layer need not look at what the loop before stored.

@@ -67,7 +67,7 @@ def _planes(
     rows: Sequence[Continuation], loop: int, layers: int
 ) -> tuple[list[int], int, list[bool]]:
     maps = [row.plane_map for row in rows]
-    return [x.recurrent(loop) for x in maps], layers, [x.writes(loop) for x in maps]
+    return [x.recurrent[loop] for x in maps], layers, [x.writes[loop] for x in maps]
 
 
 def _copied(generator: torch.Generator) -> torch.Generator:

@@ -35,6 +35,7 @@ class Stages:
         self._prelude = cast("Layers", model.prelude)
         self._block = cast("RecurrentBlock", model.recurrent)
         self.halts = self._block.halting is not None
+        self._rotary: tuple[Tensor, Tensor] | None = None  # of the first positions
 
     @property
     def like(self) -> Tensor:
@@ -64,14 +65,9 @@ class Stages:
 
     def context(self, tokens: TokenIds, lengths: Sequence[int]) -> AttentionContext:
         """For one new token per row [rows, 1], after `lengths` earlier ones each."""
-        attention, dim = self.model.config.attention, self.model.config.dim
         positions = torch.tensor(lengths, device=tokens.device)[:, None]
-        cos = sin = None
-        rotary = attention.rotary_dim(dim)
-        if rotary:
-            places = positions[:, None]
-            cos, sin = rope_tables(places, rotary, attention.rope_base, attention.rope_scaling)
-        mask, window, total = None, attention.window, max(lengths) + 1
+        mask, window, total = None, self.model.config.attention.window, max(lengths) + 1
+        cos, sin = self._rotated(positions, total)
         if min(lengths) + 1 < total or 0 < window < total:
             keys = torch.arange(total, device=tokens.device)
             mask = keys <= positions
@@ -81,6 +77,19 @@ class Stages:
         return AttentionContext(
             positions, cos, sin, mask, is_causal=False, window=window, packed=True, tokens=tokens
         )
+
+    def _rotated(self, positions: Tensor, total: int) -> tuple[Tensor | None, Tensor | None]:
+        """Rotary tables [rows, 1, 1, rotary_dim] of positions [rows, 1] below `total`."""
+        attention, tables = self.model.config.attention, self._rotary
+        rotary = attention.rotary_dim(self.model.config.dim)
+        if not rotary:
+            return None, None
+        if tables is None or len(tables[0]) < total:
+            every = torch.arange(2 * total, device=positions.device)
+            tables = rope_tables(every, rotary, attention.rope_base, attention.rope_scaling)
+            self._rotary = tables
+        cos, sin = (table[positions][:, None] for table in tables)
+        return cos, sin
 
     def encode(
         self, context: AttentionContext, views: Sequence[KVView]

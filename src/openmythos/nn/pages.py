@@ -5,6 +5,8 @@ All layers have the same kv_width, so one pool serves every layer and loop. A se
 its cache policy; a block is `page_tokens` tokens. A sequence with fewer loops has fewer planes.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,7 +104,7 @@ class PlaneMap:
 
     @property
     def total(self) -> int:
-        return self.recurrent(self.num_loops - 1) + self.layers[1]
+        return self.recurrent[-1] + self.layers[1]
 
     @property
     def coda(self) -> int:
@@ -113,20 +115,24 @@ class PlaneMap:
         """The first plane of the coda after a loop."""
         return self.layers[0] + self.layers[2] * (1 + loop)
 
-    def recurrent(self, loop: int) -> int:
-        """The first plane that a loop reads and writes."""
+    @functools.cached_property
+    def recurrent(self) -> tuple[int, ...]:
+        """For each loop the first plane that it reads and writes."""
         start = self.probe(self.num_loops if self.probed else 0)
-        return start + self.layers[1] * self.policy.slot(loop)
+        return tuple(
+            start + self.layers[1] * self.policy.slot(loop) for loop in range(self.num_loops)
+        )
 
-    def writes(self, loop: int) -> bool:
-        """Whether a loop writes its keys and values: not where it reads those of another one."""
-        is_first = loop == 0 or self.policy.slot(loop - 1) != self.policy.slot(loop)
-        return self.policy.overwrites or is_first
+    @functools.cached_property
+    def writes(self) -> tuple[bool, ...]:
+        """For each loop whether it writes, and does not read what another loop has written."""
+        slots = [-1, *(self.policy.slot(loop) for loop in range(self.num_loops))]
+        return tuple(self.policy.overwrites or a != b for a, b in itertools.pairwise(slots))
 
     def unrun(self, loops_run: int) -> list[tuple[int, int]]:
         """(from, to): planes to copy at a position whose loops ended early."""
         pairs = []
-        source = self.recurrent(loops_run - 1)
+        source = self.recurrent[loops_run - 1]
         for start in range(source + self.layers[1], self.total, self.layers[1]):
             pairs += [(source + layer, start + layer) for layer in range(self.layers[1])]
         return pairs
