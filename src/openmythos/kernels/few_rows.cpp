@@ -273,8 +273,10 @@ inline Floats last(const W* p, int64_t in) {
 }
 
 // y[r][o] (+)= sum_i weight[o][i] x[r][i] for OUTS outputs o, of which `outs` exist, and ROWS rows.
-// There is one sum per lane of a vector. Each runs over i in the same order in every shape of tile.
-template <int OUTS, int ROWS, class W>
+// There is at most one sum per lane of a vector; `sums` adds up the others for nothing. Each runs
+// over i in the same order in every shape of tile. FETCH: ask for the weights of the next block of
+// outputs, since the processor does not guess so many streams.
+template <bool FETCH, int OUTS, int ROWS, class W>
 inline void tile(const W* weight, int64_t stride, int64_t in, int64_t outs, const float* const* x,
                  float* const* y, int64_t first_out, bool add) {
   const W* w[OUTS];
@@ -285,6 +287,7 @@ inline void tile(const W* weight, int64_t stride, int64_t in, int64_t outs, cons
     UNROLL for (int r = 0; r < ROWS; r++) input[r] = load(x[r] + i);
     UNROLL for (int o = 0; o < OUTS; o++) {
       Floats numbers = load(w[o] + i);
+      if (FETCH) __builtin_prefetch(w[o] + i + LANES * stride);
       UNROLL for (int r = 0; r < ROWS; r++) v[r * OUTS + o] = fma(numbers, input[r], v[r * OUTS + o]);
     }
   }
@@ -303,13 +306,16 @@ inline void tile(const W* weight, int64_t stride, int64_t in, int64_t outs, cons
   }
 }
 
+// Outputs [o, o + outs) for the rows from r on, as many as whole tiles hold; moves r.
 template <int OUTS, int ROWS, class W>
 inline void tile_rows(int64_t& r, int64_t rows, const W* weight, int64_t stride, int64_t in,
                       int64_t outs, const float* const* x, float* const* y, int64_t o, bool add) {
   for (; r + ROWS <= rows; r += ROWS)
-    for (int64_t done = 0; done < outs; done += OUTS)
-      tile<OUTS, ROWS>(weight + (o + done) * stride, stride, in, std::min<int64_t>(OUTS, outs - done),
-                       x + r, y + r, o + done, add);
+    for (int64_t done = 0; done < outs; done += OUTS) {
+      int64_t some = std::min<int64_t>(OUTS, outs - done);
+      auto* run = r == 0 ? tile<true, OUTS, ROWS, W> : tile<false, OUTS, ROWS, W>;
+      run(weight + (o + done) * stride, stride, in, some, x + r, y + r, o + done, add);
+    }
 }
 
 // y[r] (+)= weight x[r], weight [out, in] with rows `stride` numbers apart.
@@ -321,7 +327,7 @@ void product(const W* weight, int64_t stride, int64_t out, int64_t in, const flo
     int64_t r = 0, outs = std::min<int64_t>(LANES, out - o);
     tile_rows<LANES / 4, 4>(r, rows, weight, stride, in, outs, x, y, o, add);
     tile_rows<LANES / 2, 2>(r, rows, weight, stride, in, outs, x, y, o, add);
-    tile_rows<LANES, 1>(r, rows, weight, stride, in, outs, x, y, o, add);
+    tile_rows<std::min(LANES, 8), 1>(r, rows, weight, stride, in, outs, x, y, o, add);
   }
 }
 
