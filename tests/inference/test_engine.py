@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from variants import VOCAB, members, tiny_config, tiny_model, variations
+from variants import VOCAB, members, name_of, tiny_config, tiny_model, variations
 
 from openmythos import kernels
 from openmythos.config import ConfigError
@@ -316,3 +316,34 @@ def test_drafts_save_passes_and_change_nothing() -> None:
     sharing = replace(plain.options, prefill=LastLoopCache(), decode=LastLoopCache())
     with pytest.raises(ConfigError, match="needs the cache policies exact or first"):
         replace(drafted, options=sharing)
+
+
+@pytest.mark.parametrize("forms", ["auto", "torch"])
+@pytest.mark.parametrize("attention", variations(Attention), ids=name_of)
+def test_mixed_depths_in_fp32_have_the_logits_of_a_forward_pass(
+    attention: Attention, forms: kernels.Forms
+) -> None:
+    """Rows in different loops, positions and pages at a time, natively and by torch's operators."""
+    config = tiny_config(attention=attention, recurrent_layers=2)
+    model, drawn = tiny_model(config, scale=0.2), Sampling(temperature=1.0)
+    requests = [
+        EngineRequest(
+            prompt=tuple(range(1, size + 1)),
+            options=Request(max_new_tokens=7, num_loops=loops, sampling=drawn),
+            logprobs=3,
+        )
+        for size, loops in ((2, 1), (9, 3), (5, 5))
+    ]
+    with kernels.use(forms):
+        engine = Engine(model, EngineLimits(page_tokens=4))
+        events = [event for event in engine.run(requests) if isinstance(event, NewToken)]
+    for number, request in enumerate(requests):
+        own = [event for event in events if event.request == number]
+        ids = torch.tensor([[*request.prompt, *(event.token for event in own)]])
+        with torch.no_grad():
+            rows = model(ids, num_loops=request.options.num_loops).logits[0].log_softmax(dim=-1)
+        for event, row in zip(own, rows[len(request.prompt) - 1 :], strict=False):
+            assert event.logprobs is not None
+            assert event.logprobs.logprob == pytest.approx(float(row[event.token]), abs=1e-4)
+            found = [row[token].item() for token, _ in event.logprobs.top]
+            assert [score for _, score in event.logprobs.top] == pytest.approx(found, abs=1e-4)
