@@ -30,13 +30,14 @@ export function slider(id, changed = () => {}) {
     get value() { return read(); },
     set(value) { input.value = value; show(); },
     range(most) { input.max = most; show(); },
-    // A mark below the track; the thumb's width keeps it from the ends.
+    // A mark below the track, whose text stays within the track.
     mark(id, value, text) {
       const mark = byId(id);
       const share = (value - input.min) / (input.max - input.min);
       mark.hidden = share < 0 || share > 1;
       mark.textContent = text;
       mark.style.left = `calc(8px + ${share} * (100% - 16px))`;
+      mark.style.setProperty("--share", `${100 * share}%`);
     },
   };
 }

@@ -18,6 +18,7 @@ export function startText(model) {
   byId("prompt").value = model.task ? "e3 r0 r2 r1" : "The ";
   if (model.task) byId("tokens").value = 1;
   let running = null; // the AbortController of what is streaming
+  let most = 1; // loops that any token used
   let looked = null; // what the prompt map shows
 
   byId("rule").addEventListener("change", () => {
@@ -48,6 +49,7 @@ export function startText(model) {
     byId("lens").hidden = true;
     const depths = byId("compare").checked ? [loops.value, second.value] : [loops.value];
     const outputs = depths.map((depth) => output(depth));
+    most = 1;
     byId("outputs").className = depths.length > 1 ? "outputs two" : "outputs";
     byId("outputs").replaceChildren(...outputs.map(({ place }) => place));
     try {
@@ -90,17 +92,26 @@ export function startText(model) {
 
   function add(one, id, text, used) {
     const index = one.ids.length;
-    const share = 8 + 46 * (used / model.max_loops) ** 0.6;
     const token = element("span", { className: "token", role: "button", tabIndex: index ? -1 : 0, title: `${used} loops`, "aria-pressed": "false",
       data: { loops: used, id }, onclick: () => open(one, index) });
     token.textContent = text.startsWith("bytes:") ? "\ufffd" : text === "" ? "\u2205" : text;
-    token.style.background = `color-mix(in oklab, var(--accent) ${share.toFixed(0)}%, var(--panel))`;
+    if (used > most) {
+      most = used;
+      document.querySelectorAll(".token").forEach(paint);
+    }
+    paint(token);
     one.tokens.append(token);
     const bar = element("i", { title: `${visible(text)}: ${used} loops` });
     bar.style.height = `${Math.max(4, (100 * used) / one.depth)}%`;
     one.bars.append(bar);
     one.ids.push(id);
     one.used.push(used);
+  }
+
+  // The most loops that any token of this answer used have the strongest colour.
+  function paint(token) {
+    const share = 6 + 50 * (token.dataset.loops / most);
+    token.style.background = `color-mix(in oklab, var(--accent) ${share.toFixed(0)}%, var(--panel))`;
   }
 
   function total(one) {
