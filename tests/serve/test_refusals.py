@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -105,6 +105,7 @@ NESTED = st.recursive(
 
 
 @pytest.mark.parametrize("chat", [False, True])
+@settings(max_examples=12)
 @given(data=st.data())
 def test_no_body_breaks_the_server(client: TestClient, chat: bool, data: st.DataObject) -> None:
     request, path = (

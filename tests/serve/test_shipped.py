@@ -33,7 +33,7 @@ def accuracy(hops: int, loops: tuple[int, ...], examples: int) -> dict[int, floa
 
 
 def test_more_lookups_need_more_loops() -> None:
-    short, long = accuracy(6, (3, 10), 50), accuracy(24, (10, 28), 50)
+    short, long = accuracy(6, (3, 10), 24), accuracy(24, (10, 28), 24)
     assert short[3] < 0.3 and short[10] == 1
     # What suffices for 6 lookups does not for 24, which are more than in training.
     assert long[10] < 0.3 and long[28] == 1

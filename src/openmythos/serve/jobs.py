@@ -84,12 +84,12 @@ class Ready:
 class Report:
     """What one engine step brought: events by ticket, and the state of the engine after it.
 
-    `rows` has the ticket of each row.
+    `rows` has the ticket of each row; None: as before, they are sent a few times a second.
     """
 
     events: tuple[tuple[int, Event | LoopTable | Refused], ...]
     stats: EngineStats
-    rows: tuple[tuple[int, RowInfo], ...]
+    rows: tuple[tuple[int, RowInfo], ...] | None
 
 
 Tell = Ready | Report

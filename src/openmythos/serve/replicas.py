@@ -184,7 +184,8 @@ class Replica:
             if gained > 0 and 0 < spent < 5:
                 fresh = gained / spent
                 self.rate = fresh if not self.rate else 0.9 * self.rate + 0.1 * fresh
-            self.stats, self.rows = tell.stats, tell.rows
+            self.stats = tell.stats
+            self.rows = self.rows if tell.rows is None else tell.rows
             for ticket, answer in tell.events:
                 self._answer(ticket, answer)
         self._heard = now

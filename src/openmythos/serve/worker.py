@@ -117,11 +117,14 @@ class Worker:
 
     def _report(self, answers: _Answers) -> None:
         now = time.monotonic()
-        if not answers and now - self._shown < _ROWS_EVERY and not self._engine.idle:
+        due = self._engine.idle or now - self._shown >= _ROWS_EVERY
+        if not answers and not due:
             return
-        self._shown = now
-        rows = [(self._tickets.get(row.request, -1), row) for row in self._engine.rows()]
-        self._pipe.send(Report(tuple(answers), self._engine.stats(), tuple(rows)))
+        rows = None
+        if due:
+            self._shown = now
+            rows = tuple((self._tickets.get(row.request, -1), row) for row in self._engine.rows())
+        self._pipe.send(Report(tuple(answers), self._engine.stats(), rows))
 
 
 def run(load: Callable[[], Engine], pipe: Connection) -> None:
