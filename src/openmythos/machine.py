@@ -48,6 +48,25 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def cache_folder() -> Path:
+    """Where compiled code is kept: $XDG_CACHE_HOME/openmythos, or the system's place for caches."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    if given:
+        return Path(given) / "openmythos"
+    home = Path.home()
+    return (home / "Library/Caches" if sys.platform == "darwin" else home / ".cache") / "openmythos"
+
+
+def cpu_features() -> str:
+    """What the CPU can do: code compiled for one must not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("flags", "Features", "model name")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the device computes it natively, else fp32."""
     return torch.bfloat16 if bf16_is_native(device) else torch.float32

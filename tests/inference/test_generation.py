@@ -56,3 +56,10 @@ def test_a_request_is_checked_before_the_model_is_called() -> None:
     with pytest.raises(ValueError, match="outside the vocabulary of 10"):
         stream(model, torch.tensor([[10]]), Request(max_new_tokens=1))
     assert model.seen == []
+
+
+def test_what_is_yielded_may_be_used_in_training() -> None:
+    table = torch.ones(10, 1, requires_grad=True)
+    for step in stream(Counting(), torch.tensor([[1, 2]]), Request(max_new_tokens=2)):
+        (torch.nn.functional.embedding(step.tokens, table)[:, 0] * step.loops_used).sum().backward()
+    assert table.grad is not None and table.grad.sum() == 2 + 3

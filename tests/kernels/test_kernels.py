@@ -413,6 +413,16 @@ def test_few_tokens_on_a_cpu_go_expert_by_expert(monkeypatch: pytest.MonkeyPatch
     assert calls == [1, 3]
 
 
+@torch.no_grad()
+def test_gathered_weights_give_the_formula() -> None:
+    """As decoding computes them on an accelerator, and, as sums of products, in compiled code."""
+    tokens, shares, chosen = torch.randn(5, 8), torch.rand(5, 2), torch.rand(5, 6).topk(2)[1]
+    weights = expert_kernels.ExpertWeights(torch.randn(6, 32, 8), torch.randn(6, 8, 16))
+    wanted = expert_kernels.reference(tokens, shares, chosen, weights)
+    eager = expert_kernels.gathered(tokens, shares, chosen, weights)
+    torch.testing.assert_close(eager, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("step", [2, 8])
 def test_padded_groups_hold_the_same_rows(step: int) -> None:
     chosen = torch.randint(6, (40, 2))

@@ -4,9 +4,11 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -142,12 +144,15 @@ class Generate:
     """Of the weights: fp32, bf16, or auto (bf16 if the device computes it natively)."""
     set: Changes = ()
     """More settings, such as exit_rule.threshold=1e-3, decode=last or prefill_chunk=64."""
+    compile: bool = False
+    """Compile decoding: a minute, once for all models of these shapes; on a GPU, CUDA graphs."""
     device: Device = "auto"
 
     def run(self) -> None:
         import torch
 
         from openmythos.hub.load import open_source
+        from openmythos.inference.compiled import CompiledModel
         from openmythos.inference.generation import Request
         from openmythos.inference.text import Engine
 
@@ -166,7 +171,10 @@ class Generate:
         request = apply_overrides(request, [*chosen, *flat(self.set)])
         narrow = source.precision(self.precision, model.device) == "bf16"
         model.to(dtype=torch.bfloat16 if narrow else torch.float32)
-        loops = stream(Engine(model, tokenizer), self.prompt, request)
+        decoder = (
+            CompiledModel(model, say=partial(print, file=sys.stderr)) if self.compile else model
+        )
+        loops = stream(Engine(decoder, tokenizer), self.prompt, request)
         if self.exit_rule != "fixed" and loops:
             OUT.print(f"\n[{sum(loops) / len(loops):.1f} of {request.num_loops} loops per token]")
 

@@ -221,14 +221,17 @@ def _stream(
     ended = torch.zeros(batch, dtype=torch.bool, device="cpu")
     drawn = torch.zeros(batch, dtype=torch.long, device="cpu")
 
-    logits, loops = prefill(model, prompt, request, cache, attention_mask)
-    for _ in range(request.latent_steps):
-        logits, loops = latent_step(model, request, cache)
+    # Only the model runs in inference mode: what is yielded may be used in training.
+    with torch.inference_mode():
+        logits, loops = prefill(model, prompt, request, cache, attention_mask)
+        for _ in range(request.latent_steps):
+            logits, loops = latent_step(model, request, cache)
     for index in range(request.max_new_tokens):
         drawn = torch.where(ended, drawn, sample(logits, request.sampling, generator))
         ended = ended | torch.isin(drawn, stop_ids)
         tokens = drawn.to(device)
-        yield DecodeStep(tokens, loops)
+        yield DecodeStep(tokens, loops.clone())
         if bool(ended.all()) or index + 1 == request.max_new_tokens:
             return
-        logits, loops = decode_one_token(model, tokens, request, cache)
+        with torch.inference_mode():
+            logits, loops = decode_one_token(model, tokens, request, cache)

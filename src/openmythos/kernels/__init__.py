@@ -56,7 +56,8 @@ class Tuned:
     several queries is faster in blocks of queries. `chunk_tokens`: rows of logits that the loss
     computes at a time. `few_rows_per_expert`: up to this many routed rows per expert, decoding
     computes experts one by one. `stacks`: a batched matmul of a stack of matrices is faster than
-    one matmul each.
+    one matmul each. `gathers`: decoding copies the weights of the chosen experts, so as not to wait
+    for the device.
     """
 
     own_forms: bool
@@ -64,13 +65,26 @@ class Tuned:
     chunk_tokens: int
     few_rows_per_expert: float
     stacks: bool
+    gathers: bool
 
 
 # CPU: measured on 2-core Zen 4, see docs/performance.md. Elsewhere: torch's own operators, and
 # chunks of at most 1 GiB of fp32 logits for a vocabulary of 32,768. Not measured.
-CPU = Tuned(own_forms=True, blocks=True, chunk_tokens=512, few_rows_per_expert=0.25, stacks=False)
+CPU = Tuned(
+    own_forms=True,
+    blocks=True,
+    chunk_tokens=512,
+    few_rows_per_expert=0.25,
+    stacks=False,
+    gathers=False,
+)
 ACCELERATOR = Tuned(
-    own_forms=False, blocks=False, chunk_tokens=8192, few_rows_per_expert=0.0, stacks=True
+    own_forms=False,
+    blocks=False,
+    chunk_tokens=8192,
+    few_rows_per_expert=0.0,
+    stacks=True,
+    gathers=True,
 )
 
 
@@ -84,6 +98,13 @@ def fast(device: torch.device) -> Tuned | None:
 def native_wanted() -> bool:
     """Whether compiled code of our own may take the place of torch's operators."""
     return _forms == "auto" and not torch.compiler.is_compiling()
+
+
+def step_form(device: torch.device) -> Literal["compiled", "captured", ""]:
+    """How decoding steps of fixed shapes run fast: as compiled code, as CUDA graphs, or not."""
+    if _forms == "reference":
+        return ""
+    return {"cpu": "compiled", "cuda": "captured"}.get(device.type, "")  # type: ignore[return-value]
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,6 +18,8 @@ from openmythos import kernels
 from openmythos.kernels import gated as gated_map
 from openmythos.kernels.precision import as_autocast
 
+# Up to this many tokens, fixed shapes are worth reading an expert once per token.
+FEW_TOKENS = 16
 # The dtypes that torch's grouped_mm supports.
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A copy of this file, as in a Hugging Face export, must define operators under another name.
@@ -74,12 +76,13 @@ def routed_experts(
     row_weights, tuned = row_weights.to(tokens.dtype), kernels.fast(tokens.device)
     if tuned is None:
         return reference(tokens, row_weights, chosen, weights)
-    few = tuned.few_rows_per_expert * len(weights.down)
-    if not torch.is_grad_enabled() and 0 < chosen.numel() <= few:
-        operator = per_expert_decode
-        if torch.compiler.is_compiling():
-            operator = getattr(torch.ops, NAMESPACE).per_expert_decode
-        return operator(tokens, row_weights, chosen, weights.gate_up, weights.down)
+    if not torch.is_grad_enabled() and chosen.numel() > 0:
+        few_tokens = chosen.numel() <= FEW_TOKENS * chosen.shape[-1]
+        if few_tokens and (tuned.gathers or torch.compiler.is_compiling()):
+            return gathered(tokens, row_weights, chosen, weights)
+        few = tuned.few_rows_per_expert * len(weights.down)
+        if not torch.compiler.is_compiling() and chosen.numel() <= few:
+            return per_expert_decode(tokens, row_weights, chosen, weights)
     out: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
         tokens.flatten(0, -2),
         weights.gate_up,
@@ -90,22 +93,33 @@ def routed_experts(
     return out.view(tokens.shape)
 
 
-# Few tokens, expert by expert
+# Few tokens
 
 
-torch.library.define(
-    f"{NAMESPACE}::per_expert_decode",
-    "(Tensor tokens, Tensor row_weights, Tensor chosen, Tensor gate_up, Tensor down) -> Tensor",
-)
+def gathered(tokens: Tensor, row_weights: Tensor, chosen: Tensor, weights: ExpertWeights) -> Tensor:
+    """`routed_experts` with the weights of every token's experts side by side, without gradient.
+
+    No shape depends on the choice. Compiled code reads the weights in place; elsewhere they are
+    copied.
+    """
+    gate_up, down = weights.gate_up[chosen], weights.down[chosen]
+    gated = _times(gate_up, tokens[..., None, :])
+    gate, up = gated.chunk(2, dim=-1)
+    return _times(down, F.silu(gate) * up * row_weights[..., None]).sum(dim=-2)
+
+
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [..., out, in] times x [..., in]."""
+    if torch.compiler.is_compiling():  # a matmul would have its operands copied
+        return (weight * x[..., None, :]).sum(dim=-1)
+    return torch.matmul(weight, x[..., None])[..., 0]
 
 
 def per_expert_decode(
-    tokens: Tensor, row_weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
+    tokens: Tensor, row_weights: Tensor, chosen: Tensor, weights: ExpertWeights
 ) -> Tensor:
-    """`routed_experts` expert by expert, without gradient.
-
-    A custom operator under torch.compile, which cannot trace the data-dependent choice.
-    """
+    """`routed_experts` expert by expert, without gradient."""
+    gate_up, down = weights.gate_up, weights.down
     top_k, flat = chosen.shape[-1], tokens.flatten(0, -2)
     each, out = flat.unbind(), torch.zeros_like(flat)
     rows = [(expert, row // top_k) for row, expert in enumerate(chosen.flatten().tolist())]
@@ -116,15 +130,6 @@ def per_expert_decode(
     for (expert, token), row in zip(rows, hidden, strict=True):
         totals[token].addmv_(down[expert], row)
     return out.view(tokens.shape)
-
-
-# Not a custom_op: that costs four times as much per call.
-torch.library.impl(f"{NAMESPACE}::per_expert_decode", "cpu", per_expert_decode)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::per_expert_decode")  # type: ignore[untyped-decorator]
-def _(tokens: Tensor, *_: Tensor) -> Tensor:
-    return tokens.new_empty(tokens.shape)
 
 
 # Rows sorted by expert

@@ -293,7 +293,7 @@ class NativeLayer:
             one = getattr(layer, name)
             one.down, one.up, one.rank = down.data_ptr(), up.data_ptr(), down.shape[-2]
             one.delta_dtype = _DTYPES[down.dtype]
-            if down.ndim == 3:
+            if down.ndim == 3 and len(down) > 1:
                 one.down_stride, one.up_stride = down.stride(0), up.stride(0)
         return layer
 

@@ -13,9 +13,10 @@ import platform
 import secrets
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from openmythos.machine import cache_folder, cpu_features
 
 LOGGER = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("few_rows.cpp")
@@ -40,15 +41,6 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: $XDG_CACHE_HOME/openmythos, or the system's place for caches."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    if given:
-        return Path(given) / "openmythos"
-    home = Path.home()
-    return (home / "Library/Caches" if sys.platform == "darwin" else home / ".cache") / "openmythos"
-
-
 def build(folder: Path, cpu: Sequence[str] = THIS_CPU) -> Path:
     """The library in `folder`, compiled for `cpu` unless it is there; a BuildError says why not.
 
@@ -59,7 +51,7 @@ def build(folder: Path, cpu: Sequence[str] = THIS_CPU) -> Path:
     compiler = _compiler()
     command = (compiler, *FLAGS, *cpu)
     version = _run((compiler, "--version"))
-    parts = ("\n".join(command), version, _cpu(), SOURCE.read_text(encoding="utf-8"))
+    parts = ("\n".join(command), version, cpu_features(), SOURCE.read_text(encoding="utf-8"))
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     target = folder / f"few_rows-{key}.so"
     if target.is_file():
@@ -93,13 +85,3 @@ def _run(command: Sequence[str]) -> str:
         raise BuildError(f"{command[0]} failed: {said[0] if said else error}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} failed: {error}") from error
-
-
-def _cpu() -> str:
-    """What the CPU can do: a folder may be shared by machines of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("flags", "Features", "model name")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

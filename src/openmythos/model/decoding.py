@@ -20,7 +20,7 @@ from openmythos.inference.sampling import Sampling
 from openmythos.model.config import MythosConfig
 from openmythos.model.inputs import ModelInputs, refuse_value_embeddings, whole_number
 from openmythos.model.stages import Stages
-from openmythos.nn.block import Layers, LayerStats
+from openmythos.nn.block import Attention, Layers, LayerStats
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache, Part
 from openmythos.recurrence.exit_rules import EarlyExit, ExitRule, ExitTracker, FixedExit
 from openmythos.recurrence.trace import RecurrentOutput
@@ -109,6 +109,20 @@ class Decodable(nn.Module, ABC):
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def embedded(self, tokens: TokenIds) -> Hidden:
+        """The prelude's input [batch, seq, dim]."""
+        x: Tensor = self.embed(tokens)
+        return x if self.config.embed_scale == 1 else x * self.config.embed_scale
+
+    @property
+    def attention(self) -> Attention:
+        """The config of every attention layer."""
+        return self.config.attention
+
+    @property
+    def width(self) -> int:
+        return self.config.dim
 
     @property
     def head_weight(self) -> Tensor:

@@ -155,9 +155,7 @@ class OpenMythos(Decodable, Pretrained):
     ) -> tuple[RecurrentOutput, dict[str, LayerStats]]:
         """Run embedding, prelude and loops; see `Decodable`."""
         plan, tracker = inputs.plan, None
-        x = self.embed(inputs.tokens) if embedded is None else embedded
-        if self.config.embed_scale != 1 and embedded is None:
-            x = x * self.config.embed_scale
+        x = self.embedded(inputs.tokens) if embedded is None else embedded
         if inputs.latents is not None:
             x = latents.filled(self, x, inputs, exit_rule)
         x, router = self.prelude(x, inputs.views("prelude", len(self.prelude), collects=True))

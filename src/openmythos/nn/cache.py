@@ -7,6 +7,8 @@ A looped layer runs many times per token, so a layer cannot know when a token is
 caller of the model advances the cache (`KVCache.advance`), after the whole forward pass.
 """
 
+import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,6 +162,10 @@ class KVCache:
             writes = self.policy.overwrites or is_first
         return [Cached(slots[slot], self.length, seq, writes) for slots in self._storage[part]]
 
+    def slots(self, part: Part) -> list[Tensor]:
+        """Keys and values of each layer of a part, [slots, batch, capacity, kv_width]."""
+        return self._storage[part]
+
     def keep_probes(self) -> None:
         """Allocate keys and values of the coda for every loop, not only for the last.
 
@@ -234,6 +240,16 @@ class KVCache:
         self._replace_storage(lambda x: F.pad(x, (0, 0, 0, more)))
         self.valid = F.pad(self.valid, (0, more), value=True)
         self.capacity = capacity
+
+    def emptied(self) -> "KVCache":
+        """An empty cache in the same memory."""
+        new = copy.copy(self)
+        new._storage = dict(self._storage)
+        for slots in itertools.chain(*self._storage.values()):
+            slots.zero_()
+        new.valid, new.exit_loop = torch.ones_like(self.valid), torch.zeros_like(self.exit_loop)
+        new.length, new.padded, new.hidden = 0, False, None
+        return new
 
     def _replace_storage(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to all keys and values, each [slots, batch, capacity, kv_width]."""

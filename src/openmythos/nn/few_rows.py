@@ -39,7 +39,7 @@ from openmythos.nn.linear import Deltas, Linear
 from openmythos.nn.moe import Experts, MoELayer, Router
 from openmythos.nn.norm import RMSNorm
 from openmythos.nn.pages import Paged
-from openmythos.nn.view import Cached, Halting, LayerView
+from openmythos.nn.view import Cached, CachedRows, Halting, LayerView
 
 LOGGER = logging.getLogger(__name__)
 _ACTIVATIONS: dict[object, Activation] = {F.silu: "silu", gelu: "gelu", relu2: "relu2"}
@@ -61,6 +61,8 @@ def decode(block: Block, x: Tensor, view: LayerView) -> Tensor | None:
         places = _paged(kv, view.context)
     elif type(kv) is Cached and kv.seq == 1:
         places = _cached(kv, view.context)
+    elif type(kv) is CachedRows:
+        places = _cached_rows(kv, view.context)
     else:
         return None
     if not few_rows_native.accepts(x, places.kv):
@@ -80,6 +82,18 @@ def _cached(kv: Cached, context: AttentionContext) -> Places:
         column=kv.start,
         writes=kv.writes,
         mask=None if context.mask is None else context.mask.view(-1, kv.start + 1),
+        cos=_table(context.cos),
+        sin=_table(context.sin),
+    )
+
+
+def _cached_rows(kv: CachedRows, context: AttentionContext) -> Places:
+    return Places(
+        kv=kv.storage[None] if kv.slot is None else kv.storage,
+        column=kv.column,
+        slot=kv.slot,
+        writes=True if kv.writes is None else kv.writes,
+        mask=None if context.mask is None else context.mask.view(-1, kv.total),
         cos=_table(context.cos),
         sin=_table(context.sin),
     )
@@ -192,6 +206,12 @@ def unchanged() -> Iterator[None]:
 
 _LAYERS: WeakKeyDictionary[Block, DecodedLayer] = WeakKeyDictionary()
 _REASONS: set[str] = set()
+
+
+def covers(model: nn.Module) -> bool:
+    """Whether every block of a model has a native form, and native forms are wanted."""
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    return few_rows_native.available() and all(native_layer(block) for block in blocks)
 
 
 def native_layer(block: Block) -> DecodedLayer | None:

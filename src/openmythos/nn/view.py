@@ -57,6 +57,38 @@ class Cached:
         return self.storage[:, self.start : self.start + self.seq]
 
 
+@dataclass(frozen=True)
+class CachedRows:
+    """A new token of every row at its own column of a cache, all of it said by tensors.
+
+    With `slot` each row also has its own slot. Rows whose `writes` is False keep what is stored.
+    """
+
+    storage: Tensor  # [batch, capacity, kv_width]; with `slot` [slots, batch, capacity, kv_width]
+    column: Tensor  # [batch] where the token goes
+    total: int  # columns to read: the context's mask hides those that are not filled
+    slot: Tensor | None = None  # [batch]
+    writes: Tensor | None = None  # [batch]; None: all rows write
+
+    def own(self) -> KeyValues:
+        """Keys and values [batch, 1, kv_width] of the new tokens."""
+        return self.storage[self._at()][:, None]
+
+    def _at(self) -> tuple[Tensor, ...]:
+        rows = torch.arange(self.column.shape[0], device=self.column.device)
+        return (rows, self.column) if self.slot is None else (self.slot, rows, self.column)
+
+    def update(self, project: Project) -> KeyValues:
+        at = self._at()
+        new = project()[:, 0].to(self.storage.dtype)
+        if self.writes is not None:
+            new = torch.where(self.writes[:, None], new, self.storage[at])
+        self.storage[at] = new
+        if self.slot is None:
+            return self.storage[:, : self.total]
+        return self.storage[at[0], at[1], : self.total]
+
+
 @dataclass
 class Halting:
     """Keys and values with halting: a halted position keeps those of its last loop.

@@ -46,13 +46,18 @@ class LoopState(NamedTuple):
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """The inputs that are constant over loops."""
+    """The inputs that are constant over loops.
+
+    `keeps_shape`: halted positions are computed too and their results dropped, so that no shape
+    depends on data.
+    """
 
     drive: Drive
     context: AttentionContext
     expert_weights: Sequence[ExpertWeights | None]  # of every layer
     collects: bool  # router statistics: in training
     columns: Tensor | None = None  # [batch, width] the packed positions; None: all
+    keeps_shape: bool = False
 
     def rows(self, start: int, stop: int) -> "LoopInputs":
         """The inputs of a slice of the batch."""
@@ -72,14 +77,16 @@ class LoopInputs:
         sources = [NoCache()] * len(self.expert_weights) if kv is None else kv
         active = None
         if state.active is not None:
-            active = None if bool(state.active.all()) else state.active
+            if self.keeps_shape or not bool(state.active.all()):
+                active = state.active
             before = state.kv or [None] * len(sources)
             sources = [
                 Halting(source, old, active, self.columns)
                 for source, old in zip(sources, before, strict=True)
             ]
+        computed = None if self.keeps_shape else active
         return [
-            LayerView(self.context, source, deltas, weights, active, self.collects)
+            LayerView(self.context, source, deltas, weights, computed, self.collects)
             for source, weights in zip(sources, self.expert_weights, strict=True)
         ]
 
