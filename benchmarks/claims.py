@@ -16,6 +16,7 @@ from speed_claims import (
     bench_rows,
     cache_rows,
     floors_table,
+    gpu_tables,
     kinds_table,
     load,
     row,
@@ -317,6 +318,7 @@ def pages(root: Path) -> dict[Path, str]:
         "speed": speed_tables(results),
         "kinds": kinds_table(results),
         "floors": floors_table(results),
+        "gpus": gpu_tables(results),
     }
     return {
         readme: all_replaced(_read(readme), claims),

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from openmythos import MythosConfig, OpenMythos, kernels
 from openmythos.inference import generation
+from openmythos.inference.generation import DecodableModel
 from openmythos.machine import Precision, autocast
-from openmythos.nn.cache import KVCache
+from openmythos.nn.cache import ExactCache, KVCache
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.latent_attention import LatentAttention
 from openmythos.nn.moe import MoE
@@ -138,7 +139,9 @@ class Contender(ABC):
 class Ours(Contender):
     """OpenMythos in fp32, or in bf16: trained with autocast, served with bf16 weights.
 
-    `forms` are those of `openmythos.kernels`: "torch" leaves out the native kernel.
+    `forms` are those of `openmythos.kernels`: "torch" leaves out the native kernel. `compiled`:
+    layers by torch.compile in training, whole decoding steps by `CompiledModel`, without native
+    layers.
     """
 
     inference = torch.inference_mode
@@ -153,9 +156,10 @@ class Ours(Contender):
     ) -> None:
         self.name = f"openmythos {precision}" + (" compiled" if compiled else "")
         self.loops, self.precision, self.compiled = workload.loops, precision, compiled
-        self.forms: kernels.Forms = forms
+        self.forms: kernels.Forms = "torch" if compiled else forms
         self.request = generation.Request(num_loops=workload.loops)
         self.served: OpenMythos | None = None
+        self.decoder: DecodableModel | None = None
         self.model = OpenMythos(workload.config(), seed=0)
         if compiled:
             # This process uses more shapes and modes than training or serving would.
@@ -179,19 +183,32 @@ class Ours(Contender):
     def forward(self, tokens: Tensor) -> Tensor:
         return self._served()(tokens, num_loops=self.loops).logits
 
-    def prefill(self, tokens: Tensor, room: int) -> Any:
-        return self._filled(self._served(), tokens, room)
+    def _decoder(self) -> DecodableModel:
+        """What prefills and decodes."""
+        if not self.compiled:
+            return self._served()
+        if self.decoder is None:  # a model of its own: its layers are not compiled one by one
+            from openmythos.inference.compiled import CompiledModel
 
-    def _filled(self, model: OpenMythos, tokens: Tensor, room: int) -> KVCache:
+            model = OpenMythos(self.model.config, seed=0).eval()
+            model.to(self.model.device, None if self.precision == "fp32" else torch.bfloat16)
+            self.decoder = CompiledModel(model, say=print)
+        return self.decoder
+
+    def prefill(self, tokens: Tensor, room: int) -> Any:
+        return self._filled(self._decoder(), tokens, room)
+
+    def _filled(self, model: DecodableModel, tokens: Tensor, room: int) -> KVCache:
         batch, seq = tokens.shape
-        cache = model.new_cache(batch, seq + room, num_loops=self.loops)
+        loops, policy = self.loops, ExactCache()
+        cache = model.new_cache(batch, seq + room, num_loops=loops, prefill=policy, decode=policy)
         with kernels.use(self.forms):
             generation.prefill(model, tokens, self.request, cache)
         return cache
 
     def decode(self, cache: Any, tokens: Tensor) -> None:
         with kernels.use(self.forms):
-            generation.decode_one_token(self._served(), tokens[:, 0], self.request, cache)
+            generation.decode_one_token(self._decoder(), tokens[:, 0], self.request, cache)
 
     def cache_bytes(self, cache: Any) -> int:
         return cache.nbytes

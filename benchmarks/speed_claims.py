@@ -190,6 +190,41 @@ def speed_cell(run: Any, figure: str, name: str) -> str:
     return f"{1e3 * seconds:.1f}, {run['ratio'][figure][name]:.2f}x, {shown}"
 
 
+def gpu_tables(results: Path) -> str:
+    """A table per GPU and workload: milliseconds, ratios to open-mythos in fp32 and in bf16."""
+    lines: list[str] = []
+    for path in sorted((results / "bench").glob("*/bench-?.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for run in found["results"]:
+            if run.get("device") != "cuda":
+                continue
+            names, w = list(run["cache_bytes_per_token"]), run["workload"]
+            lines += [
+                f"**{w['name']}** ({w['batch']} x {w['seq']} tokens in training), "
+                f"{found['hardware']['gpu']}, fp32 products in {run['fp32_products'].upper()}",
+                "",
+                "| | " + " | ".join(names) + " |",
+                "|---" * (len(names) + 1) + "|",
+            ]
+            for figure in run["seconds"]:
+                cells = " | ".join(gpu_cell(run, figure, name) for name in names)
+                lines.append(f"| {figure} | {cells} |")
+            peak = run["peak_megabytes"]
+            cells = " | ".join(f"{peak[n]:.0f} MiB" if n in peak else "" for n in names)
+            lines += [f"| peak memory, training | {cells} |", ""]
+    return "\n".join(lines or ["No GPU has been measured."])
+
+
+def gpu_cell(run: Any, figure: str, name: str) -> str:
+    """Milliseconds, ratio to the reference in fp32; of contenders in bf16, also to it in bf16."""
+    seconds = run["seconds"][figure].get(name)
+    if seconds is None:
+        return "failed" if name in run["failed"].get(figure, {}) else ""
+    ratios = [run[key].get(figure, {}).get(name) for key in ("ratio", "ratio_in_bf16")]
+    shown = " / ".join(f"{ratio:.2f}x" for ratio in ratios if ratio is not None)
+    return f"{1e3 * seconds:.2f}, {shown}" if shown else f"{1e3 * seconds:.2f}"
+
+
 def floors_table(results: Path) -> str:
     """Goals of bench.py and the measured values; goals that were missed are in bold."""
     found = {
