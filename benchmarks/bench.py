@@ -58,6 +58,7 @@ class Timing:
         self.team, self.rounds = team, rounds
         self.on_gpu = device.type == "cuda"
         self.seconds: dict[str, dict[str, float]] = {}
+        self.fastest: dict[str, dict[str, float]] = {}
         self.first: dict[str, dict[str, float]] = {}
         self.failed: dict[str, dict[str, str]] = {}
         self.peak: dict[str, float] = {}
@@ -82,6 +83,7 @@ class Timing:
         self.seconds[figure] = {
             name: statistics.median(times) for name, times in taken.items() if times
         }
+        self.fastest[figure] = {name: min(times) for name, times in taken.items() if times}
 
     def cache(self) -> dict[str, float]:
         """Bytes of cache per token of every contender."""
@@ -111,6 +113,7 @@ def time_workload(
         cache = timing.cache()
     found = {
         "seconds": timing.seconds,
+        "fastest_seconds": timing.fastest,
         "first_call_seconds": timing.first,
         "cache_bytes_per_token": cache,
         "skipped": timing.skipped,

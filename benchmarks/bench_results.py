@@ -18,26 +18,26 @@ from openmythos.files import read_json, write_json
 OUT = Console(highlight=False, markup=False)
 Result = dict[str, Any]
 # What a result holds by figure; a later run of some figures replaces these.
-BY_FIGURE = ("seconds", "first_call_seconds", "ratio", "ratio_in_bf16", "share_of_bound")
-BY_FIGURE += ("share_of_bound_reread", "failed", "runs")
+BY_FIGURE = ("seconds", "fastest_seconds", "first_call_seconds", "failed", "runs")
+BY_FIGURE += ("ratio", "ratio_of_fastest", "ratio_in_bf16")
+BY_FIGURE += ("share_of_bound", "share_of_bound_reread")
 
 
 def compare(workload: Workload, result: Result, limits: dict[str, float]) -> None:
     """Add ratios to the reference and shares of the bound to a result.
 
-    Ratios of contenders in bf16 to the reference in bf16 too, where that was timed. Shares of
-    decoding have two readings, see `limits.decode_bytes`.
+    Ratios of medians, of the fastest calls (which other programs disturb least), and of contenders
+    in bf16 to the reference in bf16, where that was timed. Shares of decoding have two readings,
+    see `limits.decode_bytes`.
     """
-    added = ("ratio", "ratio_in_bf16", "share_of_bound", "share_of_bound_reread")
-    result.update({key: {} for key in added})
+    result["ratio"] = _ratios(result["seconds"], REFERENCE)
+    result["ratio_of_fastest"] = _ratios(result["fastest_seconds"], REFERENCE)
+    result["ratio_in_bf16"] = {
+        figure: {name: ratio for name, ratio in found.items() if "bf16" in name}
+        for figure, found in _ratios(result["seconds"], REFERENCE_BF16).items()
+    }
+    result["share_of_bound"], result["share_of_bound_reread"] = {}, {}
     for figure, times in result["seconds"].items():
-        for key, base in (("ratio", REFERENCE), ("ratio_in_bf16", REFERENCE_BF16)):
-            if base in times:
-                result[key][figure] = {
-                    name: times[base] / time
-                    for name, time in times.items()
-                    if key == "ratio" or "bf16" in name
-                }
         for key, reread in (("share_of_bound", False), ("share_of_bound_reread", True)):
             if reread and not figure.startswith("decode"):
                 continue
@@ -47,6 +47,14 @@ def compare(workload: Workload, result: Result, limits: dict[str, float]) -> Non
                 peak = result["fp32_products"] if peak == "fp32" else peak
                 bound = bound_seconds(workload, figure, limits, peak, size, reread=reread)
                 shares[name] = bound / time
+
+
+def _ratios(seconds: dict[str, dict[str, float]], base: str) -> dict[str, dict[str, float]]:
+    return {
+        figure: {name: times[base] / time for name, time in times.items()}
+        for figure, times in seconds.items()
+        if base in times
+    }
 
 
 def print_table(result: Result) -> None:
@@ -62,9 +70,13 @@ def print_table(result: Result) -> None:
         cells = [f"{memory[name]:.0f} MiB" if name in memory else "" for name in names]
         table.add_row("peak memory, training", *cells)
     OUT.print(table)
-    for figure, found in result["ratio_in_bf16"].items():
-        shown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found.items())
-        OUT.print(f"{figure}, times as fast as {REFERENCE_BF16}: {shown}")
+    for key, what in (
+        ("ratio_of_fastest", f"fastest calls, times as fast as {REFERENCE}"),
+        ("ratio_in_bf16", f"times as fast as {REFERENCE_BF16}"),
+    ):
+        for figure, found in result[key].items():
+            shown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found.items())
+            OUT.print(f"{figure}, {what}: {shown}")
     for name, why in result["skipped"].items():
         OUT.print(f"skipped: {name}: {why}")
     for figure, failures in result["failed"].items():

@@ -156,7 +156,9 @@ class Ours(Contender):
     ) -> None:
         self.name = f"openmythos {precision}" + (" compiled" if compiled else "")
         self.loops, self.precision, self.compiled = workload.loops, precision, compiled
-        self.forms: kernels.Forms = "torch" if compiled else forms
+        if compiled or forms != "auto":  # for this process; a block per call would take its time
+            self._forms = kernels.use("torch" if compiled else forms)
+            self._forms.__enter__()
         self.request = generation.Request(num_loops=workload.loops)
         self.served: OpenMythos | None = None
         self.decoder: DecodableModel | None = None
@@ -202,13 +204,11 @@ class Ours(Contender):
         batch, seq = tokens.shape
         loops, policy = self.loops, ExactCache()
         cache = model.new_cache(batch, seq + room, num_loops=loops, prefill=policy, decode=policy)
-        with kernels.use(self.forms):
-            generation.prefill(model, tokens, self.request, cache)
+        generation.prefill(model, tokens, self.request, cache)
         return cache
 
     def decode(self, cache: Any, tokens: Tensor) -> None:
-        with kernels.use(self.forms):
-            generation.decode_one_token(self._decoder(), tokens[:, 0], self.request, cache)
+        generation.decode_one_token(self._decoder(), tokens[:, 0], self.request, cache)
 
     def cache_bytes(self, cache: Any) -> int:
         return cache.nbytes

@@ -2,14 +2,14 @@
 
     python benchmarks/token_time.py                 (writes results/bench/KIND/token-time.*)
 
-"before" decodes with torch's operators alone, "after" as `openmythos generate` does. Totals are
-medians of CPU time without a profiler, turn by turn. The profiler then says how much of a token is
-spent inside products, attention, and native layers; what is left is Python and many small
-operators, of which the profiler would count too much, since it slows each of them down.
+"before" decodes with torch's operators alone, "after" as `openmythos generate` does. A total is the
+fastest of some calls without a profiler, before and after in turns. The profiler then says how much
+of a call is spent inside products, attention, and native layers, at least; what is left is Python
+and many small operators, of which the profiler would count too much, since it slows them down.
 """
 
 import argparse
-import statistics
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,12 +23,13 @@ from host import emulate_avx2, processor_kind
 from limits import PROMPT, bound_seconds, machine_limits
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from openmythos import kernels
 from openmythos.analysis import plots
 from openmythos.files import write_json
 from openmythos.kernels.few_rows_native import NativeLayer
 from openmythos.machine import describe, keep_freed_memory
 
-FORMS = {"before": "torch", "after": "auto"}
+FORMS: dict[str, kernels.Forms] = {"before": "torch", "after": "auto"}
 NATIVE, REST = "native layers", "small operators and Python"
 # Operators of torch and of this project by what they do; the profiler's names.
 PARTS = {
@@ -43,26 +44,30 @@ PARTS = {
 }
 
 
-def seconds_of(call: Callable[[], object], times: int) -> list[float]:
+def fastest(call: Callable[[], object], times: int) -> float:
     taken = []
     for _ in range(times):
-        started = time.process_time()
+        started = time.perf_counter()
         call()
-        taken.append(time.process_time() - started)
-    return taken
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 def parts_of(call: Callable[[], object], total: float, times: int = 20) -> dict[str, float]:
     """Seconds of each part of a call that takes `total` seconds without the profiler."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for _ in range(times):
+    found: dict[str, list[float]] = defaultdict(list)
+    for _ in range(times):
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
             call()
-    parts: dict[str, float] = defaultdict(float)
-    for event in seen.key_averages():
-        for part, names in PARTS.items():
-            if event.key in names:
-                parts[part] += 1e-6 * event.self_cpu_time_total / times
-    return {**parts, REST: total - sum(parts.values())}
+        parts = dict.fromkeys(PARTS, 0.0)
+        for event in seen.key_averages():
+            for part, names in PARTS.items():
+                if event.key in names:
+                    parts[part] += 1e-6 * event.self_cpu_time_total
+        for part, seconds in parts.items():
+            found[part].append(seconds)
+    shortest = {part: min(times) for part, times in found.items() if min(times)}
+    return {**shortest, REST: total - sum(shortest.values())}
 
 
 def mark_native_layers() -> None:
@@ -81,21 +86,25 @@ def mark_native_layers() -> None:
 def measure(workload: Workload, rows: int, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of the parts of a decoded token, before and after."""
     tokens = torch.zeros(rows, PROMPT, dtype=torch.long)
-    steps: dict[str, Callable[[], object]] = {}
-    for name, forms in FORMS.items():
-        model = Ours(workload, "fp32", forms=forms)  # type: ignore[arg-type]
-        model.model.eval()
-        cache = torch.inference_mode()(model.prefill)(tokens, 6 * rounds + 60)
-        run = torch.inference_mode()(model.decode)
-        steps[name] = lambda run=run, cache=cache: run(cache, tokens[:, :1])
-        steps[name]()
-    taken: dict[str, list[float]] = defaultdict(list)
+    model = Ours(workload, "fp32")
+    model.model.eval()
+    cache = torch.inference_mode()(model.prefill)(tokens, 2 * (5 * rounds + 25))
+    decode = torch.inference_mode()(model.decode)
+
+    def step() -> None:
+        decode(cache, tokens[:, :1])
+
+    totals = dict.fromkeys(FORMS, math.inf)
     for _ in range(rounds):
-        for name, step in steps.items():
-            taken[name] += seconds_of(step, 5)
-    totals = {name: statistics.median(times) for name, times in taken.items()}
+        for name, forms in FORMS.items():
+            with kernels.use(forms):
+                totals[name] = min(totals[name], fastest(step, 5))
     mark_native_layers()
-    return {name: parts_of(step, totals[name]) for name, step in steps.items()}
+    parts = {}
+    for name, forms in FORMS.items():
+        with kernels.use(forms):
+            parts[name] = parts_of(step, totals[name])
+    return parts
 
 
 def main() -> None:
