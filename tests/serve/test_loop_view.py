@@ -1,13 +1,18 @@
 """/v1/loops against a forward pass for every number of loops."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from serve.conftest import client_of, wait_until
 from starlette.testclient import TestClient
 
 from openmythos.data.tokenizer import ByteTokenizer
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.serve.answers import Loops
+from openmythos.serve.limits import ServerLimits
+from openmythos.serve.service import Service
 
 BYTES = ByteTokenizer()
 
@@ -55,7 +60,11 @@ def test_a_position_has_the_loops_that_its_rule_let_it_run(
         assert len(position.loops) == used[place]
         assert position.loops[-1].top[0].id == int(out.logits[0, place].argmax())
     last = client.post("/v1/loops", json={**body, "last_only": True}).json()["positions"]
-    assert last == [found.positions[-1].model_dump()]
+    (position,) = Loops.model_validate({**found.model_dump(), "positions": last}).positions
+    assert (position.position, position.loops_used) == (len(used) - 1, used[-1])
+    for row, again in zip(position.loops, found.positions[-1].loops, strict=True):
+        assert [top.id for top in row.top] == [top.id for top in again.top]
+        assert row.kl_last == pytest.approx(again.kl_last, abs=1e-5)
 
 
 def test_the_last_row_is_what_is_generated(client: TestClient) -> None:
@@ -64,3 +73,19 @@ def test_the_last_row_is_what_is_generated(client: TestClient) -> None:
     asked = {**body, "max_tokens": 1, "temperature": 0, "return_loops": True}
     choice = client.post("/v1/completions", json=asked).json()["choices"][0]
     assert choice["token_ids"] == [position["loops"][-1]["top"][0]["id"]]
+
+
+def test_a_table_that_would_be_too_large_is_refused(
+    make_service: Callable[..., Service],
+) -> None:
+    limits = ServerLimits(max_loop_rows=12, max_loop_values=4000)
+    with client_of(make_service(limits)) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        for prompt, loops, last_only, status in (
+            ("abc", 3, False, 200),  # 4 tokens with the first; 3 * 4 * (257 + 32) values
+            ("abc", 4, False, 400),  # 16 rows
+            ("abc", 8, True, 200),
+            ("x" * 15, 12, True, 400),  # 12 * (257 + 16 * 32) values
+        ):
+            body = {"prompt": prompt, "num_loops": loops, "last_only": last_only}
+            assert client.post("/v1/loops", json=body).status_code == status, body

@@ -143,6 +143,7 @@ def _add_loop_routes(app: FastAPI, service: Service) -> None:
     async def loops(asked: LoopsRequest, http: Request) -> answers.Loops:
         service.require_model(asked.model)
         ids, count = service.prompt_ids(asked.prompt), service.loops(asked)
+        service.require_room_for_loops(ids, count, last_only=asked.last_only)
         inbox = Inbox()
         try:
             rule = asked.rule()

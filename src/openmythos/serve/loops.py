@@ -20,7 +20,13 @@ def look(model: OpenMythos, asked: Look) -> LoopTable:
     tokens = torch.tensor([asked.prompt], device=model.device)
     rule = None if isinstance(asked.exit_rule, FixedExit) else asked.exit_rule
     every = tuple(range(1, asked.num_loops + 1))
-    out = model(tokens, num_loops=asked.num_loops, exit_rule=rule, collect_loops=every)
+    out = model(
+        tokens,
+        num_loops=asked.num_loops,
+        exit_rule=rule,
+        collect_loops=every,
+        last_only=asked.last_only,
+    )
     used = out.recurrence.loops_used[0].tolist()
     at = slice(-1, None) if asked.last_only else slice(None)
     log_p = torch.stack([F.log_softmax(out.loop_logits[n][0, at].float(), dim=-1) for n in every])

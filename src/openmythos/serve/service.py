@@ -82,6 +82,16 @@ class Service:
             raise ApiError(400, text, param="num_loops", code="invalid_value")
         return loops
 
+    def require_room_for_loops(self, ids: list[int], loops: int, *, last_only: bool) -> None:
+        """Raise an ApiError for a prompt too long to keep what follows each of its loops."""
+        positions, limits = 1 if last_only else len(ids), self.limits
+        rows = loops * positions
+        values = rows * self.config.vocab_size + loops * len(ids) * self.config.dim
+        if rows > limits.max_loop_rows or values > limits.max_loop_values:
+            text = f"prompt: {len(ids)} tokens at {loops} loops are more than this server keeps; "
+            text += "ask fewer tokens, fewer loops, or last_only"
+            raise ApiError(400, text, param="prompt", code="invalid_value")
+
     def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """The ids of a prompt, within vocabulary and context."""
         try:
