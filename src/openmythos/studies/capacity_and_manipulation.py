@@ -173,15 +173,15 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     for run in results:
         task, shape = run.arm.split(", ")
         chains = task == "chains"
-        value = 100 * run.curve["two_hops"] if chains else 100 * bits(run)
-        title = "two hops right [%]" if chains else "hundredths of a bit per parameter"
+        value = 100 * run.curve["two_hops"] if chains else 50 * bits(run)
+        title = "two hops right" if chains else "facts held, of two bits per parameter"
         panels.setdefault(title, {}).setdefault("runs", {}).setdefault(shape, []).append(value)
         rows.append({"arm": run.arm, "seed": run.seed, **run.curve, "bits": _bits(run)})
     figure = study_plots.dot_panels(
         panels,
         order=[f"{layers} x {loops}" for layers, loops in SHAPES],
         x_label="layers x loops; a dot per seed",
-        y_label="[%], or 0.01 bits",
+        y_label="[%]",
     )
     return figure, rows
 

@@ -187,9 +187,9 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
                 {"arm": run.arm, "seed": run.seed, "hops": hops, "right": halted(run, hops)}
             )
     for name in by_arm(results):
-        for loops in MEASURED:
-            if predicted(name) * loops <= LONGEST:
-                frontier.add(f"n / T = {predicted(name):.2g}", loops, predicted(name) * loops)
+        v = predicted(name)
+        for loops in (1, min(MEASURED[-1], int(LONGEST / v))):
+            frontier.add(f"n / T = {v:.2g}", loops, v * loops)
     figure = study_plots.line_panels(
         {"hops solved (90% right at all up to there)": frontier, "ceil(hops T / n) loops": halts},
         x_labels=["num_loops at inference", "hops"],
