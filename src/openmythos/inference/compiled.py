@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from openmythos import machine
 from openmythos.inference.contrast import Contrast
-from openmythos.inference.decode import Run, Step, StepModel, unsupported
+from openmythos.inference.decode import Run, Step, shows_its_parts, unsupported
 from openmythos.inference.generation import DecodableModel
 from openmythos.inference.graphs import Captured, Compiled, fingerprint, weights_of
 from openmythos.kernels import step_form
@@ -121,7 +121,7 @@ class CompiledModel:
         run = None if reason else self._runner()
         if isinstance(run, str):
             reason = run
-        elif run is not None and isinstance(model, StepModel):
+        elif run is not None and shows_its_parts(model):
             step = self._steps[cache] = Step(model, cache, num_loops, rule, run)
             return step
         if reason not in self._refused:

@@ -7,7 +7,7 @@ such as to stop, is a tensor too; a row that has stopped is computed and its res
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from openmythos.recurrence.state import LoopInputs, LoopState
 from openmythos.types import Hidden, LoopCounts, NextLogits, NextTokenIds, TokenIds
 
 
-@runtime_checkable
 class StepModel(Protocol):
     """What the regions need of a model."""
 
@@ -44,6 +43,12 @@ class StepModel(Protocol):
 
     def logits(self, hidden: Hidden) -> Tensor:
         """Logits from the output of `norm`."""
+
+
+def shows_its_parts(model: object) -> TypeGuard[StepModel]:
+    """Whether it is a `StepModel`. From Python 3.12 on isinstance overlooks submodules."""
+    parts = (*StepModel.__annotations__, "attention", "width", "embedded", "logits")
+    return all(hasattr(model, name) for name in parts)
 
 
 class Places(NamedTuple):
