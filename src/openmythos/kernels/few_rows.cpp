@@ -193,16 +193,22 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 
 inline Floats fill(float x) { return Floats{} + x; }
 
+// Reduces the lanes of a vector by halves, each half as a vector.
+template <class F>
+inline float reduce(Floats v, F f) {
+  float x[LANES];
+  store(x, v);
+  for (int half = LANES / 2; half; half /= 2)
+    UNROLL for (int i = 0; i < half; i++) x[i] = f(x[i], x[i + half]);
+  return x[0];
+}
+
 inline float total(Floats v) {
-  float sum = 0;
-  for (int i = 0; i < LANES; i++) sum += v[i];
-  return sum;
+  return reduce(v, [](float a, float b) { return a + b; });
 }
 
 inline float largest(Floats v) {
-  float most = v[0];
-  for (int i = 1; i < LANES; i++) most = std::max(most, v[i]);
-  return most;
+  return reduce(v, [](float a, float b) { return a > b ? a : b; });
 }
 
 // exp(x) to about 1e-7, 0 below -87: 2^n exp(r) with |r| <= ln(2) / 2 and exp(r)'s Taylor series.
@@ -272,6 +278,18 @@ inline Floats last(const W* p, int64_t in) {
   return in < LANES ? load_some(p, in) : load(p + in - LANES);
 }
 
+// y (+)= x, of which `count` numbers exist. Whole parts are copied as vectors.
+template <int OUTS>
+inline void put(const float* x, float* y, int64_t count, bool add) {
+  if (count < OUTS) {
+    for (int64_t i = 0; i < count; i++) y[i] = add ? y[i] + x[i] : x[i];
+  } else if (add) {
+    UNROLL for (int i = 0; i < OUTS; i++) y[i] += x[i];
+  } else {
+    std::memcpy(y, x, OUTS * sizeof(float));
+  }
+}
+
 // y[r][o] (+)= sum_i weight[o][i] x[r][i] for OUTS outputs o, of which `outs` exist, and ROWS rows.
 // There is at most one sum per lane of a vector; `sums` adds up the others for nothing. Each runs
 // over i in the same order in every shape of tile. FETCH: ask for the weights of the next block of
@@ -300,10 +318,7 @@ inline void tile(const W* weight, int64_t stride, int64_t in, int64_t outs, cons
   }
   float result[LANES];
   store(result, sums(v));
-  for (int r = 0; r < ROWS; r++) {
-    float* out = y[r] + first_out;
-    for (int o = 0; o < outs; o++) out[o] = add ? out[o] + result[r * OUTS + o] : result[r * OUTS + o];
-  }
+  UNROLL for (int r = 0; r < ROWS; r++) put<OUTS>(result + r * OUTS, y[r] + first_out, outs, add);
 }
 
 // Outputs [o, o + outs) for the rows from r on, as many as whole tiles hold; moves r.
@@ -338,12 +353,19 @@ inline void mix_tile(const W* values, int64_t stride, int64_t count, int64_t wid
   if (keep)
     UNROLL for (int r = 0; r < ROWS; r++)
       UNROLL for (int j = 0; j < VECTORS; j++) v[r][j] = keep[r] * load(y[r] + c + j * LANES);
-  for (int64_t n = 0; n < count; n++) {
+  // The last vector may end after the row. What it reads there is dropped, but must exist.
+  int64_t left = width - c - (VECTORS - 1) * LANES, safe = left < LANES ? count - 1 : count;
+  values += c;
+  for (int64_t n = 0; n < safe; n++) {
     UNROLL for (int j = 0; j < VECTORS; j++) {
-      const W* p = values + n * stride + c + j * LANES;
-      // A vector may end after the row: what it reads there is dropped, but must exist.
-      int64_t left = width - c - j * LANES;
-      Floats numbers = left < LANES && n + 1 == count ? load_some(p, left) : load(p);
+      Floats numbers = load(values + n * stride + j * LANES);
+      UNROLL for (int r = 0; r < ROWS; r++) v[r][j] = fma(fill(x[r][n]), numbers, v[r][j]);
+    }
+  }
+  for (int64_t n = safe; n < count; n++) {
+    UNROLL for (int j = 0; j < VECTORS; j++) {
+      const W* p = values + n * stride + j * LANES;
+      Floats numbers = j + 1 < VECTORS ? load(p) : load_some(p, left);
       UNROLL for (int r = 0; r < ROWS; r++) v[r][j] = fma(fill(x[r][n]), numbers, v[r][j]);
     }
   }
