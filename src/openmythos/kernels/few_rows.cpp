@@ -870,12 +870,4 @@ void few_rows_layer(const Layer* layer, const Call* call) {
   add(layer->feed_forward_branch_norm, layer->feed_forward_sum_norm, x, update, rows, dim);
   write_rows(x, call->out, call->dtype, rows, dim);
 }
-
-// y [rows, out] = map(norm(x [rows, in])): the head of a language model.
-void few_rows_map(const Norm* norm, const Map* map, const void* x, void* y, int64_t rows,
-                  int32_t dtype) {
-  scratch.reset();
-  Rows input = read_rows(x, dtype, rows, map->in);
-  write_rows(apply(*map, normed(*norm, input, rows, map->in), rows), y, dtype, rows, map->out);
-}
 }

@@ -132,7 +132,7 @@ class LayerWeights:
     feed_forward_sum_norm: Norm | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)  # a frozen one takes longer to make than the call around it
 class Places:
     """Where the tokens of all rows are, and what they see: columns `first` to `column`.
 

@@ -98,7 +98,7 @@ def _library() -> ctypes.CDLL | None:
     found.few_rows_size.restype, found.few_rows_size.argtypes = c_int64, [c_int64]
     for which, struct in enumerate((_Map, _Norm, _Layer, _Call)):
         assert found.few_rows_size(which) == ctypes.sizeof(struct), struct
-    found.few_rows_layer.restype = found.few_rows_map.restype = None
+    found.few_rows_layer.restype = None
     return found
 
 
@@ -112,17 +112,19 @@ def accepts(x: Tensor, kv: Tensor) -> bool:
     return (
         available()
         and not torch.is_grad_enabled()
-        and len(x) <= MOST_ROWS
-        and all(
-            type(t) is Tensor and t.device.type == "cpu" and t.dtype in _DTYPES for t in (x, kv)
-        )
-        and kv.stride(-1) == 1
-        and kv.stride(-2) == kv.shape[-1]
+        and x.shape[0] <= MOST_ROWS
+        and _is_plain(x)
+        and _is_plain(kv)
+        and kv.stride()[-2:] == (kv.shape[-1], 1)
         and not torch.is_autocast_enabled("cpu")
         # Neither torch.func nor a mode that counts or replaces operators sees a native call.
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor and x.is_cpu and x.dtype in _DTYPES
 
 
 def unsupported(layer: LayerWeights) -> str:
@@ -259,7 +261,7 @@ class NativeLayer:
         """x [rows, dim] -> [rows, dim], in the dtype of x; as `few_rows.reference`."""
         x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         kv, cos, mask = places.kv, places.cos, places.mask
-        call = _Call(x=x.data_ptr(), out=out.data_ptr(), kv=kv.data_ptr(), rows=len(x))
+        call = _Call(x=x.data_ptr(), out=out.data_ptr(), kv=kv.data_ptr(), rows=x.shape[0])
         call.dtype, call.kv_dtype = _DTYPES[x.dtype], _DTYPES[kv.dtype]
         call.slot_stride, call.line_stride = kv.stride(0), kv.stride(1)
         column, writes = places.column, places.writes
@@ -269,7 +271,7 @@ class NativeLayer:
             call.same_column = column
         if writes is not True:
             if writes is False:
-                writes = _no_writes(len(x))
+                writes = _no_writes(x.shape[0])
             call.writes = writes.data_ptr()
         if places.pages is not None:
             call.page_columns, call.page_row_stride = kv.shape[1], _row_stride(places.pages)
@@ -300,7 +302,7 @@ class NativeLayer:
 
 def _row_stride(x: Tensor) -> int:
     """Numbers between the rows of x [rows or 1, n]; 0: one for all."""
-    return x.stride(0) if len(x) > 1 else 0
+    return x.stride(0) if x.shape[0] > 1 else 0
 
 
 @functools.cache

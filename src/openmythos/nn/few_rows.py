@@ -135,16 +135,18 @@ class DecodedLayer:
             for each in (m.__dict__, m._modules, m._forward_hooks, m._forward_pre_hooks)
         ]
         self._size = sum(map(len, self._dicts))
-        self._children = [
-            (m._modules, name, child) for m in modules for name, child in m._modules.items()
-        ]
-        self._tensors = [
-            (where, name, tensor, tensor.data_ptr(), tensor.dtype)
+        held = [
+            (where, name, one)
             for m in modules
-            for where in (m._parameters, m._buffers)
-            for name, tensor in where.items()
-            if tensor is not None
+            for where in (m._modules, m._parameters, m._buffers)
+            for name, one in where.items()
+            if one is not None
         ]
+        self._where, self._names, self._held = zip(*held, strict=True)
+        self._ids = [*map(id, self._held)]
+        self._tensors = [one for one in self._held if isinstance(one, Tensor)]
+        self._memory = [x.data_ptr() for x in self._tensors]
+        self._dtypes = [x.dtype for x in self._tensors]
         try:
             for m in modules:
                 _check_plain(m)
@@ -161,11 +163,9 @@ class DecodedLayer:
         """Whether the block still has the modules and tensors that it had."""
         return (
             sum(map(len, self._dicts)) == self._size
-            and all(where.get(name) is child for where, name, child in self._children)
-            and all(
-                where.get(name) is x and x.data_ptr() == pointer and x.dtype is dtype
-                for where, name, x, pointer, dtype in self._tensors
-            )
+            and [*map(id, map(dict.get, self._where, self._names))] == self._ids
+            and [x.data_ptr() for x in self._tensors] == self._memory
+            and [x.dtype for x in self._tensors] == self._dtypes
         )
 
     @property
