@@ -115,12 +115,23 @@ def verdict(page: Page, loops: int) -> dict[str, str]:
     return found
 
 
+def new_chain(page: Page) -> None:
+    """Let the page draw another chain."""
+    before = page.text("steps")
+    page.page.locator("#new-chain").click()
+    wait_for(lambda: page.text("steps") != before, 10)
+
+
 def test_a_chain_turns_right_when_the_loops_suffice(open_page: Any, chains: Server) -> None:
     page = open_page(chains)
     page.set("hops", 30)
     page.until("document.querySelectorAll('#steps li').length === 31")
-    page.until("document.querySelectorAll('#strip .right').length > 25")
-    wrong, right = verdict(page, 12), verdict(page, 36)
+    for _ in range(8):  # the page draws chains at random: few loops may be right by chance
+        page.until("document.querySelectorAll('#strip .right').length > 25")
+        wrong, right = verdict(page, 12), verdict(page, 36)
+        if wrong["right"] == "false":
+            break
+        new_chain(page)
     assert (wrong["right"], right["right"]) == ("false", "true")
     # The page's own answer is the API's.
     words = page.page.locator("#steps .table").all_inner_texts()
@@ -128,9 +139,9 @@ def test_a_chain_turns_right_when_the_loops_suffice(open_page: Any, chains: Serv
     prompt = " ".join((start, *words[1:]))
     assert chains.complete(prompt, num_loops=36, max_tokens=1).strip() == right["answer"]
     assert chains.complete(prompt, num_loops=12, max_tokens=1).strip() == wrong["answer"]
-    # At 12 loops about the first 12 lookups are right, at 36 all 30.
+    # At 12 loops the first 12 lookups or so are right, and some by chance; at 36 all 30.
     page.set("chain-loops", 12)
-    assert 8 <= page.page.locator("#steps .right").count() <= 16
+    assert 8 <= page.page.locator("#steps .right").count() <= 19
     keep(page, "chain-too-few")
     page.set("chain-loops", 36)
     assert page.page.locator("#steps .right").count() == 30
@@ -139,9 +150,7 @@ def test_a_chain_turns_right_when_the_loops_suffice(open_page: Any, chains: Serv
 
 def test_a_new_chain_and_the_lens_of_a_lookup(open_page: Any, chains: Server) -> None:
     page = open_page(chains)
-    before = page.text("steps")
-    page.page.locator("#new-chain").click()
-    wait_for(lambda: page.text("steps") != before, 10)
+    new_chain(page)
     page.until("document.querySelectorAll('#strip .right').length > 0")
     page.page.locator("#chain-map").click(position={"x": 5, "y": 5})
     page.page.wait_for_selector("#lens-table tbody tr")

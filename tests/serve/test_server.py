@@ -81,13 +81,18 @@ def _connect(server: Server, body: dict[str, Any]) -> socket.socket:
     return connection
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_row_within_a_second(server: Server, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_row_within_a_second(
+    server: Server, stream: bool, half: bool
+) -> None:
     connections = [_connect(server, {**LONG, "n": 2, "stream": stream}) for _ in range(4)]
     wait_for(lambda: len(server.get("/engine")["rows"]) == 8, 10)
     for connection in connections:
-        connection.close()
+        connection.shutdown(socket.SHUT_WR if half else socket.SHUT_RDWR)
     wait_for(lambda: server.get("/engine")["rows"] == [], 1.5)
+    for connection in connections:
+        connection.close()
     assert server.complete(max_tokens=3) == server.complete(max_tokens=3)
 
 
