@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from openmythos import OpenMythos
 from openmythos.analysis import plots
 from openmythos.config import ConfigError, to_dict
-from openmythos.files import read_json
+from openmythos.files import read_json, write_json
 from openmythos.model.inputs import token_layout
 from openmythos.nn.layout import attention_context
 from openmythos.nn.view import LayerView
@@ -284,6 +284,16 @@ def test_stored_runs_can_be_extended(name: str) -> None:
             runner.require_resumable(Path(), replace(stored, trials=[]), runner.get(name).arms())
     else:
         runner.require_resumable(Path(), stored, runner.get(name).arms())
+
+
+def test_runs_on_the_source_of_another_python_are_not_extended(tmp_path: Path) -> None:
+    study = runner.get("test-time-depth")
+    shutil.copy(RESULTS / study.name / "results.json", tmp_path)
+    data = read_json(tmp_path / "results.json")
+    data["hardware"]["python"] = "3.9.0"
+    write_json(data, tmp_path / "results.json")
+    with pytest.raises(ConfigError, match=r"made with Python 3\.9\.0, whose source is the text"):
+        runner.run_study(study, tmp_path, seeds=6, quick=False)
 
 
 def test_runs_of_another_study_or_edition_are_refused(committed: Path, tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def run_study(
     machine = describe() | {"device": name}
     stored = kept or Stored(rule=rule_of(study, machine))
     require_resumable(out, stored, arms)
+    _require_same_text(out, stored, machine, arms)
     done = {(run.arm, run.seed): run for run in stored.runs}
     tried = {(trial.arm, trial.rate): trial for trial in stored.trials}
     wanted = [
@@ -353,6 +354,19 @@ def require_resumable(out: Path, stored: Stored, arms: Sequence[Arm]) -> None:
         raise ConfigError(
             f"{out}/results.json: was made by an older procedure (see its report); "
             "choose another --out, or judge what is there with --report-only"
+        )
+
+
+def _require_same_text(
+    out: Path, stored: Stored, machine: Mapping[str, Any], arms: Sequence[Arm]
+) -> None:
+    """Raise a ConfigError if runs were made with the standard library of another Python."""
+    data = [arm.run.data for arm in arms if isinstance(arm.run.data, TextData)]
+    before, now = stored.hardware.get("python", machine["python"]), machine["python"]
+    if before != now and any("stdlib" in one.paths for one in data):
+        raise ConfigError(
+            f"{out}/results.json: was made with Python {before}, whose source is the text to "
+            f"learn; this is Python {now}: choose another --out"
         )
 
 
