@@ -240,10 +240,27 @@ def test_a_row_alone_has_the_same_bits_as_in_a_batch(attention: str, feed_forwar
     changes, alone = deltas(weights, (ROWS,)), copied(where)
     together = few_rows_native.fast(x, weights, where, changes)
     for r in range(ROWS):
-        own = {name: Delta(*(row_of(t, r) for t in delta)) for name, delta in changes.items()}
+        own = {name: Delta(*(row_of(t, r) for t in delta[:2])) for name, delta in changes.items()}
         out = few_rows_native.fast(row_of(x, r), weights, row_of(alone, r), own)
         assert torch.equal(out[0], together[r]), f"row {r}"
     assert torch.equal(alone.kv, where.kv)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("attention", "feed_forward"), PAIRS[:: len(PAIRS) - 1])
+def test_rows_may_share_deltas_by_an_index(attention: str, feed_forward: str) -> None:
+    weights, rotary = layer(attention, feed_forward, ("norm",))
+    x, where = torch.randn(ROWS, DIM), places(weights, rotary, hidden=False)
+    index = torch.tensor([2, 2, 2, 0, 1, 1, 2])
+    table = deltas(weights, (3,))
+    own = {name: Delta(delta.down[index], delta.up[index]) for name, delta in table.items()}
+    shared = {name: delta._replace(which=index) for name, delta in table.items()}
+    wanted = few_rows.reference(x, weights, copied(where), own)
+    for run in (few_rows.reference, few_rows_native.fast):
+        found = run(x, weights, copied(where), shared)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    alone = few_rows_native.fast(x, weights, copied(where), own)
+    assert torch.equal(few_rows_native.fast(x, weights, copied(where), shared), alone)
 
 
 @needs_compiler

@@ -31,7 +31,7 @@ def test_a_delta_is_added_to_the_weight(bias: bool) -> None:
     out = layer(x, {"here": delta, "elsewhere": low_rank()})
     torch.testing.assert_close(out, expected)
 
-    wrt = [*delta, layer.weight]
+    wrt = [delta.down, delta.up, layer.weight]
     direction = torch.randn_like(out)
     grads = torch.autograd.grad(out, wrt, direction), torch.autograd.grad(expected, wrt, direction)
     torch.testing.assert_close(*grads)

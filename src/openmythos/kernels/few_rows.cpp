@@ -47,9 +47,11 @@ enum Activation : int32_t { SILU, GELU, RELU2 };
 
 // Mirrored in few_rows.py ------------------------------------------------------------------------
 
-// y = (weight + up down) x. Row r's own delta is at r * stride; stride 0: one for all rows.
+// y = (weight + up down) x. Row r's own delta is at r * stride, or at which[r] * stride; stride 0:
+// one for all rows.
 struct Map {
   const void *weight, *down, *up;  // [out, in], [rank, in], [out, rank]
+  const int64_t* which;            // [rows], or null
   int64_t out, in, rank, down_stride, up_stride;
   int32_t dtype, delta_dtype;
 };
@@ -418,7 +420,12 @@ template <class F>
 void each_delta(const Map& map, int64_t rows, F f) {
   if (!map.rank) return;
   if (!map.down_stride) return f(int64_t(0), rows, int64_t(0), int64_t(0));
-  for (int64_t r = 0; r < rows; r++) f(r, int64_t(1), r * map.down_stride, r * map.up_stride);
+  for (int64_t r = 0, count; r < rows; r += count) {
+    int64_t own = map.which ? map.which[r] : r;
+    count = 1;
+    while (map.which && r + count < rows && map.which[r + count] == own) count++;
+    f(r, count, own * map.down_stride, own * map.up_stride);
+  }
 }
 
 // y = (W + up down) x, for the outputs [begin, begin + out) of the map.

@@ -27,10 +27,15 @@ class Norm(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """A low-rank change of a map: W + up @ down, or one per row with a first dimension [rows]."""
+    """A low-rank change of a map: W + up @ down, or one per row with a first dimension [rows].
+
+    With `which` [rows] a row's change is that one of the first dimension. Adjacent rows of the
+    same change are computed together.
+    """
 
     down: Tensor  # [rank, in]
     up: Tensor  # [out, rank]
+    which: Tensor | None = None
 
 
 # By the name of the map: "query_down", "query", "key", "value", "kv_down", "kv_up", "output",
@@ -175,7 +180,12 @@ def _normed(part: Norm | None, x: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, delta: Delta | None) -> Tensor:
     """x [rows, n, in] -> [rows, n, out]."""
     y = F.linear(x, weight)
-    return y if delta is None else y + x @ delta.down.mT @ delta.up.mT
+    if delta is None:
+        return y
+    down, up = delta.down, delta.up
+    if delta.which is not None:
+        down, up = down[delta.which], up[delta.which]
+    return y + x @ down.mT @ up.mT
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

@@ -35,7 +35,7 @@ MOST_ROWS = 64
 
 class _Map(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("weight", "down", "up")),
+        *((name, c_void_p) for name in ("weight", "down", "up", "which")),
         *((name, c_int64) for name in ("outputs", "inputs", "rank", "down_stride", "up_stride")),
         *((name, c_int32) for name in ("dtype", "delta_dtype")),
     ]
@@ -291,12 +291,13 @@ class NativeLayer:
     def _with(self, deltas: Deltas) -> _Layer:
         """A copy with the deltas of this call: another thread may be using the layer."""
         layer = _Layer.from_buffer_copy(self._layer)
-        for name, (down, up) in deltas.items():
+        for name, (down, up, which) in deltas.items():
             one = getattr(layer, name)
             one.down, one.up, one.rank = down.data_ptr(), up.data_ptr(), down.shape[-2]
             one.delta_dtype = _DTYPES[down.dtype]
             if down.ndim == 3 and len(down) > 1:
                 one.down_stride, one.up_stride = down.stride(0), up.stride(0)
+                one.which = _pointer(which)
         return layer
 
 

@@ -178,9 +178,9 @@ class DecodedLayer:
         named = {}
         if deltas:
             named = {
-                name: Delta(*(x.contiguous() for x in deltas[key]))
+                name: Delta(delta.down.contiguous(), delta.up.contiguous(), delta.which)
                 for name, key in self._keys.items()
-                if key in deltas
+                if (delta := deltas.get(key)) is not None
             }
         return self._native(x, places, named)
 

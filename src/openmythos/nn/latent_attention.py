@@ -155,6 +155,7 @@ class LatentAttentionLayer(AttentionLayer):
         c = self.config
         weight, delta = self.kv_up.weight, deltas.get(self.kv_up.delta_key)
         if delta is not None:
+            delta = delta.by_row()
             weight = weight + delta.up @ delta.down
         weight = weight.to(nope.dtype)
         weight = weight.view(*weight.shape[:-2], c.num_heads, -1, c.kv_latent_dim)

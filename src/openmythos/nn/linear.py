@@ -13,22 +13,31 @@ from openmythos.nn.facts import Fill, identity
 class LowRank(NamedTuple):
     """A low-rank change of a linear map: W + up @ down.
 
-    With a batch dimension each row has its own change, for rows that are in different loops:
-    down [batch, rank, in_features], up [batch, out_features, rank].
+    With a first dimension each row has its own change, for rows that are in different loops:
+    down [batch, rank, in_features], up [batch, out_features, rank], or of the changes
+    [changes, ...] that of number `which` [batch].
     """
 
     down: Tensor  # [rank, in_features]
     up: Tensor  # [out_features, rank]
+    which: Tensor | None = None
 
     def times(self, x: Tensor) -> Tensor:
         """up @ down @ x for x [..., in_features]; [batch, ..., in_features] if batched."""
         if self.down.ndim == 2:
             return F.linear(F.linear(x, self.down), self.up)
-        rows = x.reshape(len(self.down), -1, x.shape[-1])
-        return (rows @ self.down.mT @ self.up.mT).view(*x.shape[:-1], self.up.shape[-2])
+        down, up, _ = self.by_row()
+        rows = x.reshape(len(down), -1, x.shape[-1])
+        return (rows @ down.mT @ up.mT).view(*x.shape[:-1], up.shape[-2])
+
+    def by_row(self) -> "LowRank":
+        """Without `which`: the change of each row."""
+        if self.which is None:
+            return self
+        return LowRank(self.down[self.which], self.up[self.which])
 
     def to(self, dtype: torch.dtype) -> "LowRank":
-        return LowRank(self.down.to(dtype), self.up.to(dtype))
+        return LowRank(self.down.to(dtype), self.up.to(dtype), self.which)
 
 
 Deltas = Mapping[str, LowRank]

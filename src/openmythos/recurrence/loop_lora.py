@@ -90,7 +90,13 @@ class LoopLoRALayer(nn.Module):
     def forward(self, loop: int | LoopCounts) -> Deltas:
         """The deltas of a loop; with a batch dimension for loop indices [batch]."""
         last = self.num_loops - 1
-        index = loop.clamp_max(last) if isinstance(loop, Tensor) else min(loop, last)
+        if isinstance(loop, Tensor):
+            rows = loop.clamp_max(last)
+            return {
+                name.replace("/", "."): LowRank(self.down[name], self.up[name], rows)
+                for name in self.down
+            }
+        index = min(loop, last)
         return {
             name.replace("/", "."): LowRank(self.down[name][index], self.up[name][index])
             for name in self.down
