@@ -311,11 +311,11 @@ class Runner:
             row.output = output[index : index + 1]
             row.token_loops += used
             row.exit_loop = max(row.exit_loop, used)
-            lookup.copy(index, row.plane_map.unrun(used))
+            lookup.duplicate(index, row.plane_map.unrun(used))
             if row.plane_map.probed:
                 self._probe_unrun(row, row.output, used)
                 probed = max(used, row.exit_loop if self.stages.layers[2] > 1 else 0)
-                lookup.copy(index, row.plane_map.unprobed(probed))
+                lookup.duplicate(index, row.plane_map.unprobed(probed))
         self._keep([index for index, gone in enumerate(done) if not gone])
         return rows
 
@@ -349,11 +349,14 @@ class Runner:
         at = torch.tensor(places, device=self.device)
         self._state = state.map(lambda x: x.index_select(0, at))
         term = inputs.drive.input_term.index_select(0, at)
-        self._inputs = replace(inputs, drive=inputs.drive._replace(input_term=term))
-        self._place()
+        drive, context = inputs.drive._replace(input_term=term), inputs.context.select(at)
+        self._inputs, self._lookup = (
+            replace(inputs, drive=drive, context=context),
+            lookup.select(at),
+        )
 
     def _place(self) -> None:
-        """Positions, masks and pages of the rows that loop, after some came or left."""
+        """Positions, masks and pages of the rows that loop, after some came."""
         assert self._inputs is not None
         self._inputs = replace(self._inputs, context=self._context(self.rows))
         self._lookup = self._find(self.rows)

@@ -5,6 +5,7 @@ All layers have the same kv_width, so one pool serves every layer and loop. A se
 its cache policy; a block is `page_tokens` tokens. A sequence with fewer loops has fewer planes.
 """
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -163,6 +164,13 @@ class Lookup:
         self._columns = self._pages.gather(2, own)[..., 0] * size + (at % size)[:, None]
         self._rows = torch.arange(len(rows), device=device)
 
+    def select(self, rows: Tensor) -> "Lookup":
+        """Of these rows of the batch."""
+        chosen = copy.copy(self)
+        chosen._pages, chosen._columns = self._pages[rows], self._columns[rows]
+        chosen._position, chosen._rows = self._position[rows], self._rows[: len(rows)]
+        return chosen
+
     def views(
         self, start: Sequence[int], layers: int, writes: Sequence[bool] | None = None
     ) -> list[Paged]:
@@ -184,7 +192,7 @@ class Lookup:
             for layer in range(layers)
         ]
 
-    def copy(self, row: int, pairs: Sequence[tuple[int, int]]) -> None:
+    def duplicate(self, row: int, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the keys and values of a row's own position from planes to planes."""
         if not pairs:
             return
