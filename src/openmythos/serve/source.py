@@ -62,28 +62,26 @@ class Served:
 
     source: Source
     trained: Trained | None
+    name: str  # the folder's, or the Hub id
 
     @classmethod
     def open(cls, source: str | Path) -> "Served":
         """Find a model; "" is the one that the package ships."""
-        found = open_source(source if str(source) else SHIPPED)
+        path = Path(source) if str(source) else SHIPPED
+        found = open_source(path if path.exists() else source)
+        name = path.resolve().name if path.exists() else str(source)
         trained = None
         if found.run is not None and isinstance(found.run.config.data, TaskData):
             trained = Trained(found.run.config.data.task, found.run.config.data.max_hops)
         elif (found.path / TASK_FILE).is_file():
             data = read_json(found.path / TASK_FILE)
             trained = Trained(from_dict(Task, data["task"], "task"), int(data["max_hops"]))
-        return cls(found, trained)
+        return cls(found, trained, name)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises a ConfigError if the model has none."""
         return self.source.tokenizer if self.trained is None else TaskTokenizer(self.trained.task)
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.source.path.resolve().name
 
     def load(self, device: str, precision: str, step: int | None) -> OpenMythos:
         """The model in eval mode; precision "auto": what the device computes fast."""
