@@ -226,6 +226,20 @@ def test_a_large_request_is_passed_only_so_often() -> None:
     assert job is not None and job.rows == [large]
 
 
+def test_prompts_of_a_kind_are_read_together_but_not_before_older_ones() -> None:
+    scheduler: Scheduler[Row] = Scheduler(EngineLimits(max_rows=4, prefill_budget=512))
+    rows = [new_row(n, group=n % 2, num_loops=2 + n % 2) for n in range(10)]
+    for row in rows:
+        scheduler.add(row)
+    read = []
+    for _ in range(2):
+        job = scheduler.next_prefill()
+        assert job is not None and scheduler.prefilled(job)
+        read.append(job.rows)
+    assert read == [[rows[0], rows[2]], [rows[1], rows[3]]]
+    assert scheduler.next_prefill() is None
+
+
 @given(waiting=st.integers(1, 8), looping=st.integers(0, 8), waited=st.integers(0, 6))
 def test_when_the_boundary_runs(waiting: int, looping: int, waited: int) -> None:
     scheduler: Scheduler[Row] = Scheduler(EngineLimits())

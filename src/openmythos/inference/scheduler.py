@@ -180,15 +180,21 @@ class Scheduler(Generic[R]):
         return max(1, self.limits.prefill_budget // row.num_loops)
 
     def _admitted(self) -> list[R]:
-        """The next row to read, and others of its group that fit into the same chunk."""
+        """The next row to read, and others of its group that fit into the same chunk.
+
+        Only rows for which there is a place now: the group does not go before older requests.
+        """
+        places = self.limits.max_rows - len(self.running)
         group: list[R] = []
         blocked: list[R] = []  # they find no pages; later ones may pass them
         for row in list(self.waiting):
-            if len(self.running) == self.limits.max_rows:
+            if places == 0:
                 break
             if group and not self._joins(row, group):
+                places -= 1
                 continue
             if self._fits(row):
+                places -= 1
                 self._take(row, self._first_blocks(row))
                 row.phase = "prefill"
                 group.append(row)
