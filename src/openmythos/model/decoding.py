@@ -193,8 +193,9 @@ class Decodable(nn.Module, ABC):
         inputs = ModelInputs.decoding(
             self.config, tokens, attention_mask, num_loops, cache, collect
         )
-        recurrence, _ = self.run(inputs, exit_rule, cache.hidden if latent else None)
-        cache.hidden = self.hidden(recurrence.state, inputs, last_only=True)
+        with Layers.unchanged():
+            recurrence, _ = self.run(inputs, exit_rule, cache.hidden if latent else None)
+            cache.hidden = self.hidden(recurrence.state, inputs, last_only=True)
         logits = self.logits(cache.hidden)
         if early:
             logits = contrast.adjusted(logits, self._early_logits(recurrence, inputs, cache, early))

@@ -1,6 +1,7 @@
 """One transformer layer."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
@@ -76,10 +77,12 @@ class Layers(nn.ModuleList):
     """Several layers, one after the other, each with its own view.
 
     `decode(layer, x, view)`, set by `nn.few_rows`, computes a layer for one new token per row at
-    once; it returns None where it cannot.
+    once; it returns None where it cannot. In a block of `with Layers.unchanged()` it looks for
+    changes of a layer only once.
     """
 
     decode: ClassVar[Callable[[Block, Hidden, LayerView], Hidden | None] | None] = None
+    unchanged: ClassVar[Callable[[], AbstractContextManager[None]]] = nullcontext
 
     def forward(self, x: Hidden, views: Sequence[LayerView]) -> tuple[Hidden, LayerStats]:
         stats: LayerStats = []

@@ -204,6 +204,8 @@ def unchanged() -> Iterator[None]:
         _CHECKED.layers = before
 
 
+Layers.unchanged = staticmethod(unchanged)
+
 _LAYERS: WeakKeyDictionary[Block, DecodedLayer] = WeakKeyDictionary()
 _REASONS: set[str] = set()
 
