@@ -168,6 +168,7 @@ class Ours(Contender):
             torch._dynamo.config.recompile_limit = 64
             self.model.compile_layers()
 
+    @torch.inference_mode(False)  # may be made in a block of inference
     def _served(self) -> OpenMythos:
         if self.precision == "fp32":
             return self.model
@@ -185,6 +186,7 @@ class Ours(Contender):
     def forward(self, tokens: Tensor) -> Tensor:
         return self._served()(tokens, num_loops=self.loops).logits
 
+    @torch.inference_mode(False)
     def _decoder(self) -> DecodableModel:
         """What prefills and decodes."""
         if not self.compiled:
