@@ -143,7 +143,7 @@ export function startText(model) {
     try {
       const found = await post("/v1/loops", { prompt: prompt.length ? prompt : "", num_loops: one.depth, exit_rule: one.rule, top: 5, last_only: true });
       const text = visible(one.tokens.children[index].textContent);
-      showLens(found.positions[0], `Token ${index + 1}, \u201c${text}\u201d: what the model would have said after each of its ${one.used[index]} loops.`, one.rule);
+      showLens(found.positions[0], `Token ${index + 1}, \u201c${text}\u201d: what the model would have said after each of its ${found.positions[0].loops_used} loops.`, one.rule);
       byId("lens").scrollIntoView({ block: "nearest" });
     } catch (error) { showError(error); }
   }
