@@ -230,7 +230,7 @@ def _against_lockstep(
 def boundary(model: OpenMythos, workload: Workload, rounds: int) -> dict[str, Any]:
     asked = requests(workload, 48, prompt=(16, 16), new=(16, 96), depths=DEPTHS)
     settings = {"lockstep": lockstep(16)}
-    for share in (0.01, 0.25, 0.5, 0.75):
+    for share in (0.01, 0.25, 0.4, 0.5, 0.6, 0.75):
         settings[f"at {share:.0%}"] = engine_limits(16, boundary_share=share)
     return take_turns(
         {

@@ -114,7 +114,7 @@ class EngineLimits:
     pages: int = 4096
     page_tokens: int = 16
     prefill_budget: int = 512
-    boundary_share: float = 0.6
+    boundary_share: float = 0.5
     boundary_wait: int = 2
     draft_rows: int = 4
 
