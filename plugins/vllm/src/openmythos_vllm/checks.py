@@ -1,5 +1,6 @@
 """What the plugin refuses, and settings of an engine that the requests must fit."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -39,7 +40,7 @@ def check_model(config: OpenMythosConfig) -> None:
     require(isinstance(native.halting, NoHalting), "halting", native.halting.kind, text)
     text = "must be 'exact' or 'first': with others tokens depend on a prompt's pieces"
     require(cache_policy(config) in POLICIES, "cache_policy", cache_policy(config), text)
-    head_size(native)
+    heads(native)
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -67,15 +68,27 @@ def cache_policy(config: OpenMythosConfig) -> Any:
     return getattr(config, "cache_policy", "exact")
 
 
-def head_size(c: MythosConfig) -> int:
-    """The smallest head of vLLM's attention that holds a head of the model.
+@dataclass(frozen=True)
+class Heads:
+    """A layer's attention as vLLM computes it."""
 
-    Latent attention has one head of keys, the latent beside the rotary key.
-    """
+    queries: int
+    keys: int
+    size: int  # the smallest of vLLM's that holds a head of the model
+    scale: float
+
+
+def heads(c: MythosConfig) -> Heads:
+    """Latent attention has one head of keys: the latent beside the rotary key."""
     a = c.attention
-    latent = isinstance(a, LatentAttention)
-    needed = a.kv_width(c.dim) if latent else a.kv_width(c.dim) // (2 * a.num_kv_heads)
-    name = "kv_latent_dim + rope_head_dim" if latent else "head_dim"
+    if isinstance(a, LatentAttention):
+        size = _size("kv_latent_dim + rope_head_dim", a.kv_width(c.dim))
+        return Heads(a.num_heads, 1, size, (a.nope_head_dim + a.rope_head_dim) ** -0.5)
+    width = a.size(c.dim)
+    return Heads(a.num_heads, a.num_kv_heads, _size("head_dim", width), width**-0.5)
+
+
+def _size(name: str, needed: int) -> int:
     require(needed <= HEAD_SIZES[-1], name, needed, f"must be at most {HEAD_SIZES[-1]} in vLLM")
     return next(size for size in HEAD_SIZES if size >= needed)
 

@@ -4,6 +4,8 @@ Only the sum over the chosen experts is vLLM's: the router stays ours, so that i
 its bias and both kinds of scores need no counterpart there.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
@@ -54,13 +56,11 @@ def fuse(layer: MoELayer) -> bool:
         return False
     if stacks[0].dtype not in DTYPES or any(n % MULTIPLE for n in stacks[1].shape[1:]):
         return False
-    layer.__class__ = FusedMoELayer
     tiles = stacks[0].dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    layer.instructions = "amx" if tiles else "vec"
+    instructions = "amx" if tiles else "vec"
     for stack in stacks:
-        stack.data = _packed(stack.data, layer.instructions)
+        packed = ops.cpu_prepack_moe_weight(stack.data.contiguous(), instructions)
+        stack.data = cast("Tensor", packed)
+    layer.__class__ = FusedMoELayer
+    cast("FusedMoELayer", layer).instructions = instructions
     return True
-
-
-def _packed(stack: Tensor, instructions: str) -> Tensor:
-    return ops.cpu_prepack_moe_weight(stack.contiguous(), instructions)

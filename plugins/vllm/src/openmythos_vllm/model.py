@@ -13,13 +13,13 @@ from openmythos.hub import export
 from openmythos.hub.export_model import native_config
 from openmythos.model.mythos import OpenMythos
 from openmythos.model.stages import Stages
-from openmythos.nn.latent_attention import LatentAttention, LatentAttentionLayer
+from openmythos.nn.latent_attention import LatentAttentionLayer
 from openmythos.nn.layout import rope_tables
 from openmythos.nn.moe import MoELayer
 from openmythos.nn.view import KVView, LayerView, NoCache
 from openmythos.recurrence.state import LoopInputs, LoopState
 from openmythos.types import Hidden
-from openmythos_vllm.checks import POLICIES, cache_policy, head_size
+from openmythos_vllm.checks import POLICIES, cache_policy, heads
 from openmythos_vllm.experts import fuse
 from openmythos_vllm.loops import rows_of
 from openmythos_vllm.planes import (
@@ -53,23 +53,21 @@ class OpenMythosForCausalLM(nn.Module):
     def _planes(self, vllm_config: VllmConfig, prefix: str) -> Iterable[Attention]:
         """A plane per layer and loop, in the order they run."""
         c = self.native.config
-        prelude, recurrent, _ = self.stages.layers
-        latent = isinstance(c.attention, LatentAttention)
-        first = next(m for m in self.native.recurrent.modules() if hasattr(m, "kv_width"))
+        (prelude, recurrent, _), head = self.stages.layers, heads(c)
         # What vLLM calls a plane may have one number in it.
         names = [f"{prefix}{'.' if prefix else ''}planes.{i}.attn" for i in range(self._count())]
         for i, name in enumerate(names):
             loop, layer = divmod(i - prelude, recurrent)
-            looped = 0 <= loop < c.num_loops and not self._writes(loop)
+            shared = 0 <= loop < c.num_loops and not self._writes(loop)
             yield Attention(
-                c.attention.num_heads,
-                head_size(c),
-                first.scale if latent else first.head_dim**-0.5,
-                num_kv_heads=1 if latent else c.attention.num_kv_heads,
+                head.queries,
+                head.size,
+                head.scale,
+                num_kv_heads=head.keys,
                 cache_config=vllm_config.cache_config,
                 per_layer_sliding_window=c.attention.window or None,
                 prefix=name,
-                kv_sharing_target_layer_name=names[prelude + layer] if looped else None,
+                kv_sharing_target_layer_name=names[prelude + layer] if shared else None,
             )
 
     def _count(self) -> int:
