@@ -302,10 +302,19 @@ def store(section: str, found: Mapping[str, Any], path: Path, machine: Mapping[s
         )
 
 
+# Of the panels with bars; each has 8, 16 and 32 rows.
+TITLES = {
+    "rows": "against one by one",
+    "depths": "2 to 16 loops by request, against lockstep",
+    "equal": "equal loops, against lockstep",
+}
+
+
 def draw(folder: Path) -> None:
-    """Bars of every section against its first contender; time per token against depth."""
+    """Bars against the first contender, time per token by depth, gain of drafts; all as CSV."""
     panels: dict[str, dict[str, dict[str, float]]] = {}
     lines: dict[str, dict[float | int, float | int]] = {}
+    gains: dict[str, dict[str, dict[float | int, float | int]]] = {}
     table = []
     for path in sorted(folder.glob("*-*.json")):
         section, name = path.stem.rsplit("-", 1)
@@ -317,18 +326,29 @@ def draw(folder: Path) -> None:
                 | {key: one[key] for key in ("tokens_per_second", "ratio", "accepted")}
                 | {f"ms per token, {n} loops": ms for n, ms in one["ms_per_token"].items()}
             )
-            if one["ratio"] != 1:
-                bars[contender] = {name: one["ratio"]}
+            if one["accepted"]:
+                asked, _, draft = contender.rpartition(", ")
+                tokens, shallow = draft.split(" drafted with ")
+                points = gains.setdefault(asked, {}).setdefault(f"drafts of {shallow} loops", {})
+                points[int(tokens)] = one["ratio"]
+            elif section in TITLES and one["ratio"] != 1:
+                bars[contender.removeprefix("engine, ")] = {name: one["ratio"]}
             if section == "depths" and contender.endswith("16 rows"):
                 label = f"{contender.split(',')[0]}, {name}"
                 lines[label] = {int(n): ms for n, ms in one["ms_per_token"].items()}
         for contender, values in bars.items():
-            panels.setdefault(section, {}).setdefault(contender, {}).update(values)
-    figure = speed_ratios(panels, reference="the simpler way to serve")
+            panels.setdefault(TITLES[section], {}).setdefault(contender, {}).update(values)
+    in_order = {title: panels[title] for title in TITLES.values() if title in panels}
+    figure = speed_ratios(in_order, reference="the other way to serve")
     plots.save_figure(figure, folder / "serve.png", table)
     if lines:
         figure = cost_lines({"loops of the request": lines}, y_labels=("ms per token, 16 rows",))
         plots.save_figure(figure, folder / "time_per_token.png", table)
+    if gains:
+        panels_by_x = {f"tokens drafted ({asked})": lines for asked, lines in gains.items()}
+        labels = ["times as fast as without drafts"] * len(gains)
+        figure = cost_lines(panels_by_x, y_labels=labels, logarithmic=False)
+        plots.save_figure(figure, folder / "drafts.png", table)
 
 
 def main() -> None:
