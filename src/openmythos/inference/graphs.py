@@ -187,6 +187,8 @@ class _Traced(nn.Module):
         names = [getattr(entry, "name", getattr(entry, "key", None)) for entry in path]
         named = [name for name in (names[0], *names[::-1]) if isinstance(name, str)]
         dims = next((DIMS[name] for name in named if name in DIMS), ("rows",))
+        if names[0] == "state":  # its keys and values are those of the new tokens alone
+            dims = ("rows",)
         if self._rows == 1 or len(x) != self._rows:
             dims = tuple(None if name == "rows" else name for name in dims)
         return (*dims, *[None] * (x.ndim - len(dims)))
