@@ -32,7 +32,8 @@ from openmythos.planning.cost import plan
 from openmythos.recurrence.exit_rules import ExitRule, LoopView
 from openmythos.recurrence.halting import Halting, HaltingLayer
 from openmythos.recurrence.initial_state import StateInit
-from openmythos.recurrence.injection import Drive, Injection, InjectionLayer
+from openmythos.recurrence.injection import Drive, InjectionLayer
+from openmythos.recurrence.injections import Injection
 from openmythos.recurrence.loop_embedding import LoopEmbeddings
 from openmythos.recurrence.loop_lora import LoopLoRAs
 from openmythos.recurrence.loop_sampling import LoopSampling

@@ -34,7 +34,8 @@ from openmythos.nn.view import LayerView
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.halting import ExitGate, Halting
 from openmythos.recurrence.initial_state import SineHashState, StateInit, ZeroState
-from openmythos.recurrence.injection import LTI, Concat, Injection
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.injections import Concat, Injection
 from openmythos.recurrence.loop_embedding import LoopEmbeddings
 from openmythos.recurrence.loop_lora import LoopLoRAs
 

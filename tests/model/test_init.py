@@ -21,7 +21,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
-from openmythos.recurrence.injection import Concat
+from openmythos.recurrence.injections import Concat
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 

@@ -45,7 +45,7 @@ from openmythos.nn.moe import MoE
 from openmythos.recurrence.exit_rules import KLExit, StateChangeExit
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.initial_state import NormalState
-from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.injections import NoInjection
 
 CONTEXT = 2 * SEQ
 

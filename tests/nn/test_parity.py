@@ -39,7 +39,7 @@ from openmythos.nn.norm import RMSNorm
 from openmythos.nn.rope_scaling import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from openmythos.nn.view import LayerView, NoCache
 from openmythos.recurrence.initial_state import EncodedState
-from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 
 Weights = dict[str, Tensor]

@@ -15,17 +15,8 @@ from openmythos.analysis.stability import spectral_radius
 from openmythos.config import ConfigError
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.initial_state import NormalState, StateInit, ZeroState
-from openmythos.recurrence.injection import (
-    LARGEST_MAX_DECAY,
-    LTI,
-    Add,
-    Concat,
-    Diagonal,
-    Drive,
-    Injection,
-    LTIInjection,
-    NoInjection,
-)
+from openmythos.recurrence.injection import LARGEST_MAX_DECAY, LTI, Drive, LTIInjection
+from openmythos.recurrence.injections import Add, Concat, Diagonal, Injection, NoInjection
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LTIS = variations(LTI)

@@ -31,7 +31,7 @@ from openmythos.nn.view import LayerView, NoCache
 from openmythos.recurrence import schedule
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.initial_state import EncodedState, NormalState, ZeroState
-from openmythos.recurrence.injection import Injection
+from openmythos.recurrence.injections import Injection
 from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA

@@ -19,7 +19,7 @@ from openmythos.nn.moe import MoE, MoELayer
 from openmythos.planning import cost
 from openmythos.recurrence.halting import ACT, ExitGate, Halting
 from openmythos.recurrence.initial_state import NormalState, ZeroState
-from openmythos.recurrence.injection import Injection
+from openmythos.recurrence.injections import Injection
 from openmythos.recurrence.loop_sampling import (
     FixedLoops,
     LoopCurriculum,

@@ -36,7 +36,7 @@ from openmythos.nn.moe import MoE
 from openmythos.nn.value_embedding import GatedValueEmbeddings
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.initial_state import NormalState
-from openmythos.recurrence.injection import Concat
+from openmythos.recurrence.injections import Concat
 from openmythos.recurrence.loop_lora import LoopLoRA
 
 LENGTHS = (1, 3, 20, 33, 70)

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from openmythos.recurrence.injection import ConcatInjection, DiagonalInjection, InjectionLayer
+from openmythos.recurrence.injection import InjectionLayer
+from openmythos.recurrence.injections import ConcatInjection, DiagonalInjection
 
 
 @torch.no_grad()

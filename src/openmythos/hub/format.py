@@ -17,7 +17,7 @@ from openmythos.nn.rope_scaling import (
     YarnScaling,
 )
 from openmythos.recurrence.initial_state import EncodedState
-from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 
 

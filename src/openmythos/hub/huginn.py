@@ -17,7 +17,7 @@ from openmythos.model.config import MythosConfig
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.initial_state import NormalState
-from openmythos.recurrence.injection import Concat
+from openmythos.recurrence.injections import Concat
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 
 PARTS = {"prelude": "prelude", "recurrent.layers": "core_block", "coda": "coda"}

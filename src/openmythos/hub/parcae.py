@@ -23,7 +23,8 @@ from openmythos.nn.feed_forward import ReLU2
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.value_embedding import GatedValueEmbeddings
 from openmythos.recurrence.initial_state import NormalState
-from openmythos.recurrence.injection import LTI, Add, Concat, Injection
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.injections import Add, Concat, Injection
 
 _INJECTIONS: dict[str, Injection] = {
     "diagonal": LTI(discretization="euler", input_map="dense", max_decay=1.0),

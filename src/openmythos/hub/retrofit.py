@@ -26,7 +26,7 @@ from openmythos.nn.block import NormPlace
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.initial_state import EncodedState, NormalState, StateInit
-from openmythos.recurrence.injection import Concat
+from openmythos.recurrence.injections import Concat
 
 # Norms of a layer by its class, and the base model.
 _LLAMA: tuple[NormPlace, ...] = ("input",)

@@ -27,7 +27,8 @@ from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.initial_state import EncodedState, SineHashState, StateInit, ZeroState
-from openmythos.recurrence.injection import LTI, Concat, Injection, NoInjection
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.injections import Concat, Injection, NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 
 CONTEXT = 8192

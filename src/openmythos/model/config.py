@@ -11,7 +11,8 @@ from openmythos.nn.moe import MoE
 from openmythos.nn.value_embedding import NoValueEmbeddings, ValueEmbeddings
 from openmythos.recurrence.halting import Halting, NoHalting
 from openmythos.recurrence.initial_state import EncodedState, StateInit, ZeroState
-from openmythos.recurrence.injection import LTI, Injection
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.injections import Injection
 from openmythos.recurrence.loop_embedding import LoopEmbeddings, NoLoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA, LoopLoRAs
 from openmythos.recurrence.loop_sampling import MOST_LOOPS

@@ -13,7 +13,8 @@ from openmythos.analysis import study_plots
 from openmythos.analysis.stability import spectral_radius
 from openmythos.data.loader import evaluation_windows
 from openmythos.machine import Precision, autocast
-from openmythos.recurrence.injection import LTI, Add, Concat, Diagonal, Injection
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.injections import Add, Concat, Diagonal, Injection
 from openmythos.recurrence.loop_sampling import PoissonLoops
 from openmythos.studies.statistics import plus_minus
 from openmythos.studies.study import (

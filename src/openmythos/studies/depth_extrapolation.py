@@ -11,7 +11,7 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.recurrence.initial_state import EncodedState
-from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.studies.statistics import percent

@@ -12,7 +12,8 @@ from openmythos.eval.accuracy import accuracy_map
 from openmythos.eval.likelihood import depth_sweep
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.recurrence.injection import LTI, NoInjection
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import best, looped

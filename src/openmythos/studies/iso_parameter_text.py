@@ -13,7 +13,8 @@ from torch import Tensor
 from openmythos.analysis import study_plots
 from openmythos.eval.likelihood import depth_sweep
 from openmythos.nn.latent_attention import LatentAttention
-from openmythos.recurrence.injection import LTI, NoInjection
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.statistics import paired, plus_minus
 from openmythos.studies.study import (

@@ -12,7 +12,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.initial_state import EncodedState
-from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops
 from openmythos.studies.learning import TASK_TRAINING, on_task

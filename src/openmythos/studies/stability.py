@@ -11,13 +11,8 @@ import torch
 from openmythos.analysis import study_plots
 from openmythos.analysis.stability import spectral_radius
 from openmythos.data.loader import evaluation_windows
-from openmythos.recurrence.injection import (
-    LTI,
-    Add,
-    Concat,
-    Injection,
-    NoInjection,
-)
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.injections import Add, Concat, Injection, NoInjection
 from openmythos.recurrence.loop_sampling import Granularity, PoissonLoops
 from openmythos.studies.study import Arm, Finding, RunResult, Study, Verdict, by_arm, factors_of
 from openmythos.studies.text import TextRun, on_text, text_model

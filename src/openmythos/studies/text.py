@@ -17,7 +17,8 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.initial_state import EncodedState, ZeroState
-from openmythos.recurrence.injection import LTI, Injection, NoInjection
+from openmythos.recurrence.injection import LTI
+from openmythos.recurrence.injections import Injection, NoInjection
 from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.recurrence.loop_sampling import LoopSampling, PoissonLoops
 from openmythos.train.config import RunConfig, TextData, TrainConfig

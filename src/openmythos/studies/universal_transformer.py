@@ -13,7 +13,7 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.initial_state import EncodedState
-from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import looped, stacked

@@ -14,7 +14,7 @@ from openmythos.eval.likelihood import logits_by_loops
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.initial_state import EncodedState
-from openmythos.recurrence.injection import NoInjection
+from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_sampling import FixedLoops, UniformLoops
 from openmythos.studies.depth_extrapolation import looped, stacked
 from openmythos.studies.learning import TASK_TRAINING, on_task

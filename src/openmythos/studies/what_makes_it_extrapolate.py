@@ -11,7 +11,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.initial_state import EncodedState, NormalState
-from openmythos.recurrence.injection import Add, Concat, NoInjection
+from openmythos.recurrence.injections import Add, Concat, NoInjection
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops, UniformLoops
