@@ -16,7 +16,9 @@ from torch.overrides import _pop_mode_temporarily
 from variants import here
 
 from openmythos import kernels
+from openmythos.kernels import attention as attention_kernels
 from openmythos.kernels import experts as expert_kernels
+from openmythos.kernels import gated as gated_kernels
 from openmythos.kernels.attention import FEW_KEYS, attention
 from openmythos.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from openmythos.kernels.experts import (
@@ -146,6 +148,9 @@ CASES = {
     "norm of one row": Case(lambda x, w: rms_norm(x, w, 1e-6), ((64,), (64,))),
     "rotation": Case(rotated, ((2, 3, 5, 8),)),
     "gated map": Case(gated_linear, ((2, 5, 16), (6, 8))),
+    "gated map, transposed": Case(
+        lambda x, w: gated_linear(x.transpose(0, 1), w), ((5, 2, 16), (6, 8))
+    ),
     "gated map of rows": Case(gated_linear, ((5, 16), (6, 8))),
     "attention": attend(7),
     "attention, one query": attend(1, start=5),
@@ -211,6 +216,16 @@ def assert_fast_equals_reference(
 @pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_fast_equals_reference(name: str, dtype: torch.dtype) -> None:
     assert_fast_equals_reference(CASES[name], dtype, CASES[name].run)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in SMALL if "attention" in n or "gated" in n or "experts" in n]
+)
+def test_fast_equals_reference_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large tensors are computed: some rows of gates at a time, some heads of attention."""
+    monkeypatch.setattr(gated_kernels, "CACHED", 6)
+    monkeypatch.setattr(attention_kernels, "CACHED_SCORES", 3 * 64 * 7)  # three of four heads
+    assert_fast_equals_reference(CASES[name], torch.float32, CASES[name].run)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -368,14 +383,14 @@ def test_gradients_are_summed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     case = experts(8, uses=3)
     inputs = case.inputs(torch.float32)
     added: list[int] = []
-    gradient = expert_kernels._weight_gradient
+    is_wanted = expert_kernels._is_wanted
 
-    def spy(ctx: Any, which: int, *args: Any) -> Tensor | None:
-        found = gradient(ctx, which, *args)
-        added.extend([which] if which in ctx.sums else [])
+    def spy(ctx: Any, which: int) -> bool:
+        found = is_wanted(ctx, which)
+        added.extend([which] if found else [])
         return found
 
-    monkeypatch.setattr(expert_kernels, "_weight_gradient", spy)
+    monkeypatch.setattr(expert_kernels, "_is_wanted", spy)
     out = case.run(*inputs).square().sum()
     torch.autograd.grad(out, inputs[0], retain_graph=True)
     assert not added

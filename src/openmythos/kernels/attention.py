@@ -6,6 +6,7 @@ path are far slower. Matmuls on blocks of queries are fast in all of them, and s
 block or before its window.
 """
 
+import itertools
 from itertools import pairwise
 
 import torch
@@ -20,6 +21,8 @@ from openmythos.types import AttentionMask, AttentionOutput, Keys, Queries, Valu
 FEW_KEYS = 512
 # Attention weights are saved for the backward pass up to this many keys, else recomputed.
 KEPT_KEYS = 256
+# So many scores, for some heads and one block of queries, are computed at a time: 512 KiB in fp32.
+CACHED_SCORES = 1 << 17
 
 
 def reference(
@@ -92,30 +95,57 @@ def blockwise_attention(
     may attend, must be causal and, with window > 0, exclude keys that are `window` or more keys
     older; None is the plain causal mask.
     """
-    batch, heads = query.shape[:2]
+    heads = query.shape[1]
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     # The backward pass runs outside autocast: save the tensors as the forward pass casts them.
-    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
-    flat = [x.reshape(batch * heads, *x.shape[2:]) for x in (query, key, value)]
-    out: Tensor = _BlockwiseAttention.apply(*flat, mask, window, scale, heads)  # type: ignore[no-untyped-call]
+    inputs = (as_autocast(x).contiguous() for x in (query, key, value))
+    out: Tensor = _BlockwiseAttention.apply(*inputs, mask, window, scale)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)
 
 
-def _weights(
-    query: Tensor, key: Tensor, mask: Tensor | None, queries: slice, keys: slice, scale: float
-) -> Tensor:
-    """Attention weights [batch * heads, queries, keys] of one block."""
-    scores = torch.bmm(query[:, queries] * scale, key[:, keys].transpose(1, 2))
-    if mask is None:
-        size = scores.shape[1]
-        later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
-        scores[..., queries.start - queries.stop :].masked_fill_(later, float("-inf"))
-    else:
-        hidden = ~mask[:, :, queries, keys]
-        heads = len(scores) // max(1, mask.shape[0])
-        scores.view(mask.shape[0], heads, *scores.shape[1:]).masked_fill_(hidden, float("-inf"))
-    return scores.softmax(dim=-1)
+class _Pieces:
+    """Attention in pieces: some heads of one row of the batch, then blocks of queries.
+
+    `heads` has the pieces of the first two dimensions, chosen so that the scores of a block stay in
+    the processor's cache; `blocks` has the queries of each block and the keys that they may see.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, window: int) -> None:
+        (batch, heads, seq, _), total = query.shape, key.shape[2]
+        size = 64 if total <= FEW_KEYS else 128
+        start = total - seq
+        self.blocks = [
+            (slice(i, j), slice(max(0, start + i - window + 1) if window else 0, start + j))
+            for i, j in pairwise([*range(0, seq, size), seq])
+        ]
+        self.heads = [(slice(0, batch), slice(0, heads))]
+        if not torch.compiler.is_compiling():  # it would unroll the loop
+            few = max(1, CACHED_SCORES // (size * total))
+            starts = itertools.product(range(batch), range(0, heads, few))
+            self.heads = [(slice(b, b + 1), slice(h, min(h + few, heads))) for b, h in starts]
+        self.mask, self.like = mask, query
+        self.later = self._bias(
+            torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
+        )
+
+    def _bias(self, hidden: Tensor) -> Tensor:
+        """0, and -inf where hidden. Added to the scores, it is faster than masked_fill_ on them."""
+        return self.like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+
+    def weights(
+        self, query: Tensor, key: Tensor, batch: slice, queries: slice, keys: slice
+    ) -> Tensor:
+        """Attention weights [heads, queries, keys] of one block; the queries are scaled."""
+        scores = torch.bmm(query[:, queries], key[:, keys].transpose(1, 2))
+        if self.mask is None:
+            size = scores.shape[1]
+            scores[..., -size:].add_(self.later[:size, :size])
+        else:
+            mask = self.mask if len(self.mask) == 1 else self.mask[batch]
+            bias = self._bias(~mask[:, :, queries, keys])
+            scores.view(len(bias), -1, *scores.shape[1:]).add_(bias)
+        return scores.softmax(dim=-1)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -128,41 +158,46 @@ class _BlockwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, window, scale, heads):  # type: ignore[no-untyped-def]
-        seq, total = query.shape[1], key.shape[1]
-        edges = [*range(0, seq, 64 if total <= FEW_KEYS else 128), seq]
-        start = total - seq
-        # The queries of each block, and the keys that they may see.
-        blocks = [
-            (slice(i, j), slice(max(0, start + i - window + 1) if window else 0, start + j))
-            for i, j in pairwise(edges)
-        ]
-        out = query.new_empty(len(query) // heads, seq, heads, value.shape[2])
+    def forward(ctx, query, key, value, mask, window, scale):  # type: ignore[no-untyped-def]
+        (batch, heads, seq, _), total = query.shape, key.shape[2]
+        pieces = _Pieces(query, key, mask, window)
+        out = query.new_empty(batch, seq, heads, value.shape[3])
         kept = []
         keep = total <= KEPT_KEYS and any(ctx.needs_input_grad)
-        for queries, keys in blocks:
-            weights = _weights(query, key, mask, queries, keys, scale)
-            mixed = torch.bmm(weights, value[:, keys])
-            out[:, queries] = mixed.view(len(out), heads, *mixed.shape[1:]).transpose(1, 2)
-            if keep:
-                kept.append(weights)
+        for b, h in pieces.heads:
+            q, k, v = (x[b, h].flatten(0, 1) for x in (query, key, value))
+            q = q * scale
+            for queries, keys in pieces.blocks:
+                weights = pieces.weights(q, k, b, queries, keys)
+                target = out[b, queries, h].transpose(1, 2)
+                target.copy_(torch.bmm(weights, v[:, keys]).view(target.shape))
+                if keep:
+                    kept.append(weights)
         ctx.save_for_backward(query, key, value, mask, out, *kept)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.window, ctx.scale = window, scale
         return out
 
     @staticmethod
     @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         query, key, value, mask, out, *kept = ctx.saved_tensors
-        mean = (grad * out).sum(dim=-1, keepdim=True).transpose(1, 2).reshape(*query.shape[:2], 1)
-        grad = grad.transpose(1, 2).flatten(0, 1)
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for index, (q, k) in enumerate(ctx.blocks):
-            weights = kept[index] if kept else _weights(query, key, mask, q, k, ctx.scale)
-            grad_value[:, k].baddbmm_(weights.transpose(1, 2), grad[:, q])
-            grad_scores = torch.bmm(grad[:, q], value[:, k].transpose(1, 2))
-            grad_scores = grad_scores.sub_(mean[:, q]).mul_(weights).mul_(ctx.scale)
-            torch.bmm(grad_scores, key[:, k], out=grad_query[:, q])
-            grad_key[:, k].baddbmm_(grad_scores.transpose(1, 2), query[:, q])
-        return grad_query, grad_key, grad_value, None, None, None, None
+        pieces = _Pieces(query, key, mask, ctx.window)
+        grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        weights_of = iter(kept)
+        for b, h in pieces.heads:
+            q, k, v = (x[b, h].flatten(0, 1) for x in (query, key, value))
+            grad_q, grad_k, grad_v = (x[b, h].flatten(0, 1) for x in grads)
+            g, o = (x[b, :, h].transpose(1, 2).flatten(0, 1) for x in (grad, out))
+            mean = (g * o).sum(dim=-1, keepdim=True)
+            q = q * ctx.scale
+            for queries, keys in pieces.blocks:
+                weights = next(weights_of, None)
+                if weights is None:
+                    weights = pieces.weights(q, k, b, queries, keys)
+                grad_v[:, keys].baddbmm_(weights.transpose(1, 2), g[:, queries])
+                grad_scores = torch.bmm(g[:, queries], v[:, keys].transpose(1, 2))
+                grad_scores = grad_scores.sub_(mean[:, queries]).mul_(weights)
+                torch.bmm(grad_scores, k[:, keys], out=grad_q[:, queries])
+                grad_k[:, keys].baddbmm_(grad_scores.transpose(1, 2), q[:, queries])
+            grad_q.mul_(ctx.scale)
+        return *grads, None, None, None

@@ -83,11 +83,15 @@ def routed_experts(
         few = tuned.few_rows_per_expert * len(weights.down)
         if not torch.compiler.is_compiling() and chosen.numel() <= few:
             return per_expert_decode(tokens, row_weights, chosen, weights)
+    flat, rows = tokens.flatten(0, -2), _sorted_rows(row_weights, chosen, len(weights.down))
+    if not torch.is_grad_enabled() and _takes_turns(tokens):
+        routed = _in_turn(flat, weights.gate_up, weights.down, rows, gated=None)
+        return _sum_choices(routed, rows.place).view(tokens.shape)
     out: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
-        tokens.flatten(0, -2),
+        flat,
         weights.gate_up,
         weights.down,
-        *_sorted_rows(row_weights, chosen, len(weights.down)),
+        *rows,
         None if torch.compiler.is_compiling() else weights.sums,
     )
     return out.view(tokens.shape)
@@ -240,10 +244,14 @@ class _RoutedExperts(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]  # noqa: PLR0913
         ctx, tokens, gate_up, down, row_weights, source, place, ends, sums
     ):
-        gated = grouped_linear(tokens.index_select(0, source), gate_up, ends)
-        gate, up = gated.chunk(2, dim=-1)
-        hidden = F.silu(gate).mul_(up).mul_(row_weights[:, None])
-        routed = grouped_linear(hidden, down, ends)
+        rows = SortedRows(row_weights, source, place, ends)
+        if _takes_turns(tokens):
+            gated = tokens.new_empty(len(source), gate_up.shape[1])
+            routed = _in_turn(tokens, gate_up, down, rows, gated)
+        else:
+            gated = grouped_linear(tokens.index_select(0, source), gate_up, ends)
+            hidden = gated_map.activated(gated).mul_(row_weights[:, None])
+            routed = grouped_linear(hidden, down, ends)
         ctx.save_for_backward(tokens, gate_up, down, row_weights, source, place, ends, gated)
         ctx.sums = sums
         ctx.collectors = None if sums is None else (gate_up.grad_fn, down.grad_fn)
@@ -253,28 +261,97 @@ class _RoutedExperts(torch.autograd.Function):
     @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         tokens, gate_up, down, row_weights, source, place, ends, gated = ctx.saved_tensors
-        gate, up = gated.chunk(2, dim=-1)
+        if _takes_turns(grad):
+            rows = SortedRows(row_weights, source, place, ends)
+            found = _gradients_in_turn(ctx, grad, tokens, gate_up, down, rows, gated)
+            return *found, None, None, None, None
         grad = grad.index_select(0, source)
         grad_hidden = grouped_linear(grad, down.transpose(-2, -1), ends)
-        silu = F.silu(gate)
-        hidden = silu * up
-        grad_weights = (grad_hidden * hidden).sum(dim=-1)
-        grad_hidden.mul_(row_weights[:, None])
+        grad_gated, hidden = gated_map.gradients(grad_hidden, gated)
+        grad_weights = _of_weights(grad_gated, gated)
+        grad_gated.mul_(row_weights[:, None])
         grad_down = _weight_gradient(ctx, 1, grad, hidden.mul_(row_weights[:, None]), ends)
-        grad_gated = torch.cat(
-            (torch.ops.aten.silu_backward(grad_hidden * up, gate), grad_hidden.mul_(silu)), dim=-1
-        )
         grad_gate_up = _weight_gradient(ctx, 0, grad_gated, tokens.index_select(0, source), ends)
         grad_rows = grouped_linear(grad_gated, gate_up.transpose(-2, -1), ends)
         grad_tokens = _sum_choices(grad_rows, place)
         return grad_tokens, grad_gate_up, grad_down, grad_weights, None, None, None, None
 
 
+def _of_weights(grad_gated: Tensor, gated: Tensor) -> Tensor:
+    """The gradient of row weights: u times its gradient, since u enters the output linearly."""
+    width = gated.shape[-1] // 2
+    return (grad_gated[:, width:] * gated[:, width:]).sum(dim=-1)
+
+
 def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
     """Sum the top_k rows of each token, in a fixed order on every device."""
+    if _takes_turns(rows) and len(place):
+        return F.embedding_bag(place, rows, mode="sum")
     chosen = rows.index_select(0, place.flatten())
     # With a dtype: autocast on a GPU would otherwise sum to fp32, and so make the gradient fp32.
     return chosen.view(*place.shape, rows.shape[-1]).sum(dim=1, dtype=rows.dtype)
+
+
+def _takes_turns(x: Tensor) -> bool:
+    """Whether experts run one after the other: on a CPU their rows then stay in its cache."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _in_turn(
+    tokens: Tensor, gate_up: Tensor, down: Tensor, rows: SortedRows, gated: Tensor | None
+) -> Tensor:
+    """Weighted outputs [rows, dim] of the experts; [gate | up] is kept in `gated` [rows, ...]."""
+    out = tokens.new_empty(len(rows.source), tokens.shape[-1])
+    for (i, j), up, low in zip(_groups(rows.ends), gate_up, down, strict=True):
+        if i == j:
+            continue
+        x = tokens.index_select(0, rows.source[i:j])
+        part = x @ up.t() if gated is None else torch.mm(x, up.t(), out=gated[i:j])
+        hidden = gated_map.activated(part).mul_(rows.weights[i:j, None])
+        torch.mm(hidden, low.t(), out=out[i:j])
+    return out
+
+
+def _gradients_in_turn(
+    ctx: Any,
+    grad: Tensor,
+    tokens: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    rows: SortedRows,
+    gated: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of tokens, gate_up, down and row weights."""
+    grad_rows = tokens.new_empty(len(rows.source), tokens.shape[-1])
+    grad_weights = torch.empty_like(rows.weights)
+    (sum_up, keep_up), (sum_down, keep_down) = _total(ctx, 0, gate_up), _total(ctx, 1, down)
+    for expert, (i, j) in enumerate(_groups(rows.ends)):
+        source, weight = rows.source[i:j], rows.weights[i:j, None]
+        g = grad.index_select(0, source)
+        grad_gated, hidden = gated_map.gradients(g @ down[expert], gated[i:j])
+        grad_weights[i:j] = _of_weights(grad_gated, gated[i:j])
+        grad_gated.mul_(weight)
+        if sum_down is not None:
+            total, hidden = sum_down[expert], hidden.mul_(weight)
+            torch.addmm(total, g.t(), hidden, beta=keep_down, out=total)
+        if sum_up is not None:
+            total, x = sum_up[expert], tokens.index_select(0, source)
+            torch.addmm(total, grad_gated.t(), x, beta=keep_up, out=total)
+        torch.mm(grad_gated, gate_up[expert], out=grad_rows[i:j])
+    if ctx.sums is not None:
+        sum_up = sum_down = None
+    return _sum_choices(grad_rows, rows.place), sum_up, sum_down, grad_weights
+
+
+def _total(ctx: Any, which: int, weight: Tensor) -> tuple[Tensor | None, int]:
+    """(the sum of the gradients of gate_up (0) or down (1), 0 if it is still empty, else 1)."""
+    if not _is_wanted(ctx, which):
+        return None, 0
+    sums = {} if ctx.sums is None else ctx.sums
+    if which in sums:
+        return sums[which], 1
+    sums[which] = torch.empty_like(weight)
+    return sums[which], 0
 
 
 # Gradients of weights that are used many times
@@ -307,20 +384,17 @@ def _weight_gradient(
     that is most of the memory traffic of a step. So each use adds its product to `ctx.sums`, in
     place, and returns None; `_Collect`, which autograd runs after the last use, returns the sum.
     """
-    if not ctx.needs_input_grad[1 + which]:
+    if not _is_wanted(ctx, which):
         return None
+    product = grouped_outer(left, right, ends)
     if ctx.sums is None:
-        return grouped_outer(left, right, ends)
-    # If this gradient is not requested, its sum would be left over for the next backward pass.
-    if not torch._C._will_engine_execute_node(ctx.collectors[which]):
-        return None
-    total = ctx.sums.get(which)
-    if total is None:
-        ctx.sums[which] = grouped_outer(left, right, ends)
-    elif left.device.type == "cpu":
-        for (start, end), part in zip(_groups(ends), total, strict=True):
-            if end > start:
-                torch.addmm(part, left[start:end].t(), right[start:end], out=part)
-    else:
-        total += grouped_outer(left, right, ends)
+        return product
+    ctx.sums[which] = product if which not in ctx.sums else ctx.sums[which].add_(product)
     return None
+
+
+def _is_wanted(ctx: Any, which: int) -> bool:
+    if not ctx.needs_input_grad[1 + which]:
+        return False
+    # If this gradient is not requested, its sum would be left over for the next backward pass.
+    return ctx.sums is None or torch._C._will_engine_execute_node(ctx.collectors[which])

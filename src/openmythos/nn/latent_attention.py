@@ -89,6 +89,7 @@ class LatentAttentionLayer(AttentionLayer):
         super().__init__()
         self.config = config
         self.kv_width = config.kv_width(dim)
+        self.kv_parts = [config.kv_latent_dim, config.rope_head_dim]
         heads, query_dim = config.num_heads, config.nope_head_dim + config.rope_head_dim
         self.scale = query_dim**-0.5
         if config.q_latent_dim:
@@ -108,8 +109,8 @@ class LatentAttentionLayer(AttentionLayer):
     def project_kv(
         self, x: Hidden, context: AttentionContext, deltas: Deltas = NO_DELTAS
     ) -> KeyValues:
-        down, split = self.kv_down(x, deltas), self.config.kv_latent_dim
-        latent, key = down[..., :split], down[..., split:]
+        # split, not slices: the gradient of a slice is a copy among zeros, and a sum of those.
+        latent, key = torch.split(self.kv_down(x, deltas), self.kv_parts, dim=-1)
         key = rotate(self.key_norm(key).unsqueeze(1), context.cos, context.sin).squeeze(1)
         return torch.cat((self.kv_latent_norm(latent), key), dim=-1)
 
@@ -122,7 +123,7 @@ class LatentAttentionLayer(AttentionLayer):
         else:
             query = self.query(x, deltas)
         query = self.query_norm(query.unflatten(-1, (c.num_heads, -1)).transpose(1, 2))
-        nope, rope = query[..., : c.nope_head_dim], query[..., c.nope_head_dim :]
+        nope, rope = torch.split(query, [c.nope_head_dim, c.rope_head_dim], dim=-1)
         rope = rotate(rope, context.cos, context.sin)
         # Multiply-adds per head that absorbing saves: it expands the seq queries, not all latents.
         # It adds some per query and key, since latents are wider than keys and values.
@@ -141,9 +142,9 @@ class LatentAttentionLayer(AttentionLayer):
         """Expand keys and values per head; [batch, heads, seq, value_head_dim]."""
         c = self.config
         query = torch.cat((nope, rope), dim=-1)
-        latent, rope_key = kv[..., : c.kv_latent_dim], kv[..., c.kv_latent_dim :]
+        latent, rope_key = torch.split(kv, self.kv_parts, dim=-1)
         expanded = self.kv_up(latent, deltas).unflatten(-1, (c.num_heads, -1)).transpose(1, 2)
-        nope_key, value = expanded[..., : c.nope_head_dim], expanded[..., c.nope_head_dim :]
+        nope_key, value = torch.split(expanded, [c.nope_head_dim, c.value_head_dim], dim=-1)
         rope_key = rope_key.unsqueeze(1).expand(-1, c.num_heads, -1, -1)
         key = torch.cat((nope_key, rope_key), dim=-1)
         return context.attend(query, key, value, self.scale)
