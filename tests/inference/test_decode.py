@@ -1,6 +1,5 @@
 """A decoding step of fixed shapes computes what the model computes, however it is run."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from variants import (
     tiny_model,
 )
 
-from openmythos import kernels
 from openmythos.inference import graphs
 from openmythos.inference.compiled import CompiledModel
 from openmythos.inference.contrast import NoContrast
@@ -29,14 +27,6 @@ from openmythos.inference.sampling import Sampling
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.cache import ExactCache
 from openmythos.recurrence.exit_rules import KLExit, StateChangeExit
-
-
-@pytest.fixture
-def no_native() -> Iterator[None]:
-    """Without the native kernel: with it nothing is compiled."""
-    with kernels.use("torch"):
-        yield
-
 
 RULES = [rule for rule in EXIT_RULES if not unsupported(rule, NoContrast())]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -109,7 +99,6 @@ def test_rows_in_different_loops_share_a_step(config: Any) -> None:
     torch.testing.assert_close(found.hidden, torch.stack(ends), **CLOSE)
 
 
-@pytest.mark.usefixtures("no_native")
 def test_without_a_compiler_decoding_is_eager_after_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +155,6 @@ def check_all_modes(model: OpenMythos, compiled: CompiledModel) -> None:
 
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("parts", COMPILED)
 def test_compiled_code_generates_the_same_tokens(parts: dict[str, Any], tmp_path: Path) -> None:
     model, said = tiny_model(tiny_config(**parts)), list[str]()

@@ -15,7 +15,6 @@ from openmythos.inference.decode import Run, Step, shows_its_parts, unsupported
 from openmythos.inference.generation import DecodableModel
 from openmythos.inference.graphs import Captured, Compiled, fingerprint, weights_of
 from openmythos.kernels import step_form
-from openmythos.nn import few_rows
 from openmythos.nn.cache import CachePolicy, KVCache
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.types import LoopCounts, Mask, NextLogits, TokenIds
@@ -137,8 +136,6 @@ class CompiledModel:
         if types:
             return f"a weight is a {types.pop().__name__}"
         form = step_form(self.device)
-        if form == "compiled" and few_rows.covers(self.model):
-            return "the native kernel computes its layers, and faster"
         found = (form, fingerprint(self.model))
         if found != self._made_for:
             self._made_for, self._run = found, f"there is no compiled form on {self.device}"

@@ -210,12 +210,6 @@ _LAYERS: WeakKeyDictionary[Block, DecodedLayer] = WeakKeyDictionary()
 _REASONS: set[str] = set()
 
 
-def covers(model: nn.Module) -> bool:
-    """Whether every block of a model has a native form, and native forms are wanted."""
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
-    return few_rows_native.available() and all(native_layer(block) for block in blocks)
-
-
 def native_layer(block: Block) -> DecodedLayer | None:
     """The native form of a block as it is now; None, after one log line, if there is none."""
     checked = _CHECKED.layers
