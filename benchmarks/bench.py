@@ -201,6 +201,7 @@ def main() -> None:
             about = {
                 "command": "python benchmarks/bench.py " + " ".join(sys.argv[1:]),
                 "commit": machine["commit"],
+                "cpu": machine["cpu"],
                 "rounds": options.rounds,
                 "limits": limits,
             }
