@@ -105,8 +105,12 @@ class Worker:
         return True
 
     def time(self, calls: int) -> list[float]:
-        """Seconds of each call. On a GPU, one more call first refills the allocator's buffers."""
-        if self.device.type == "cuda":
+        """Seconds of each of several calls in a row, after one that is not timed.
+
+        That one brings weights into the processor's cache, or refills a GPU's allocator. A single
+        call is long, and timed alone.
+        """
+        if calls > 1:
             self.call()
         return [self.call() for _ in range(calls)]
 
