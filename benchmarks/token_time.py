@@ -3,9 +3,10 @@
     python benchmarks/token_time.py                 (writes results/bench/KIND/token-time.*)
 
 "before" decodes with torch's operators alone, "after" as `openmythos generate` does. A total is the
-fastest of some calls without a profiler, by CPU time, before and after in turns. The profiler then says how much
-of a call is spent inside products, attention, and native layers, at least; what is left is Python
-and many small operators, of which the profiler would count too much, since it slows them down.
+fastest of some calls without a profiler, by CPU time, before and after in turns. The profiler then
+says how much of a call is spent inside products, attention, and native layers, at least; what is
+left is Python and many small operators, of which the profiler would count too much, since it slows
+them down.
 """
 
 import argparse
