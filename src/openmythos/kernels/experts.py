@@ -18,6 +18,8 @@ from openmythos import kernels
 from openmythos.kernels import gated as gated_map
 from openmythos.kernels.precision import as_autocast
 
+# With fewer rows per expert, one operator for all experts is faster than some for each.
+ROWS_IN_TURN = 16
 # Up to this many tokens, fixed shapes are worth reading an expert once per token.
 FEW_TOKENS = 16
 # The dtypes that torch's grouped_mm supports.
@@ -84,7 +86,7 @@ def routed_experts(
         if not torch.compiler.is_compiling() and chosen.numel() <= few:
             return per_expert_decode(tokens, row_weights, chosen, weights)
     flat, rows = tokens.flatten(0, -2), _sorted_rows(row_weights, chosen, len(weights.down))
-    if not torch.is_grad_enabled() and _takes_turns(tokens):
+    if not torch.is_grad_enabled() and _takes_turns(rows.source, len(weights.down)):
         routed = _in_turn(flat, weights.gate_up, weights.down, rows, gated=None)
         return _sum_choices(routed, rows.place).view(tokens.shape)
     out: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
@@ -245,7 +247,7 @@ class _RoutedExperts(torch.autograd.Function):
         ctx, tokens, gate_up, down, row_weights, source, place, ends, sums
     ):
         rows = SortedRows(row_weights, source, place, ends)
-        if _takes_turns(tokens):
+        if _takes_turns(source, len(down)):
             gated = tokens.new_empty(len(source), gate_up.shape[1])
             routed = _in_turn(tokens, gate_up, down, rows, gated)
         else:
@@ -261,9 +263,12 @@ class _RoutedExperts(torch.autograd.Function):
     @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         tokens, gate_up, down, row_weights, source, place, ends, gated = ctx.saved_tensors
-        if _takes_turns(grad):
-            rows = SortedRows(row_weights, source, place, ends)
-            found = _gradients_in_turn(ctx, grad, tokens, gate_up, down, rows, gated)
+        if _takes_turns(source, len(down)):
+            rows, weights = (
+                SortedRows(row_weights, source, place, ends),
+                ExpertWeights(gate_up, down),
+            )
+            found = _gradients_in_turn(ctx, grad, tokens, weights, rows, gated)
             return *found, None, None, None, None
         grad = grad.index_select(0, source)
         grad_hidden = grouped_linear(grad, down.transpose(-2, -1), ends)
@@ -273,27 +278,30 @@ class _RoutedExperts(torch.autograd.Function):
         grad_down = _weight_gradient(ctx, 1, grad, hidden.mul_(row_weights[:, None]), ends)
         grad_gate_up = _weight_gradient(ctx, 0, grad_gated, tokens.index_select(0, source), ends)
         grad_rows = grouped_linear(grad_gated, gate_up.transpose(-2, -1), ends)
-        grad_tokens = _sum_choices(grad_rows, place)
-        return grad_tokens, grad_gate_up, grad_down, grad_weights, None, None, None, None
+        found = (_sum_choices(grad_rows, place), grad_gate_up, grad_down, grad_weights)
+        return *found, None, None, None, None
 
 
 def _of_weights(grad_gated: Tensor, gated: Tensor) -> Tensor:
     """The gradient of row weights: u times its gradient, since u enters the output linearly."""
-    width = gated.shape[-1] // 2
-    return (grad_gated[:, width:] * gated[:, width:]).sum(dim=-1)
+    return torch.mul(*(x.chunk(2, dim=-1)[1] for x in (grad_gated, gated))).sum(dim=-1)
 
 
 def _sum_choices(rows: Tensor, place: Tensor) -> Tensor:
     """Sum the top_k rows of each token, in a fixed order on every device."""
-    if _takes_turns(rows) and len(place):
+    if _runs_eagerly_on_cpu(rows) and len(place):
         return F.embedding_bag(place, rows, mode="sum")
     chosen = rows.index_select(0, place.flatten())
     # With a dtype: autocast on a GPU would otherwise sum to fp32, and so make the gradient fp32.
     return chosen.view(*place.shape, rows.shape[-1]).sum(dim=1, dtype=rows.dtype)
 
 
-def _takes_turns(x: Tensor) -> bool:
-    """Whether experts run one after the other: on a CPU their rows then stay in its cache."""
+def _takes_turns(rows: Tensor, num_experts: int) -> bool:
+    """Whether experts run one after the other: on a CPU many rows of one stay in its cache."""
+    return _runs_eagerly_on_cpu(rows) and len(rows) >= ROWS_IN_TURN * num_experts
+
+
+def _runs_eagerly_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -303,8 +311,6 @@ def _in_turn(
     """Weighted outputs [rows, dim] of the experts; [gate | up] is kept in `gated` [rows, ...]."""
     out = tokens.new_empty(len(rows.source), tokens.shape[-1])
     for (i, j), up, low in zip(_groups(rows.ends), gate_up, down, strict=True):
-        if i == j:
-            continue
         x = tokens.index_select(0, rows.source[i:j])
         part = x @ up.t() if gated is None else torch.mm(x, up.t(), out=gated[i:j])
         hidden = gated_map.activated(part).mul_(rows.weights[i:j, None])
@@ -313,17 +319,12 @@ def _in_turn(
 
 
 def _gradients_in_turn(
-    ctx: Any,
-    grad: Tensor,
-    tokens: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    rows: SortedRows,
-    gated: Tensor,
+    ctx: Any, grad: Tensor, tokens: Tensor, weights: ExpertWeights, rows: SortedRows, gated: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of tokens, gate_up, down and row weights."""
     grad_rows = tokens.new_empty(len(rows.source), tokens.shape[-1])
     grad_weights = torch.empty_like(rows.weights)
+    gate_up, down = weights.gate_up, weights.down
     (sum_up, keep_up), (sum_down, keep_down) = _total(ctx, 0, gate_up), _total(ctx, 1, down)
     for expert, (i, j) in enumerate(_groups(rows.ends)):
         source, weight = rows.source[i:j], rows.weights[i:j, None]
@@ -348,10 +349,9 @@ def _total(ctx: Any, which: int, weight: Tensor) -> tuple[Tensor | None, int]:
     if not _is_wanted(ctx, which):
         return None, 0
     sums = {} if ctx.sums is None else ctx.sums
-    if which in sums:
-        return sums[which], 1
-    sums[which] = torch.empty_like(weight)
-    return sums[which], 0
+    known = which in sums
+    sums[which] = sums[which] if known else torch.empty_like(weight)
+    return sums[which], int(known)
 
 
 # Gradients of weights that are used many times
