@@ -81,7 +81,9 @@ def time_bars(cases: Mapping[str, Any]) -> Figure:
                     width = 1e3 * bar.get(part, 0.0)
                     axes.barh(line, width, 0.62, left=left, color=colours[part], label=part)
                     left += width
-                axes.text(left, line, f" {left:.3g} ms", verticalalignment="center", fontsize=9)
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # above the bounds
+                text = f" {left:.3g} ms"
+                axes.text(left, line, text, verticalalignment="center", fontsize=9, bbox=box)
             for (name, seconds), dash in zip(case["bounds"].items(), ("-", ":"), strict=True):
                 axes.axvline(1e3 * seconds, color="black", linestyle=dash, label=f"bound: {name}")
             axes.set_yticks(range(len(case["parts"])), list(case["parts"]))
