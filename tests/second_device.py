@@ -82,6 +82,8 @@ def second_device(patch: pytest.MonkeyPatch) -> Iterator[None]:
     # Not known for the meta device; neither is used at fp32.
     patch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     patch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    # Tensors that wrap another cannot be made in inference mode.
+    patch.setattr(torch, "inference_mode", torch.no_grad)
     # torch.optim hides its modules behind names of their own.
     adam = importlib.import_module("torch.optim.adam")
     patch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
