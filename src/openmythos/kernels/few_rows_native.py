@@ -266,19 +266,24 @@ class NativeLayer:
         call.slot_stride, call.line_stride = kv.stride(0), kv.stride(1)
         column, writes = places.column, places.writes
         if isinstance(column, Tensor):
+            column = column.contiguous()
             call.column = column.data_ptr()
         else:
             call.same_column = column
         if writes is not True:
             if writes is False:
                 writes = _no_writes(x.shape[0])
+            writes = writes.contiguous()
             call.writes = writes.data_ptr()
         if places.pages is not None:
             call.page_columns, call.page_row_stride = kv.shape[1], _row_stride(places.pages)
-        for name in ("slot", "line", "first", "pages"):
+            call.pages = places.pages.data_ptr()
+        kept = []  # until the call is over
+        for name in ("slot", "line", "first"):
             given = getattr(places, name)
             if given is not None:
-                setattr(call, name, given.data_ptr())
+                kept.append(given.contiguous())
+                setattr(call, name, kept[-1].data_ptr())
         if mask is not None:
             call.mask, call.mask_stride = mask.data_ptr(), _row_stride(mask)
         if cos is not None and places.sin is not None:

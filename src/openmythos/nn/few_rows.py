@@ -178,7 +178,11 @@ class DecodedLayer:
         named = {}
         if deltas:
             named = {
-                name: Delta(delta.down.contiguous(), delta.up.contiguous(), delta.which)
+                name: Delta(
+                    delta.down.contiguous(),
+                    delta.up.contiguous(),
+                    None if delta.which is None else delta.which.expand(len(x)).contiguous(),
+                )
                 for name, key in self._keys.items()
                 if (delta := deltas.get(key)) is not None
             }
