@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hub.test_export_outside import environment, other_python
-from serve.running import serving
+from serving.running import serving
 
 from openmythos.eval.accuracy import accuracy_map
 from openmythos.eval.harness_tasks import problems

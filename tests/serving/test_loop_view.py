@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from serve.conftest import client_of, wait_until
+from serving.conftest import client_of, wait_until
 from starlette.testclient import TestClient
 
 from openmythos.data.tokenizer import ByteTokenizer

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from serve.conftest import client_of, wait_until
+from serving.conftest import client_of, wait_until
 from starlette.testclient import TestClient
 
 from openmythos.inference.engine import Engine

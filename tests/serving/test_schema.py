@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from serve.conftest import client_of, wait_until
+from serving.conftest import client_of, wait_until
 
 from openmythos.serve.limits import ServerLimits
 from openmythos.serve.service import Service

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from serve.conftest import client_of, wait_until
+from serving.conftest import client_of, wait_until
 from starlette.testclient import TestClient
 
 from openmythos.data.tokenizer import ByteTokenizer

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from serve.running import Server, serving, wait_for
+from serving.running import Server, serving, wait_for
 
 pytestmark = pytest.mark.slow
 LONG = {"max_tokens": 80, "ignore_eos": True, "num_loops": 32}

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from serve.running import Server, serving, wait_for
+from serving.running import Server, serving, wait_for
 
 pytestmark = pytest.mark.slow
 SECONDS = float(os.environ.get("OPENMYTHOS_SOAK_SECONDS", "600"))
