@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from variants import FEW_VARIANT_IDS, FEW_VARIANTS, random_tokens, tiny_config, tiny_model
 
 from openmythos import OpenMythos, kernels
+from openmythos.inference.decode import Eager, Step
 from openmythos.inference.generation import Request, decode_one_token, prefill, stream
 from openmythos.kernels import native
+from openmythos.kernels.few_rows import Places
 from openmythos.kernels.few_rows_native import NativeLayer
 from openmythos.model.config import MythosConfig
 from openmythos.nn import few_rows
-from openmythos.nn.block import Layers
+from openmythos.nn.block import Block, Layers
 from openmythos.nn.moe import MoE
 from openmythos.nn.value_embedding import NoValueEmbeddings
 from openmythos.recurrence.exit_rules import StateChangeExit
@@ -81,6 +83,30 @@ def lora_model() -> OpenMythos:
     moe = MoE(num_experts=4, top_k=2, expert_dim=16)
     lora = LoopLoRA(rank=2, num_loops=2, targets=("*",))
     return tiny_model(tiny_config(recurrent_feed_forward=moe, loop_lora=lora)).eval()
+
+
+def test_one_loop_index_serves_all_rows() -> None:
+    """The kernel reads an index of every row: one past the end is anything."""
+    lora = LoopLoRA(rank=2, num_loops=2, targets=("*",))
+    for kind in ({}, {"recurrent_feed_forward": MoE(num_experts=4, top_k=2, expert_dim=16)}):
+        model, request = tiny_model(tiny_config(loop_lora=lora, **kind)), Request(num_loops=3)
+        caches = [model.new_cache(len(PROMPT), 9, num_loops=3) for _ in range(2)]
+        with torch.no_grad():
+            (logits, _), _ = [prefill(model, PROMPT, request, cache) for cache in caches]
+            step = Step(model, caches[1], 3, request.exit_rule, Eager())
+            wanted, _ = decode_one_token(model, logits.argmax(dim=-1), request, caches[0])
+            found, _ = step(logits.argmax(dim=-1), caches[1])
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_is_given_a_number_for_every_row() -> None:
+    lora = LoopLoRA(rank=2, num_loops=2, targets=("*",))
+    model = tiny_model(tiny_config(loop_lora=lora))
+    block = cast("Block", model.prelude[0])
+    layer = NativeLayer(few_rows.layer_weights(block))
+    kv = torch.zeros(1, 3, 4, block.attention.kv_width)
+    with torch.no_grad(), pytest.raises(AssertionError, match="2 numbers for 3 rows"):
+        layer(torch.zeros(3, 32), Places(kv=kv, column=torch.zeros(2, dtype=torch.long)), {})
 
 
 def test_generated_tokens_are_the_same(calls: list[int]) -> None:

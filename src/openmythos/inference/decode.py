@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from openmythos.inference.contrast import Contrast, NoContrast
 from openmythos.nn.block import Block, Layers
 from openmythos.nn.cache import KVCache
-from openmythos.nn.layout import AttentionContext, AttentionPositions, rope_tables
+from openmythos.nn.layout import AttentionContext, AttentionPositions, own_mask, rope_tables
 from openmythos.nn.view import CachedRows, LayerView
 from openmythos.recurrence.exit_rules import ExitRule, ExitTracker, FixedExit, LoopStates
 from openmythos.recurrence.injection import Drive
@@ -82,13 +82,9 @@ def begin(
         at = places.position[:, None, None]
         cos, sin = rope_tables(at, rotary, attention.rope_base, attention.rope_scaling)
     if masked:
-        keys, own = places.keys, places.column[:, None]
-        mask = keys <= own
-        if attention.window:
-            mask = mask & (keys > own - attention.window)
+        mask = own_mask(places.column, places.keys, attention.window)
         if places.valid is not None:
-            mask = mask & places.valid[:, : keys.shape[0]]
-        mask = mask[:, None, None]
+            mask = mask & places.valid[:, None, None, : places.keys.shape[0]]
     seen = Seen(cos, sin, mask)
     context = _context(places, seen)
     views = [LayerView(context, CachedRows(x, places.column, places.keys.shape[0])) for x in kv]

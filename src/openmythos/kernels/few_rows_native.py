@@ -264,36 +264,28 @@ class NativeLayer:
         call = _Call(x=x.data_ptr(), out=out.data_ptr(), kv=kv.data_ptr(), rows=x.shape[0])
         call.dtype, call.kv_dtype = _DTYPES[x.dtype], _DTYPES[kv.dtype]
         call.slot_stride, call.line_stride = kv.stride(0), kv.stride(1)
-        column, writes = places.column, places.writes
-        if isinstance(column, Tensor):
-            column = column.contiguous()
-            call.column = column.data_ptr()
-        else:
+        rows, column, writes = x.shape[0], places.column, places.writes
+        if writes is False:
+            writes = _no_writes(rows)
+        given = (places.slot, places.line, places.first, column, writes)
+        kept = [_of_rows(one, rows) if isinstance(one, Tensor) else None for one in given]
+        for name, array in zip(("slot", "line", "first", "column", "writes"), kept, strict=True):
+            setattr(call, name, _pointer(array))
+        if not isinstance(column, Tensor):
             call.same_column = column
-        if writes is not True:
-            if writes is False:
-                writes = _no_writes(x.shape[0])
-            writes = writes.contiguous()
-            call.writes = writes.data_ptr()
         if places.pages is not None:
             call.page_columns, call.page_row_stride = kv.shape[1], _row_stride(places.pages)
             call.pages = places.pages.data_ptr()
-        kept = []  # until the call is over
-        for name in ("slot", "line", "first"):
-            given = getattr(places, name)
-            if given is not None:
-                kept.append(given.contiguous())
-                setattr(call, name, kept[-1].data_ptr())
         if mask is not None:
             call.mask, call.mask_stride = mask.data_ptr(), _row_stride(mask)
         if cos is not None and places.sin is not None:
             call.cos, call.sin = cos.data_ptr(), places.sin.data_ptr()
             call.table_stride, call.rotary_dim = _row_stride(cos), cos.shape[-1]
-        layer = self._with(deltas) if deltas else self._layer
+        layer = self._with(deltas, rows) if deltas else self._layer
         self._run(ctypes.byref(layer), ctypes.byref(call))
         return out
 
-    def _with(self, deltas: Deltas) -> _Layer:
+    def _with(self, deltas: Deltas, rows: int) -> _Layer:
         """A copy with the deltas of this call: another thread may be using the layer."""
         layer = _Layer.from_buffer_copy(self._layer)
         for name, (down, up, which) in deltas.items():
@@ -302,8 +294,16 @@ class NativeLayer:
             one.delta_dtype = _DTYPES[down.dtype]
             if down.ndim == 3 and len(down) > 1:
                 one.down_stride, one.up_stride = down.stride(0), up.stride(0)
-                one.which = _pointer(which)
+                if which is not None:
+                    assert len(which) == rows and which.is_contiguous()
+                    one.which = which.data_ptr()
         return layer
+
+
+def _of_rows(array: Tensor, rows: int) -> Tensor:
+    """The array, contiguous; the kernel reads a number of it for every row."""
+    assert len(array) == rows, f"{len(array)} numbers for {rows} rows"
+    return array.contiguous()
 
 
 def _row_stride(x: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from openmythos.model.inputs import ModelInputs
 from openmythos.nn.block import Layers
 from openmythos.nn.cache import KVCache
-from openmythos.nn.layout import AttentionContext, rope_tables
+from openmythos.nn.layout import AttentionContext, own_mask, rope_tables
 from openmythos.nn.view import KVView, LayerView
 from openmythos.recurrence.exit_rules import ExitRule
 from openmythos.recurrence.loop import RecurrentBlock
@@ -70,10 +70,7 @@ class Stages:
         cos, sin = self._rotated(positions, total)
         if min(lengths) + 1 < total or 0 < window < total:
             keys = torch.arange(total, device=tokens.device)
-            mask = keys <= positions
-            if window:
-                mask = mask & (keys > positions - window)
-            mask = mask[:, None, None]
+            mask = own_mask(positions[:, 0], keys, window)
         return AttentionContext(
             positions, cos, sin, mask, is_causal=False, window=window, packed=True, tokens=tokens
         )
@@ -95,10 +92,8 @@ class Stages:
         self, context: AttentionContext, views: Sequence[KVView]
     ) -> tuple[LoopState, LoopInputs]:
         """Embedding and prelude of the context's tokens: the state before the first loop."""
-        model, scale = self.model, self.model.config.embed_scale
         assert context.tokens is not None
-        x = model.embed(context.tokens)
-        x = x * scale if scale != 1 else x
+        x = self.model.embedded(context.tokens)
         x, _ = self._prelude(x, [LayerView(context, kv) for kv in views])
         return self._block.start(x, context)
 

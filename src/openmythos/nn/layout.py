@@ -149,6 +149,18 @@ def attention_context(
     return AttentionContext(positions, cos, sin, mask, is_causal, window, tokens=tokens)
 
 
+def own_mask(columns: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Which of the columns `keys` [total] one token per row, in `columns` [rows], may attend to.
+
+    [rows, 1, 1, total]; a sliding window of `window` keys (0: unlimited).
+    """
+    own = columns[:, None]
+    seen = keys <= own
+    if window:
+        seen = seen & (keys > own - window)
+    return seen[:, None, None]
+
+
 def rope_tables(
     positions: Tensor, rotary_dim: int, base: float, scaling: RopeFrequencies = NO_SCALING
 ) -> tuple[Tensor, Tensor]:
