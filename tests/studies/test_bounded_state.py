@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+from studies.made_up import run_of
 
 from openmythos import OpenMythos
 from openmythos.analysis.stability import spectral_radius
@@ -23,8 +24,7 @@ def run(name: str, seed: int = 0, **changes: Any) -> RunResult:
         "spikes": 0,
         "not_finite": 0,
     }
-    settings = {"train": {"optimizer": {"lr": float(ARMS[name].factors["rate"])}}}
-    return RunResult(name, seed, settings, curve, 1000, 1.0, 1.0, "")
+    return run_of(name, curve, seed, rate=float(ARMS[name].factors["rate"]))
 
 
 def runs(concat: dict[str, Any], lti: dict[str, Any]) -> list[RunResult]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from studies.made_up import run_of
 
 from openmythos import OpenMythos
 from openmythos.eval.accuracy import ASKED_SEED
@@ -31,8 +32,7 @@ def runs(facts: tuple[float, ...], chains: tuple[float, ...], noise: float = 0.0
             "fact_nats": {loops: 1.0},
             "chains": {str(hops): {loops: right - shift} for hops in range(1, study.HOPS + 1)},
         }
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
-        return RunResult(name, seed, settings, curve, 10_000, 1.0, 1.0, "")
+        return run_of(name, curve, seed, parameters=10_000)
 
     cells = dict(zip(CROSSED, zip(facts, chains, strict=True), strict=True))
     cells[study.LAYERS] = cells[study.WIDE] = (0.9, 0.9)

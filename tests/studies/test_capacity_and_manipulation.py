@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+from studies.made_up import two_runs
 
 from openmythos.planning import cost
 from openmythos.studies import capacity_and_manipulation as study
@@ -25,12 +26,8 @@ def runs(
             "facts": {"nats": nats[place], "facts": held},
             "chains": {"nats": 0.1, "facts": known, "two_hops": hops[place]},
         }
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
-        found += [
-            RunResult(study.name_of(task, *shape), s, settings, curve, 20_000, 1.0, 1.0, "")
-            for task, curve in curves.items()
-            for s in (0, 1)
-        ]
+        for task, curve in curves.items():
+            found += two_runs(study.name_of(task, *shape), curve, parameters=20_000)
     return found
 
 

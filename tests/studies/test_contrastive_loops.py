@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from studies.made_up import run_of
 
 from openmythos.inference.contrast import LoopContrast
 from openmythos.studies import contrastive_loops as study
@@ -21,8 +22,7 @@ def runs(
         found[study.CHOSEN] = [4.0 + nats, 0.3 + default + noise]
         return found
 
-    settings = {"train": {"optimizer": {"lr": 1e-3}}}
-    return [RunResult(study.TEXT, s, settings, curve(s), 1, 1.0, 1.0, "") for s in (0, 1, 2)]
+    return [run_of(study.TEXT, curve(s), s) for s in (0, 1, 2)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from studies.made_up import run_of
 
 from openmythos.planning import cost
 from openmythos.studies import experts_by_loop as routing
@@ -22,8 +23,7 @@ def test_distinct_experts_are_judged_by_what_they_are_worth() -> None:
                 score = {"as chosen": base, "first loop's": forced, "previous loop's": base}
                 curve = {"score": score, "distinct": {"2": 1.2, "4": 1.5, "8": 1.7}}
                 curve |= {"jaccard": 0.6, "max_violation": 0.1, "max_violation_by_loop": [0.1, 0.4]}
-            settings = {"train": {"optimizer": {"lr": 1e-3}}}
-            return RunResult(arm.name, seed, settings, curve | (rest if nats else {}), 1, 1, 1, "")
+            return run_of(arm.name, curve | (rest if nats else {}), seed)
 
         return routing.judge([run(arm, seed) for arm in routing.arms() for seed in (0, 1)])
 

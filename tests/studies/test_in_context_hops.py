@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from studies.made_up import two_runs
 
 from openmythos.planning import cost
 from openmythos.studies import in_context_hops as study
@@ -20,9 +21,8 @@ def runs(**changes: float) -> list[RunResult]:
             arm, hops = key.split("_")
             if name.startswith(arm):
                 shares[int(hops)] = value
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
         curve: dict[str, Any] = {str(h): x for h, x in shares.items()}
-        found += [RunResult(name, s, settings, curve, 1000, 1.0, 1.0, "") for s in (0, 1)]
+        found += two_runs(name, curve)
     return found
 
 

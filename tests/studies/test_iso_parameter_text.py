@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+from studies.made_up import run_of
 
 from openmythos.planning import cost
 from openmythos.studies import iso_parameter_text as study
@@ -28,10 +29,9 @@ def runs(phi: float = 0.46, noise: float = 0.03, scale: float = 0.5) -> list[Run
             loss = 3.0 + scale * (layers * loops**phi) ** -0.5 + 0.6 * tokens**-0.4
         factors = ARMS[name].factors
         flops = (0.56 + 0.8 * int(factors["depth"])) * float(factors["tokens"])
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
         # Different noise for every arm, but not a different one each time.
         shift = noise * math.sin(7 * seed + 3 * list(ARMS).index(name))
-        return RunResult(name, seed, settings, {"nats": loss + shift}, 1000, flops, 1.0, "")
+        return run_of(name, {"nats": loss + shift}, seed, flops=flops)
 
     return [run(name, seed) for name in ARMS for seed in (0, 1)]
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from studies.made_up import two_runs
 
 from openmythos.studies import linear_frontier as study
 from openmythos.studies.study import RunResult
@@ -25,8 +26,7 @@ def runs(
             "frontier": {str(n): x for n, x in frontier.items()},
             "right": {str(h): {str(n): x for n, x in row.items()} for h, row in right.items()},
         }
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
-        found += [RunResult(name, s, settings, curve, 1000, 1.0, 1.0, "") for s in (0, 1)]
+        found += two_runs(name, curve)
     return found
 
 

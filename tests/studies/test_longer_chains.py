@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from studies.made_up import two_runs
 
 from openmythos.studies import longer_chains as study
 from openmythos.studies.study import RunResult
@@ -25,8 +26,7 @@ def runs(later: float = 0.0, **changes: float) -> list[RunResult]:
             "right": {str(n): share for n, share in shares.items()},
             "later": {str(n): share - later for n, share in shares.items()},
         }
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
-        found += [RunResult(name, s, settings, curve, 1000, 1.0, 1.0, "") for s in (0, 1)]
+        found += two_runs(name, curve)
     return found
 
 

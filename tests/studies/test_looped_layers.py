@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from studies.made_up import run_of
 
 from openmythos.planning import cost
 from openmythos.studies import looped_layers as study
@@ -27,11 +28,7 @@ def runs(**failing: int) -> list[RunResult]:
 
 
 def _runs(name: str, shares: list[float]) -> list[RunResult]:
-    settings = {"train": {"optimizer": {"lr": 1e-3}}}
-    return [
-        RunResult(name, s, settings, {"accuracy": share}, 1000, 1.0, 1.0, "")
-        for s, share in enumerate(shares)
-    ]
+    return [run_of(name, {"accuracy": share}, seed) for seed, share in enumerate(shares)]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from studies.made_up import two_runs
 
 from openmythos import OpenMythos
 from openmythos.planning import cost
@@ -30,8 +31,7 @@ def runs(
             "milliseconds": {"1": one, "64": many},
             "flops": flops if name == study.LOOPS else 1.0,
         }
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
-        found += [RunResult(name, s, settings, curve, 1000, 1.0, 1.0, "") for s in (0, 1)]
+        found += two_runs(name, curve)
     return found
 
 

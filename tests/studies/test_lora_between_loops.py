@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from studies.made_up import run_of
 
 from openmythos.planning import cost
 from openmythos.studies import lora_between_loops as study
@@ -19,15 +20,12 @@ def runs(
 ) -> list[RunResult]:
     """Shared weights have a loss of 4.0 and 4.01 nats."""
     losses = {0: (4.0, 4.01), 4: (four, four), 8: (eight, eight + 0.01), study.FULL: full}
-    settings = {"train": {"optimizer": {"lr": 1e-3}}}
     return [
-        RunResult(
+        run_of(
             study.name_of(rank),
-            seed,
-            settings,
             {str(n): own[seed] + deep * (n > 4) for n in study.LOOPS},
-            1000 + 10 * rank,
-            *(1.0, 1.0, ""),
+            seed,
+            parameters=1000 + 10 * rank,
         )
         for rank, own in losses.items()
         for seed in (0, 1)

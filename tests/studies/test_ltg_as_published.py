@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from studies.made_up import two_runs
 
 from openmythos.studies import ltg_as_published as study
 from openmythos.studies.study import RunResult
@@ -20,12 +21,7 @@ def runs(learned: int = 6, beyond: float = 0.95, once: float = 0.1) -> list[RunR
             for h in study.HOPS
         }
 
-    settings = {"train": {"optimizer": {"lr": 1e-3}}}
-    return [
-        RunResult(name, s, settings, curve(name), 1000, 1.0, 1.0, "")
-        for name in (study.LOOPED, study.ONCE)
-        for s in (0, 1)
-    ]
+    return [run for name in (study.LOOPED, study.ONCE) for run in two_runs(name, curve(name))]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from studies.made_up import two_runs
+
 from openmythos import OpenMythos
 from openmythos.studies import stopping
 from openmythos.studies.study import RunResult
@@ -16,7 +18,6 @@ def made_up(
     The oracle stops one loop before the hops; a fixed number of loops solves what has fewer hops.
     """
     hops = [str(h) for h in stopping.HOPS]
-    settings = {"train": {"optimizer": {"lr": 1e-3}}}
 
     def curve(rules: Mapping[str, float]) -> dict[str, Any]:
         return {
@@ -31,11 +32,7 @@ def made_up(
 
     rules = {n: excess if n.endswith("sequence") else frozen for n in stopping.rules()}
     arms = {stopping.LOOPED: curve(rules), "ACT": curve({stopping.LEARNED: learned})}
-    return [
-        RunResult(name, seed, settings, found, 1, 1.0, 1.0, "")
-        for name, found in arms.items()
-        for seed in (0, 1)
-    ]
+    return [run for name, found in arms.items() for run in two_runs(name, found)]
 
 
 def test_stopping_is_judged_against_the_hops_the_oracle_and_fixed_loops() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
+from studies.made_up import run_of, two_runs
 
 from openmythos import OpenMythos
 from openmythos.analysis import plots
@@ -120,8 +121,7 @@ def curve(at_30: float, at_60: float, later: float = 0.0) -> dict[str, dict[str,
 
 def runs_of(looped: dict[str, Any], stack_at_30: float) -> list[RunResult]:
     def run(name: str, seed: int, found: Mapping[str, Any]) -> RunResult:
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
-        return RunResult(name, seed, settings, found, 1000, 1e9, 60.0, "abc")
+        return run_of(name, found, seed)
 
     stack = {str(h): {"1": 1.0 if h <= 10 else stack_at_30} for h in depth.HOPS}
     return [
@@ -406,13 +406,7 @@ def test_what_a_change_does_is_paired_by_seed() -> None:
 
     def runs(by_arm: Mapping[str, tuple[float, float]]) -> list[RunResult]:
         return [
-            RunResult(
-                name,
-                seed,
-                {"train": {"optimizer": {"lr": 1e-3}}},
-                {str(h): {"40": shares[seed]} for h in what.HOPS},
-                *(1, 1.0, 1.0, ""),
-            )
+            run_of(name, {str(h): {"40": shares[seed]} for h in what.HOPS}, seed)
             for name, shares in by_arm.items()
             for seed in (0, 1)
         ]
@@ -443,9 +437,8 @@ def test_the_same_runs_are_counted_once() -> None:
     """Trying rates in full may lead an arm to the rate it had."""
 
     def run(name: str, share: float, rate: float) -> RunResult:
-        settings = {"train": {"optimizer": {"lr": rate}}}
         curve = {str(h): {"40": share, "80": share / 2} for h in what.HOPS}
-        return RunResult(name, 0, settings, curve, 1, 1.0, 1.0, "")
+        return run_of(name, curve, rate=rate)
 
     add, concat = "injection: add", "injection: concat"
     results = [
@@ -473,7 +466,7 @@ def adaptive_runs(loops: Mapping[int, float], accuracy: float) -> list[RunResult
         "fixed": {str(h): {str(n): float(n >= h) for n in adaptive.FIXED} for h in loops},
         "spearman": {"all loops": 0.0, "rule": 1.0},
     }
-    return [RunResult(adaptive.LOOPED, s, {}, curve, 1, 1.0, 1.0, "") for s in (0, 1)]
+    return two_runs(adaptive.LOOPED, curve)
 
 
 @pytest.mark.parametrize("name", runner.STUDIES)
@@ -503,7 +496,7 @@ def test_stopping_is_judged_against_fixed_loops_of_equal_cost() -> None:
 
 def test_a_column_has_one_unit() -> None:
     curve = {"rules": {"all loops": [4.5, 16.0]}, "fixed": {"1": 4.6, "16": 4.5}, "spearman": {}}
-    texts = [RunResult(adaptive.TEXT, s, {}, curve, 1, 1.0, 1.0, "") for s in (0, 1)]
+    texts = two_runs(adaptive.TEXT, curve)
     hops = adaptive_runs({h: h + 3.0 for h in adaptive.HOPS}, 1.0)
     on_hops, on_text = adaptive.judge([*hops, *texts]).table
     assert on_hops.keys() == on_text.keys()
@@ -531,10 +524,9 @@ def text_run(
     size: float | None = 1.0,
 ) -> RunResult:
     rate = float(name.split()[-1])
-    settings = {"train": {"optimizer": {"lr": rate}}}
     curve = {"losses": losses, "radius": radius, "largest_gradient": 1.0}
     curve["state_rms"] = {"1": 1.0, "64": size}
-    return RunResult(name, seed, settings, curve, 1, 1.0, 1.0, "")
+    return run_of(name, curve, seed, rate=rate)
 
 
 def test_what_diverges_is_not_finite_or_far_above_its_best() -> None:
@@ -587,7 +579,6 @@ def test_stability_tells_the_mechanism_from_the_loss() -> None:
 
 def depth_runs(gain: float, **changes: float) -> list[RunResult]:
     """Loss falls by `gain` from 1 loop to many, exponentially; `changes` to what is measured."""
-    settings = {"train": {"optimizer": {"lr": 1e-3}}}
     costs = {"exact": 4.0, "groups of 2": 4.01, "last loop": 4.01, "first loop": 4.1}
 
     def run(arm: Arm, seed: int) -> RunResult:
@@ -597,7 +588,7 @@ def depth_runs(gain: float, **changes: float) -> list[RunResult]:
             curve[1] += changes.get("apart", 0.1)
         policies = costs | {"last loop": 4.0 + changes.get("last", 0.01)}
         found = {"nats_by_loops": {str(n): x for n, x in curve.items()}, "nats_by_policy": policies}
-        return RunResult(arm.name, seed, settings, found, 1, 1.0, 1.0, "")
+        return run_of(arm.name, found, seed)
 
     return [run(arm, seed) for arm in depth_of_text.arms() for seed in (0, 1)]
 
@@ -625,8 +616,7 @@ def lora_runs(untied: tuple[float, float], rank_8: float = 4.1) -> list[RunResul
         else:
             loss = rank_8 if arm.name.endswith("8") else 4.4 + 0.1 * seed
             curve = {str(n): loss for n in lora.LOOPS}
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
-        return RunResult(arm.name, seed, settings, curve, 1000, 1.0, 1.0, "")
+        return run_of(arm.name, curve, seed)
 
     return [run(arm, seed) for arm in lora.arms() for seed in (0, 1)]
 
@@ -649,8 +639,7 @@ def test_a_mixture_beats_dense_by_pairs_or_not_at_all() -> None:
             found = {"nats": dense[seed]} if name == routing.DENSE else curve | {"nats": 4.0}
             if name == routing.UNBALANCED:
                 found["max_violation"] = 5.0
-            settings = {"train": {"optimizer": {"lr": 1e-3}}}
-            return RunResult(name, seed, settings, found, 1, 1.0, 1.0, "")
+            return run_of(name, found, seed)
 
         return routing.judge([run(arm.name, seed) for arm in routing.arms() for seed in (0, 1)])
 
@@ -664,14 +653,9 @@ def test_loops_are_used_where_nothing_else_does_their_work() -> None:
     def judged(changes: dict[str, float], base: float = 0.4) -> Finding:
         gains = {arm.name: base for arm in loop_use.arms()}
         gains |= dict.fromkeys(loop_use.TAKES, 0.1 * base) | changes
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
         curves = {name: {"1": 4.0, "4": 4.0 - gain} for name, gain in gains.items()}
         return loop_use.judge(
-            [
-                RunResult(name, seed, settings, curve, 1, 1.0, 1.0, "")
-                for name, curve in curves.items()
-                for seed in (0, 1)
-            ]
+            [run for name, curve in curves.items() for run in two_runs(name, curve)]
         )
 
     assert judged({}).verdict == "holds"

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from studies.made_up import two_runs
 
 from openmythos.studies import two_hops_in_english as study
 from openmythos.studies.study import RunResult
@@ -25,8 +26,7 @@ def runs(**changes: float) -> list[RunResult]:
                 share = float(name == study.LOOPED or part == "train")
                 key = f"{name.replace('8 layers', 'deep')}_{part}_{way}"
                 curve[f"{part}, {way}"] = {loops: changes.get(key, share)}
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
-        found += [RunResult(name, s, settings, curve, 1000, 1.0, 1.0, "") for s in (0, 1)]
+        found += two_runs(name, curve)
     return found
 
 

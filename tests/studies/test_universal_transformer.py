@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from studies.made_up import two_runs
 
 from openmythos.studies import universal_transformer as study
 from openmythos.studies.study import RunResult
@@ -23,8 +24,7 @@ def runs(
             "right": {str(n): x for n, x in right.items()},
             "loops": {str(n): x for n, x in loops.items()},
         }
-        settings = {"train": {"optimizer": {"lr": 1e-3}}}
-        found += [RunResult(name, s, settings, curve, 1000, 1.0, 1.0, "") for s in (0, 1)]
+        found += two_runs(name, curve)
     return found
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from studies.made_up import run_of
 
 from openmythos.kernels.cross_entropy import IGNORE
 from openmythos.planning import cost
@@ -24,8 +25,7 @@ def run(name: str, seed: int, ood: float, at: tuple[int, int, int], fits: float)
         return {part: {"pairs": 9, loops: last[part] * (step >= times[part])} for part in PARTS}
 
     curve = found(10) | {"by_step": {str(step): found(step) for step in range(1, 11)}}
-    settings = {"train": {"optimizer": {"lr": 1e-3}}}
-    return RunResult(name, seed, settings, curve, 1000, 1.0, 1.0, "")
+    return run_of(name, curve, seed)
 
 
 def runs(

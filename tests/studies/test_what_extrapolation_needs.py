@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from studies.made_up import run_of
 
 from openmythos.studies import what_extrapolation_needs as study
 from openmythos.studies.study import RunResult
@@ -17,8 +18,7 @@ def run(name: str, seed: int, first: int, last: float = 1.0) -> RunResult:
         return {str(h): {"12": share, "80": share / 2} for h in study.HOPS}
 
     steps = {str(n): found(last if n >= first else 0.1) for n in range(1, 11)}
-    settings = {"train": {"optimizer": {"lr": 1e-3}}}
-    return RunResult(name, seed, settings, found(last) | {"by_step": steps}, 1, 1.0, 1.0, "")
+    return run_of(name, found(last) | {"by_step": steps}, seed)
 
 
 def runs(lti: int = 3, others: int = 7, full: float = 0.5) -> list[RunResult]:
