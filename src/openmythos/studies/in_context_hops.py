@@ -12,10 +12,8 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.loop_sampling import FixedLoops, UniformLoops
 from openmythos.studies.depth_extrapolation import looped, stacked
 from openmythos.studies.learning import TASK_TRAINING, on_task
-from openmythos.studies.statistics import percent
 from openmythos.studies.study import (
     Arm,
-    Column,
     Finding,
     RunResult,
     Study,
@@ -24,6 +22,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     curve_of,
+    percent_columns,
     table_of,
     to_json,
 )
@@ -115,11 +114,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 
 
-def _hops(hops: int) -> Column:
-    return Column(f"{hops} hops [%]", lambda run: right(run, hops), percent)
-
-
-COLUMNS = tuple(map(_hops, (1, 3, TRAINED, 6, FURTHER, 10)))
+COLUMNS = percent_columns("{} hops [%]", right, (1, 3, TRAINED, 6, FURTHER, 10))
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:

@@ -20,7 +20,7 @@ from openmythos.planning.cost import Flops
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies import parameter_efficiency
 from openmythos.studies.learning import TASK_TRAINING, on_task
-from openmythos.studies.loops_against_tokens import milliseconds
+from openmythos.studies.loops_against_tokens import MFLOP, milliseconds
 from openmythos.studies.statistics import mcnemar, percent, plus_minus
 from openmythos.studies.study import (
     Arm,
@@ -33,6 +33,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     curve_of,
+    percent_columns,
     table_of,
     to_json,
 )
@@ -167,19 +168,10 @@ def _zeroed(run: RunResult) -> float | None:
     return None if found is None else float(found)
 
 
-def _hops(hops: int) -> Column:
-    return Column(f"{hops} hops [%]", lambda run: accuracy(run, hops), percent)
-
-
 COLUMNS = (
-    *(_hops(hops) for hops in (1, 2, 3, 4, MOST)),
+    *percent_columns("{} hops [%]", accuracy, (1, 2, 3, 4, MOST)),
     Column("latents zeroed [%]", _zeroed, percent),
-    Column(
-        "MFLOP per answer",
-        lambda run: float(run.curve["flops"]) / 1e6,
-        lambda values: f"{values[0]:.1f}",
-        ".1f",
-    ),
+    MFLOP,
     Column(
         "CPU ms per answer",
         lambda run: float(run.curve["milliseconds"]),

@@ -28,6 +28,7 @@ from openmythos.studies.study import (
     by_bars,
     curve_of,
     grid_of,
+    percent_columns,
     table_of,
     to_json,
 )
@@ -159,16 +160,12 @@ def judge(results: Sequence[RunResult]) -> Finding:
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 
 
-def _halted(hops: int) -> Column:
-    return Column(f"{hops} hops, halted [%]", lambda run: halted(run, hops), percent)
-
-
 COLUMNS = (
     Column("trained hops and loops [%]", fits, percent),
     Column("positions per loop", speed, lambda values: plus_minus(values, digits=2), ".2f"),
     Column("asked by training", lambda run: predicted(run.arm), lambda v: f"{v[0]:.2f}", ".2f"),
     Column("R^2", lambda run: line(run)[1], plus_minus),
-    *map(_halted, ASKED[1:]),
+    *percent_columns("{} hops, halted [%]", halted, ASKED[1:]),
 )
 
 

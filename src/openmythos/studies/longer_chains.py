@@ -25,6 +25,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     curve_of,
+    percent_columns,
     table_of,
     to_json,
 )
@@ -142,12 +143,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 
 
-def _hops(hops: int) -> Column:
-    return Column(f"{hops} hops [%]", lambda run: right(run, hops), percent)
-
-
 COLUMNS = (
-    *map(_hops, (5, 10, 15, 20, 30, 60)),
+    *percent_columns("{} hops [%]", right, (5, 10, 15, 20, 30, 60)),
     Column("lost by 3 times the loops [%]", lost, percent),
 )
 

@@ -19,7 +19,7 @@ from openmythos.planning.cost import Flops
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import looped, stacked
 from openmythos.studies.learning import TASK_TRAINING, on_task
-from openmythos.studies.statistics import percent, plus_minus
+from openmythos.studies.statistics import plus_minus
 from openmythos.studies.study import (
     Arm,
     Column,
@@ -31,6 +31,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     curve_of,
+    percent_columns,
     table_of,
     to_json,
 )
@@ -151,10 +152,6 @@ def spent(runs: Sequence[RunResult], batch: int) -> float:
     return statistics.mean(cost(run, batch) for run in runs)
 
 
-def _accuracy_at(hops: int) -> Column:
-    return Column(f"{hops} hops [%]", lambda run: accuracy(run, hops), percent)
-
-
 def _time_of(batch: int) -> Column:
     def show(values: Sequence[float]) -> str:
         return plus_minus(values, digits=2)
@@ -162,15 +159,16 @@ def _time_of(batch: int) -> Column:
     return Column(f"batch {batch} [CPU ms]", lambda run: cost(run, batch), show, ".2f")
 
 
+MFLOP = Column(
+    "MFLOP per answer",
+    lambda run: float(run.curve["flops"]) / 1e6,
+    lambda values: f"{values[0]:.1f}",
+    ".1f",
+)
 COLUMNS = (
-    *(_accuracy_at(hops) for hops in (5, 10, MOST)),
+    *percent_columns("{} hops [%]", accuracy, (5, 10, MOST)),
     *(_time_of(batch) for batch in BATCHES),
-    Column(
-        "MFLOP per answer",
-        lambda run: float(run.curve["flops"]) / 1e6,
-        lambda values: f"{values[0]:.1f}",
-        ".1f",
-    ),
+    MFLOP,
 )
 
 

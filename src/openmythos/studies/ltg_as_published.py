@@ -28,6 +28,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     grid_of,
+    percent_columns,
     table_of,
     to_json,
 )
@@ -142,14 +143,12 @@ def judge(results: Sequence[RunResult]) -> Finding:
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 
 
-def _at(hops: int) -> Column:
-    return Column(f"{hops} hops, 8 loops [%]", lambda run: right(run, hops, MOST), percent)
-
-
 COLUMNS = (
     Column("reach", lambda run: float(reach(run)), lambda v: ", ".join(f"{x:.0f}" for x in v), "g"),
     Column("two beyond, 12 loops [%]", further, percent),
-    *map(_at, (2, 3, 4, 6, 8, 10)),
+    *percent_columns(
+        "{} hops, 8 loops [%]", lambda run, hops: right(run, hops, MOST), (2, 3, 4, 6, 8, 10)
+    ),
 )
 
 

@@ -13,7 +13,7 @@ from openmythos.data.tokenizer import BPE
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.studies.learning import TASK_TRAINING
-from openmythos.studies.statistics import plus_minus
+from openmythos.studies.statistics import percent, plus_minus
 from openmythos.studies.text import RATES, on_text
 from openmythos.tasks import Task, TaskWithFacts
 from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
@@ -183,6 +183,17 @@ class Column:
     value: Callable[[RunResult], float | None]
     show: Callable[[Sequence[float]], str] = plus_minus  # the values of all seeds
     each: str = ".3f"  # format of one value
+
+
+def percent_columns(
+    name: str, share: Callable[[RunResult, int], float | None], numbers: Iterable[int]
+) -> tuple[Column, ...]:
+    """A column of shares for each number; `name` has its place, such as "{} hops [%]"."""
+
+    def column(number: int) -> Column:
+        return Column(name.format(number), lambda run: share(run, number), percent)
+
+    return tuple(map(column, numbers))
 
 
 @dataclass(frozen=True, kw_only=True)

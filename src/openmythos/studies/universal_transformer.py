@@ -18,7 +18,7 @@ from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_sampling import FixedLoops
 from openmythos.studies.depth_extrapolation import looped, stacked
 from openmythos.studies.learning import TASK_TRAINING, on_task
-from openmythos.studies.statistics import percent, plus_minus
+from openmythos.studies.statistics import plus_minus
 from openmythos.studies.study import (
     Arm,
     Column,
@@ -30,6 +30,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     curve_of,
+    percent_columns,
     table_of,
     to_json,
 )
@@ -159,12 +160,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 
 
-def _length(length: int) -> Column:
-    return Column(f"{length} letters [%]", lambda run: right(run, length), percent)
-
-
 COLUMNS = (
-    *map(_length, (TRAINED, 12, 15, DOUBLE)),
+    *percent_columns("{} letters [%]", right, (TRAINED, 12, 15, DOUBLE)),
     Column("loops more than at 2", rise, lambda values: plus_minus(values, digits=1), ".1f"),
 )
 

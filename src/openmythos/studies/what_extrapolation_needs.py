@@ -25,6 +25,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     grid_of,
+    percent_columns,
     table_of,
     to_json,
 )
@@ -155,12 +156,8 @@ def _shown(by_seed: Mapping[int, float]) -> str:
     return ", ".join("never" if n == float("inf") else f"{n:.0f}" for n in by_seed.values())
 
 
-def _hops(hops: int) -> Column:
-    return Column(f"{hops} hops [%]", lambda run: right(run.curve, hops), percent)
-
-
 COLUMNS = (
-    *map(_hops, HOPS),
+    *percent_columns("{} hops [%]", lambda run, hops: right(run.curve, hops), HOPS),
     Column("lost by 80 loops at 20 hops [%]", overthinks, percent),
     Column(
         "steps to 95% at 20 hops",
