@@ -34,6 +34,7 @@ from openmythos.studies.study import (
     by_bars,
     curve_of,
     grid_of,
+    lines_of,
     table_of,
     to_json,
 )
@@ -277,13 +278,9 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Facts by loops at inference, and chains by hops, for every arm."""
-    by_loops = study_plots.Lines()
+    by_loops, rows = lines_of(results, lambda run: curve_of(run.curve["facts"]), "loops", "facts")
     by_hops = study_plots.Lines()
-    rows: list[dict[str, object]] = []
     for run in results:
-        for loops, share in curve_of(run.curve["facts"]).items():
-            by_loops.add(run.arm, loops, share)
-            rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "facts": share})
         for hops, row in grid_of(run.curve["chains"]).items():
             by_hops.add(run.arm, hops, _at_loops(row))
             for loops, share in row.items():

@@ -42,11 +42,11 @@ def looped(window: int = WINDOW) -> MythosConfig:
     return replace(config, attention=replace(config.attention, window=window))
 
 
-def stacked(layers: int, dim: int) -> MythosConfig:
-    """A model without loops: `layers` unshared layers, run once."""
+def stacked(layers: int, dim: int, window: int = WINDOW) -> MythosConfig:
+    """A model without loops: `layers` unshared layers, run once; a window of 0 sees all tokens."""
     feed_forward = SwiGLU(hidden_dim=dim * 21 // 8 // 8 * 8)
     return replace(
-        looped(),
+        looped(window),
         dim=dim,
         prelude_layers=layers - 2,
         num_loops=1,

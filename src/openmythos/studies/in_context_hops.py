@@ -22,6 +22,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     curve_of,
+    lines_of,
     percent_columns,
     table_of,
     to_json,
@@ -39,18 +40,13 @@ FITS, GOES, FAILS = 0.99, 0.9, 0.4
 
 
 def arms() -> list[Arm]:
+    """All with full attention: a walk leads to any place of the question."""
     rates = {"rates": (1e-3, 2e-3, 4e-3), "trial_seeds": 1}
     return [
         _arm(LOOPED, looped(window=0), **rates),
-        _arm(DEEP, _full(12), why="depth without sharing", **rates),
-        _arm(EQUAL, _full(3), why="parameters", tuned_as=DEEP),
+        _arm(DEEP, stacked(12, 64, window=0), why="depth without sharing", **rates),
+        _arm(EQUAL, stacked(3, 64, window=0), why="parameters", tuned_as=DEEP),
     ]
-
-
-def _full(layers: int) -> MythosConfig:
-    """Layers with full attention: a walk leads to any place of the question."""
-    config = stacked(layers, 64)
-    return replace(config, attention=replace(config.attention, window=0))
 
 
 def _arm(name: str, model: MythosConfig, **fields: Any) -> Arm:
@@ -119,12 +115,7 @@ COLUMNS = percent_columns("{} hops [%]", right, (1, 3, TRAINED, 6, FURTHER, 10))
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Accuracy by hops."""
-    lines = study_plots.Lines()
-    rows: list[dict[str, object]] = []
-    for run in results:
-        for hops, share in curve_of(run.curve).items():
-            lines.add(run.arm, hops, share)
-            rows.append({"arm": run.arm, "seed": run.seed, "hops": hops, "accuracy": share})
+    lines, rows = lines_of(results, lambda run: curve_of(run.curve), "hops", "accuracy")
     figure = study_plots.line_panels(
         {f"trained on 1 to {TRAINED} hops": lines},
         x_labels=["hops"],

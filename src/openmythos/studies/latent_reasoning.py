@@ -33,6 +33,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     curve_of,
+    lines_of,
     percent_columns,
     table_of,
     to_json,
@@ -230,17 +231,14 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Accuracy by hops."""
-    by_hops = study_plots.Lines()
-    rows: list[dict[str, object]] = []
-    for run in results:
-        place = {"arm": run.arm, "seed": run.seed}
-        for hops, share in curve_of(run.curve["accuracy"]).items():
-            by_hops.add(run.arm, hops, 100 * share)
-            rows.append(place | {"hops": hops, "accuracy": share})
+    by_hops, rows = lines_of(
+        results, lambda run: curve_of(run.curve["accuracy"]), "hops", "accuracy"
+    )
     figure = study_plots.line_panels(
         {"": by_hops},
         x_labels=["hops"],
         y_labels=["right [%]"],
+        percent=True,
         ticks=True,
         note=bands_note(results),
     )

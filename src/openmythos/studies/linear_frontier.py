@@ -28,6 +28,7 @@ from openmythos.studies.study import (
     by_bars,
     curve_of,
     grid_of,
+    lines_of,
     percent_columns,
     table_of,
     to_json,
@@ -171,18 +172,12 @@ COLUMNS = (
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """The frontier by loops with the lines that training predicts, and accuracy when halted."""
-    frontier = study_plots.Lines()
-    halts = study_plots.Lines()
-    rows: list[dict[str, object]] = []
-    for run in results:
-        for loops, reached in curve_of(run.curve["frontier"]).items():
-            frontier.add(run.arm, loops, reached)
-            rows.append({"arm": run.arm, "seed": run.seed, "loops": loops, "frontier": reached})
-        for hops in ASKED:
-            halts.add(run.arm, hops, 100 * halted(run, hops))
-            rows.append(
-                {"arm": run.arm, "seed": run.seed, "hops": hops, "right": halted(run, hops)}
-            )
+    frontier, rows = lines_of(
+        results, lambda run: curve_of(run.curve["frontier"]), "loops", "frontier"
+    )
+    halts, points = lines_of(
+        results, lambda run: {hops: 100 * halted(run, hops) for hops in ASKED}, "hops", "right [%]"
+    )
     for name in by_arm(results):
         v = predicted(name)
         for loops in (1, min(MEASURED[-1], int(LONGEST / v))):
@@ -193,7 +188,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         y_labels=["frontier [hops]", "right [%]"],
         note=bands_note(results),
     )
-    return figure, rows
+    return figure, rows + points
 
 
 STUDY = Study(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from openmythos.analysis.study_plots import Lines
 from openmythos.config import ConfigError, apply_overrides, from_dict, to_dict
 from openmythos.data.tokenizer import BPE
 from openmythos.model.config import MythosConfig
@@ -227,6 +228,18 @@ class Study:
 def bands_note(results: Sequence[RunResult]) -> str:
     """The line below a figure that says what its bands are."""
     return f"Bands: minimum to maximum of {len({run.seed for run in results})} seeds."
+
+
+def lines_of(
+    results: Sequence[RunResult], curve: Callable[[RunResult], Curve], x: str, y: str
+) -> tuple[Lines, list[dict[str, object]]]:
+    """A line per arm through a curve of its runs, and a row per point with columns `x` and `y`."""
+    lines, rows = Lines(), []
+    for run in results:
+        for place, value in curve(run).items():
+            lines.add(run.arm, place, value)
+            rows.append({"arm": run.arm, "seed": run.seed, x: place, y: value})
+    return lines, rows
 
 
 def table_of(

@@ -48,14 +48,9 @@ def arms() -> list[Arm]:
     rates: dict[str, Any] = {"rates": (7.5e-4, 1.5e-3, 3e-3), "trial_seeds": 1}
     return [
         _arm(LOOPED, loop, **rates),
-        _arm(DEEP, _full(8), why="depth without sharing", **rates),
-        _arm(SHALLOW, _full(2), why="parameters", tuned_as=DEEP),
+        _arm(DEEP, stacked(8, 64, window=0), why="depth without sharing", **rates),
+        _arm(SHALLOW, stacked(2, 64, window=0), why="parameters", tuned_as=DEEP),
     ]
-
-
-def _full(layers: int) -> MythosConfig:
-    config = stacked(layers, 64)
-    return replace(config, attention=replace(config.attention, window=0))
 
 
 def _arm(name: str, model: MythosConfig, **fields: Any) -> Arm:
