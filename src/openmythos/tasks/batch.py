@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos.kernels.cross_entropy import IGNORE
@@ -28,6 +29,15 @@ class TaskBatch(NamedTuple):
     def rows(self, rows: slice) -> "TaskBatch":
         """Some of the problems."""
         return self._map(lambda x: x[rows])
+
+    def and_shorter(self, short: "TaskBatch", padding: int) -> "TaskBatch":
+        """These problems, then shorter ones without latents, padded at the end."""
+        more = (0, self.tokens.shape[1] - short.tokens.shape[1])
+        return TaskBatch(
+            torch.cat((self.tokens, F.pad(short.tokens, more, value=padding))),
+            torch.cat((self.targets, F.pad(short.targets, more, value=IGNORE))),
+            torch.cat((self.answer_at, short.answer_at)),
+        )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TaskBatch":
         tokens, targets, answer_at, latents = self

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openmythos.config import require_int, require_number
-from openmythos.tasks.batch import IGNORE, TaskBatch, permutations
+from openmythos.tasks.batch import TaskBatch, permutations
 from openmythos.tasks.chains import KHop
 
 Part = Literal["train", "held_out", "ood"]
@@ -82,14 +82,7 @@ class FactPairs:
         made = self.asked(chosen)
         if not singles:
             return made
-        short = self._single(singles, generator)
-        padding = torch.full((singles, 1), self.chains.padding)
-        none = torch.full((singles, 1), IGNORE)
-        return TaskBatch(
-            torch.cat((made.tokens, torch.cat((short.tokens, padding), dim=1))),
-            torch.cat((made.targets, torch.cat((short.targets, none), dim=1))),
-            torch.cat((made.answer_at, short.answer_at)),
-        )
+        return made.and_shorter(self._single(singles, generator), self.chains.padding)
 
     def asked(self, rows: Tensor) -> TaskBatch:
         """The problems of given pairs [pairs, 3]."""

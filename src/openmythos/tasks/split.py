@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from openmythos.config import require_int, require_number
-from openmythos.tasks.batch import IGNORE, TaskBatch, permutations
+from openmythos.tasks.batch import TaskBatch, permutations
 from openmythos.tasks.chains import KHop
 
 Part = Literal["train", "held_out", "ood"]
@@ -77,12 +77,7 @@ class SystematicHops:
         made = self._chains(batch - singles, hops, generator, part)
         if singles:
             short = self._chains(singles, 1, generator, part)
-            pad = torch.full((singles, hops - 1), self.hops.padding)
-            made = TaskBatch(
-                torch.cat((made.tokens, torch.cat((short.tokens, pad), dim=1))),
-                torch.cat((made.targets, torch.cat((short.targets, pad * 0 + IGNORE), dim=1))),
-                torch.cat((made.answer_at, short.answer_at)),
-            )
+            made = made.and_shorter(short, self.hops.padding)
         if self.echo:
             made.targets[:, 0] = made.tokens[:, 0]
         return made
