@@ -48,8 +48,7 @@ def loops_for(hops: int) -> int:
 
 
 def arms() -> list[Arm]:
-    layers = stacked(22, 64)
-    full = replace(layers, attention=replace(layers.attention, window=0))
+    full = stacked(22, 64, window=0)
     return [
         _arm(TO_20, looped(), steps=1600, why="the claim"),
         _arm(TO_10, looped(), steps=1400, why="range of training, and equal fit with layers"),

@@ -48,8 +48,7 @@ SOLVED, GUESSED, CLOSE = 0.95, 0.3, 0.02
 
 def arms() -> list[Arm]:
     """About equal parameters: a prelude, a recurrent and a coda layer, or three layers."""
-    layers = stacked(3, 64)
-    layers = replace(layers, attention=replace(layers.attention, window=0))
+    layers = stacked(3, 64, window=0)
     return [
         Arm(
             name=LOOPS,

@@ -63,9 +63,7 @@ def arms() -> list[Arm]:
         prelude_norm=False,
     )
     act = replace(bare, halting=ACT(bias_init=-3.0, ponder_weight=1e-3))
-    layers = stacked(6, 64)
-    layers = replace(layers, attention=replace(layers.attention, window=0))
-    models = {UT: act, NO_ACT: bare, LTI_: lti, LAYERS: layers}
+    models = {UT: act, NO_ACT: bare, LTI_: lti, LAYERS: stacked(6, 64, window=0)}
     return [
         _arm(task_name, task, name, model)
         for task_name, task in TASKS.items()
