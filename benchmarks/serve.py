@@ -359,6 +359,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/serve"))
     options = parser.parse_args()
+    if (options.section == "drafts") != (options.run is not None):
+        parser.error("--run: a run folder, needed by `drafts` and used by nothing else")
     torch.set_num_threads(1)
     keep_freed_memory()
     folder, section, machine = options.out / processor_kind(), options.section, describe()

@@ -6,11 +6,13 @@
 fastest of some calls without a profiler, by CPU time, before and after in turns. The profiler then
 says how much of a call is spent inside products, attention, and native layers, at least; what is
 left is Python and many small operators, of which the profiler would count too much, since it slows
-them down.
+them down. Where the profiled parts take longer than the total, they are scaled down to fit, and
+nothing is left: `profiled_share` is then above 1, and the parts of that bar are not reliable.
 """
 
 import argparse
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -54,8 +56,20 @@ def fastest(call: Callable[[], object], times: int) -> float:
     return min(taken)
 
 
-def parts_of(call: Callable[[], object], total: float, times: int = 20) -> dict[str, float]:
-    """Seconds of each part of a call that takes `total` seconds without the profiler."""
+def operators(call: Callable[[], object]) -> int:
+    """How many of torch's operators a call starts; those that an operator starts do not count."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    return sum(e.name.startswith("aten::") and e.cpu_parent is None for e in seen.events() or [])
+
+
+def parts_of(
+    call: Callable[[], object], total: float, times: int = 20
+) -> tuple[dict[str, float], float]:
+    """Seconds of each part of a call that takes `total` seconds without the profiler.
+
+    Also the share of the total that the profiled parts took: parts of more than 1 are scaled to 1.
+    """
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(times):
         with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -69,9 +83,9 @@ def parts_of(call: Callable[[], object], total: float, times: int = 20) -> dict[
             found[part].append(seconds)
     shortest = {part: min(times) for part, times in found.items()}
     # Profiled calls may have met a busier machine than the fastest one without the profiler.
-    scale = min(1.0, total / sum(shortest.values()))
-    shortest = {part: scale * seconds for part, seconds in shortest.items()}
-    return {**shortest, REST: total - sum(shortest.values())}
+    share = sum(shortest.values()) / total
+    shortest = {part: seconds / max(1.0, share) for part, seconds in shortest.items()}
+    return {**shortest, REST: total - sum(shortest.values())}, share
 
 
 def mark_native_layers() -> None:
@@ -87,13 +101,13 @@ def mark_native_layers() -> None:
     NativeLayer.__call__ = marked  # type: ignore[method-assign]
 
 
-def measure(workload: Workload, rows: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of the parts of a decoded token, before and after."""
+def measure(workload: Workload, rows: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Of a decoded token, before and after: parts in seconds, their share, number of operators."""
     generator = torch.Generator().manual_seed(0)  # rows choose different experts
     tokens = torch.randint(workload.vocab, (rows, PROMPT), generator=generator)
     model = Ours(workload, "fp32")
     model.model.eval()
-    cache = torch.inference_mode()(model.prefill)(tokens, 2 * (5 * rounds + 25))
+    cache = torch.inference_mode()(model.prefill)(tokens, 2 * (5 * rounds + 26))
     decode = torch.inference_mode()(model.decode)
 
     def step() -> None:
@@ -104,12 +118,15 @@ def measure(workload: Workload, rows: int, rounds: int) -> dict[str, dict[str, f
         for name, forms in FORMS.items():
             with kernels.use(forms):
                 totals[name] = min(totals[name], fastest(step, 5))
-    mark_native_layers()
-    parts = {}
+    found: dict[str, dict[str, Any]] = {"parts": {}, "profiled_share": {}, "operators": {}}
     for name, forms in FORMS.items():
         with kernels.use(forms):
-            parts[name] = parts_of(step, totals[name])
-    return parts
+            found["operators"][name] = operators(step)
+    mark_native_layers()
+    for name, forms in FORMS.items():
+        with kernels.use(forms):
+            found["parts"][name], found["profiled_share"][name] = parts_of(step, totals[name])
+    return found
 
 
 def main() -> None:
@@ -135,12 +152,13 @@ def main() -> None:
                 )
                 for reading, reread in (("weights in cache", False), ("weights reread", True))
             }
-            parts = measure(WORKLOADS[name], rows, options.rounds)
-            found[f"{name}, {rows} row{'s' * (rows > 1)}"] = {"bounds": bounds, "parts": parts}
-            print(name, rows, bounds, parts)
+            measured = measure(WORKLOADS[name], rows, options.rounds)
+            found[f"{name}, {rows} row{'s' * (rows > 1)}"] = {"bounds": bounds, **measured}
+            print(name, rows, bounds, measured)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "token-time.json"
-    about = {"command": "python benchmarks/token_time.py", "hardware": machine, "limits": limits}
+    command = " ".join(["python benchmarks/token_time.py", *sys.argv[1:]])
+    about = {"command": command, "hardware": machine, "limits": limits}
     write_json({**about, "seconds": found}, path)
     rows = [
         {"case": case, "when": when, "part": part, "milliseconds": 1e3 * seconds}
