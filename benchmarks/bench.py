@@ -158,6 +158,11 @@ def options_of(words: list[str] | None = None) -> argparse.Namespace:
         emulate_avx2()
     options.device = choose_device(options.device)
     on_gpu = options.device.type == "cuda"
+    known = {*figure_names(torch.device("cpu")), *figure_names(options.device), MEMORY}
+    if unknown := set(options.figures or ()) - known:
+        parser.error(f"--figures: {sorted(unknown)[0]!r} is none of {', '.join(sorted(known))}")
+    if options.tf32 and not on_gpu:
+        parser.error("--tf32: of a GPU, not of a CPU")
     options.figures = options.figures or [*figure_names(options.device), MEMORY]
     options.rounds = options.rounds or (3 if on_gpu else 7)
     options.threads = options.threads or ([os.cpu_count() or 1] if on_gpu else [1, 2])
