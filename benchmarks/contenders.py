@@ -188,7 +188,7 @@ class Ours(Contender):
 
     @torch.inference_mode(False)
     def _decoder(self) -> DecodableModel:
-        """What prefills and decodes."""
+        """The model that prefills and decodes: as it is, or compiled."""
         if not self.compiled:
             return self._served()
         if self.decoder is None:  # a model of its own: its layers are not compiled one by one

@@ -123,7 +123,7 @@ class Worker:
         return self.clock() - started
 
     def start(self) -> None:
-        """Nothing: the process has built its model."""
+        """Do nothing: an answer says that the process has built its model."""
 
     def peak_megabytes(self) -> float:
         """Largest sum of all tensors on the GPU since the figure was prepared, in MiB."""

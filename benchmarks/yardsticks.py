@@ -23,7 +23,7 @@ KEYS = 512  # that a decoded token attends to, for which operations are equal
 
 
 def feed_forward_width(workload: Workload) -> int:
-    """So wide that a token attending to KEYS others takes the operations of the looped model."""
+    """The width at which a token that attends to KEYS others costs what the looped model costs."""
     w, layers = workload, workload.loops + 2
     wanted = cost.Flops(w.config(), 2 * KEYS).forward(w.loops) / 2 - w.vocab * w.dim
     attention = 4 * w.dim**2 + 2 * KEYS * w.dim
@@ -125,7 +125,7 @@ class LlamaCpp(Contender):
         cache.position += 1
 
     def logits(self, cache: Any, row: int) -> list[float]:
-        """Of one row of the last call."""
+        """The logits of one row of the last call, [vocab]."""
         return cache.logits(row)[: self._vocab]
 
     def cache_bytes(self, cache: Any) -> int:

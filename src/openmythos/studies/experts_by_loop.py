@@ -154,7 +154,7 @@ def measure(trained: OpenMythos | TextRun, arm: Arm, quick: bool) -> dict[str, A
 
 
 def _score(logits: Tensor, targets: Tensor, weights: Tensor, on_text: bool) -> float:
-    """The sum of nats on text, of right answers on chains."""
+    """The summed loss in nats on text, the number of right answers on chains."""
     if not on_text:
         return float((logits.argmax(dim=-1) == targets).sum())
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")

@@ -63,7 +63,7 @@ def _arm(name: str, model: MythosConfig, **fields: Any) -> Arm:
 
 
 def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
-    """Accuracy by hops: within training at its most loops, beyond it at more."""
+    """Accuracy by hops: up to the trained hops with the most loops of training, then with more."""
     found: dict[int, float] = {}
     for hops in HOPS[:2] if quick else HOPS:
         loops = 1

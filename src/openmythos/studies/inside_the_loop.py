@@ -84,11 +84,12 @@ def _share(logits: Tensor, wanted: Tensor) -> float:
 
 
 def flips(model: OpenMythos, task: FactPairs, most: int) -> float:
-    """The share of answers that become those of another question's bridge, when from the second
-    loop on the state at the bridge's position is that question's.
+    """How often the answer changes with the bridge: a share of pairs of questions.
 
-    The two questions have the same second relation and different bridges; of those that both are
-    answered right, at the training's mean loops plus one.
+    The two questions of a pair have the same second relation. From the second loop on, the first
+    gets the second's state at the bridge's position; it follows if it then has the second's answer.
+    Pairs count if both questions are answered right, with different answers. All run with one loop
+    more than the mean of training.
     """
     pairs = task.pairs("held_out")
     pairs = pairs[pairs[:, 2].argsort(stable=True)]
@@ -110,8 +111,7 @@ def flips(model: OpenMythos, task: FactPairs, most: int) -> float:
 
 @contextmanager
 def replaced_bridge(model: OpenMythos, count: int) -> Iterator[None]:
-    """Rows 0 ... count - 1 get, before each loop but the first, the bridge states of the rows
-    `count` further on."""
+    """Before each loop but the first, row i < count gets the bridge's state of row count + i."""
     calls = 0
 
     def swap(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

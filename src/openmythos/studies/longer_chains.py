@@ -95,7 +95,7 @@ def right(run: RunResult, hops: int) -> float:
 
 
 def lost(run: RunResult) -> float:
-    """The most that three times the loops cost, of the numbers of hops that are solved."""
+    """The largest drop in accuracy with three times the loops, over the hops that are solved."""
     shares, later = curve_of(run.curve["right"]), curve_of(run.curve["later"])
     solved = [hops for hops, share in shares.items() if share >= BAR_SHORT]
     return max((shares[hops] - later[hops] for hops in solved), default=0.0)

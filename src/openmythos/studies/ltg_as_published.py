@@ -100,7 +100,7 @@ def right(run: RunResult, hops: int, loops: int) -> float:
 
 
 def reach(run: RunResult, loops: int = MOST) -> int:
-    """The most hops up to which all are answered in 95%, after the most loops of training."""
+    """The largest h such that 1 to h hops are each right in 95%; `loops` at inference."""
     solved = 0
     for hops in HOPS:
         if right(run, hops, loops) < LEARNED:

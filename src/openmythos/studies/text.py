@@ -35,7 +35,7 @@ MEAN_LOOPS = 6  # of the model that needs its loops
 
 
 class TextRun(NamedTuple):
-    """What `Study.measure` gets of a run on text; held_out is the text that is reported."""
+    """What `Study.measure` gets from a run on text; results report the loss on `held_out`."""
 
     model: OpenMythos
     history: tuple[StepMetrics, ...]

@@ -140,7 +140,7 @@ def _share(runs: Sequence[RunResult], part: Part) -> float:
 
 
 def reached(run: RunResult, part: Part, share: float) -> float | None:
-    """The share of the training after which so many pairs of a part are right, for good."""
+    """The share of training after which at least `share` of a part stays right; None if never."""
     snapshots = run.curve["by_step"]
     last = None
     for step, found in reversed(snapshots.items()):
