@@ -104,6 +104,15 @@ def test_bf16_is_left_out_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) 
     assert bench.chosen(None, CPU) == (roster.CPU_CONTENDERS, {})
 
 
+@pytest.mark.parametrize("words", (["--figures", "decode, batch 3"], ["--tf32"]))
+def test_what_cannot_be_measured_is_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.options_of(words)
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]
+
+
 class NoProcesses:
     """A team whose b cannot be prepared, whose c fails when it is timed; d does not decode."""
 
