@@ -21,6 +21,13 @@ class Lines(dict[str, dict[Any, list[float]]]):
         self.setdefault(line, {}).setdefault(x, []).append(value)
 
 
+class Panels(dict[str, Lines]):
+    """Values of all seeds, by panel, line and x; panels in the order in which they are named."""
+
+    def add(self, panel: str, line: str, x: float | str, value: float) -> None:
+        self.setdefault(panel, Lines()).add(line, x, value)
+
+
 def hops_against_loops(
     grid: Mapping[int, Mapping[int, float | int]],
     lines: Mapping[str, Mapping[int, Sequence[float | int]]],

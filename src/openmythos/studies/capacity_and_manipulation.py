@@ -168,14 +168,14 @@ COLUMNS = (
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Two hops answered, and bits per parameter, by shape."""
-    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    panels = study_plots.Panels()
     rows: list[dict[str, object]] = []
     for run in results:
         task, shape = run.arm.split(", ")
         chains = task == "chains"
         value = 100 * run.curve["two_hops"] if chains else 50 * bits(run)
         title = "two hops right" if chains else "facts held, of two bits per parameter"
-        panels.setdefault(title, {}).setdefault("runs", {}).setdefault(shape, []).append(value)
+        panels.add(title, "runs", shape, value)
         rows.append({"arm": run.arm, "seed": run.seed, **run.curve, "bits": _bits(run)})
     figure = study_plots.dot_panels(
         panels,

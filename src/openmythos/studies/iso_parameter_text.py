@@ -268,19 +268,17 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Loss by layers or loops, a panel per number of tokens."""
-    panels: dict[str, dict[str, dict[float, list[float]]]] = {
-        f"{tokens:g} M tokens": {"layers": {}, "loops of one layer": {}} for tokens in TOKENS
-    }
+    panels = study_plots.Panels()
     rows: list[dict[str, object]] = []
     for run in results:
         place = _factors()[run.arm]
         rows.append({"arm": run.arm, "seed": run.seed, "nats": nats(run)} | place)
-        lines, depth = panels[f"{float(place['tokens']):g} M tokens"], int(place["depth"])
+        panel, depth = f"{float(place['tokens']):g} M tokens", int(place["depth"])
         if place["kind"] in ("layers", "loops"):
             kinds = ("layers", "loops") if depth == 1 else (place["kind"],)
             for kind in kinds:
-                line = lines["layers" if kind == "layers" else "loops of one layer"]
-                line.setdefault(depth, []).append(nats(run))
+                line = "layers" if kind == "layers" else "loops of one layer"
+                panels.add(panel, line, depth, nats(run))
     figure = study_plots.line_panels(
         panels,
         x_labels=["layers, or loops of one layer"],

@@ -136,12 +136,12 @@ COLUMNS = (
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Accuracy of every seed by shape, a panel per task."""
-    panels: dict[str, dict[str, dict[str, list[float]]]] = {task: {} for task in TASKS}
+    panels = study_plots.Panels()
     rows: list[dict[str, object]] = []
     for run in results:
         task, shape = run.arm.split(", ")
         kind = "looped" if shape == "1 x 6" else "layers of their own"
-        panels[task].setdefault(kind, {}).setdefault(shape, []).append(100 * accuracy(run))
+        panels.add(task, kind, shape, 100 * accuracy(run))
         rows.append({"task": task, "shape": shape, "seed": run.seed, **run.curve})
     figure = study_plots.dot_panels(
         panels,

@@ -153,14 +153,13 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Accuracy of every seed by shape, a panel per task."""
-    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    panels = study_plots.Panels()
     rows: list[dict[str, object]] = []
     shapes = {name_of(task, *shape): (task, *shape) for task in TASKS for shape in GRID}
     for run in results:
         task, layers, loops = shapes[run.arm]
         kind = "layers of their own" if loops == 1 else "looped"
-        dots = panels.setdefault(task, {}).setdefault(kind, {})
-        dots.setdefault(f"{layers} x {loops}", []).append(100 * accuracy(run))
+        panels.add(task, kind, f"{layers} x {loops}", 100 * accuracy(run))
         row = {"task": task, "layers": layers, "loops": loops, "seed": run.seed}
         rows.append({**row, **run.curve})
     figure = study_plots.dot_panels(

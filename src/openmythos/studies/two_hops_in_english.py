@@ -158,14 +158,13 @@ COLUMNS = tuple(_column(part, way) for part in PARTS for way in ("known", "new")
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Every seed's share right by part, in the known and in the new way of writing."""
-    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    panels = study_plots.Panels()
     rows: list[dict[str, object]] = []
     for run in results:
         for part in PARTS:
             for way in ("known", "new"):
                 share = right(run, part, way)
-                dots = panels.setdefault(f"{way} wording", {}).setdefault(run.arm, {})
-                dots.setdefault(part, []).append(100 * share)
+                panels.add(f"{way} wording", run.arm, part, 100 * share)
                 row = {"arm": run.arm, "seed": run.seed, "part": part, "wording": way}
                 rows.append(row | {"right": share})
     figure = study_plots.dot_panels(
