@@ -12,6 +12,7 @@ import pytest
 from serving.conftest import client_of, wait_until
 from starlette.testclient import TestClient
 
+from openmythos.config import ConfigError
 from openmythos.inference.engine import Engine
 from openmythos.inference.request import (
     EngineLimits,
@@ -285,3 +286,16 @@ def test_prompts_in_line_are_bounded_in_token_loops(
         gate.opened.set()
         assert first.result().status_code == 200
         assert _ask(client, num_loops=1).status_code == 200
+
+
+def test_a_model_that_cannot_be_loaded_is_told_to_the_server(
+    make_service: Callable[..., Service],
+) -> None:
+    def load() -> Engine:
+        raise ConfigError("step = 5: there is none")
+
+    service = make_service(engine=load)
+    (replica,) = service.replicas.all
+    with client_of(service) as client:
+        wait_until(lambda: replica.load_error == "step = 5: there is none")
+        assert client.get("/ready").status_code == 503

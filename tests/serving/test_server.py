@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import pytest
 from serving.running import Server, serving, wait_for
@@ -128,6 +129,18 @@ def test_sigterm_lets_accepted_work_finish(folder: Path) -> None:
         assert server.ended(30) == 0, "".join(server.log)
 
 
+def test_its_lines_say_what_is_served_and_where_and_that_it_ends() -> None:
+    with serving("--replicas", "2") as server, urlopen(f"{server.url}/engine?stream=true") as page:
+        page.readline()  # an open page holds up nothing
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.ended(30) == 0
+        took = time.monotonic() - began
+    loading = "loading hops: 148,288 parameters, trained with 20 loops; 2 replicas\n"
+    assert server.log == [loading, f"serving at {server.url} (Ctrl-C ends)\n", "ending\n"]
+    assert took < 5  # 1.5 s on an idle machine
+
+
 def test_a_second_sigterm_ends_at_once_with_an_error_for_the_rest(folder: Path) -> None:
     with serving(str(folder), "--replicas", "1") as server, ThreadPoolExecutor(1) as threads:
         body = {"prompt": "ab", **LONG, "n": 16, "num_loops": 64, "stream": True}
@@ -194,6 +207,9 @@ def test_what_cannot_be_served_is_one_line(folder: Path, tmp_path: Path) -> None
     (damaged / "model.safetensors").write_bytes(nan)
     assert "no replica could load" in _fails(str(damaged), "--replicas", "1")
     assert "api_key_file" in _fails(str(folder), "--api-key-file", os.devnull)
+    wrong = Server(str(folder), "--replicas", "1", "--precision", "fp8")
+    assert wrong.ended(180) == 2 and len(wrong.log) == 2
+    assert wrong.log[1].startswith("error: precision = 'fp8': must be one of")
 
 
 def test_load_beyond_what_fits_is_refused_and_the_rest_is_served(folder: Path) -> None:

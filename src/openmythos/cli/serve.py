@@ -64,8 +64,4 @@ class Serve:
             step=self.step,
             settings=apply_overrides(Settings(), flat(self.set)),
         )
-        OUT.print(f"loading {self.folder or 'the model of the package'}")
-        serve(
-            options,
-            lambda address: OUT.print(f"serving at {address} (Ctrl-C ends)", soft_wrap=True),
-        )
+        serve(options, lambda line: OUT.print(line, soft_wrap=True))

@@ -177,7 +177,8 @@ def _add_loop_routes(app: FastAPI, service: Service) -> None:
 
         async def views() -> AsyncIterator[str]:
             before = ""
-            while True:
+            # An open stream would hold up the end of the server.
+            while service.replicas.busy or not service.replicas.draining:
                 text = _engine_view(service).model_dump_json()
                 if text != before:
                     yield text

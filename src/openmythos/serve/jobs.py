@@ -81,6 +81,13 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class CannotLoad:
+    """The model cannot be loaded: a one-line error for the user. The replica ends."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What one engine step brought: events by ticket, and the state of the engine after it.
 
@@ -92,4 +99,4 @@ class Report:
     rows: tuple[tuple[int, RowInfo], ...] | None
 
 
-Tell = Ready | Report
+Tell = Ready | CannotLoad | Report

@@ -29,6 +29,7 @@ from openmythos.serve.errors import ApiError
 from openmythos.serve.jobs import (
     Ask,
     Cancel,
+    CannotLoad,
     Generate,
     Look,
     LoopTable,
@@ -56,14 +57,12 @@ class Body(Protocol):
 Launch = Callable[[Connection], Body]
 
 
-def in_process(loader: worker.Loader, threads: int = 1) -> Launch:
+def in_process(loader: worker.Loader) -> Launch:
     """A launcher of spawned processes."""
 
     def launch(pipe: Connection) -> Body:
         context = multiprocessing.get_context("spawn")
-        process = context.Process(
-            target=worker.process_main, args=(loader, pipe, threads), daemon=True
-        )
+        process = context.Process(target=worker.process_main, args=(loader, pipe), daemon=True)
         process.start()
         pipe.close()  # so that the end of the process closes the pipe
         return process
@@ -128,6 +127,7 @@ class Replica:
     index: int
     launch: Launch
     state: State = "dead"
+    load_error: str = ""  # why it could not load the model, when last it tried
     restarts: int = -1
     stats: EngineStats = field(default_factory=EngineStats)
     rows: tuple[tuple[int, RowInfo], ...] = ()
@@ -177,7 +177,10 @@ class Replica:
             return
         now = time.monotonic()
         if isinstance(tell, Ready):
-            self.state = "ready"
+            self.state, self.load_error = "ready", ""
+        elif isinstance(tell, CannotLoad):
+            # Its next start is so long after this one's end: the server may end before.
+            self.load_error, self.started = tell.message, now
         elif isinstance(tell, Report):
             # Slow changes of the rate: it is for an estimate of waiting times.
             gained, spent = tell.stats.token_loops - self.stats.token_loops, now - self._heard
@@ -226,11 +229,11 @@ class Replica:
         self._outbox.put(None)
 
     def join(self, seconds: float) -> None:
-        """Wait for its end; a process that goes on is killed."""
+        """Wait for its end. A process is killed: it has nothing to save, and ends slowly."""
+        if isinstance(self._body, multiprocessing.process.BaseProcess):
+            self._body.kill()
         if self._body is not None:
             self._body.join(seconds)
-            if isinstance(self._body, multiprocessing.process.BaseProcess):
-                self._body.kill()
 
 
 def _write(outbox: "queue.SimpleQueue[Ask | None]", pipe: Connection) -> None:
@@ -261,7 +264,8 @@ class Replicas:
                 waited = time.monotonic() - replica.started
                 if replica.state == "dead" and waited >= _RESTART_AFTER:
                     if replica.restarts >= 0:
-                        LOG.warning("replica %d died and is started again", replica.index)
+                        why = replica.load_error or "died"
+                        LOG.warning("replica %d is started again: %s", replica.index, why)
                     replica.start(loop)
             await asyncio.sleep(0.1)
 

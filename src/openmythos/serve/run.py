@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -23,7 +22,6 @@ from openmythos.serve.service import Service
 from openmythos.serve.source import Served
 from openmythos.serve.worker import Loader
 
-LOG = logging.getLogger(__name__)
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A busy loop of OpenMP's waiting threads would take the cores of the other replicas.
@@ -59,10 +57,11 @@ class ServerOptions:
         require_int("replicas", self.replicas, minimum=0, maximum=1024)
 
 
-def serve(options: ServerOptions, on_ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C; `on_ready` gets the address once a replica takes work.
+def serve(options: ServerOptions, say: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C. `say` gets lines for the user: what is served, where, the end.
 
     The first signal lets accepted work finish, for `shutdown_seconds`; a second one ends it.
+    Raises a ConfigError if the model cannot be loaded or the address cannot be had.
     """
     served = Served.open(options.source)
     served.source.check_names()
@@ -81,22 +80,26 @@ def serve(options: ServerOptions, on_ready: Callable[[str], None]) -> None:
         config = uvicorn.Config(
             application,
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             lifespan="on",
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=1,
         )
+        say(_about(service))
         address = f"http://{_bracketed(options.host)}:{listener.getsockname()[1]}"
-        asyncio.run(_Server(config, service, lambda: on_ready(address)).serve([listener]))
+        asyncio.run(_Server(config, service, address, say).serve([listener]))
 
 
 class _Server(uvicorn.Server):
     """uvicorn, which goes on answering while accepted work finishes."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[], None]):
+    def __init__(
+        self, config: uvicorn.Config, service: Service, address: str, say: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
-        self._service, self._on_ready = service, on_ready
+        self._service, self._address, self._say = service, address, say
         self._tasks: list[asyncio.Task[None]] = []
         self._failed: Exception | None = None
 
@@ -116,13 +119,17 @@ class _Server(uvicorn.Server):
 
     async def _wait_until_ready(self) -> None:
         pool = self._service.replicas
-        while not any(replica.state == "ready" for replica in pool.all):
-            if max(replica.restarts for replica in pool.all) >= 2:
+        while not pool.ready:
+            wrong = next((replica.load_error for replica in pool.all if replica.load_error), "")
+            if wrong:
+                self._failed = ConfigError(wrong)
+            elif max(replica.restarts for replica in pool.all) >= 2:
                 self._failed = OSError("no replica could load the model; see the messages above")
+            if pool.draining or self._failed is not None:
                 self.should_exit = True
                 return
             await asyncio.sleep(0.05)
-        self._on_ready()
+        self._say(f"serving at {self._address} (Ctrl-C ends)")
 
     def _signalled(self) -> None:
         pool = self._service.replicas
@@ -131,7 +138,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
             return
         pool.draining = True
-        LOG.info("finishing what was accepted (again: end at once)")
+        self._say("finishing accepted work; Ctrl-C again ends it" if pool.busy else "ending")
         self._tasks.append(asyncio.create_task(self._drain()))
 
     async def _drain(self) -> None:
@@ -142,6 +149,13 @@ class _Server(uvicorn.Server):
         pool.fail_all("the server was stopped")
         await asyncio.sleep(0.05)  # let the answers be written
         self.should_exit = True
+
+
+def _about(service: Service) -> str:
+    """What is served, in a line."""
+    model, count = service.model, len(service.replicas.all)
+    size = f"{model.parameters:,} parameters, trained with {model.num_loops} loops"
+    return f"loading {model.id}: {size}; {count} {'replica' if count == 1 else 'replicas'}"
 
 
 def read_keys(file: str) -> tuple[str, ...]:

@@ -10,10 +10,21 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from openmythos.config import ConfigError
 from openmythos.inference.engine import Engine
 from openmythos.inference.request import EngineLimits, Event, Finished
 from openmythos.model.mythos import OpenMythos
-from openmythos.serve.jobs import Ask, Cancel, Generate, Look, LoopTable, Ready, Refused, Report
+from openmythos.serve.jobs import (
+    Ask,
+    Cancel,
+    CannotLoad,
+    Generate,
+    Look,
+    LoopTable,
+    Ready,
+    Refused,
+    Report,
+)
 from openmythos.serve.loops import look
 
 LOG = logging.getLogger(__name__)
@@ -131,18 +142,23 @@ def run(load: Callable[[], Engine], pipe: Connection) -> None:
     """The body of a replica, in a process or a thread."""
     with pipe:
         try:
-            Worker(load(), pipe).serve()
+            try:
+                engine = load()
+            except ConfigError as error:
+                pipe.send(CannotLoad(str(error)))
+                return
+            Worker(engine, pipe).serve()
         except (BrokenPipeError, ConnectionResetError):
             return  # the server is gone
 
 
-def process_main(loader: Loader, pipe: Connection, threads: int) -> None:
+def process_main(loader: Loader, pipe: Connection) -> None:
     """The main function of a replica process: it ends with the server."""
     # Signals may go to every process of a terminal or a service; the server ends its replicas.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from openmythos.machine import keep_freed_memory
 
