@@ -39,7 +39,7 @@ _BOS_NAMES = (BOS, "<|begin_of_text|>", "<|begin_text|>", "<|endoftext|>", "<s>"
 _PROBE = " The caf\u00e9's\tcost:\r\n\n    12345 \u20ac \u6f22\u5b57 \U0001f642 <s>  "
 
 
-class Tokenizer(ABC):
+class Vocabulary(ABC):
     """Encodes text as ids and decodes ids; each id stands for a sequence of bytes."""
 
     bos_id: int
@@ -69,6 +69,10 @@ class Tokenizer(ABC):
         """The text; invalid UTF-8 becomes U+FFFD."""
         joined = b"".join(_bytes_of(self.token_bytes, token) for token in ids)
         return joined.decode("utf-8", errors="replace")
+
+
+class Tokenizer(Vocabulary):
+    """A vocabulary that can be saved as tokenizer.json."""
 
     @abstractmethod
     def serialized(self) -> str:
@@ -153,7 +157,7 @@ class StreamDecoder:
     A character that is split over several ids is returned with the last of them.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Vocabulary) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from openmythos.data.tokenizer import Tokenizer
+from openmythos.data.tokenizer import Vocabulary
 from openmythos.inference.request import EngineRequest, Finished, NewToken, PromptScored
 from openmythos.serve.answers import Usage
 from openmythos.serve.errors import ApiError
@@ -46,7 +46,7 @@ class Flow:
     """The choices of a request while engines compute them; index = prompt * n + sample."""
 
     asked: Asked
-    tokenizer: Tokenizer
+    tokenizer: Vocabulary
     replicas: Replicas
     metrics: Metrics
     usage: Usage = field(default_factory=Usage)

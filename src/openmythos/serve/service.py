@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from openmythos.config import ConfigError, require
-from openmythos.data.tokenizer import Tokenizer
+from openmythos.data.tokenizer import Vocabulary
 from openmythos.inference.generation import Request
 from openmythos.inference.request import EngineRequest
 from openmythos.model.config import MythosConfig
@@ -35,7 +35,7 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.replicas)
         self.config: MythosConfig = self.served.source.config
-        self.tokenizer: Tokenizer = self.served.tokenizer
+        self.tokenizer: Vocabulary = self.served.tokenizer
         config, tokenizer = self.config.vocab_size, self.tokenizer.vocab_size
         allowed = f"must be at most the {config} tokens of the model"
         require(tokenizer <= config, "tokenizer.vocab_size", tokenizer, allowed)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from openmythos.config import ConfigError, from_dict, to_dict
-from openmythos.data.tokenizer import Tokenizer
+from openmythos.data.tokenizer import Vocabulary
 from openmythos.files import read_json
 from openmythos.hub.load import Source, open_source
 from openmythos.model.mythos import OpenMythos
@@ -20,7 +20,7 @@ SHIPPED = Path(__file__).parent / "hops"
 TASK_FILE = "task.json"
 
 
-class TaskTokenizer(Tokenizer):
+class TaskWords(Vocabulary):
     """The words of a task, separated by spaces. There is no start token, and no text ends."""
 
     bos_id = -1
@@ -43,9 +43,6 @@ class TaskTokenizer(Tokenizer):
         if not ids:
             raise ConfigError("prompt: is empty; a task has no start token")
         return ids
-
-    def serialized(self) -> str:
-        raise NotImplementedError("a task has no tokenizer file")
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,9 @@ class Served:
         return cls(found, trained, name)
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Vocabulary:
         """Raises a ConfigError if the model has none."""
-        return self.source.tokenizer if self.trained is None else TaskTokenizer(self.trained.task)
+        return self.source.tokenizer if self.trained is None else TaskWords(self.trained.task)
 
     def load(self, device: str, precision: str, step: int | None) -> OpenMythos:
         """The model in eval mode; precision "auto": what the device computes fast."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from openmythos.data.tokenizer import StreamDecoder, Tokenizer
+from openmythos.data.tokenizer import StreamDecoder, Vocabulary
 from openmythos.inference.request import NewToken, PromptScored, TokenLogprobs
 from openmythos.inference.text import StopStrings
 from openmythos.serve.answers import (
@@ -40,7 +40,9 @@ class ChoiceText:
     A token that ends the text is no part of it. `stopped` is set once a stop string has occurred.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Vocabulary, stops: Sequence[str], stop_ids: Sequence[int]
+    ) -> None:
         self._decoder, self._vocab_size = StreamDecoder(tokenizer), tokenizer.vocab_size
         self._stops, self._stop_ids = StopStrings(stops), stop_ids
         self._piece = Piece()
@@ -88,7 +90,7 @@ class ChoiceText:
         return piece if piece.text or piece.tokens or piece.finish else None
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
+def token_text(tokenizer: Vocabulary, token: int) -> str:
     """The text of one token; bytes that are no whole character are written as bytes:\\x.."""
     data = _bytes_of(tokenizer, token)
     try:
@@ -97,12 +99,12 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{value:02x}" for value in data)
 
 
-def _bytes_of(tokenizer: Tokenizer, token: int) -> bytes:
+def _bytes_of(tokenizer: Vocabulary, token: int) -> bytes:
     return tokenizer.token_bytes[token] if token < tokenizer.vocab_size else b""
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, piece: Piece, top: int, offset: int
+    tokenizer: Vocabulary, piece: Piece, top: int, offset: int
 ) -> CompletionLogprobs:
     """Of a piece that begins `offset` characters behind the beginning of its choice."""
     texts = [token_text(tokenizer, token) for token in piece.tokens]
@@ -126,7 +128,7 @@ def completion_logprobs(
     )
 
 
-def chat_logprobs(tokenizer: Tokenizer, piece: Piece) -> ChatLogprobs:
+def chat_logprobs(tokenizer: Vocabulary, piece: Piece) -> ChatLogprobs:
     """The same as chat writes it."""
 
     def one(token: int, value: float) -> TopLogprob:
