@@ -205,7 +205,7 @@ def test_what_cannot_be_served_is_one_line(folder: Path, tmp_path: Path) -> None
     assert "damaged" in _fails(str(damaged))
     nan = weights[:-4] + b"\xff\xff\xff\x7f"
     (damaged / "model.safetensors").write_bytes(nan)
-    assert "no replica could load" in _fails(str(damaged), "--replicas", "1")
+    assert "values that are not finite" in _fails(str(damaged), "--replicas", "1")
     assert "api_key_file" in _fails(str(folder), "--api-key-file", os.devnull)
     wrong = Server(str(folder), "--replicas", "1", "--precision", "fp8")
     assert wrong.ended(180) == 2 and len(wrong.log) == 2

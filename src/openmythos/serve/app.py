@@ -18,6 +18,7 @@ from openmythos import __version__
 from openmythos.config import ConfigError
 from openmythos.serve import answers, errors, text_routes
 from openmythos.serve.errors import ApiError
+from openmythos.serve.flow import error_of
 from openmythos.serve.guards import Guards
 from openmythos.serve.jobs import LoopTable, Refused
 from openmythos.serve.metrics import CONTENT_TYPE
@@ -190,20 +191,12 @@ def _add_loop_routes(app: FastAPI, service: Service) -> None:
 
 async def _table(inbox: Inbox, ticket: Ticket, http: Request, seconds: float) -> LoopTable:
     """The answer of a replica; the work is given up if the client leaves."""
-    answer = asyncio.ensure_future(inbox.take())
-    left = asyncio.ensure_future(text_routes.disconnected(http))
     try:
-        await asyncio.wait({answer, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            status = 499 if left.done() else 504
-            raise ApiError(status, "the request was given up", code="timeout")
-        ((_, found),) = answer.result()
+        ((_, found),) = await text_routes.unless_left(inbox.take(), http, seconds)
     finally:
-        answer.cancel()
-        left.cancel()
         ticket.cancel()
     if isinstance(found, Refused):
-        raise ApiError(400 if found.bad_request else 500, found.message)
+        raise error_of(found)
     assert isinstance(found, LoopTable)
     return found
 

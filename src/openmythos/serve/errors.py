@@ -11,6 +11,7 @@ _TYPES = {
     429: "rate_limit_error",
 }
 
+CLIENT_GONE = 499  # the status that nginx counts for it; nobody reads the answer
 _SCALARS = {"str", "int", "float", "bool"}
 
 

@@ -72,7 +72,7 @@ class Flow:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._inbox.arrived(), seconds)
         if self._inbox.refusal is not None:
-            raise _error_of(self._inbox.refusal)
+            raise error_of(self._inbox.refusal)
 
     async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         """What is new of the choices, joined where it waited; an ApiError if one fails."""
@@ -115,7 +115,7 @@ class Flow:
             case Finished():
                 self._finished(prompt, answer)
             case Refused():
-                raise _error_of(answer)
+                raise error_of(answer)
             case LoopTable():
                 raise AssertionError("a request for text gets no table of loops")
 
@@ -145,5 +145,6 @@ class Flow:
             prompt.ticket.cancel()
 
 
-def _error_of(refused: Refused) -> ApiError:
+def error_of(refused: Refused) -> ApiError:
+    """The answer to a request that a replica refused."""
     return ApiError(400 if refused.bad_request else 500, refused.message)

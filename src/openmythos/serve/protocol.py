@@ -13,7 +13,7 @@ from openmythos.inference.sampling import Sampling
 from openmythos.recurrence.exit_rules import ExitRule, FixedExit
 from openmythos.serve.errors import unsupported
 
-MOST_LOOPS, MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 64, 16, 16, 64
+MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 16, 16, 64
 _INT64 = 2**63
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from openmythos.serve.errors import ApiError
+from openmythos.serve.errors import CLIENT_GONE, ApiError
 from openmythos.serve.limits import ServerLimits
 
 DONE = "[DONE]"
@@ -34,18 +34,15 @@ class EventStream(Response):
         events: AsyncIterator[str],
         limits: ServerLimits,
         on_end: Callable[[int], None] = lambda _status: None,
-        *,
-        says_done: bool = True,
     ) -> None:
         super().__init__()
         del self.headers["content-length"]
         self.headers["x-accel-buffering"] = "no"  # nginx must not collect events
         self._events, self._limits, self._on_end = events, limits, on_end
-        self._says_done = says_done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        left = asyncio.create_task(_disconnected(receive))
-        status = 499
+        left = asyncio.create_task(disconnected(receive))
+        status = CLIENT_GONE
         try:
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
@@ -84,8 +81,7 @@ class EventStream(Response):
                 finally:
                     coming = None
                 await self._send(_event(event), send)
-            if self._says_done:
-                await self._send(_event(DONE), send)
+            await self._send(_event(DONE), send)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             if coming is not None:
@@ -106,7 +102,7 @@ def _event(text: str) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
     """Returns when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

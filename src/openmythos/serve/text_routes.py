@@ -4,23 +4,23 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from openmythos.serve.errors import ApiError
+from openmythos.serve.errors import CLIENT_GONE, ApiError
 from openmythos.serve.flow import Asked, Flow
 from openmythos.serve.protocol import ChatRequest, CompletionRequest, Generation
 from openmythos.serve.service import Service
-from openmythos.serve.sse import EventStream
+from openmythos.serve.sse import EventStream, disconnected
 from openmythos.serve.texts import Piece, chat_logprobs, completion_logprobs
 
 _DEFAULT_NEW_TOKENS = 16  # of completions, as OpenAI has it
 _FIRST_EVENT = 0.5  # seconds to wait for an error that can still become a status
-_DISCONNECTED = 499  # as nginx counts a client that has gone
+_Result = TypeVar("_Result")
 
 
 class CompletionFormat:
@@ -84,22 +84,11 @@ class TextAnswer:
                 return EventStream(self._events(), self.service.limits, self._ended)
             return await self._whole()
         except BaseException as error:
-            self._ended(error.status if isinstance(error, ApiError) else _DISCONNECTED)
+            self._ended(error.status if isinstance(error, ApiError) else CLIENT_GONE)
             raise
 
     async def _whole(self) -> Response:
-        work = asyncio.ensure_future(self._collect())
-        left = asyncio.ensure_future(disconnected(self.http))
-        try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ApiError(_DISCONNECTED, "the client has gone")
-            pieces = work.result()
-        finally:
-            for task in (work, left):
-                task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ApiError):
-                await work
+        pieces = await unless_left(self._collect(), self.http)
         choices = [self._choice(index, pieces[index], streamed=False) for index in sorted(pieces)]
         answer = self._body(choices, self.format.whole)
         self._ended(200)
@@ -196,7 +185,21 @@ def _flow(service: Service, work: Asked) -> Flow:
     return Flow(work, service.tokenizer, service.replicas, service.metrics)
 
 
-async def disconnected(http: HttpRequest) -> None:
-    """Returns when the client has gone."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+async def unless_left(
+    work: Coroutine[Any, Any, _Result], http: HttpRequest, seconds: float | None = None
+) -> _Result:
+    """The result of the work; an ApiError if the client leaves first, or after so many seconds."""
+    task = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(disconnected(http.receive))
+    try:
+        await asyncio.wait({task, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if left.done():
+            raise ApiError(CLIENT_GONE, "the client has gone")
+        raise ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
+    finally:
+        task.cancel()
+        left.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ApiError):
+            await task
