@@ -2,6 +2,7 @@
 
 import json
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ from openmythos.cli.serve import Serve
 from openmythos.config import ConfigError, apply_overrides
 from openmythos.serve.chat import ChatTemplate
 from openmythos.serve.errors import ApiError
+from openmythos.serve.limits import ServerLimits
 from openmythos.serve.protocol import ChatMessage
+from openmythos.serve.replicas import Body, Replicas
 from openmythos.serve.run import KEY_VARIABLE, ServerOptions, Settings, read_keys
+from openmythos.serve.service import Service
+from openmythos.serve.source import Served
 
 HELLO = (ChatMessage(role="user", content="hi"),)
 
@@ -51,7 +56,7 @@ def test_settings_are_named_in_errors() -> None:
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openmythos.serve.run", None)
-    with pytest.raises(ConfigError, match=r"serve needs: pip install -e '.\[serve\]'"):
+    with pytest.raises(ConfigError, match=r"serve needs: pip install 'openmythos\[serve\]'"):
         Serve().run()
 
 
@@ -90,3 +95,13 @@ def test_a_file_that_is_no_template_is_named(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("{% if %}")
     with pytest.raises(ConfigError, match="is not a Jinja template"):
         ChatTemplate.find(tmp_path, str(tmp_path / "t"))
+
+
+def _never(_pipe: Connection) -> Body:
+    raise AssertionError("no replica is started")
+
+
+def test_a_model_of_a_task_takes_no_chat_template() -> None:
+    served, limits = Served.open(""), ServerLimits()
+    with pytest.raises(ConfigError, match="chat_template = 't': is for a language model"):
+        Service.open(served, Replicas(0, _never, limits), limits, chat_template="t")

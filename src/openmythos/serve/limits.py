@@ -1,4 +1,4 @@
-"""What the server accepts; every field is a flag of the command."""
+"""What the server accepts; `--set limits.NAME=VALUE` of the command."""
 
 from dataclasses import dataclass, fields
 

@@ -44,7 +44,7 @@ class Service:
             id=self.name,
             created=self.created,
             num_loops=self.config.num_loops,
-            max_loops=self.limits.max_loops,
+            max_loops=max(self.limits.max_loops, self.config.num_loops),
             context=self.config.context,
             vocab_size=tokenizer,
             parameters=parameters,
@@ -63,6 +63,8 @@ class Service:
         chat_template: str = "",
     ) -> "Service":
         """The service of a model; a ConfigError if it has no tokenizer."""
+        text = "is for a language model; this one was trained on a task"
+        require(not (served.trained and chat_template), "chat_template", chat_template, text)
         path = served.source.path
         template = None if served.trained else ChatTemplate.find(Path(path), chat_template)
         return cls(served, replicas, limits, name or served.name, template)
@@ -76,9 +78,8 @@ class Service:
     def loops(self, asked: LoopOptions) -> int:
         """The number of loops of a request."""
         loops = self.config.num_loops if asked.num_loops is None else asked.num_loops
-        most = max(self.limits.max_loops, self.config.num_loops)
-        if loops > most:
-            text = f"num_loops = {loops}: must be at most {most} on this server"
+        if loops > self.model.max_loops:
+            text = f"num_loops = {loops}: must be at most {self.model.max_loops} on this server"
             raise ApiError(400, text, param="num_loops", code="invalid_value")
         return loops
 
