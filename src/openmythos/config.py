@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 
 def needs(extra: str) -> str:
     """Error text for packages that are only installed with an extra."""
-    return f"needs: pip install -e '.[{extra}]'"
+    return f"needs: pip install 'openmythos[{extra}]'"
 
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:

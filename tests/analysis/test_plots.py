@@ -282,6 +282,6 @@ assert "matplotlib.pyplot" not in sys.modules
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[plots\]'") as caught:
+    with pytest.raises(ConfigError, match=r"pip install 'openmythos\[plots\]'") as caught:
         loss_curve({"run": POINTS})
     assert "\n" not in str(caught.value)

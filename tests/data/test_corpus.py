@@ -245,7 +245,7 @@ def test_hugging_face_errors_are_one_line(
         with pytest.raises(ConfigError, match=r"must be written hf:NAME\[:CONFIG\]\[:SPLIT\]"):
             Corpus([source])
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[data\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'openmythos\[data\]'"):
         Corpus(["hf:name"])
 
 

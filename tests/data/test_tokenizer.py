@@ -206,7 +206,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert Bytes().build([]).vocab_size == 257
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[bpe\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'openmythos\[bpe\]'"):
         BPE().build([SOURCE])
 
 

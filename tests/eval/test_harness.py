@@ -40,7 +40,7 @@ def test_problems_are_those_of_eval_in_words() -> None:
 
 @pytest.mark.skipif(harness.INSTALLED, reason="lm-eval is installed")
 def test_a_missing_package_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"lm-eval needs: pip install -e '.\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"lm-eval needs: pip install 'openmythos\[eval\]'"):
         harness.HarnessModel(OpenMythos(tiny_config()), ByteTokenizer())
 
 

@@ -172,7 +172,7 @@ def test_a_missing_package_is_named_before_anything_is_made(
     module = None if how == "missing" else ModuleType(MODULES[kind])
     monkeypatch.setitem(sys.modules, MODULES[kind], module)
     tracker = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}[kind]()
-    text = rf"tracker {kind} needs: pip install -e '\.\[{kind}\]'"
+    text = rf"tracker {kind} needs: pip install 'openmythos\[{kind}\]'"
     with pytest.raises(ConfigError, match=text):
         make(tracker)
     assert not (tmp_path / "run").exists()
