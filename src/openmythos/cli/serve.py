@@ -29,9 +29,9 @@ class Serve:
     host: Annotated[str, shown("ADDRESS")] = "127.0.0.1"
     """Where to listen; 0.0.0.0 is every interface: give an API key then."""
     port: int = 8000
-    """0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     replicas: Annotated[int, shown("N", "one for each core")] = 0
-    """Processes that compute, of one thread each."""
+    """Worker processes, each with a copy of the model and one thread."""
     api_key_file: Annotated[str, shown("FILE", "")] = ""
     """File with accepted API keys, one per line; else the variable OPENMYTHOS_API_KEY."""
     name: Annotated[str, shown("NAME", "the folder's")] = ""
@@ -40,7 +40,7 @@ class Serve:
     """Jinja template for chat, instead of the model's own."""
     step: Step = None
     precision: Annotated[str, shown("KIND")] = "auto"
-    """Of the weights: fp32, bf16, or auto (bf16 if the device computes it natively)."""
+    """Precision of the weights: fp32, bf16, or auto (bf16 if the device computes it natively)."""
     set: Changes = ()
     """More settings, such as limits.max_loops=128 or engine.max_rows=16: docs/serving.md."""
     device: Device = "auto"

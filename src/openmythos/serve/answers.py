@@ -30,7 +30,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Of each token; `top_logprobs` by the text of the token."""
+    """Log-probabilities of each token; `top_logprobs` are keyed by the text of the likely token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]

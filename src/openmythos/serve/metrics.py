@@ -25,7 +25,10 @@ class Metrics:
             return Histogram(f"openmythos_{name}", text, buckets=tuple(buckets), registry=registry)
 
         self._requests = Counter(
-            "openmythos_requests", "Requests by outcome.", ("route", "status"), registry=registry
+            "openmythos_requests",
+            "Requests for text by outcome.",
+            ("route", "status"),
+            registry=registry,
         )
         self._prompt_tokens = Counter(
             "openmythos_prompt_tokens", "Tokens of prompts.", registry=registry
@@ -35,9 +38,13 @@ class Metrics:
             "openmythos_token_loops", "Loops of all positions computed.", registry=registry
         )
         self._loops = histogram("loops_per_token", "Loops run for a new token.", _LOOPS)
-        self._first = histogram("time_to_first_token_seconds", "To the first token.", _SECONDS)
-        self._between = histogram("inter_token_latency_seconds", "Between tokens.", _SECONDS)
-        self._whole = histogram("request_seconds", "Of whole requests.", _SECONDS)
+        self._first = histogram(
+            "time_to_first_token_seconds", "Seconds to the first token.", _SECONDS
+        )
+        self._between = histogram(
+            "inter_token_latency_seconds", "Seconds between tokens.", _SECONDS
+        )
+        self._whole = histogram("request_seconds", "Seconds that whole requests took.", _SECONDS)
         registry.register(_ReplicaCollector(replicas))
 
     def token(self, loops: int, seconds: float, *, is_first: bool) -> None:

@@ -141,7 +141,7 @@ class Replica:
 
     @property
     def load(self) -> int:
-        """Token-loops of all work that it holds."""
+        """Token-loops of all its unfinished work."""
         return sum(work.token_loops for work in self.work.values())
 
     @property
@@ -223,7 +223,7 @@ class Replica:
         self._outbox.put(ask)
 
     def stop(self) -> None:
-        """Ask it to end, and forget its answers."""
+        """Tell it to end; what it still answers is ignored."""
         self._life += 1
         self._outbox.put(Stop())
         self._outbox.put(None)
@@ -348,7 +348,7 @@ class Replicas:
         # The time until an average request of the least busy replica will have ended.
         waits = [x.load / x.rate / max(len(x.work), 1) for x in alive if x.rate > 0]
         seconds = min(max(math.ceil(min(waits, default=1.0)), 1), 60)
-        text = f"the server is full: {self._limits.max_requests} requests per replica wait or run"
+        text = "the server is full (limits.max_requests or max_prompt_token_loops); try again later"
         return ApiError(429, text, code="rate_limit_exceeded", retry_after=seconds)
 
     def fail_all(self, message: str) -> None:

@@ -90,7 +90,7 @@ class Service:
         values = rows * self.config.vocab_size + loops * len(ids) * self.config.dim
         if rows > limits.max_loop_rows or values > limits.max_loop_values:
             text = f"prompt: {len(ids)} tokens at {loops} loops are more than this server keeps; "
-            text += "ask fewer tokens, fewer loops, or last_only"
+            text += "send fewer tokens, ask for fewer loops, or set last_only"
             raise ApiError(400, text, param="prompt", code="invalid_value")
 
     def prompt_ids(self, prompt: str | list[int]) -> list[int]:

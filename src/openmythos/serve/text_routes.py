@@ -143,7 +143,7 @@ async def completions(service: Service, asked: CompletionRequest, http: HttpRequ
     given = asked.prompts()
     most = service.limits.max_requests * len(service.replicas.all)
     if len(given) > most:
-        text = f"prompt: has {len(given)} prompts, must be at most {most}"
+        text = f"prompt: has {len(given)} prompts, more than the {most} that fit"
         raise ApiError(400, text, param="prompt", code="invalid_value")
     new = _DEFAULT_NEW_TOKENS if asked.max_tokens is None else asked.max_tokens
     echo = bool(asked.echo)

@@ -106,7 +106,7 @@ def _bytes_of(tokenizer: Vocabulary, token: int) -> bytes:
 def completion_logprobs(
     tokenizer: Vocabulary, piece: Piece, top: int, offset: int
 ) -> CompletionLogprobs:
-    """Of a piece that begins `offset` characters behind the beginning of its choice."""
+    """Log-probabilities of a piece that starts `offset` characters into its choice."""
     texts = [token_text(tokenizer, token) for token in piece.tokens]
     offsets, at = [], offset
     for text in texts:
@@ -129,7 +129,7 @@ def completion_logprobs(
 
 
 def chat_logprobs(tokenizer: Vocabulary, piece: Piece) -> ChatLogprobs:
-    """The same as chat writes it."""
+    """Log-probabilities of a piece, as /v1/chat/completions writes them."""
 
     def one(token: int, value: float) -> TopLogprob:
         data = list(_bytes_of(tokenizer, token))
