@@ -15,7 +15,7 @@ from openmythos.inference.decode import Eager, Step
 from openmythos.inference.generation import Request, decode_one_token, prefill, stream
 from openmythos.kernels import native
 from openmythos.kernels.few_rows import Places
-from openmythos.kernels.few_rows_native import NativeLayer
+from openmythos.kernels.few_rows_native import NativeLayer, PreparedLayer
 from openmythos.model.config import MythosConfig
 from openmythos.nn import few_rows
 from openmythos.nn.block import Block, Layers
@@ -35,13 +35,13 @@ PADDED = torch.tensor([[True] * 5, [False, False, True, True, True], [True] * 5]
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of each native call."""
     rows: list[int] = []
-    call = NativeLayer.__call__
+    call = PreparedLayer.__call__
 
-    def counted(self: NativeLayer, x: Tensor, *rest: Any) -> Tensor:
+    def counted(self: PreparedLayer, x: Tensor, *rest: Any) -> Tensor:
         rows.append(len(x))
         return call(self, x, *rest)
 
-    monkeypatch.setattr(NativeLayer, "__call__", counted)
+    monkeypatch.setattr(PreparedLayer, "__call__", counted)
     return rows
 
 

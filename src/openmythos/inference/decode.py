@@ -163,6 +163,17 @@ def unsupported(rule: ExitRule, contrast: Contrast) -> str:
     return ""
 
 
+def exit_tracker(rule: ExitRule, cache: KVCache) -> ExitTracker:
+    """What applies a rule that reads no logits to the loops of one new token per row."""
+
+    def no_logits(state: Hidden, loop: int) -> Tensor:
+        raise AssertionError("such a rule is not supported")
+
+    assert not isinstance(rule, FixedExit)
+    valid = torch.ones(cache.batch, 1, dtype=torch.bool, device=cache.valid.device)
+    return ExitTracker(rule, no_logits, valid, cache.exit_loop)
+
+
 class Step:
     """Decoding steps of `num_loops` loops under an exit rule, on one cache.
 
@@ -194,7 +205,7 @@ class Step:
         state, drive, seen = run(
             begin, model, places=places, kv=prelude, masked=masked, can_stop=early
         )
-        tracker = self._tracker(tokens, cache) if early else None
+        tracker = exit_tracker(self.rule, cache) if early else None
         loops_run = 0
         for loop in range(self.num_loops):
             before = state
@@ -249,11 +260,3 @@ class Step:
         if self.run.fixed:
             return cache.slots("recurrent")
         return [view.storage for view in cache.views("recurrent", 1, loop)]
-
-    def _tracker(self, tokens: NextTokenIds, cache: KVCache) -> ExitTracker:
-        def no_logits(state: Hidden, loop: int) -> Tensor:
-            raise AssertionError("such a rule is not supported")
-
-        assert not isinstance(self.rule, FixedExit)
-        valid = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)
-        return ExitTracker(self.rule, no_logits, valid, cache.exit_loop)

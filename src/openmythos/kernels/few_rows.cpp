@@ -864,6 +864,21 @@ int64_t few_rows_size(int64_t which) {  // few_rows.py checks that its structs h
   return sizes[which];
 }
 
+// y = weight x for x [rows, in], both of `dtype`.
+void few_rows_linear(const void* weight, const void* x, void* y, int64_t rows, int64_t out,
+                     int64_t in, int32_t weight_dtype, int32_t dtype) {
+  scratch.reset();
+  Rows from = read_rows(x, dtype, rows, in), to;
+  if (dtype == FP32) {  // an output may be a vocabulary wide: no copy of it
+    to = scratch.take<float*>(rows);
+    for (int64_t r = 0; r < rows; r++) to[r] = static_cast<float*>(y) + r * out;
+  } else {
+    to = new_rows(rows, out);
+  }
+  product(weight, weight_dtype, 0, out, in, from, to, rows);
+  if (dtype != FP32) write_rows(to, y, dtype, rows, out);
+}
+
 void few_rows_layer(const Layer* layer, const Call* call) {
   scratch.reset();
   int64_t rows = call->rows, dim = layer->dim;

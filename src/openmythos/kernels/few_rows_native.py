@@ -98,7 +98,8 @@ def _library() -> ctypes.CDLL | None:
     found.few_rows_size.restype, found.few_rows_size.argtypes = c_int64, [c_int64]
     for which, struct in enumerate((_Map, _Norm, _Layer, _Call)):
         assert found.few_rows_size(which) == ctypes.sizeof(struct), struct
-    found.few_rows_layer.restype = None
+    found.few_rows_layer.restype = found.few_rows_linear.restype = None
+    found.few_rows_linear.argtypes = [*[c_void_p] * 3, *[c_int64] * 3, c_int32, c_int32]
     return found
 
 
@@ -110,12 +111,19 @@ def available() -> bool:
 def accepts(x: Tensor, kv: Tensor) -> bool:
     """Whether the native form may compute a call with this input, [rows, ...], and cache."""
     return (
-        available()
-        and not torch.is_grad_enabled()
-        and x.shape[0] <= MOST_ROWS
-        and _is_plain(x)
+        x.shape[0] <= MOST_ROWS
+        and accepts_input(x)
         and _is_plain(kv)
         and kv.stride()[-2:] == (kv.shape[-1], 1)
+    )
+
+
+def accepts_input(x: Tensor) -> bool:
+    """Whether a native form may compute with this input now."""
+    return (
+        available()
+        and not torch.is_grad_enabled()
+        and _is_plain(x)
         and not torch.is_autocast_enabled("cpu")
         # Neither torch.func nor a mode that counts or replaces operators sees a native call.
         and not torch._C._are_functorch_transforms_active()
@@ -134,6 +142,11 @@ def unsupported(layer: LayerWeights) -> str:
         if reason:
             return reason
     return ""
+
+
+def accepts_weight(weight: Tensor) -> bool:
+    """Whether a native form may read this tensor."""
+    return not _unsuited(weight)
 
 
 def _unsuited(tensor: Tensor) -> str:
@@ -259,31 +272,14 @@ class NativeLayer:
 
     def __call__(self, x: Tensor, places: Places, deltas: Deltas) -> Tensor:
         """x [rows, dim] -> [rows, dim], in the dtype of x; as `few_rows.reference`."""
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        kv, cos, mask = places.kv, places.cos, places.mask
-        call = _Call(x=x.data_ptr(), out=out.data_ptr(), kv=kv.data_ptr(), rows=x.shape[0])
-        call.dtype, call.kv_dtype = _DTYPES[x.dtype], _DTYPES[kv.dtype]
-        call.slot_stride, call.line_stride = kv.stride(0), kv.stride(1)
-        rows, column, writes = x.shape[0], places.column, places.writes
-        if writes is False:
-            writes = _no_writes(rows)
-        given = (places.slot, places.line, places.first, column, writes)
-        kept = [_of_rows(one, rows) if isinstance(one, Tensor) else None for one in given]
-        for name, array in zip(("slot", "line", "first", "column", "writes"), kept, strict=True):
-            setattr(call, name, _pointer(array))
-        if not isinstance(column, Tensor):
-            call.same_column = column
-        if places.pages is not None:
-            call.page_columns, call.page_row_stride = kv.shape[1], _row_stride(places.pages)
-            call.pages = places.pages.data_ptr()
-        if mask is not None:
-            call.mask, call.mask_stride = mask.data_ptr(), _row_stride(mask)
-        if cos is not None and places.sin is not None:
-            call.cos, call.sin = cos.data_ptr(), places.sin.data_ptr()
-            call.table_stride, call.rotary_dim = _row_stride(cos), cos.shape[-1]
+        x = x.contiguous()
+        return self.prepared(torch.empty_like(x), places, deltas)(x)
+
+    def prepared(self, out: Tensor, places: Places, deltas: Deltas) -> "PreparedLayer":
+        """A call that writes to out [rows, dim], contiguous; it may be repeated."""
+        rows = len(out)
         layer = self._with(deltas, rows) if deltas else self._layer
-        self._run(ctypes.byref(layer), ctypes.byref(call))
-        return out
+        return PreparedLayer(self._run, layer, *_call(out, places), out)
 
     def _with(self, deltas: Deltas, rows: int) -> _Layer:
         """A copy with the deltas of this call: another thread may be using the layer."""
@@ -300,6 +296,51 @@ class NativeLayer:
         return layer
 
 
+class PreparedLayer:
+    """Calls of a layer on the same arrays, one after the other, in the order of x."""
+
+    def __init__(
+        self, run: Any, layer: _Layer, call: _Call, kept: tuple[Any, ...], out: Tensor
+    ) -> None:
+        self._run, self._call, self._out = run, call, out
+        self._kept = (layer, kept)
+        self._layer_at, self._call_at = ctypes.byref(layer), ctypes.byref(call)
+
+    def __call__(self, x: Tensor, column: int | None = None) -> Tensor:
+        """The output of x [rows, dim], contiguous; with `column`, at this column in every row."""
+        self._call.x = x.data_ptr()
+        if column is not None:
+            self._call.same_column = column
+        self._run(self._layer_at, self._call_at)
+        return self._out
+
+
+def _call(out: Tensor, places: Places) -> tuple[_Call, tuple[Any, ...]]:
+    """(a call without its x, what must live as long)."""
+    kv, cos, mask, rows = places.kv, places.cos, places.mask, len(out)
+    call = _Call(out=out.data_ptr(), kv=kv.data_ptr(), rows=rows)
+    call.dtype, call.kv_dtype = _DTYPES[out.dtype], _DTYPES[kv.dtype]
+    call.slot_stride, call.line_stride = kv.stride(0), kv.stride(1)
+    column, writes = places.column, places.writes
+    if writes is False:
+        writes = _no_writes(rows)
+    given = (places.slot, places.line, places.first, column, writes)
+    kept = [_of_rows(one, rows) if isinstance(one, Tensor) else None for one in given]
+    for name, array in zip(("slot", "line", "first", "column", "writes"), kept, strict=True):
+        setattr(call, name, _pointer(array))
+    if not isinstance(column, Tensor):
+        call.same_column = column
+    if places.pages is not None:
+        call.page_columns, call.page_row_stride = kv.shape[1], _row_stride(places.pages)
+        call.pages = places.pages.data_ptr()
+    if mask is not None:
+        call.mask, call.mask_stride = mask.data_ptr(), _row_stride(mask)
+    if cos is not None and places.sin is not None:
+        call.cos, call.sin = cos.data_ptr(), places.sin.data_ptr()
+        call.table_stride, call.rotary_dim = _row_stride(cos), cos.shape[-1]
+    return call, (places, kept)
+
+
 def _of_rows(array: Tensor, rows: int) -> Tensor:
     """The array, contiguous; the kernel reads a number of it for every row."""
     assert len(array) == rows, f"{len(array)} numbers for {rows} rows"
@@ -314,6 +355,25 @@ def _row_stride(x: Tensor) -> int:
 @functools.cache
 def _no_writes(rows: int) -> Tensor:
     return torch.zeros(rows, dtype=torch.bool)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """weight x, weight [out, in], for x [..., in]; both contiguous, each in fp32 or bf16."""
+    library = _library()
+    assert library is not None and not _unsuited(weight)
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    outputs, inputs = weight.shape
+    library.few_rows_linear(
+        weight.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        x.numel() // inputs,
+        outputs,
+        inputs,
+        _DTYPES[weight.dtype],
+        _DTYPES[x.dtype],
+    )
+    return y
 
 
 def fast(x: Tensor, layer: LayerWeights, places: Places, deltas: Deltas) -> Tensor:

@@ -9,20 +9,22 @@ from abc import ABC, abstractmethod
 from typing import SupportsIndex
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import openmythos.nn.few_rows  # noqa: F401  lets `Layers` decode natively; exports do without
 from openmythos.config import require
 from openmythos.inference import generation
 from openmythos.inference.contrast import Contrast
+from openmythos.inference.native_step import native_step
 from openmythos.inference.sampling import Sampling
+from openmythos.kernels.linear import linear
 from openmythos.model.config import MythosConfig
 from openmythos.model.inputs import ModelInputs, refuse_value_embeddings, whole_number
 from openmythos.model.stages import Stages
 from openmythos.nn.block import Attention, Layers, LayerStats
 from openmythos.nn.cache import CachePolicy, ExactCache, KVCache, Part
 from openmythos.recurrence.exit_rules import EarlyExit, ExitRule, ExitTracker, FixedExit
+from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.trace import RecurrentOutput
 from openmythos.types import Hidden, Logits, LoopCounts, Mask, NextLogits, TokenIds
 
@@ -67,7 +69,10 @@ class Decodable(nn.Module, ABC):
 
     config: MythosConfig
     embed: nn.Embedding
+    prelude: Layers
+    recurrent: RecurrentBlock
     coda: Layers
+    norm: nn.Module
     head: nn.Linear | None
 
     @abstractmethod
@@ -104,7 +109,7 @@ class Decodable(nn.Module, ABC):
 
         `head` takes the place of the model's own.
         """
-        logits = F.linear(hidden, self.head_weight) if head is None else head(hidden)
+        logits = linear(hidden, self.head_weight) if head is None else head(hidden)
         cap = self.config.logit_softcap
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
@@ -188,6 +193,10 @@ class Decodable(nn.Module, ABC):
         if latent:
             require(cache.length > 0, "cache.length", 0, "must be more: a latent follows a token")
             refuse_value_embeddings(self.config)
+        if cache.length and tokens.shape[1] == 1 and attention_mask is None and not latent:
+            step = native_step(self, cache, num_loops, exit_rule, contrast)
+            if step is not None:
+                return step(tokens, exit_rule, cache)
         early = contrast.early_loops(num_loops)
         collect = (early,) if early else ()
         inputs = ModelInputs.decoding(

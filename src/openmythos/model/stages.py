@@ -5,18 +5,16 @@ around it: a row's loops may be run beside any other row's. See `inference.runne
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openmythos.model.inputs import ModelInputs
-from openmythos.nn.block import Layers
 from openmythos.nn.cache import KVCache
 from openmythos.nn.layout import AttentionContext, own_mask, rope_tables
 from openmythos.nn.view import KVView, LayerView
 from openmythos.recurrence.exit_rules import ExitRule
-from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.recurrence.state import LoopInputs, LoopState
 from openmythos.types import Hidden, LoopCounts, LoopsPerToken, NextLogits, TokenIds
 
@@ -32,8 +30,7 @@ class Stages:
         c = model.config
         self.layers = (c.prelude_layers, c.recurrent_layers, c.coda_layers)
         self.kv_width = c.attention.kv_width(c.dim)
-        self._prelude = cast("Layers", model.prelude)
-        self._block = cast("RecurrentBlock", model.recurrent)
+        self._prelude, self._block = model.prelude, model.recurrent
         self.halts = self._block.halting is not None
         self._rotary: tuple[Tensor, Tensor] | None = None  # of the first positions
 
@@ -117,4 +114,4 @@ class Stages:
         """Coda, norm and head of `output` [rows, 1, dim]: logits [rows, vocab]."""
         model = self.model
         x, _ = model.coda(output, [LayerView(context, kv) for kv in views])
-        return model.logits(cast("nn.Module", model.norm)(x))[:, 0]
+        return model.logits(model.norm(x))[:, 0]

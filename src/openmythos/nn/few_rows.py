@@ -29,7 +29,7 @@ from openmythos.kernels.few_rows import (
     Norm,
     Places,
 )
-from openmythos.kernels.few_rows_native import NativeLayer
+from openmythos.kernels.few_rows_native import NativeLayer, PreparedLayer
 from openmythos.nn.block import Block, Layers
 from openmythos.nn.feed_forward import GatedLayer, PlainLayer, gelu, relu2
 from openmythos.nn.grouped_query import GroupedQueryAttentionLayer
@@ -175,18 +175,25 @@ class DecodedLayer:
     def run(self, x: Tensor, places: Places, deltas: Deltas) -> Tensor:
         """x [rows, dim] -> [rows, dim]; see `kernels.few_rows`. `deltas` by `delta_key`."""
         assert self._native is not None
-        named = {}
-        if deltas:
-            named = {
-                name: Delta(
-                    delta.down.contiguous(),
-                    delta.up.contiguous(),
-                    None if delta.which is None else delta.which.expand(len(x)).contiguous(),
-                )
-                for name, key in self._keys.items()
-                if (delta := deltas.get(key)) is not None
-            }
-        return self._native(x, places, named)
+        return self._native(x, places, self._named(deltas, len(x)))
+
+    def prepared(self, out: Tensor, places: Places, deltas: Deltas) -> PreparedLayer:
+        """Calls that write to out [rows, dim], for as long as the layer is fresh."""
+        assert self._native is not None
+        return self._native.prepared(out, places, self._named(deltas, len(out)))
+
+    def _named(self, deltas: Deltas, rows: int) -> dict[str, Delta]:
+        if not deltas:
+            return {}
+        return {
+            name: Delta(
+                delta.down.contiguous(),
+                delta.up.contiguous(),
+                None if delta.which is None else delta.which.expand(rows).contiguous(),
+            )
+            for name, key in self._keys.items()
+            if (delta := deltas.get(key)) is not None
+        }
 
 
 class _Checked(threading.local):
