@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from openmythos.inference.request import (
 )
 from openmythos.inference.sampling import Sampling
 from openmythos.model.mythos import OpenMythos
+from openmythos.model.stages import Stages
 from openmythos.nn.block import Attention
 from openmythos.nn.cache import ExactCache, FirstLoopCache, GroupedLoopCache, LastLoopCache
 from openmythos.recurrence.exit_rules import (
@@ -158,6 +160,7 @@ CASES = given(
     requests=st.lists(asked(), min_size=1, max_size=6),
     arrivals=st.lists(st.integers(0, 3), min_size=6, max_size=6),
     cancelled=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5)), max_size=2),
+    most_rows=st.sampled_from([0, 3, 64]),
 )
 
 
@@ -167,10 +170,12 @@ def check_promise(
     requests: list[EngineRequest],
     arrivals: list[int],
     cancelled: list[tuple[int, int]],
+    most_rows: int,
 ) -> None:
+    """`most_rows` > 0: short prompts are read as rows of one token, so many at a time."""
     engine, events, numbers = Engine(model, limits), [], {}
     waits = [(sum(arrivals[: i + 1]), request) for i, request in enumerate(requests)]
-    with kernels.use("reference"):
+    with kernels.use("reference"), patch.object(Stages, "most_rows", most_rows):
         for step in range(4000):
             while waits and waits[0][0] <= step:
                 request = waits.pop(0)[1]
@@ -262,8 +267,8 @@ def test_an_exception_ends_the_rows_it_hits_and_no_others(monkeypatch: pytest.Mo
     late = EngineRequest(prompt=(3, 4), options=Request(max_new_tokens=3, num_loops=2))
     engine.add(early)
     events = engine.step()
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._runner.stages, "prefill", lambda *_, **__: 1 / 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._reader, "prefill", lambda *_, **__: 1 / 0)
         engine.add(late)
         events += engine.step()
     assert answers(events, 1) == ["error"]

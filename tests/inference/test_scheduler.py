@@ -246,5 +246,5 @@ def test_when_the_boundary_runs(waiting: int, looping: int, waited: int) -> None
     rows = [new_row(n, phase="boundary", waited=waited) for n in range(waiting)]
     rows += [new_row(n, phase="loop") for n in range(waiting, waiting + looping)]
     scheduler.running = rows
-    due = waiting >= looping or waited >= 4  # half of them, or as long as their own loops
+    due = waiting > looping or waited >= 4  # more than half of them, or as long as their own loops
     assert scheduler.boundary() == (rows[:waiting] if due else [])

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from openmythos.config import require
+from openmythos.inference.reading import Reader
 from openmythos.inference.request import (
     EngineLimits,
     EngineRequest,
@@ -48,6 +49,7 @@ class Engine:
         self.model = model
         self.limits = EngineLimits() if limits is None else limits
         self._runner = Runner(model, self.limits)
+        self._reader = Reader(self._runner)
         self._scheduler: Scheduler[Continuation] = Scheduler(self.limits)
         self._numbers = itertools.count()
         self._events: list[Event] = []
@@ -155,13 +157,13 @@ class Engine:
         job = self._scheduler.next_prefill()
         if job is None:
             return
-        read = self._guarded(job.rows, lambda: self._runner.prefill(job))
+        read = self._guarded(job.rows, lambda: self._reader.prefill(job))
         if read is None or not self._scheduler.prefilled(job):
             return
         forks = [self._scheduler.fork(row) for row in job.rows]
         families = [[row, *others] for row, others in zip(job.rows, forks, strict=True)]
         everyone = [row for family in families for row in family]
-        if self._guarded(everyone, lambda: self._runner.settle(forks)) is None:
+        if self._guarded(everyone, lambda: self._reader.settle(forks)) is None:
             return
         logits, loops = read
         for row in job.rows:
@@ -188,7 +190,7 @@ class Engine:
         going_on = [row for row in rows if row.phase == "boundary"]
         ready, preempted = self._scheduler.grow(going_on)
         for row in preempted:
-            self._runner.drop(row)
+            self._drop(row)
         if len(self._scheduler.running) <= self.limits.draft_rows:
             ready = self._drafted(ready)
         if ready:
@@ -270,7 +272,7 @@ class Engine:
 
     def _finish(self, row: Continuation, reason: FinishReason, message: str = "") -> None:
         self._scheduler.remove(row)
-        self._runner.drop(row)
+        self._drop(row)
         row.phase = "ended"
         self._stats.token_loops += row.token_loops
         self._events.append(
@@ -283,6 +285,11 @@ class Engine:
                 message=message,
             )
         )
+
+    def _drop(self, row: Continuation) -> None:
+        """Forget what has been computed of a row that has ended or waits again."""
+        self._reader.forget(row)
+        self._runner.drop(row)
 
     def _guarded(self, rows: Sequence[Continuation], compute: Callable[[], T]) -> T | None:
         """The result; None after an error, which ends these rows and leaves the others."""

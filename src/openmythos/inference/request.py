@@ -104,8 +104,8 @@ class EngineLimits:
     `prefill_budget` token-loops (tokens times loops), but at least one token.
 
     Rows whose loops are done wait for each other before coda, head and the prelude of their next
-    token: until they are `boundary_share` of the rows in flight, or one has waited for as many
-    loops as a token of it has (at least `boundary_wait`), or no row loops.
+    token: until they are more than `boundary_share` of the rows in flight, or one has waited for as
+    many loops as a token of it has (at least `boundary_wait`), or no row loops.
 
     Tokens are drafted where a request asks for it and at most `draft_rows` rows are in flight.
     """

@@ -1,7 +1,6 @@
-"""Carries out what the scheduler decides: prefill, loops and boundaries of rows, with a model.
+"""Carries out what the scheduler decides: loops and boundaries of rows, with a model.
 
-A prompt is read into a cache of its own, as `generation.stream` does, and then copied to pages. The
-rows that loop are one batch, whatever tokens and loops they are at.
+The rows that loop are one batch, whatever tokens and loops they are at. `reading` reads prompts.
 """
 
 from collections.abc import Sequence
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from openmythos.inference.exits import RowExit, leaving
 from openmythos.inference.request import EngineLimits, EngineRequest
-from openmythos.inference.sampling import TokenLogprobs, logprobs
-from openmythos.inference.scheduler import Prefill, Row
+from openmythos.inference.sampling import TokenLogprobs
+from openmythos.inference.scheduler import Row
 from openmythos.nn.cache import CachePolicy, KVCache
 from openmythos.nn.layout import AttentionContext
 from openmythos.nn.pages import Lookup, PagePool, PageTables, PlaneMap
@@ -34,6 +33,10 @@ class StagedModel(Protocol):
     layers: tuple[int, int, int]  # of prelude, recurrent block and coda
     kv_width: int
     halts: bool  # whether the model itself may end the loops
+
+    @property
+    def most_rows(self) -> int:
+        """Up to how many rows of one token are computed fast; 0: a prompt is faster as one."""
 
     @property
     def like(self) -> Tensor:
@@ -72,9 +75,13 @@ class StagedModel(Protocol):
         """The coda's input if the loops end here."""
 
     def read_out(
-        self, output: Hidden, context: AttentionContext, views: Sequence[KVView]
+        self,
+        output: Hidden,
+        context: AttentionContext,
+        views: Sequence[KVView],
+        only: Sequence[int] | None = None,
     ) -> NextLogits:
-        """Logits [rows, vocab] of the coda's input [rows, 1, dim]."""
+        """Logits [rows, vocab] of the coda's input [rows, 1, dim]; of some rows `only`."""
 
 
 class EngineModel(Protocol):
@@ -138,71 +145,11 @@ class Runner:
         self._inputs: LoopInputs | None = None
         self._lookup: Lookup | None = None
         self._left: tuple[list[Continuation], AttentionContext, Lookup] | None = None
-        self._cache: KVCache | None = None  # of the rows that are being read
-        self._reading: list[Continuation] = []
 
     def plane_map(self, asked: EngineRequest) -> PlaneMap:
         o = asked.options
         probed = o.exit_rule.needs_logits and self.stages.layers[2] > 0
         return PlaneMap(self.stages.layers, o.num_loops, o.decode, probed)
-
-    # Prefill
-
-    def prefill(self, job: Prefill[Continuation]) -> tuple[NextLogits, list[int]]:
-        """Read tokens of prompts: (logits after the last ones, loops of the last ones)."""
-        rows, o = job.rows, job.rows[0].asked.options
-        if job.start == 0:
-            longest = max(row.tokens for row in rows)
-            self._cache = self.model.new_cache(
-                len(rows), longest, num_loops=o.num_loops, prefill=o.prefill, decode=o.decode
-            )
-            self._reading = list(rows)
-            for row in rows:
-                row.scores, row.prompt_loops = [], []
-        assert self._cache is not None
-        ids = [row.ids[job.start : job.stop] for row in rows]
-        longest = max(map(len, ids))
-        padding = [longest - len(own) for own in ids]
-        tokens = torch.tensor([[0] * n + own for n, own in zip(padding, ids, strict=True)])
-        mask = None
-        if any(padding):
-            mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
-            mask = mask.to(self.device)
-        logits, used = self.stages.prefill(
-            tokens.to(self.device),
-            num_loops=o.num_loops,
-            exit_rule=o.exit_rule,
-            attention_mask=mask,
-            cache=self._cache,
-            every=any(row.scored for row in rows),
-        )
-        loops = used.tolist()
-        for row, own, left, row_logits in zip(rows, loops, padding, logits, strict=True):
-            row.token_loops += sum(own[left:])
-            if row.scored:
-                row.prompt_loops += own[left:]
-                following = row.ids[job.start + 1 : job.stop + 1]
-                scored = row_logits[left : left + len(following)]
-                row.scores += logprobs(scored, following, row.asked.prompt_logprobs or 0)
-        return logits[:, -1], [own[-1] for own in loops]
-
-    def settle(self, forks: Sequence[list[Continuation]]) -> bool:
-        """Copy the rows that have been read to their pages; `forks` share the pages of each."""
-        cache = self._cache
-        assert cache is not None
-        cache.begin_decode()
-        planes, exit_loops = cache.planes(), cache.exit_loop.tolist()
-        for index, (row, others) in enumerate(zip(self._reading, forks, strict=True)):
-            kv = planes[:, index, planes.shape[2] - row.cached :]
-            full = row.cached - row.cached % self.pool.page_tokens
-            for each in (row, *others):
-                each.exit_loop = exit_loops[index]
-                start = 0 if each is row else full
-                pages = torch.tensor(each.blocks, device=self.device).T
-                self.pool.write(kv[:, start:], pages, start)
-                each.table = self.tables.open()
-        self._cache, self._reading = None, []
-        return True
 
     # Boundary
 
@@ -327,8 +274,6 @@ class Runner:
 
     def drop(self, row: Continuation) -> None:
         """Forget a row that has ended or waits again."""
-        if row in self._reading:
-            self._cache, self._reading = None, []
         if row in self.rows:
             self._keep([index for index, each in enumerate(self.rows) if each is not row])
         if row.table >= 0:

@@ -242,7 +242,7 @@ class Scheduler(Generic[R]):
         looping = sum(row.phase == "loop" for row in self.running)
         if not rows:
             return []
-        due = len(rows) >= self.limits.boundary_share * (len(rows) + looping)
+        due = len(rows) > self.limits.boundary_share * (len(rows) + looping)
         due = due or any(row.waited >= self.longest_wait(row) for row in rows)
         return rows if due or not looping else []
 

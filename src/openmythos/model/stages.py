@@ -5,13 +5,16 @@ around it: a row's loops may be run beside any other row's. See `inference.runne
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from openmythos.kernels import few_rows_native
 from openmythos.model.inputs import ModelInputs
+from openmythos.nn.block import Block
 from openmythos.nn.cache import KVCache
+from openmythos.nn.few_rows import native_layer
 from openmythos.nn.layout import AttentionContext, own_mask, rope_tables
 from openmythos.nn.view import KVView, LayerView
 from openmythos.recurrence.exit_rules import ExitRule
@@ -33,6 +36,16 @@ class Stages:
         self._prelude, self._block = model.prelude, model.recurrent
         self.halts = self._block.halting is not None
         self._rotary: tuple[Tensor, Tensor] | None = None  # of the first positions
+
+    @property
+    def most_rows(self) -> int:
+        """Up to how many rows of one token the native kernel computes; 0: it does not."""
+        like = self.like.new_empty(1, 1)
+        layers = (*self._prelude, *self._block.layers, *self.model.coda)
+        if not few_rows_native.accepts(like, like):
+            return 0
+        native = all(native_layer(cast("Block", layer)) is not None for layer in layers)
+        return few_rows_native.MOST_ROWS if native else 0
 
     @property
     def like(self) -> Tensor:
@@ -109,9 +122,14 @@ class Stages:
         return self._block.readout(state)[0]
 
     def read_out(
-        self, output: Hidden, context: AttentionContext, views: Sequence[KVView]
+        self,
+        output: Hidden,
+        context: AttentionContext,
+        views: Sequence[KVView],
+        only: Sequence[int] | None = None,
     ) -> NextLogits:
-        """Coda, norm and head of `output` [rows, 1, dim]: logits [rows, vocab]."""
+        """Coda, norm and head of `output` [rows, 1, dim]: logits [rows, vocab], of some `only`."""
         model = self.model
         x, _ = model.coda(output, [LayerView(context, kv) for kv in views])
+        x = x if only is None else x[list(only)]
         return model.logits(model.norm(x))[:, 0]

@@ -38,6 +38,20 @@ class PagePool:
         columns = pages[:, at // self.page_tokens] * self.page_tokens + at % self.page_tokens
         self.columns.index_copy_(0, columns.flatten(), kv.flatten(0, 1))
 
+    def copy(
+        self, source: Sequence[Sequence[int]], target: Sequence[Sequence[int]], tokens: int
+    ) -> None:
+        """Copy the blocks that hold the first `tokens` of a sequence and are not shared."""
+        pairs = [
+            pair
+            for old, new in zip(source[: -(-tokens // self.page_tokens)], target, strict=False)
+            if old != new
+            for pair in zip(old, new, strict=True)
+        ]
+        if pairs:
+            old, new = torch.tensor(pairs, device=self.storage.device).T
+            self.storage.index_copy_(0, new, self.storage.index_select(0, old))
+
     def gather(self, pages: Tensor, total: int) -> KeyValues:
         """The first `total` columns of each row of pages [rows, blocks]."""
         rows = self.storage.index_select(0, pages.flatten())
