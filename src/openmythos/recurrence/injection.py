@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openmythos.config import require, require_number
+from openmythos.kernels.constants import Kept
 from openmythos.kernels.precision import at_least_fp32
 from openmythos.nn.facts import Fill, constant, identity
 from openmythos.types import Hidden
@@ -108,6 +109,7 @@ class LTIInjection(InjectionLayer):
         self.raw_step_size = nn.Parameter(torch.empty(dim))
         shape = (dim,) if config.input_map == "diagonal" else (dim, dim)
         self.input_map = nn.Parameter(torch.empty(shape))
+        self._kept = Kept()
 
     def fills(self) -> dict[str, Fill]:
         """decay = max_decay * exp(-exp(log_rate) * step) = init_decay, with rate 1 and gain 1."""
@@ -140,7 +142,7 @@ class LTIInjection(InjectionLayer):
         return decay, step * (1 - decay) / (shrink - math.log(self.config.max_decay))
 
     def prepare(self, encoded: Hidden) -> Drive:
-        decay, gain = self.discretize()
+        decay, gain = self._kept(self.discretize, (self.log_rate, self.raw_step_size))
         gain = gain.to(encoded.dtype)
         if self.config.input_map == "diagonal":
             input_term = encoded * (gain * self.input_map.to(encoded.dtype))
