@@ -175,21 +175,17 @@ class Runner:
         for row in rows:
             if row.exit is not None:
                 row.exit.restart()
-        context, lookup = self._context(rows), self._find(rows)
-        views = lookup.views([0] * len(rows), self.stages.layers[0])
-        state, inputs = self.stages.encode(context, views)
-        if self.rows:
-            assert self._state is not None and self._inputs is not None
+        new, before, self.rows = slice(len(self.rows), None), self._inputs, [*self.rows, *rows]
+        context, lookup = self._context(self.rows), self._find(self.rows)
+        views = lookup.select(new).views([0] * len(rows), self.stages.layers[0])
+        state, inputs = self.stages.encode(context.select(new), views)
+        if before is not None:
+            assert self._state is not None
             state = self._state.map(lambda *x: torch.cat(x), state)
-            drive = self._inputs.drive
-            term = torch.cat((drive.input_term, inputs.drive.input_term))
-            inputs = replace(inputs, drive=drive._replace(input_term=term))
-        self.rows = [*self.rows, *rows]
-        self._state, self._inputs = state, inputs
-        if len(rows) < len(self.rows):
-            self._place()
-        else:
-            self._lookup = lookup
+            term = torch.cat((before.drive.input_term, inputs.drive.input_term))
+            inputs = replace(inputs, drive=before.drive._replace(input_term=term))
+        self._state, self._inputs = state, replace(inputs, context=context)
+        self._lookup = lookup
 
     # Loops
 
@@ -299,12 +295,6 @@ class Runner:
             replace(inputs, drive=drive, context=context),
             lookup.select(at),
         )
-
-    def _place(self) -> None:
-        """Positions, masks and pages of the rows that loop, after some came."""
-        assert self._inputs is not None
-        self._inputs = replace(self._inputs, context=self._context(self.rows))
-        self._lookup = self._find(self.rows)
 
     def _context(self, rows: Sequence[Continuation]) -> AttentionContext:
         return self.context_of([row.ids[row.cached] for row in rows], [row.cached for row in rows])

@@ -65,9 +65,17 @@ class Paged:
     pool: PagePool
     pages: Tensor  # [rows, blocks]
     position: Tensor  # [rows] of the new token
-    column: Tensor  # [rows] where it goes, in `pool.columns`
     total: int  # columns to read
     writes: Tensor | None = None  # [rows]; None: all. A row that does not, puts it into page 0.
+
+    @property
+    def column(self) -> Tensor:
+        """[rows] where the new tokens go, in `pool.columns`."""
+        size = self.pool.page_tokens
+        page = self.pages.gather(1, (self.position // size)[:, None])[:, 0]
+        if self.writes is not None:
+            page = page * self.writes
+        return page * size + self.position % size
 
     def own(self) -> KeyValues:
         """Keys and values [rows, 1, kv_width] of the new tokens."""
@@ -167,48 +175,38 @@ class Lookup:
     def __init__(
         self, pool: PagePool, tables: PageTables, rows: list[int], positions: list[int]
     ) -> None:
-        device = pool.storage.device
+        device, size = pool.storage.device, pool.page_tokens
         self._pool, self._total = pool, max(positions) + 1
-        size = pool.page_tokens
         tables_of = torch.tensor(rows, device=device)
         self._pages = tables.rows(tables_of, (self._total + size - 1) // size)
-        self._position = at = torch.tensor(positions, device=device)
-        own = (at // size)[:, None, None].expand(-1, self._pages.shape[1], 1)
-        # [rows, planes]: the column of each row's own position
-        self._columns = self._pages.gather(2, own)[..., 0] * size + (at % size)[:, None]
-        self._rows = torch.arange(len(rows), device=device)
+        self._position = torch.tensor(positions, device=device)
 
-    def select(self, rows: Tensor) -> "Lookup":
+    def select(self, rows: Tensor | slice) -> "Lookup":
         """Of these rows of the batch."""
         chosen = copy.copy(self)
-        chosen._pages, chosen._columns = self._pages[rows], self._columns[rows]
-        chosen._position, chosen._rows = self._position[rows], self._rows[: len(rows)]
+        chosen._pages, chosen._position = self._pages[rows], self._position[rows]
         return chosen
 
     def views(
         self, start: Sequence[int], layers: int, writes: Sequence[bool] | None = None
     ) -> list[Paged]:
         """A view per layer: each row's planes from `start` on; rows that do not write read only."""
+        device, mask = self._pages.device, None
         if min(start) == max(start):
-            which = slice(start[0], start[0] + layers)
-            pages, columns = self._pages[:, which].unbind(1), self._columns[:, which].unbind(1)
+            pages = self._pages[:, start[0] : start[0] + layers].unbind(1)
         else:
-            first = torch.tensor(start, device=self._rows.device)
-            planes = first + torch.arange(layers, device=first.device)[:, None]
-            pages = self._pages[self._rows, planes].unbind()
-            columns = self._columns[self._rows, planes].unbind()
-        mask = None
+            planes = torch.tensor([[x + layer for x in start] for layer in range(layers)])
+            rows = torch.arange(len(start), device=device)
+            pages = self._pages[rows, planes.to(device)].unbind()
         if writes is not None and not all(writes):
-            mask = torch.tensor(writes, device=self._rows.device)
-            columns = tuple(column * mask for column in columns)  # 0 is in page 0
-        return [
-            Paged(self._pool, pages[layer], self._position, columns[layer], self._total, mask)
-            for layer in range(layers)
-        ]
+            mask = torch.tensor(writes, device=device)
+        return [Paged(self._pool, each, self._position, self._total, mask) for each in pages]
 
     def duplicate(self, row: int, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the keys and values of a row's own position from planes to planes."""
         if not pairs:
             return
-        source, target = self._columns[row, torch.tensor(pairs, device=self._rows.device)].T
+        size, at = self._pool.page_tokens, self._position[row]
+        pages = self._pages[row, torch.tensor(pairs, device=at.device), at // size]
+        source, target = (pages * size + at % size).T
         self._pool.columns.index_copy_(0, target, self._pool.columns.index_select(0, source))
