@@ -8,7 +8,7 @@ import torch
 from contenders import Workload
 from host import computes_bf16
 
-from openmythos.machine import matmul_peak
+from openmythos.machine import measure_matmul_peak
 from openmythos.nn.cache import ExactCache
 from openmythos.planning import cost
 
@@ -72,7 +72,7 @@ def _gpu_limits(device: torch.device) -> dict[str, float]:
     kinds = {"fp32": ("highest", torch.float32), "tf32": ("high", torch.float32)}
     for kind, (precision, dtype) in (*kinds.items(), ("bf16", (kept, torch.bfloat16))):
         torch.set_float32_matmul_precision(precision)
-        found[kind] = matmul_peak(device, dtype, budget=0.5)
+        found[kind] = measure_matmul_peak(device, dtype, budget=0.5)
     torch.set_float32_matmul_precision(kept)
     large = torch.zeros(256 << 20, device=device)
     seconds = median_seconds(lambda: large.sum().item(), 9)

@@ -91,15 +91,26 @@ def test_the_peak_is_that_of_the_best_width(monkeypatch: pytest.MonkeyPatch, nat
         return 2 * width**3 / (rate if native or dtype == torch.float32 else 0.3e9)
 
     monkeypatch.setattr(machine, "_product_seconds", seconds)
-    assert machine.matmul_peak(CPU, torch.float32) == pytest.approx(90e9)
+    assert machine.measure_matmul_peak(CPU, torch.float32) == pytest.approx(90e9)
     assert asked == [128, 256, 512, 1024]
     asked.clear()
-    machine.matmul_peak(CPU, torch.bfloat16)
+    machine.measure_matmul_peak(CPU, torch.bfloat16)
     assert asked == ([128, 256, 512, 1024] if native else [128])
+
+
+def test_the_peak_is_measured_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([1e9, 2e9, 3e9])
+    monkeypatch.setattr(machine, "measure_matmul_peak", lambda *_: next(measured))
+    machine._peak_with.cache_clear()
+    asked = (torch.float32, torch.bfloat16, torch.float32)
+    assert [machine.matmul_peak(CPU, dtype) for dtype in asked] == [1e9, 2e9, 1e9]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert machine.matmul_peak(CPU, torch.float32) == 3e9
+    machine._peak_with.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_is_measured_in_little_time(dtype: torch.dtype) -> None:
     started = time.process_time()
-    assert machine.matmul_peak(CPU, dtype) > 0
+    assert machine.measure_matmul_peak(CPU, dtype) > 0
     assert time.process_time() - started < 1

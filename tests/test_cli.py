@@ -433,7 +433,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "missing data": ([*NEW, "--data", "nowhere"], ["nowhere: no such file or folder"]),
     "glob": ([*NEW, "--data", "no*where"], ["path = 'no*where'", "matches no file"]),
     "existing run": ([*TINY, "--out", "run"], ["run: exists already", "--out", "--resume run"]),
-    "foreign folder": (["generate", "text"], ["text: holds no model"]),
+    "foreign folder": (["generate", "text"], ["text: is not the folder of a run or of a model"]),
     "foreign eval": (["eval", "nowhere"], ["nowhere: no such folder or file, nor a Hub id"]),
     "foreign resume": (["train", "--resume", "text"], ["text: is not the folder of a run"]),
     "resumed model": (

@@ -8,6 +8,7 @@ defaults of that kind; without one, they come from the default of the field.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import operator
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,9 +69,10 @@ def _require_within(field: str, value: Any, wanted: type, bounds: Mapping[str, A
     given = {word: bound for word, bound in bounds.items() if bound is not None}
     typed = isinstance(value, int | wanted) and not isinstance(value, bool)
     # nan is not equal to itself.
-    fits = typed and value == value and all(_OPS[word](value, given[word]) for word in given)
+    if typed and value == value and all(_OPS[word](value, given[word]) for word in given):
+        return
     limits = " and ".join(f"{word} {bound}" for word, bound in given.items())
-    require(fits, field, value, f"must be {_TYPES[wanted]}" + (f", {limits}" if limits else ""))
+    require(False, field, value, f"must be {_TYPES[wanted]}" + (f", {limits}" if limits else ""))
 
 
 def unknown_name(noun: str, given: object, known: Iterable[str], *, as_listed: bool = False) -> str:
@@ -97,7 +99,7 @@ def kinds(union: Any) -> dict[str, type]:
     # A class registered for a union is also a member of larger unions that contain it.
     new = [n for u, added in _REGISTERED.items() if {*get_args(u)} <= {*members} for n in added]
     for member in (*members, *new):
-        tag = get_args(get_type_hints(member).get("kind"))
+        tag = get_args(_hints(member).get("kind"))
         if len(tag) != 1 or tag[0] in found:
             raise TypeError(f"{union}: {member} needs a kind of its own, a one-value Literal")
         found[tag[0]] = member
@@ -185,9 +187,15 @@ def _fields(cls: Any) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The annotations of a class, evaluated once: configs are built thousands of times."""
+    return get_type_hints(cls)
+
+
 def _is_tagged(wanted: Any) -> bool:
     if dataclasses.is_dataclass(wanted):
-        return len(get_args(get_type_hints(wanted).get("kind"))) == 1
+        return len(get_args(_hints(wanted).get("kind"))) == 1
     # `int | None` is not supported in configs: TOML cannot express None.
     is_union = get_origin(wanted) in (Union, UnionType)
     return is_union and all(dataclasses.is_dataclass(member) for member in get_args(wanted))
@@ -219,9 +227,9 @@ def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
     if get_origin(wanted) is Literal:
         choices = get_args(wanted)
         # Compare types too: 1 == 1.0 == True.
-        known = any(type(value) is type(choice) and value == choice for choice in choices)
-        allowed = unknown_name("choice", value, map(str, choices), as_listed=True)
-        require(known, path, value, allowed)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            allowed = unknown_name("choice", value, map(str, choices), as_listed=True)
+            require(False, path, value, allowed)
     elif wanted is int:
         require_int(path, value)
         require(-_INT64 <= value < _INT64, path, value, "must be within -2**63 and 2**63 - 1")
@@ -252,7 +260,7 @@ def _build_config(wanted: Any, data: Any, path: str, default: object) -> Any:
             raise ConfigError(f"{_join(path, key)}: {unknown_name('key', key, own)}")
     if type(default) is cls and not (members and "kind" in data):
         own = {name: getattr(default, name) for name in own}
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     values = {
         name: _build(hints[name], data[name], _join(path, name), own[name])
         if name in data
@@ -274,8 +282,8 @@ def _member(
     """The class of a table: of its ``kind`` if it has one, else that of the field's default."""
     if "kind" in table:
         kind = table["kind"]
-        known = isinstance(kind, str) and kind in members
-        require(known, _join(path, "kind"), kind, unknown_name("kind", kind, members))
+        if not isinstance(kind, str) or kind not in members:
+            require(False, _join(path, "kind"), kind, unknown_name("kind", kind, members))
         return members[kind]
     if default in members.values():
         return default

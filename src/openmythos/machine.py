@@ -222,7 +222,17 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, budget: float = 0.15) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """`measure_matmul_peak`, once in a process for each number of threads."""
+    return _peak_with(device, dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _peak_with(device: torch.device, dtype: torch.dtype, _num_threads: int) -> float:
+    return measure_matmul_peak(device, dtype)
+
+
+def measure_matmul_peak(device: torch.device, dtype: torch.dtype, budget: float = 0.15) -> float:
     """Peak FLOP/s of square matrix products with the current number of threads.
 
     Tries larger and larger widths for about `budget` seconds: small products do not reach the peak.

@@ -178,7 +178,7 @@ def test_unknown_kinds_of_models(tmp_path: Path) -> None:
 
 
 def test_places_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no model"):
+    with pytest.raises(ConfigError, match="is not the folder of a run or of a model"):
         openmythos.load(tmp_path)
     with pytest.raises(ConfigError, match="no such folder or file"):
         openmythos.load(tmp_path / "missing")

@@ -126,7 +126,7 @@ def test_an_initial_state_from_outside() -> None:
 
 
 @pytest.mark.parametrize("injection", members(Injection), ids=name_of)
-@pytest.mark.parametrize("backprop_loops", [0, 1, 4, 99])
+@pytest.mark.parametrize("backprop_loops", [0, 2, 99])
 def test_truncated_backprop_equals_a_manual_detach(
     injection: Injection, backprop_loops: int
 ) -> None:

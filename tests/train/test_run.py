@@ -109,7 +109,6 @@ def names(folder: Path) -> list[str]:
 
 VARIANTS: list[dict[str, Any]] = [
     {"optimizer": AdamW()},
-    {"optimizer": Muon()},
     {"optimizer": Muon(), "model": {"state_init": NormalState()}},
     {"model": {"halting": ACT()}, "micro_batch_size": 2},
     # Few shapes, and small: a CPU compiles its bf16 kernels for each, or emulates them.
@@ -126,7 +125,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("changes", "stop"),
-    [*((changes, 3) for changes in VARIANTS), (VARIANTS[1], 2)],
+    [(changes, 3 - number % 2) for number, changes in enumerate(VARIANTS)],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else f"after {x}, saved every 2",
 )
 def test_resumed_equals_uninterrupted(
@@ -536,7 +535,7 @@ def test_a_step_is_abandoned_anywhere_and_made_again_exactly(
     seen: list[tuple[int, float]] = []
     allowed = 0
     while len(seen) < len(straight):
-        asked, allowed = 0, allowed + 31
+        asked, allowed = 0, allowed + 61
         done = bool(list_checkpoints(other.folder))
         seen += [
             (metrics.step, metrics.loss) for metrics in train(other, resume=done, stopping=stopping)
@@ -546,7 +545,7 @@ def test_a_step_is_abandoned_anywhere_and_made_again_exactly(
     assert torch.equal(run.load_model().embed.weight, other.load_model().embed.weight)
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (9, [2, 4, 6])])
+@pytest.mark.parametrize(("keep", "left"), [(2, [4, 6]), (9, [2, 4, 6])])
 def test_only_the_newest_checkpoints_are_kept(
     tmp_path: Path, corpus: Path, keep: int, left: list[int]
 ) -> None:

@@ -143,7 +143,8 @@ def open_source(source: str | Path, *, ignore: Sequence[str] = ()) -> Source:
         file = GGUFFile(files[0])
         return Source(path, GGUF, _config(GGUF, file.fields(), ignore), gguf=file)
     if not (path / CONFIG_FILE).is_file():
-        raise ConfigError(f"{path}: holds no model: it has neither {RUN_FILE} nor {CONFIG_FILE}")
+        missing = f"it has neither {RUN_FILE} nor {CONFIG_FILE}"
+        raise ConfigError(f"{path}: is not the folder of a run or of a model: {missing}")
     data = read_json(path / CONFIG_FILE)
     found = recognise(path / CONFIG_FILE, data)
     return Source(path, found, _config(found, Fields(path / CONFIG_FILE, data), ignore))

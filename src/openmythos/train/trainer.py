@@ -276,7 +276,7 @@ class Trainer:
     def _mfu(self, rate: float) -> float:
         """FLOPs per second of this rank as a share of the peak.
 
-        The peak is the highest rate seen in this process: of matrix products in the run's dtype,
+        The peak is the highest rate seen: of matrix products in the run's dtype,
         or of a step, if the processor was busy while the products were timed.
         """
         if self._peak == 0:
