@@ -45,12 +45,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
-@pytest.fixture(autouse=True)
-def no_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of small files, and no test cuts the power."""
-    monkeypatch.setattr(os, "fsync", lambda _file: None)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder made without interruption."""

@@ -71,7 +71,8 @@ def naive_loops(
     return state
 
 
-@pytest.mark.parametrize("config", FEW_VARIANTS, ids=FEW_VARIANT_IDS)
+# The other variants are checkpointed in model/test_invariants.py.
+@pytest.mark.parametrize("config", FEW_VARIANTS[::2], ids=FEW_VARIANT_IDS[::2])
 def test_the_schedule_computes_the_equation(config: MythosConfig) -> None:
     """Rows that loop differently, halted positions, checkpointing: the same as `forward`."""
     model, depths = tiny_model(config), torch.tensor([4, 1, 3])
