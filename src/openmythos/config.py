@@ -188,13 +188,13 @@ def _fields(cls: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     """The annotations of a class, evaluated once: configs are built thousands of times."""
     return get_type_hints(cls)
 
 
 def _is_tagged(wanted: Any) -> bool:
-    if dataclasses.is_dataclass(wanted):
+    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
         return len(get_args(_hints(wanted).get("kind"))) == 1
     # `int | None` is not supported in configs: TOML cannot express None.
     is_union = get_origin(wanted) in (Union, UnionType)
