@@ -60,6 +60,8 @@ def counted() -> dict[str, tuple[int, int]]:
         )
 
     cache = model.new_cache(1, 64)
+    forward(tokens)  # loads the native kernel, and builds it if need be
+    cache = model.new_cache(1, 64)
     prefill = passed(lambda: forward(tokens))
     cache.begin_decode()
     forward(tokens[:, :1])  # makes the native layers

@@ -14,7 +14,7 @@ import torch
 from variants import FEW_VARIANT_IDS, FEW_VARIANTS, VARIANTS, tiny, tiny_config
 
 import openmythos
-from openmythos import ConfigError, MythosConfig, OpenMythos
+from openmythos import ConfigError, MythosConfig, OpenMythos, kernels
 from openmythos.config import from_dict
 from openmythos.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from openmythos.hub import export, export_bundle
@@ -82,7 +82,8 @@ def _compare(config: MythosConfig, copied: str) -> None:
     copy = theirs.OpenMythos(read(theirs.MythosConfig, export.native_json(fields))).eval()
     copy.load_state_dict(model.state_dict())
     tokens = torch.randint(config.vocab_size, (2, 8))
-    with torch.no_grad():
+    # The copy has no source of the native kernel, whose sums differ in the last bits.
+    with torch.no_grad(), kernels.use("torch"):
         assert torch.equal(copy(tokens).logits, model(tokens).logits)
         assert torch.equal(
             copy.generate(tokens[:, :3], max_new_tokens=2, num_loops=3),
@@ -190,7 +191,8 @@ def test_registered_classes_run_no_copied_code(registered: Registered, tmp_path:
     model, loaded, folder = registered
     tokens = torch.randint(1, 60, (2, 8))  # 0 pads
     with torch.no_grad():
-        assert torch.equal(loaded(tokens, num_loops=2).logits, model(tokens, num_loops=2).logits)
+        found, wanted = loaded(tokens, num_loops=2).logits, model(tokens, num_loops=2).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # the head's sums differ
     greedy = loaded.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(greedy[:, 8:], model.generate(tokens, max_new_tokens=4))
     assert not any(name.startswith("transformers_modules") for name in sys.modules)
