@@ -105,7 +105,7 @@ def blockwise_attention(
 
 
 class _Pieces:
-    """Attention in pieces: some heads of one row of the batch, then blocks of queries.
+    """Attention in pieces: some rows of the batch, or some heads of one; then blocks of queries.
 
     `heads` has the pieces of the first two dimensions, chosen so that the scores of a block stay in
     the processor's cache; `blocks` has the queries of each block and the keys that they may see.
@@ -121,9 +121,12 @@ class _Pieces:
         ]
         self.heads = [(slice(0, batch), slice(0, heads))]
         if not torch.compiler.is_compiling():  # it would unroll the loop
-            few = max(1, CACHED_SCORES // (size * total))
-            starts = itertools.product(range(batch), range(0, heads, few))
-            self.heads = [(slice(b, b + 1), slice(h, min(h + few, heads))) for b, h in starts]
+            few = max(1, CACHED_SCORES // (min(size, seq) * total))
+            rows = max(1, few // heads)
+            starts = itertools.product(range(0, batch, rows), range(0, heads, few))
+            self.heads = [
+                (slice(b, min(b + rows, batch)), slice(h, min(h + few, heads))) for b, h in starts
+            ]
         self.mask, self.like = mask, query
         self.later = self._bias(
             torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
