@@ -40,7 +40,7 @@ pytestmark = pytest.mark.distributed
 
 GRANULARITIES = get_args(Granularity)
 
-SHORT = replace(TRAIN, num_steps=6)
+SHORT = replace(TRAIN, num_steps=4)
 # Few shapes: a CPU compiles its bf16 kernels for each.
 BF16 = replace(
     TRAIN,
@@ -53,7 +53,7 @@ HALTING = replace(MODEL, halting=ACT(bias_init=-0.5))
 BATCHWISE = PoissonLoops(mean_loops=2.0, max_loops=5, per="batch")
 # (ranks, model, training) by name; batchwise where micro-batches would weigh loops differently.
 CASES: dict[str, tuple[int, Any, TrainConfig]] = {
-    "shards": (2, MODEL, replace(SHORT, num_steps=10)),
+    "shards": (2, MODEL, replace(SHORT, num_steps=6)),
     "halting": (2, HALTING, SHORT),
     "micro-batches": (2, MODEL, replace(SHORT, micro_batch_size=1, loops=BATCHWISE)),
     "checkpointing": (2, MODEL, replace(SHORT, checkpoint_loops=True)),
