@@ -30,7 +30,7 @@ import torch
 from bench_results import OUT, compare, merge, print_table, write
 from contenders import GPU_SIZES, WORKLOADS, Workload, with_shape
 from goals import BF16
-from host import computes_bf16, emulate_avx2, processor_kind
+from host import command_line, computes_bf16, emulate_avx2, processor_kind
 from limits import machine_limits
 from rich.progress import Progress
 from roster import CONTENDERS, CPU_CONTENDERS, GPU_CONTENDERS
@@ -204,7 +204,7 @@ def main() -> None:
             result["skipped"] |= skipped
             compare(workload, result, limits)
             about = {
-                "command": "python benchmarks/bench.py " + " ".join(sys.argv[1:]),
+                "command": command_line(),
                 "commit": machine["commit"],
                 "cpu": machine["cpu"],
                 "rounds": options.rounds,

@@ -8,13 +8,13 @@ each cache policy. The first half of each window is the prompt.
 """
 
 import argparse
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from figures import cost_lines
+from host import command_line
 from rich.console import Console
 from rich.table import Table
 
@@ -124,7 +124,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(
         {
-            "command": "python benchmarks/cache.py " + " ".join(sys.argv[1:]),
+            "command": command_line(),
             "hardware": machine,
             "bytes_per_token_at_16_loops": rows,
             "recipe": to_dict(catalogue.get("demo")),

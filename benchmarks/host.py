@@ -21,6 +21,15 @@ AVX2 = {
 }
 
 
+def command_line() -> str:
+    """The command that runs this program, without the folder that it writes to."""
+    given = sys.argv[1:]
+    if "--out" in given:
+        at = given.index("--out")
+        given = given[:at] + given[at + 2 :]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
+
+
 def emulates_avx2() -> bool:
     return AVX2.items() <= os.environ.items()
 

@@ -8,13 +8,13 @@ time of `Loader.batch` in each. The loader is also timed alone, over many more s
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from host import command_line
 from rich.console import Console
 
 from openmythos.config import to_dict
@@ -88,7 +88,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(
         {
-            "command": "python benchmarks/loader.py " + " ".join(sys.argv[1:]),
+            "command": command_line(),
             "hardware": machine,
             "threads": torch.get_num_threads(),
             "recipe": to_dict(recipe),

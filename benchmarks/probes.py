@@ -8,7 +8,6 @@ One thread, forward + backward; median of 15 rounds in which the candidates take
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from host import processor_kind
+from host import command_line, processor_kind
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -133,7 +132,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(
         {
-            "command": "python benchmarks/probes.py " + " ".join(sys.argv[1:]),
+            "command": command_line(),
             "hardware": machine,
             "milliseconds": found,
         },

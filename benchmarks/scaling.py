@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from contenders import S
 from figures import cost_lines
-from host import peak_bytes, processor_kind
+from host import command_line, peak_bytes, processor_kind
 from rich.console import Console
 from torch import Tensor
 
@@ -234,7 +234,7 @@ def main() -> None:
     }
     write_json(
         {
-            "command": "python benchmarks/scaling.py " + " ".join(sys.argv[1:]),
+            "command": command_line(),
             "hardware": machine,
             "dtype": "fp32",
             "rounds": rounds,

@@ -12,7 +12,6 @@ nothing is left: `profiled_share` is then above 1, and the parts of that bar are
 
 import argparse
 import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from contenders import WORKLOADS, Ours, Workload
 from figures import time_bars
-from host import emulate_avx2, processor_kind
+from host import command_line, emulate_avx2, processor_kind
 from limits import PROMPT, bound_seconds, machine_limits
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -157,7 +156,7 @@ def main() -> None:
             print(name, rows, bounds, measured)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "token-time.json"
-    command = " ".join(["python benchmarks/token_time.py", *sys.argv[1:]])
+    command = command_line()
     about = {"command": command, "hardware": machine, "limits": limits}
     write_json({**about, "seconds": found}, path)
     rows = [

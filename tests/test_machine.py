@@ -1,8 +1,12 @@
 """Devices and their names."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
+from openmythos import machine
 from openmythos.config import ConfigError
 from openmythos.machine import choose_device, devices
 
@@ -52,3 +56,13 @@ def test_the_field_is_named_and_only_what_is_there_is_offered(
     pretend(monkeypatch, None)
     with pytest.raises(ConfigError, match=r"^train.device = 'cuda': must be one of auto, cpu on"):
         choose_device("cuda", "train.device")
+
+
+def test_a_cache_folder_keeps_what_was_used_last(tmp_path: Path) -> None:
+    for age, name in enumerate(("new", "used", "old", "older")):
+        (tmp_path / name).write_bytes(b"x" * 40)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    machine.mark_used(tmp_path / "used")
+    machine.keep_recent(tmp_path, most_bytes=100)
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "used"}
+    machine.mark_used(tmp_path / "missing" / "file")

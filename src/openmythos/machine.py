@@ -1,5 +1,6 @@
 """Host utilities: malloc settings, what the CPU can do, hardware description for result files."""
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -55,6 +56,27 @@ def cache_folder() -> Path:
         return Path(given) / "openmythos"
     home = Path.home()
     return (home / "Library/Caches" if sys.platform == "darwin" else home / ".cache") / "openmythos"
+
+
+def keep_recent(folder: Path, most_bytes: int = 2 << 30) -> None:
+    """Delete the files of a cache folder that were not used for longest, if it holds more bytes."""
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process may delete it
+            stat = path.stat()
+            found.append((stat.st_mtime, stat.st_size, path))
+    total = 0
+    for _, size, path in sorted(found, reverse=True):
+        total += size
+        if total > most_bytes:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def mark_used(path: Path) -> None:
+    """Tell `keep_recent` that a file is in use; nothing if the folder cannot be written."""
+    with contextlib.suppress(OSError):
+        path.touch()
 
 
 def cpu_features() -> str:

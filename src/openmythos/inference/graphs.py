@@ -102,6 +102,8 @@ class Compiled:
                 files.replacing(path) as temporary,
             ):
                 traced.compile(temporary)
+            machine.keep_recent(self.folder)
+        machine.mark_used(path)
         return path
 
 

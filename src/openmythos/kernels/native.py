@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from openmythos.machine import cache_folder, cpu_features
+from openmythos.machine import cache_folder, cpu_features, mark_used
 
 LOGGER = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("few_rows.cpp")
@@ -55,6 +55,7 @@ def build(folder: Path, cpu: Sequence[str] = THIS_CPU) -> Path:
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     target = folder / f"few_rows-{key}.so"
     if target.is_file():
+        mark_used(target)
         return target
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
