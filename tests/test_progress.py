@@ -75,6 +75,15 @@ def test_silence_is_broken_every_ten_seconds() -> None:
     ]
 
 
+def test_work_that_goes_on_between_two_lines_is_no_silence() -> None:
+    screen = Screen("training", total=10_000)
+    for step in range(1, 15):
+        screen.after(0.8).update(step)
+        screen.after(0.1).tick()
+    lines = screen.lines()
+    assert [line.split()[2] for line in lines] == ["1", "13"] and "no news" not in str(lines)
+
+
 def test_a_new_stage_restarts_time_and_kept_work_does_not_count_for_the_rate() -> None:
     screen = Screen("reading", unit="MB")
     screen.after(1).update(2_500_000)

@@ -86,10 +86,10 @@ class Progress:
                 self._say(self._line(now))
 
     def tick(self) -> None:
-        """Print that the work is still running, if nothing was printed for SILENCE seconds."""
+        """Print that the work is still running, if nothing was heard of it for SILENCE seconds."""
         with self._lock:
             now = self._clock()
-            if self._bar is not None or now - self._printed < SILENCE:
+            if self._bar is not None or now - max(self._printed, self._updated) < SILENCE:
                 return
             if self._done is None:
                 self._say(f"{self._stage}: starting, {duration(now - self._started)}")
