@@ -8,7 +8,7 @@ rewritten. Nothing else changes, and comments stay.
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,14 @@ ROOTS = (
 _NAMES = {
     CONFIG_MODULE: "configuration_openmythos",
     MODEL_MODULE: "modeling_openmythos",
+}
+# A bundle has no C++ source, nor what would compile and call it: these functions return in it what
+# they return where there is no compiler.
+_WITHOUT_NATIVE = {
+    f"{PACKAGE}.kernels.few_rows_native": {"accepts": "False", "accepts_input": "False"},
+    f"{PACKAGE}.kernels.linear": {"linear": "F.linear(x, weight)"},
+    f"{PACKAGE}.nn.few_rows": {"native_layer": "None"},
+    f"{PACKAGE}.inference.native_step": {"native_step": "None"},
 }
 _SHAPES = "jaxtyping"  # its aliases are plain tensors in a bundle
 _LICENCE = "SPDX-License-Identifier: Apache-2.0"
@@ -50,7 +58,7 @@ class _Module:
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
-        text = path.read_text(encoding="utf-8")
+        text = _returning(path.read_text(encoding="utf-8"), _WITHOUT_NATIVE.get(name, {}))
         self.lines = text.splitlines()
         self.statements = ast.parse(text).body
         self.kept: set[int] = set()
@@ -83,6 +91,17 @@ class _Module:
         """A statement with its decorators and the comments above it."""
         before = self.statements[index - 1].end_lineno if index else 0
         return "\n".join(self.lines[before : self.statements[index].end_lineno])
+
+
+def _returning(text: str, values: Mapping[str, str]) -> str:
+    """A module's text in which some functions, by name, do nothing but return an expression."""
+    lines, nodes = text.splitlines(), ast.parse(text).body
+    found = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+    for node in sorted((found[name] for name in values), key=lambda node: -node.lineno):
+        arguments = ", ".join(argument.arg for argument in node.args.args)
+        short = (f"def {node.name}({arguments}):", f"    return {values[node.name]}")
+        lines[node.lineno - 1 : node.end_lineno] = short
+    return "\n".join(lines)
 
 
 def _imports(node: ast.stmt) -> Iterator[_Import]:
