@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -19,15 +19,17 @@ ROOT = Path(__file__).parents[2]
 
 
 class Server:
-    """A running server; `log` has the lines that it printed."""
+    """A running server; `log` has the lines that it printed, `errors` may go elsewhere."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, errors: int | IO[str] = subprocess.STDOUT, **environment: str
+    ) -> None:
         names = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "openmythos", "serve", "--port", "0", *arguments],
             env=os.environ | names | environment,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=errors,
             text=True,
         )
         self.log: list[str] = []
@@ -102,9 +104,11 @@ def wait_for(true: Any, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, **environment: str) -> Iterator[Server]:
+def serving(
+    *arguments: str, errors: int | IO[str] = subprocess.STDOUT, **environment: str
+) -> Iterator[Server]:
     """A server that takes work; it is ended with the block."""
-    server = Server(*arguments, **environment)
+    server = Server(*arguments, errors=errors, **environment)
     try:
         yield server.wait()
     finally:

@@ -1,6 +1,7 @@
 """/v1/completions and /v1/chat/completions against the model alone."""
 
 import json
+import time
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -83,6 +84,21 @@ def test_tokens_and_loops_are_those_of_the_model_alone(
     # The first new token is said by the prompt's last position, the last new one is not read.
     prompt_loops = found["usage"]["token_loops"] - sum(loops[1:])
     assert 4 <= prompt_loops <= 4 * num_loops
+
+
+@pytest.mark.parametrize("jump", [-1e9, 1e9])
+def test_a_jump_of_the_clock_ends_nothing(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """Limits of time are of a clock that does not jump."""
+    asked = {"prompt": "ab", "max_tokens": 9, "temperature": 0, "ignore_eos": True}
+    before, now = complete(client, **asked), time.time
+    monkeypatch.setattr(time, "time", lambda: now() + jump)
+    after = complete(client, **asked)
+    assert abs(after["created"] - before["created"] - jump) < 60
+    assert after["choices"] == before["choices"]
+    assert len(events(client, "/v1/completions", **asked)) > 1
+    assert client.get("/health").json()["status"] == "ok"
 
 
 def test_all_forms_of_prompts(client: TestClient) -> None:

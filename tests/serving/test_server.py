@@ -117,6 +117,19 @@ def test_kill_9_of_a_replica_under_load(folder: Path) -> None:
         assert {server.complete(max_tokens=8) for _ in range(6)} == {canary}
 
 
+def test_a_full_disk_under_its_log_stops_nothing(folder: Path) -> None:
+    """The death of a replica is logged, which fails."""
+    with open("/dev/full", "w") as full, serving(str(folder), errors=full) as server:
+        canary = server.complete(max_tokens=8)
+        for child in server.children():
+            os.kill(child, signal.SIGKILL)
+        wait_for(lambda: server.get("/health")["replicas"][0]["restarts"] == 1, 20)
+        wait_for(lambda: server.get("/health")["status"] == "ok", 60)
+        assert server.complete(max_tokens=8) == canary
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended(30) == 0
+
+
 def test_sigterm_lets_accepted_work_finish(folder: Path) -> None:
     with serving(str(folder), "--replicas", "1") as server:
         with ThreadPoolExecutor(4) as threads:
