@@ -69,7 +69,10 @@ class Compiled:
         if key not in self._graphs:
             return self._first_call(key, region, model, inputs)
         graph = self._graphs[key]
-        return region(model, **inputs) if graph is None else graph(tensors)
+        # A copy of keys and values would lose what is written to them.
+        if graph is None or not all(x.is_contiguous() for x in inputs["kv"]):
+            return region(model, **inputs)
+        return graph([x.contiguous() for x in tensors])  # the code knows of no other strides
 
     def _first_call(self, key: Any, region: Region, model: Any, inputs: dict[str, Any]) -> Any:
         with kernels.use("torch"), _UsedWeights(model) as used:  # no native call hides a weight
@@ -235,7 +238,8 @@ class _Traced(nn.Module):
         wanted = {name for names in self._dims for name in names if name}
         found = {n: torch.export.Dim(n, min=ranges[n][0], max=ranges[n][1]) for n in wanted}
         dims = [{i: found[n] for i, n in enumerate(names) if n} for names in self._dims]
-        tensors = [x.clone() for x in self._leaves if isinstance(x, Tensor)]
+        leaves = (x for x in self._leaves if isinstance(x, Tensor))
+        tensors = [x.clone(memory_format=torch.contiguous_format) for x in leaves]
         shapes = ((*[{}] * len(self._weights), *dims),)
         program = torch.export.export(
             self,
