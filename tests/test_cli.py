@@ -393,7 +393,8 @@ def test_demo_trains_evaluates_and_samples(
     result = call("demo", "--hops-steps", "2", "--set", *DEMO)
     assert result.code == 0, result.err
     assert "correct answers in %" in result.out and " 25 new" in result.out
-    assert (here / "runs" / "demo-hops-1" / "checkpoints").is_dir()
+    for name in ("checkpoints", "eval.json", "hops.png"):
+        assert (here / "runs" / "demo-hops-1" / name).exists()
     folder = here / "runs" / "demo-1"
     for name in ("config.toml", "metrics.jsonl", "eval.json", "loss.png", "loops.png"):
         assert (folder / name).is_file()

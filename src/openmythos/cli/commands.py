@@ -337,7 +337,7 @@ class Demo:
         import torch
 
         from openmythos.cli.jobs import create, evaluate_hops, train_with_bar
-        from openmythos.recipes import catalogue
+        from openmythos.recipes import catalogue, task_report
 
         changes = [f"train.num_steps={self.hops_steps}", f"train.device={device}"]
         config = apply_overrides(catalogue.get("hops"), changes)
@@ -354,9 +354,11 @@ class Demo:
         finally:
             torch.set_num_threads(threads)
         if finished:
-            evaluate_hops(run, (), device=device, examples=100)
+            found = evaluate_hops(run, (), device=device, examples=100)
+            task_report.write_report(found, folder)
+            OUT.print(f"\nIn {folder}: config.toml, metrics.jsonl, eval.json, loss.png, hops.png")
             OUT.print(
-                "\nIt was trained on at most 20 hops and 26 loops: `openmythos study "
+                "It was trained on at most 20 hops and 26 loops: `openmythos study "
                 "depth-extrapolation` has seeds, controls and where it fails.\n"
             )
         return finished
