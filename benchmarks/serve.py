@@ -3,7 +3,8 @@
     python benchmarks/serve.py rows --workload S
     python benchmarks/serve.py figures
 
-rows      many requests of equal length at once, against `generate` one by one
+rows      many requests of equal length at once, against `generate` one by one, which is also
+          measured without the native kernel
 static    outputs of 16 to 128 tokens, against batches that wait for their longest
 depths    2, 4, 8 or 16 loops by request, against rows that wait for the deepest of them
 equal     the same with equal depths
@@ -32,7 +33,7 @@ from figures import cost_lines, speed_ratios
 from host import processor_kind
 from rich.console import Console
 
-from openmythos import OpenMythos
+from openmythos import OpenMythos, kernels
 from openmythos.analysis import plots
 from openmythos.files import read_json, write_json
 from openmythos.inference.engine import Engine
@@ -92,6 +93,12 @@ def one_by_one(model: OpenMythos, asked: Sequence[EngineRequest]) -> Outcome:
     for request in asked[:4]:
         tokens += sum(1 for _ in stream(model, torch.tensor([request.prompt]), request.options))
     return Outcome(tokens, time.process_time() - start)
+
+
+def by_torch(model: OpenMythos, asked: Sequence[EngineRequest]) -> Outcome:
+    """The same without the native kernel."""
+    with kernels.use("torch"):
+        return one_by_one(model, asked)
 
 
 def static_batches(model: OpenMythos, asked: Sequence[EngineRequest], rows: int) -> Outcome:
@@ -179,7 +186,8 @@ def lockstep(rows: int) -> EngineLimits:
 def rows(model: OpenMythos, workload: Workload, rounds: int) -> dict[str, Any]:
     asked = requests(workload, 32, prompt=(32, 32), new=(64, 64), depths=(workload.loops,))
     contenders: dict[str, Callable[[], Outcome]] = {
-        "generate one by one": lambda: one_by_one(model, asked)
+        "generate one by one": lambda: one_by_one(model, asked),
+        "generate by torch's layers": lambda: by_torch(model, asked),
     }
     for count in (8, 16, 32):
         contenders[f"{count} rows"] = lambda count=count: served(
@@ -331,7 +339,7 @@ def draw(folder: Path) -> None:
                 tokens, shallow = draft.split(" drafted with ")
                 points = gains.setdefault(asked, {}).setdefault(f"drafts of {shallow} loops", {})
                 points[int(tokens)] = one["ratio"]
-            elif section in TITLES and one["ratio"] != 1:
+            elif section in TITLES and contender.endswith("rows") and one["ratio"] != 1:
                 bars[contender.removeprefix("engine, ")] = {name: one["ratio"]}
             if section == "depths" and contender.endswith("16 rows"):
                 label = f"{contender.split(',')[0]}, {name}"
