@@ -66,3 +66,21 @@ def test_a_cache_folder_keeps_what_was_used_last(tmp_path: Path) -> None:
     machine.keep_recent(tmp_path, most_bytes=100)
     assert {path.name for path in tmp_path.iterdir()} == {"new", "used"}
     machine.mark_used(tmp_path / "missing" / "file")
+
+
+def test_huge_pages_change_no_number() -> None:
+    x = torch.arange(3 << 20, dtype=torch.float32)
+    machine.use_huge_pages(x.data_ptr(), x.nbytes)
+    machine.use_huge_pages(x.data_ptr(), 100)  # less than a page: nothing
+    assert torch.equal(x, torch.arange(3 << 20, dtype=torch.float32))
+
+
+@pytest.mark.skipif(not machine._allows_huge_pages(), reason="no huge pages here")
+def test_large_memory_is_in_huge_pages() -> None:
+    def huge() -> int:
+        text = Path("/proc/self/smaps_rollup").read_text()
+        return int(next(line for line in text.splitlines() if "AnonHuge" in line).split()[1])
+
+    x, before = torch.ones(8 << 20), huge()
+    machine.use_huge_pages(x.data_ptr(), x.nbytes)
+    assert huge() >= before + x.nbytes // 1024 // 2

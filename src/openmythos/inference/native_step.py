@@ -4,6 +4,7 @@ What is left to Python are the maps between layers: injection, norms, exit rule.
 layer does not cover the model, or rows may stop at different loops, the model computes as ever.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from openmythos.inference.contrast import Contrast
 from openmythos.inference.decode import StepModel, exit_tracker, unsupported
 from openmythos.kernels import few_rows_native
 from openmythos.kernels.few_rows import Places
+from openmythos.machine import use_huge_pages
 from openmythos.nn.block import Block
 from openmythos.nn.cache import KVCache
 from openmythos.nn.few_rows import DecodedLayer, native_layer
@@ -42,6 +44,8 @@ class NativeStep:
         self.model, self.num_loops, self._layers = model, num_loops, layers
         self._policy, self._valid = cache.policy, cache.valid
         self._slots = [cache.slots(part) for part in ("prelude", "recurrent", "coda")]
+        for x in itertools.chain(*self._slots):
+            use_huge_pages(x.data_ptr(), x.nbytes)
         # Padding, which is before the prompt, moves a row's positions.
         self._padding = (~cache.valid[:, : cache.length]).sum(1)[:, None]
         self._positions = torch.zeros_like(self._padding)

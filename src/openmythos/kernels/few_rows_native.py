@@ -26,6 +26,7 @@ from openmythos.kernels.few_rows import (
     Norm,
     Places,
 )
+from openmythos.machine import use_huge_pages
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "relu2": 2}
@@ -262,6 +263,8 @@ class NativeLayer:
         library = _library()
         assert library is not None and not unsupported(weights)
         self._weights = weights  # keeps their memory alive
+        for tensor in _tensors(weights):
+            use_huge_pages(tensor.data_ptr(), tensor.nbytes)
         norms = {name: _norm(getattr(weights, name)) for name in _LAYER_NORMS.split()}
         dim = weights.attention.output.shape[0]
         attention, feed_forward = weights.attention, weights.feed_forward
