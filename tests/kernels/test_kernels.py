@@ -461,3 +461,20 @@ def test_groups_in_bf16_on_a_cpu_are_padded_to_round_sizes() -> None:
     assert group_step(133, torch.float32, cpu) == group_step(133, torch.bfloat16, cuda) == 1
     assert group_step(133, torch.bfloat16, cpu) == 8  # rows per expert
     assert group_step(1, torch.bfloat16, cpu) == 1
+
+
+def test_attention_goes_backward_in_the_pieces_of_its_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch.compile may trace the forward pass and run the backward pass as it is."""
+    monkeypatch.setattr(attention_kernels, "CACHED_SCORES", 64)
+    query, key, value, grad = (torch.randn(3, 2, 9, 4, requires_grad=True) for _ in range(4))
+    wanted = attention_kernels.reference(query, key, value, mask=None, is_causal=True, scale=0.5)
+    gradients = torch.autograd.grad(wanted, (query, key, value), grad)
+    with monkeypatch.context() as tracing:
+        tracing.setattr(torch.compiler, "is_compiling", lambda: True)
+        out = attention_kernels.blockwise_attention(query, key, value, None, 0, 0.5)
+    torch.testing.assert_close(out, wanted)
+    found = torch.autograd.grad(out, (query, key, value), grad.detach())
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other)

@@ -111,22 +111,22 @@ class _Pieces:
     the processor's cache; `blocks` has the queries of each block and the keys that they may see.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, window: int) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, window: int, most: int
+    ) -> None:
+        """`most` heads are computed at a time, in one row or more; 0: all of the batch."""
         (batch, heads, seq, _), total = query.shape, key.shape[2]
-        size = 64 if total <= FEW_KEYS else 128
+        size = _block_size(total)
         start = total - seq
         self.blocks = [
             (slice(i, j), slice(max(0, start + i - window + 1) if window else 0, start + j))
             for i, j in pairwise([*range(0, seq, size), seq])
         ]
-        self.heads = [(slice(0, batch), slice(0, heads))]
-        if not torch.compiler.is_compiling():  # it would unroll the loop
-            few = max(1, CACHED_SCORES // (min(size, seq) * total))
-            rows = max(1, few // heads)
-            starts = itertools.product(range(0, batch, rows), range(0, heads, few))
-            self.heads = [
-                (slice(b, min(b + rows, batch)), slice(h, min(h + few, heads))) for b, h in starts
-            ]
+        few, rows = most or heads, max(1, most // heads) if most else batch
+        starts = itertools.product(range(0, batch, rows), range(0, heads, few))
+        self.heads = [
+            (slice(b, min(b + rows, batch)), slice(h, min(h + few, heads))) for b, h in starts
+        ]
         self.mask, self.like = mask, query
         self.later = self._bias(
             torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
@@ -151,6 +151,10 @@ class _Pieces:
         return scores.softmax(dim=-1)
 
 
+def _block_size(total: int) -> int:
+    return 64 if total <= FEW_KEYS else 128
+
+
 class _BlockwiseAttention(torch.autograd.Function):
     """o = p v, p = softmax(s), s = scale q k^T, and with g = dL/do (Dao et al. 2022, appendix B.2)
 
@@ -163,7 +167,10 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, window, scale):  # type: ignore[no-untyped-def]
         (batch, heads, seq, _), total = query.shape, key.shape[2]
-        pieces = _Pieces(query, key, mask, window)
+        most = 0  # torch.compile would unroll the loop
+        if not torch.compiler.is_compiling():
+            most = max(1, CACHED_SCORES // (min(_block_size(total), seq) * total))
+        pieces = _Pieces(query, key, mask, window, most)
         out = query.new_empty(batch, seq, heads, value.shape[3])
         kept = []
         keep = total <= KEPT_KEYS and any(ctx.needs_input_grad)
@@ -177,14 +184,15 @@ class _BlockwiseAttention(torch.autograd.Function):
                 if keep:
                     kept.append(weights)
         ctx.save_for_backward(query, key, value, mask, out, *kept)
-        ctx.window, ctx.scale = window, scale
+        # A compiled forward pass may have a backward pass that is not.
+        ctx.window, ctx.scale, ctx.most = window, scale, most
         return out
 
     @staticmethod
     @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         query, key, value, mask, out, *kept = ctx.saved_tensors
-        pieces = _Pieces(query, key, mask, ctx.window)
+        pieces = _Pieces(query, key, mask, ctx.window, ctx.most)
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         weights_of = iter(kept)
         for b, h in pieces.heads:
