@@ -53,7 +53,6 @@ ARMS = {arm.name: arm for arm in depth.arms()}
 RESULTS = Path(__file__).parents[2] / "results"
 # Studies whose rule is fixed, and whose runs are still to be made.
 NOT_RUN_YET = {
-    "breadth-and-depth",
     "looped-scaling",
     "loops-against-tokens",
     "iso-parameter-text",
