@@ -326,8 +326,8 @@ STUDY = Study(
     ),
     caption=(
         "Left: single facts that are known, by loops at inference: 16 experts know nearly all, as "
-        "more parameters do, and loops do not help. Right: chains answered right, by hops: six loops "
-        "answer five hops with and without experts, one pass of any width does not."
+        "more parameters do, and loops do not help. Right: chains answered right, by hops: six "
+        "loops answer five hops with and without experts, one pass of any width does not."
     ),
     not_shown=(
         "Language: facts and chains are random, and their tokens apart.",
