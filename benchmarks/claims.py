@@ -28,9 +28,9 @@ from openmythos.studies.runner import STUDIES
 from openmythos.studies.statistics import mean_and_half_width
 
 ROOT = Path(__file__).parents[1]
-# Not among the README's nine rows: one explains the demo, in a footnote there; the other is about a
-# hypothesis of this project's own.
-IN_DOCS_ONLY = {"loop-use", "what-makes-it-extrapolate"}
+# Not among the README's nine rows: one explains the demo, in a footnote there; others are about a
+# hypothesis of this project's own, or are details of a claim.
+IN_DOCS_ONLY = {"loop-use", "what-makes-it-extrapolate", "inside-the-loop"}
 
 
 def study_rows(results: Path) -> Iterator[str]:
@@ -285,11 +285,12 @@ BELIEVE = (
     "padding, or training on five hops alone it fails. LTI injection keeps the state bounded at "
     "every learning rate that was tried, where a learned map of state and input does not; the "
     "training loss alone does not show the difference after so few steps. Where single facts and "
-    "chains are learned together, experts add facts and no depth, loops add depth and no facts; a "
-    "wider layer without experts adds facts, too. On text a small model uses its loops only where no layer outside of the loop does their work; there the loss falls "
-    "along an exponential until about the trained depth, and many more loops do no harm. With "
-    "layers outside it is lower at every number of loops. Nothing here says "
-    "that looping beats layers on language at equal compute, or at any other size."
+    "chains are learned together, experts add facts and no depth, loops add depth and no facts; a"
+    " wider layer without experts adds facts, too. On text a small model uses its loops only "
+    "where no layer outside of the loop does their work; there the loss falls along an "
+    "exponential until about the trained depth, and many more loops do no harm. With layers "
+    "outside it is lower at every number of loops. Nothing here says that looping beats layers on"
+    " language at equal compute, or at any other size."
 )
 
 VERDICTS = (

@@ -335,5 +335,5 @@ def test_a_call_passes_no_more_functions_than_docs_say() -> None:
     """What a reader has to follow; a change that needs more must say so in docs/architecture.md."""
     functions = {name: count for name, (count, _) in call_path.counted().items()}
     assert functions["decoded token"] <= 45
-    assert functions["prefill"] <= 90
-    assert functions["training step (losses and backward)"] <= 106
+    assert functions["prefill"] <= 91
+    assert functions["training step (losses and backward)"] <= 107

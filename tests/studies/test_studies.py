@@ -66,7 +66,6 @@ NOT_RUN_YET = {
     "contrastive-loops",
     "what-extrapolation-needs",
     "lora-between-loops",
-    "inside-the-loop",
     "capacity-and-manipulation",
     "ltg-as-published",
     "looped-layers",
