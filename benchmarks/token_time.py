@@ -28,7 +28,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from openmythos import kernels
 from openmythos.analysis import plots
 from openmythos.files import write_json
-from openmythos.kernels.few_rows_native import NativeLayer
+from openmythos.kernels import few_rows_native
+from openmythos.kernels.few_rows_native import PreparedLayer
 from openmythos.machine import describe, keep_freed_memory
 
 FORMS: dict[str, kernels.Forms] = {"before": "torch", "after": "auto"}
@@ -88,16 +89,20 @@ def parts_of(
 
 
 def mark_native_layers() -> None:
-    """Let the profiler see the calls of native layers as events of one name."""
-    plain = NativeLayer.__call__
+    """Let the profiler see native calls, of layers and of the head, as events of one name."""
+    PreparedLayer.__call__ = _marked(PreparedLayer.__call__)  # type: ignore[method-assign]
+    few_rows_native.linear = _marked(few_rows_native.linear)
+
+
+def _marked(plain: Callable[..., Any]) -> Callable[..., Any]:
     if plain.__name__ == "marked":
-        return
+        return plain
 
-    def marked(self: NativeLayer, *arguments: Any) -> Any:
+    def marked(*arguments: Any) -> Any:
         with record_function(NATIVE):
-            return plain(self, *arguments)
+            return plain(*arguments)
 
-    NativeLayer.__call__ = marked  # type: ignore[method-assign]
+    return marked
 
 
 def measure(workload: Workload, rows: int, rounds: int) -> dict[str, dict[str, Any]]:
