@@ -62,7 +62,6 @@ NOT_RUN_YET = {
     "bounded-state",
     "unseen-compositions",
     "longer-chains",
-    "linear-frontier",
     "contrastive-loops",
     "what-extrapolation-needs",
     "lora-between-loops",
