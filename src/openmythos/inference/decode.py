@@ -163,7 +163,7 @@ def unsupported(rule: ExitRule, contrast: Contrast) -> str:
     return ""
 
 
-def exit_tracker(rule: ExitRule, cache: KVCache) -> ExitTracker:
+def step_tracker(rule: ExitRule, cache: KVCache) -> ExitTracker:
     """What applies a rule that reads no logits to the loops of one new token per row."""
 
     def no_logits(state: Hidden, loop: int) -> Tensor:
@@ -205,7 +205,7 @@ class Step:
         state, drive, seen = run(
             begin, model, places=places, kv=prelude, masked=masked, can_stop=early
         )
-        tracker = exit_tracker(self.rule, cache) if early else None
+        tracker = step_tracker(self.rule, cache) if early else None
         loops_run = 0
         for loop in range(self.num_loops):
             before = state

@@ -1,7 +1,7 @@
 """One new token for every row, as native calls whose arguments are arranged once for a cache.
 
-What is left to Python are the maps between layers: injection, norms, exit rule. Where a native
-layer does not cover the model, or rows may stop at different loops, the model computes as ever.
+Python still computes what is between the layers: injection, norms, exit rule. The model itself
+decodes where a layer has no native form, or where rows may stop at different loops.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from openmythos.inference.contrast import Contrast
-from openmythos.inference.decode import StepModel, exit_tracker, unsupported
+from openmythos.inference.decode import StepModel, step_tracker, unsupported
 from openmythos.kernels import few_rows_native
 from openmythos.kernels.few_rows import Places
 from openmythos.machine import use_huge_pages
@@ -119,7 +119,7 @@ class NativeStep:
         x = block.prelude_norm(_run(self._prelude, x, column))
         state = block.initial_state.draw(x, self._positions, fresh=False)
         drive = block.injection.prepare(x)
-        tracker = None if isinstance(rule, FixedExit) else exit_tracker(rule, cache)
+        tracker = None if isinstance(rule, FixedExit) else step_tracker(rule, cache)
         embedding, loops = block.conditioning.embedding, 0
         active = torch.ones_like(tokens, dtype=torch.bool)
         for layers in self._loops:

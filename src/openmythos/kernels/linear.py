@@ -1,6 +1,6 @@
 """y = W x, where x may be the new tokens of a few rows.
 
-For few rows the time is that of reading W once, which torch's product does at half the speed.
+For few rows the time is that of reading W. The native form reads it once for all of them.
 """
 
 import torch
@@ -11,7 +11,7 @@ from openmythos.kernels import few_rows_native
 
 # Above, torch's product is as fast.
 MOST_ROWS = 16
-# The native form uses one thread: with more than two, torch reads a larger W faster.
+# The native form uses one thread. With more than two, not measured, torch computes a larger W.
 MOST_NUMBERS = 1 << 20
 
 
