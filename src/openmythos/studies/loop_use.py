@@ -132,7 +132,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         for name, runs in groups.items()
     ]
     sentence = (
-        f"Gain of the best number of loops in nats: base {base:.2f}; {as_sentence(statements)}"
+        f"Gain of the best number of loops in nats: base {base:.2f}. {as_sentence(statements)}"
     )
     least = min(groups, key=lambda name: statistics.mean(map(best, groups[name])))
     sentence += f" The least loss is that of: {least}."

@@ -272,8 +272,9 @@ def by_bars(statements: Mapping[str, bool], *, premise: bool = True) -> Verdict:
 
 
 def as_sentence(statements: Mapping[str, bool]) -> str:
-    """Statements, each followed by (yes) or (no)."""
-    return "; ".join(f"{text} ({'yes' if so else 'no'})" for text, so in statements.items()) + "."
+    """Statements, each followed by (yes) or (no); the first letter is a capital."""
+    said = "; ".join(f"{text} ({'yes' if so else 'no'})" for text, so in statements.items())
+    return f"{said[0].upper()}{said[1:]}."
 
 
 def factors_of(arms: Iterable[Arm]) -> dict[str, dict[str, str]]:
