@@ -228,6 +228,16 @@ def choose_device(name: str | torch.device = "auto", field: str = "device") -> t
     return device
 
 
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the global generators of the CPU and of a device.
+
+    torch.manual_seed also asks every other backend, which takes a millisecond.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def describe() -> dict[str, str | int | bool | None]:
     """Commit and hardware, for result files; call it before the work, in case HEAD moves.
 

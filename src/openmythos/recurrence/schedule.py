@@ -5,6 +5,8 @@ sorted by loop count and leave the batch when done, so a pass costs the sum of t
 the batch size times the largest.
 """
 
+import bisect
+import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -60,14 +62,14 @@ def run(
     sync = block.sync_num_loops or (lambda number: number)
     deepest, loops_run, done = sync(loops[0]), 0, []
     for loop in range(deepest):
-        running = sum(number > loop for number in loops)
+        running = _deeper(loops, loop)
         if running < len(state.hidden):
             done.append(state.map(lambda x, running=running: x[running:]))
             state = state.map(lambda x, running=running: x[:running])
             inputs = inputs.rows(0, running)
         before, last_held = state, loop + plan.backprop_loops
         if plan.backprop_loops and last_held < deepest:
-            held = sum(number > last_held for number in loops)
+            held = _deeper(loops, last_held)
             state = _truncated(block, state, inputs, loop, held, plan.cache, trace)
         else:
             state = _step(block, state, inputs, loop, plan.cache, trace)
@@ -82,6 +84,11 @@ def run(
             break
     state = _joined([state, *reversed(done)]) if done else state
     return _finished(block, state, plan, order, trace, loops_run)
+
+
+def _deeper(loops: list[int], loop: int) -> int:
+    """How many rows run more than `loop` loops; `loops` [batch] is in descending order."""
+    return bisect.bisect_left(loops, -loop, key=operator.neg)
 
 
 def _finished(

@@ -6,6 +6,7 @@ drawn from (seed, step), so a resumed run goes on exactly as the uninterrupted o
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from openmythos.config import require
 from openmythos.data.loader import Batch, BatchSource
 from openmythos.distributed import ranks
 from openmythos.distributed.parallelize import clip_gradients, parallelize, reduce_gradients
-from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak
+from openmythos.machine import autocast, bf16_is_native, choose_device, matmul_peak, seed_device
 from openmythos.model.latents import positions
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.moe import RouterStats
@@ -151,14 +152,15 @@ class Trainer:
         started = time.perf_counter()
         c = self.config
         # Noise of the initial state; nothing else in a step draws from the global generator.
-        torch.manual_seed(((c.seed * 1_000_003 + self.step) * 1_009 + self.rank) % 2**63)
+        seed_device(((c.seed * 1_000_003 + self.step) * 1_009 + self.rank) % 2**63, self.device)
         place = self.step + self.counters.passed
         if self.source.restarts(place):
             self.optimizers = c.optimizer.build(self.model, self.dtypes.muon_dtype)
         batch, all_loops = self.source.batch(place), self._loops(place)
         rows = len(batch.tokens)
         loops = all_loops[self.rank * rows : (self.rank + 1) * rows]
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         self.model.recurrent.record_norms = self.logs(self.step)
         parts, router, sizes = self._backward(batch, loops)
         stop = torch.tensor(float(self._asked_to_stop()), device=parts.total.device)
@@ -290,7 +292,8 @@ class Trainer:
 
     def _flops_per_token(self, loops: LoopCounts) -> float:
         """FLOPs per token, summed over rows with their own numbers of loops."""
-        return sum(self._flops.training(n, self.config.backprop_loops) for n in loops.tolist())
+        held, rows_of = self.config.backprop_loops, Counter(loops.tolist())
+        return sum(rows * self._flops.training(n, held) for n, rows in rows_of.items())
 
     def _by_loop(
         self, sizes: list[Tensor], longest: int
