@@ -65,7 +65,6 @@ NOT_RUN_YET = {
     "contrastive-loops",
     "what-extrapolation-needs",
     "lora-between-loops",
-    "capacity-and-manipulation",
     "ltg-as-published",
     "looped-layers",
     "in-context-hops",

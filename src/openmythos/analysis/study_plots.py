@@ -146,7 +146,8 @@ def dot_panels(
             axes.set_title(title, fontsize=10.5, loc="left")
             axes.set_xlabel(x_label)
         row[0].set_ylabel(y_label)
-        row[0].legend(fontsize=9, loc="lower right")
+        if len({kind for kinds in panels.values() for kind in kinds}) > 1:
+            row[0].legend(fontsize=9, loc="lower right")
     return figure
 
 
