@@ -11,11 +11,12 @@ from variants import FEW_VARIANT_IDS, FEW_VARIANTS, random_tokens, tiny_config, 
 
 from openmythos import OpenMythos, kernels
 from openmythos.inference import native_step
+from openmythos.inference.contrast import NoContrast
 from openmythos.inference.generation import Request, decode_one_token, prefill
 from openmythos.kernels import native
 from openmythos.model.config import MythosConfig
 from openmythos.nn.cache import FirstLoopCache, GroupedLoopCache, KVCache, LastLoopCache
-from openmythos.recurrence.exit_rules import StateChangeExit
+from openmythos.recurrence.exit_rules import FixedExit, StateChangeExit
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 
@@ -148,3 +149,27 @@ def test_changes_between_tokens_are_seen(name: str, made: list[int]) -> None:
         made.clear()
         check(full_model(), Request(num_loops=3), mask=mask, change=change)
         assert made == [3] * steps
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_more_loops_than_a_cache_has_places_for_are_refused(first: bool) -> None:
+    model = full_model()
+    cache = model.new_cache(1, 8, num_loops=2)
+    text = "^num_loops = 3: the cache was made for at most 2 loops$"
+
+    def next_logits(tokens: list[int], num_loops: int) -> None:
+        model.next_logits(
+            torch.tensor([tokens]),
+            num_loops=num_loops,
+            exit_rule=FixedExit(),
+            attention_mask=None,
+            cache=cache,
+            contrast=NoContrast(),
+        )
+
+    with torch.inference_mode():
+        if not first:
+            next_logits([1, 2], 2)
+        with pytest.raises(ValueError, match=text):
+            next_logits([3], 3)
+        assert cache.length == (0 if first else 2)

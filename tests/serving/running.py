@@ -84,15 +84,17 @@ class Server:
         pids = [int(pid) for task in tasks for pid in task.read_text().split()]
         return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
-    def memory(self) -> int:
-        """Resident bytes of the server and its replicas."""
-        return sum(_resident(pid) for pid in (self.process.pid, *self.children()))
+    def memory(self) -> dict[str, int]:
+        """Bytes that the server and each of its replicas hold, without files that are mapped."""
+        pids = {"server": self.process.pid}
+        pids |= {f"replica {n}": pid for n, pid in enumerate(self.children())}
+        return {name: _held(pid) for name, pid in pids.items()}
 
 
-def _resident(pid: int) -> int:
+def _held(pid: int) -> int:
     text = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+) kB", text)
-    return int(found[1]) * 1024 if found else 0
+    found = dict(re.findall(r"(RssAnon|VmSwap):\s+(\d+) kB", text))
+    return 1024 * sum(map(int, found.values()))
 
 
 def wait_for(true: Any, seconds: float) -> None:

@@ -190,6 +190,7 @@ class Decodable(nn.Module, ABC):
 
         Tokens and mask are not checked here: `inference.generation` did, once for all steps.
         """
+        cache.check_loops(num_loops)
         if latent:
             require(cache.length > 0, "cache.length", 0, "must be more: a latent follows a token")
             refuse_value_embeddings(self.config)

@@ -205,10 +205,8 @@ def _check_loops(
         return loops
     if isinstance(loops, bool) or not isinstance(loops, int) or not 1 <= loops <= MOST_LOOPS:
         raise ValueError(f"num_loops = {loops!r}: must be a whole number, 1 to {MOST_LOOPS}")
-    if cache is not None and loops > cache.num_loops:
-        raise ValueError(
-            f"num_loops = {loops}: the cache was made for at most {cache.num_loops} loops"
-        )
+    if cache is not None:
+        cache.check_loops(loops)
     return loops
 
 

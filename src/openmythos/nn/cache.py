@@ -134,6 +134,13 @@ class KVCache:
         """Bytes allocated for keys and values."""
         return sum(slots.nbytes for layers in self._storage.values() for slots in layers)
 
+    def check_loops(self, num_loops: int) -> None:
+        """Raise a ValueError unless the cache has places for so many loops."""
+        if not 1 <= num_loops <= self.num_loops:
+            raise ValueError(
+                f"num_loops = {num_loops}: the cache was made for at most {self.num_loops} loops"
+            )
+
     def place(self, tokens: TokenIds, attention_mask: Mask | None) -> TokenLayout:
         """The layout of tokens [batch, seq] about to be written, whose padding is remembered.
 

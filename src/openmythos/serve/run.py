@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -87,6 +88,9 @@ def serve(options: ServerOptions, say: Callable[[str], None]) -> None:
             timeout_keep_alive=75,
             timeout_graceful_shutdown=1,
         )
+        # What is there now stays: collections need not look at it, and come more often.
+        gc.collect()
+        gc.freeze()
         say(_about(service))
         address = f"http://{_bracketed(options.host)}:{listener.getsockname()[1]}"
         asyncio.run(_Server(config, service, address, say).serve([listener]))

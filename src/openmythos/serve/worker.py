@@ -160,7 +160,8 @@ def process_main(loader: Loader, pipe: Connection) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from openmythos.machine import keep_freed_memory
+    from openmythos.machine import bound_product_caches, keep_freed_memory
 
     keep_freed_memory()
+    bound_product_caches()
     run(loader.engine, pipe)
