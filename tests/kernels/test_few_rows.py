@@ -278,6 +278,9 @@ def test_pages_hold_what_lines_do(attention: str, hidden: bool) -> None:
         assert where.pages is not None and after.pages is not None
         kv, expected = where.kv[where.pages], after.kv[after.pages]
         torch.testing.assert_close(kv, expected, rtol=1e-5, atol=1e-5)
+    # Pages of any size change no bit: an engine's numbers are those of `generate`.
+    in_lines = few_rows_native.fast(x, weights, copied(lines), {})
+    assert torch.equal(few_rows_native.fast(x, weights, paged(lines), {}), in_lines)
 
 
 @needs_compiler

@@ -574,21 +574,34 @@ float exponentials(float* scores, int64_t count, float most) {
   return total(sum);
 }
 
+// Calls f(columns that follow each other in memory, their first one's number, their count) for the
+// columns [first, first + count).
+template <class W, class F>
+void each_run(const Cache<W>& cache, int64_t first, int64_t count, F f) {
+  for (int64_t i = 0, run; i < count; i += run) {
+    run = std::min(count - i, cache.adjacent(first + i));
+    f(cache.at(first + i), i, run);
+  }
+}
+
 // mixed[h] = sum_k softmax_k(query[h] . keys[k]) values[k], in blocks of keys with a running
-// maximum.
+// maximum. The blocks, and so the numbers, are the same with and without pages.
 template <class W>
 void attend(const Keys& keys, const Cache<W>& cache, int64_t key_at, int64_t value_at,
             int64_t key_width, int64_t value_width, Rows query, Rows mixed, int64_t heads,
             Rows scores, float* numbers) {
   float *most = numbers, *sum = numbers + heads, *keep = numbers + 2 * heads;
+  Rows some = scratch.take<float*>(heads);
   for (int64_t h = 0; h < heads; h++) {
     most[h] = -INFINITY, sum[h] = 0;
     std::fill(mixed[h], mixed[h] + round_up(value_width), 0.0f);
   }
   for (int64_t k = keys.first, count; k <= keys.last; k += count) {
-    count = std::min({KEYS, keys.last + 1 - k, cache.adjacent(k)});
-    const W* block = cache.at(k);
-    product(block + key_at, cache.width, count, key_width, query, scores, heads);
+    count = std::min(KEYS, keys.last + 1 - k);
+    each_run(cache, k, count, [&](const W* columns, int64_t i, int64_t run) {
+      for (int64_t h = 0; h < heads; h++) some[h] = scores[h] + i;
+      product(columns + key_at, cache.width, run, key_width, query, some, heads);
+    });
     for (int64_t h = 0; h < heads; h++) {
       for (int64_t i = 0; keys.mask && i < count; i++)
         if (!keys.mask[k + i]) scores[h][i] = -INFINITY;
@@ -603,7 +616,11 @@ void attend(const Keys& keys, const Cache<W>& cache, int64_t key_at, int64_t val
       keep[h] = std::exp(before - most[h]);
       sum[h] = sum[h] * keep[h] + exponentials(scores[h], count, most[h]);
     }
-    mix(block + value_at, cache.width, count, value_width, scores, mixed, heads, keep);
+    each_run(cache, k, count, [&](const W* columns, int64_t i, int64_t run) {
+      for (int64_t h = 0; h < heads; h++) some[h] = scores[h] + i;
+      mix(columns + value_at, cache.width, run, value_width, some, mixed, heads, keep);
+      std::fill(keep, keep + heads, 1.0f);
+    });
   }
   for (int64_t h = 0; h < heads; h++)
     for (int64_t i = 0; i < value_width; i++) mixed[h][i] /= sum[h];
