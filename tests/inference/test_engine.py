@@ -1,6 +1,6 @@
 """The engine's promise: whoever shares the batch, a request gets what it gets alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +30,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.model.stages import Stages
 from openmythos.nn.block import Attention
 from openmythos.nn.cache import ExactCache, FirstLoopCache, GroupedLoopCache, LastLoopCache
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.exit_rules import (
     ArgmaxExit,
     FixedExit,
@@ -40,6 +41,7 @@ from openmythos.recurrence.exit_rules import (
 from openmythos.recurrence.halting import ExitGate, Halting
 from openmythos.recurrence.initial_state import StateInit
 from openmythos.recurrence.loop_embedding import LoopEmbedding, NoLoopEmbedding
+from openmythos.recurrence.loop_lora import LoopLoRA
 
 SCOPES = st.sampled_from(["token", "prefix", "sequence"])
 POLICIES = [ExactCache(), FirstLoopCache(), LastLoopCache(), GroupedLoopCache(group=2)]
@@ -321,6 +323,53 @@ def test_drafts_save_passes_and_change_nothing() -> None:
     sharing = replace(plain.options, prefill=LastLoopCache(), decode=LastLoopCache())
     with pytest.raises(ConfigError, match="needs the cache policies exact or first"):
         replace(drafted, options=sharing)
+
+
+def other_attention(model: OpenMythos) -> None:
+    """Other tensors in place of those of all attention layers."""
+    new = tiny_model(model.config, seed=3, scale=0.3).state_dict()
+    attention = {name: tensor for name, tensor in new.items() if "attention." in name}
+    model.load_state_dict(model.state_dict() | attention, assign=True)
+
+
+def hooked(model: OpenMythos) -> None:
+    model.recurrent.layers[0].register_forward_hook(lambda _, __, out: (2 * out[0], out[1]))
+
+
+@pytest.mark.parametrize("change", [None, other_attention, hooked])
+@pytest.mark.parametrize("window", [0, 3])
+def test_layers_that_are_arranged_once_give_what_modules_give(
+    change: Callable[[OpenMythos], None] | None, window: int
+) -> None:
+    """With deltas and embeddings of loops, tables that grow, and changes between two steps."""
+    config = tiny_config(
+        attention=GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8, window=window),
+        recurrent_layers=2,
+        loop_lora=LoopLoRA(rank=2, num_loops=3),
+        loop_embedding=LoopEmbedding(num_loops=3),
+    )
+    requests = [
+        EngineRequest(
+            prompt=tuple(range(1, size + 1)), options=Request(max_new_tokens=9, num_loops=loops)
+        )
+        for size, loops in ((2, 1), (9, 3), (5, 5))
+    ]
+    found: dict[str, list[Event]] = {}
+    for forms in ("auto", "torch"):
+        model = tiny_model(config, scale=0.3)
+        with kernels.use(forms):
+            engine = Engine(model, EngineLimits(page_tokens=4))
+            for request in requests:
+                engine.add(request)
+            found[forms] = [event for _ in range(11) for event in engine.step()]
+            if change is not None:
+                change(model)
+            while not engine.idle:
+                found[forms] += engine.step()
+    assert found["auto"] == found["torch"]
+    if change is None:
+        for number, request in enumerate(requests):
+            assert answers(found["auto"], number) == alone(model, request)
 
 
 @pytest.mark.parametrize("forms", ["auto", "torch"])

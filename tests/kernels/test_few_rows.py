@@ -158,15 +158,16 @@ def places(weights: LayerWeights, rotary: int, *, hidden: bool) -> Places:
     )
 
 
-def paged(given: Places) -> Places:
-    """The same keys and values in pages of 12 columns, in an order of their own."""
+def paged(given: Places, *, shuffled: bool = False) -> Places:
+    """The same keys and values in pages of 12 columns, in an order of their own; also the lines."""
     assert given.slot is not None and given.line is not None
     size, blocks = 12, -(-COLUMNS // 12)
     pages = torch.randperm(ROWS * blocks).view(ROWS, blocks)
+    line = torch.randperm(ROWS) if shuffled else torch.arange(ROWS)
     kv = torch.full((ROWS * blocks, size, given.kv.shape[-1]), float("nan"))
     rows = torch.nn.functional.pad(given.kv[given.slot, given.line], (0, 0, 0, 4))
-    kv[pages] = rows.view(ROWS, blocks, size, -1)
-    return replace(given, kv=kv, pages=pages, slot=None, line=None)
+    kv[pages[line]] = rows.view(ROWS, blocks, size, -1)
+    return replace(given, kv=kv, pages=pages, slot=None, line=line if shuffled else None)
 
 
 def maps(weights: LayerWeights) -> Iterator[tuple[str, Tensor]]:
@@ -269,14 +270,15 @@ def test_rows_may_share_deltas_by_an_index(attention: str, feed_forward: str) ->
 def test_pages_hold_what_lines_do(attention: str, hidden: bool) -> None:
     weights, rotary = layer(attention, "swiglu", ("norm",))
     x, lines = torch.randn(ROWS, DIM), places(weights, rotary, hidden=hidden)
-    pages, natively = paged(lines), paged(lines)
+    pages, natively = paged(lines, shuffled=True), paged(lines, shuffled=True)
     wanted = few_rows.reference(x, weights, lines, {})
     after = paged(lines)
     for where, run in ((pages, few_rows.reference), (natively, few_rows_native.fast)):
         found = run(x, weights, where, {})
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         assert where.pages is not None and after.pages is not None
-        kv, expected = where.kv[where.pages], after.kv[after.pages]
+        own = where.pages if where.line is None else where.pages[where.line]
+        kv, expected = where.kv[own], after.kv[after.pages]
         torch.testing.assert_close(kv, expected, rtol=1e-5, atol=1e-5)
     # Pages of any size change no bit: an engine's numbers are those of `generate`.
     in_lines = few_rows_native.fast(x, weights, copied(lines), {})

@@ -17,12 +17,13 @@ from openmythos.inference.decode import StepModel, step_tracker, unsupported
 from openmythos.kernels import few_rows_native
 from openmythos.kernels.few_rows import Places
 from openmythos.machine import use_huge_pages
-from openmythos.nn.block import Block
+from openmythos.nn.block import Block, Layers
 from openmythos.nn.cache import KVCache
 from openmythos.nn.few_rows import DecodedLayer, native_layer
 from openmythos.nn.layout import rope_tables
 from openmythos.nn.linear import NO_DELTAS, Deltas
 from openmythos.recurrence.exit_rules import ExitRule, FixedExit, LoopStates
+from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.types import Hidden, LoopCounts, NextLogits, TokenIds
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def native_step(
         return None
     if unsupported(rule, contrast) or not (cache.batch == 1 or isinstance(rule, FixedExit)):
         return None
-    layers = _native_layers(model)
+    layers = native_layers(model)
     if layers is None:
         return None
     step = _STEPS.get(cache)
@@ -183,21 +184,34 @@ def native_step(
     return step
 
 
-def _native_layers(model: StepModel) -> list[DecodedLayer] | None:
+def native_layers(model: StepModel) -> list[DecodedLayer] | None:
     """The native form of every layer; None if one has none, or if more is to be done."""
-    block = model.recurrent
-    if block.halting is not None or block.record_norms or block.sync_num_loops is not None:
+    found: list[DecodedLayer] = []
+    for part in (model.prelude, model.recurrent.layers, model.coda):
+        layers = native_part(part)
+        if layers is None:
+            return None
+        found += layers
+    return found if loops_plainly(model.recurrent) else None
+
+
+def native_part(part: Layers) -> list[DecodedLayer] | None:
+    """The native form of the layers of one part; None if one has none."""
+    if _has_hooks(part):
         return None
     found = []
-    for part in (model.prelude, block.layers, model.coda):
-        if _has_hooks(part):
+    for layer in part:
+        native = native_layer(cast("Block", layer))
+        if native is None:
             return None
-        for layer in part:
-            native = native_layer(cast("Block", layer))
-            if native is None:
-                return None
-            found.append(native)
-    return None if _has_hooks(block) or _has_hooks(block.conditioning) else found
+        found.append(native)
+    return found
+
+
+def loops_plainly(block: RecurrentBlock) -> bool:
+    """Whether its loops are layers, injection and norm alone, for every row."""
+    plain = block.halting is None and not block.record_norms and block.sync_num_loops is None
+    return plain and not (_has_hooks(block) or _has_hooks(block.conditioning))
 
 
 def _has_hooks(module: nn.Module) -> bool:

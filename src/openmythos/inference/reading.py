@@ -107,19 +107,18 @@ class Reader:
     def _read(self, rows: Sequence[Continuation], tokens: Sequence[_Token]) -> NextLogits:
         """Logits after those of the tokens that are the last of their row."""
         runner, owners = self._runner, [rows[token.row] for token in tokens]
-        stages, (prelude, recurrent, coda) = runner.stages, runner.stages.layers
-        positions = [token.position for token in tokens]
+        stages, positions = runner.stages, [token.position for token in tokens]
         ids = [row.ids[position] for row, position in zip(owners, positions, strict=True)]
-        context, lookup = runner.context_of(ids, positions), runner.lookup_of(owners, positions)
-        planes, count = owners[0].plane_map, len(tokens)
-        state, inputs = stages.encode(context, lookup.views([0] * count, prelude))
-        for loop in range(planes.num_loops):
-            start, writes = [planes.recurrent[loop]] * count, [planes.writes[loop]] * count
-            state = stages.loop(state, inputs, loop, lookup.views(start, recurrent, writes))
-        views = lookup.views([planes.coda] * count, coda)
+        batch = runner.batch_of(owners, positions, ids)
+        plane_map, count = owners[0].plane_map, len(tokens)
+        state, inputs = stages.encode(batch.planes([0] * count))
+        for loop in range(plane_map.num_loops):
+            start, writes = [plane_map.recurrent[loop]] * count, [plane_map.writes[loop]] * count
+            state = stages.loop(state, inputs, [loop] * count, batch.planes(start, writes))
+        planes = batch.planes([plane_map.coda] * count)
         pairs = enumerate(zip(owners, positions, strict=True))
         last = [index for index, (row, position) in pairs if position + 1 == row.tokens]
-        return stages.read_out(stages.output(state), context, views, last)
+        return stages.read_out(stages.output(state), planes, last)
 
     # As prompts
 

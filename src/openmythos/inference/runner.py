@@ -15,19 +15,17 @@ from openmythos.inference.request import EngineLimits, EngineRequest
 from openmythos.inference.sampling import TokenLogprobs
 from openmythos.inference.scheduler import Row
 from openmythos.nn.cache import CachePolicy, KVCache
-from openmythos.nn.layout import AttentionContext
-from openmythos.nn.pages import Lookup, PagePool, PageTables, PlaneMap
-from openmythos.nn.view import KVView
+from openmythos.nn.pages import Batch, PagePool, PageTables, PlaneMap, Planes
 from openmythos.recurrence.exit_rules import ExitRule, FixedExit
 from openmythos.recurrence.state import LoopInputs, LoopState
-from openmythos.types import Hidden, LoopCounts, LoopsPerToken, NextLogits, TokenIds
+from openmythos.types import Hidden, LoopsPerToken, NextLogits, TokenIds
 
 
 @runtime_checkable
 class StagedModel(Protocol):
     """The stages of a model, for rows at any tokens and in any loops; inference only.
 
-    Views have the keys and values of each layer of a stage.
+    `planes` say where the keys and values of each layer of a stage are.
     """
 
     layers: tuple[int, int, int]  # of prelude, recurrent block and coda
@@ -54,32 +52,19 @@ class StagedModel(Protocol):
     ) -> tuple[Tensor, LoopsPerToken]:
         """(logits of the last position or of `every` one, loops of all positions)."""
 
-    def context(self, tokens: TokenIds, lengths: Sequence[int]) -> AttentionContext:
-        """For one new token per row [rows, 1], after `lengths` earlier ones each."""
-
-    def encode(
-        self, context: AttentionContext, views: Sequence[KVView]
-    ) -> tuple[LoopState, LoopInputs]:
-        """The state before the first loop of the context's tokens."""
+    def encode(self, planes: Planes) -> tuple[LoopState, LoopInputs]:
+        """The state of a batch's tokens before the first loop."""
 
     def loop(
-        self,
-        state: LoopState,
-        inputs: LoopInputs,
-        loop: int | LoopCounts,
-        views: Sequence[KVView],
+        self, state: LoopState, inputs: LoopInputs, loops: Sequence[int], planes: Planes
     ) -> LoopState:
-        """One loop of all rows, counted from 0; loop indices [rows] give each its own."""
+        """One loop of all rows, each in its own, counted from 0."""
 
     def output(self, state: LoopState) -> Hidden:
         """The coda's input if the loops end here."""
 
     def read_out(
-        self,
-        output: Hidden,
-        context: AttentionContext,
-        views: Sequence[KVView],
-        only: Sequence[int] | None = None,
+        self, output: Hidden, planes: Planes, only: Sequence[int] | None = None
     ) -> NextLogits:
         """Logits [rows, vocab] of the coda's input [rows, 1, dim]; of some rows `only`."""
 
@@ -143,8 +128,8 @@ class Runner:
         self.rows: list[Continuation] = []  # those that loop
         self._state: LoopState | None = None
         self._inputs: LoopInputs | None = None
-        self._lookup: Lookup | None = None
-        self._left: tuple[list[Continuation], AttentionContext, Lookup] | None = None
+        self._batch: Batch | None = None
+        self._left: tuple[list[Continuation], Batch] | None = None
 
     def plane_map(self, asked: EngineRequest) -> PlaneMap:
         o = asked.options
@@ -163,11 +148,9 @@ class Runner:
     def _read_out(
         self, output: Hidden, rows: Sequence[Continuation], start: list[int]
     ) -> NextLogits:
-        if self._left is not None and self._left[0] == list(rows):
-            _, context, lookup = self._left
-        else:
-            context, lookup = self._context(rows), self._find(rows)
-        return self.stages.read_out(output, context, lookup.views(start, self.stages.layers[2]))
+        left = self._left is not None and self._left[0] == list(rows)
+        batch = self._left[1] if self._left is not None and left else self._next(rows)
+        return self.stages.read_out(output, batch.planes(start))
 
     def encode(self, rows: Sequence[Continuation]) -> None:
         """Start the next token of each row: it joins those that loop."""
@@ -175,34 +158,29 @@ class Runner:
         for row in rows:
             if row.exit is not None:
                 row.exit.restart()
-        new, before, self.rows = slice(len(self.rows), None), self._inputs, [*self.rows, *rows]
-        context, lookup = self._context(self.rows), self._find(self.rows)
-        views = lookup.select(new).views([0] * len(rows), self.stages.layers[0])
-        state, inputs = self.stages.encode(context.select(new), views)
+        before, self.rows, batch = self._inputs, [*self.rows, *rows], self._next(rows)
+        state, inputs = self.stages.encode(batch.planes([0] * len(rows)))
         if before is not None:
             assert self._state is not None
             state = self._state.map(lambda *x: torch.cat(x), state)
             term = torch.cat((before.drive.input_term, inputs.drive.input_term))
             inputs = replace(inputs, drive=before.drive._replace(input_term=term))
-        self._state, self._inputs = state, replace(inputs, context=context)
-        self._lookup = lookup
+            batch = self._next(self.rows)
+        self._state, self._inputs, self._batch = state, inputs, batch
 
     # Loops
 
     def loop(self) -> list[Continuation]:
         """One loop of every looping row; returns those that are done, ready for the boundary."""
-        before, rows, lookup = self._state, self.rows, self._lookup
-        assert before is not None and self._inputs is not None and lookup is not None
-        loops = [row.loop for row in rows]
-        alike = min(loops) == max(loops)
-        views = lookup.views(
+        before, rows, batch = self._state, self.rows, self._batch
+        assert before is not None and self._inputs is not None and batch is not None
+        planes = batch.planes(
             [row.plane_map.recurrent[row.loop] for row in rows],
-            self.stages.layers[1],
             [row.plane_map.writes[row.loop] for row in rows],
         )
-        loop = loops[0] if alike else torch.tensor(loops, device=self.device)
         # Every row in the batch loops on: a layer need not look at what the loop before stored.
-        state = self.stages.loop(before, self._inputs, loop, views)._replace(kv=())
+        loops = [row.loop for row in rows]
+        state = self.stages.loop(before, self._inputs, loops, planes)._replace(kv=())
         done = [row.loop + 1 == row.num_loops for row in rows]
         if state.active is not None:
             halted = (~state.active[:, 0]).tolist()
@@ -216,7 +194,7 @@ class Runner:
             exits = self._judged(before.hidden, state.hidden, output)
             done = [a or b for a, b in zip(done, exits, strict=True)]
         self._state = state
-        return self._leave(done, output, lookup)
+        return self._leave(done, output, batch)
 
     def _judged(self, previous: Tensor, state: Tensor, output: Tensor) -> list[bool]:
         """Which rows leave by their exit rule; rows of the same rule are judged together."""
@@ -245,20 +223,20 @@ class Runner:
                 found[index] = end
         return found
 
-    def _leave(self, done: list[bool], output: Hidden, lookup: Lookup) -> list[Continuation]:
+    def _leave(self, done: list[bool], output: Hidden, batch: Batch) -> list[Continuation]:
         """Take the rows that are done out of the batch."""
         left = [index for index, gone in enumerate(done) if gone]
-        rows = [self.rows[index] for index in left]
+        rows, outputs = [self.rows[index] for index in left], torch.split(output, 1)
         for index, row in zip(left, rows, strict=True):
             used = row.loop + 1
-            row.output = output[index : index + 1]
+            row.output = outputs[index]
             row.token_loops += used
             row.exit_loop = max(row.exit_loop, used)
-            lookup.duplicate(index, row.plane_map.unrun(used))
+            batch.duplicate(index, row.plane_map.unrun(used))
             if row.plane_map.probed:
                 self._probe_unrun(row, row.output, used)
                 probed = max(used, row.exit_loop if self.stages.layers[2] > 1 else 0)
-                lookup.duplicate(index, row.plane_map.unprobed(probed))
+                batch.duplicate(index, row.plane_map.unprobed(probed))
         self._keep([index for index, gone in enumerate(done) if not gone])
         return rows
 
@@ -280,40 +258,32 @@ class Runner:
         """Only these rows go on looping."""
         if len(places) == len(self.rows):
             return
-        state, inputs, lookup = self._state, self._inputs, self._lookup
-        assert state is not None and inputs is not None and lookup is not None
+        state, inputs, batch = self._state, self._inputs, self._batch
+        assert state is not None and inputs is not None and batch is not None
         if not places:  # the boundary reads them out where they are
-            self._left = (self.rows, inputs.context, lookup)
-            self.rows, self._state, self._inputs, self._lookup = [], None, None, None
+            self._left = (self.rows, batch)
+            self.rows, self._state, self._inputs, self._batch = [], None, None, None
             return
         self.rows = [self.rows[index] for index in places]
         at = torch.tensor(places, device=self.device)
         self._state = state.map(lambda x: x.index_select(0, at))
         term = inputs.drive.input_term.index_select(0, at)
-        drive, context = inputs.drive._replace(input_term=term), inputs.context.select(at)
-        self._inputs, self._lookup = (
-            replace(inputs, drive=drive, context=context),
-            lookup.select(at),
-        )
+        self._inputs = replace(inputs, drive=inputs.drive._replace(input_term=term))
+        self._batch = batch.select(places)
 
-    def _context(self, rows: Sequence[Continuation]) -> AttentionContext:
-        return self.context_of([row.ids[row.cached] for row in rows], [row.cached for row in rows])
+    def _next(self, rows: Sequence[Continuation]) -> Batch:
+        """The token of each row that is computed now."""
+        positions = [row.cached for row in rows]
+        ids = [row.ids[at] for row, at in zip(rows, positions, strict=True)]
+        return self.batch_of(rows, positions, ids)
 
-    def _find(self, rows: Sequence[Continuation]) -> Lookup:
-        return self.lookup_of(rows, [row.cached for row in rows])
-
-    def context_of(self, ids: Sequence[int], positions: Sequence[int]) -> AttentionContext:
-        """For these tokens at these positions, each in a row of a batch."""
-        tokens = torch.tensor(ids, device=self.device)[:, None]
-        return self.stages.context(tokens, positions)
-
-    def lookup_of(self, rows: Sequence[Continuation], positions: list[int]) -> Lookup:
-        """The keys and values of rows at these positions; a row may occur at several."""
+    def batch_of(self, rows: Sequence[Continuation], positions: list[int], ids: list[int]) -> Batch:
+        """Tokens of rows at these positions; a row may occur at several."""
         for row in rows:
             for block in range(row.blocks_set, len(row.blocks)):
                 self.tables.set(row.table, block, row.blocks[block])
             row.blocks_set = len(row.blocks)
-        return Lookup(self.pool, self.tables, [row.table for row in rows], positions)
+        return Batch(self.pool, self.tables, [row.table for row in rows], positions, ids)
 
 
 def row_exit(rule: ExitRule) -> RowExit | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from openmythos.inference.runner import Continuation, Runner
 from openmythos.inference.sampling import sample_rows
+from openmythos.nn.pages import Batch, Planes
 
 
 def draft_and_verify(
@@ -30,44 +31,39 @@ def draft_and_verify(
     """
     draft = rows[0].asked.draft
     assert draft is not None
-    stages, (prelude, recurrent, coda) = runner.stages, runner.stages.layers
+    stages = runner.stages
     how = [(row.asked.options.sampling, _copied(row.generator)) for row in rows]
     ids = [[row.ids[row.cached]] for row in rows]
     states, terms = [], []
     for place in range(tokens + 1):
         positions = [row.cached + place for row in rows]
-        context = runner.context_of([own[-1] for own in ids], positions)
-        lookup = runner.lookup_of(rows, positions)
-        state, inputs = stages.encode(context, lookup.views([0] * len(rows), prelude))
+        batch = runner.batch_of(rows, positions, [own[-1] for own in ids])
+        state, inputs = stages.encode(batch.planes([0] * len(rows)))
         for loop in range(draft.loops):
-            views = lookup.views(*_planes(rows, loop, recurrent))
-            state = stages.loop(state, inputs, loop, views)
+            state = stages.loop(state, inputs, [loop] * len(rows), _planes(batch, rows, loop))
         states.append(state)
         terms.append(inputs.drive.input_term)
         if place < tokens:
-            views = lookup.views([row.plane_map.coda for row in rows], coda)
-            drawn = sample_rows(stages.read_out(stages.output(state), context, views), how)
+            planes = batch.planes([row.plane_map.coda for row in rows])
+            drawn = sample_rows(stages.read_out(stages.output(state), planes), how)
             for own, token in zip(ids, drawn, strict=True):
                 own.append(0 if token is None else token)  # not finite: nor are the final logits
     every = [row for _ in range(tokens + 1) for row in rows]
     positions = [row.cached + place for place in range(tokens + 1) for row in rows]
-    context = runner.context_of([own[k] for k in range(tokens + 1) for own in ids], positions)
-    lookup = runner.lookup_of(every, positions)
+    batch = runner.batch_of(every, positions, [own[k] for k in range(tokens + 1) for own in ids])
     state = states[0].map(lambda *x: torch.cat(x), *states[1:])
     drive = inputs.drive._replace(input_term=torch.cat(terms))
-    inputs = replace(inputs, context=context, drive=drive)
+    inputs = replace(inputs, drive=drive)
     for loop in range(draft.loops, rows[0].num_loops):
-        state = stages.loop(state, inputs, loop, lookup.views(*_planes(every, loop, recurrent)))
-    views = lookup.views([row.plane_map.coda for row in every], coda)
-    logits = stages.read_out(stages.output(state), context, views)
+        state = stages.loop(state, inputs, [loop] * len(every), _planes(batch, every, loop))
+    planes = batch.planes([row.plane_map.coda for row in every])
+    logits = stages.read_out(stages.output(state), planes)
     return logits.view(tokens + 1, len(rows), -1), [own[1:] for own in ids]
 
 
-def _planes(
-    rows: Sequence[Continuation], loop: int, layers: int
-) -> tuple[list[int], int, list[bool]]:
+def _planes(batch: Batch, rows: Sequence[Continuation], loop: int) -> Planes:
     maps = [row.plane_map for row in rows]
-    return [x.recurrent[loop] for x in maps], layers, [x.writes[loop] for x in maps]
+    return batch.planes([x.recurrent[loop] for x in maps], [x.writes[loop] for x in maps])
 
 
 def _copied(generator: torch.Generator) -> torch.Generator:

@@ -81,8 +81,8 @@ struct Call {
   const void* x;
   void *out, *kv;  // kv: [slots, lines, columns, kv_width] with the strides below
   const int64_t *slot, *line, *column, *first;  // [rows]; null: 0, r, same_column, 0
-  // Null, or [rows, blocks] with rows page_row_stride apart: kv is [pages, page_columns, kv_width]
-  // with pages slot_stride apart, and column c of row r is in page pages[r, c / page_columns].
+  // Null, or [lines, blocks] with lines page_row_stride apart: kv is [pages, page_columns, kv_width]
+  // with pages slot_stride apart, and column c of row r is in page pages[line, c / page_columns].
   const int64_t* pages;
   const uint8_t *writes, *mask;                 // [rows], [rows or 1, >= column + 1]; may be null
   const float *cos, *sin;                       // [rows or 1, rotary]; null: not rotated
@@ -544,9 +544,9 @@ struct Cache {
 template <class W>
 Cache<W> cache_of(const Layer& layer, const Call& call, int64_t r) {
   W* kv = static_cast<W*>(call.kv);
-  if (call.pages)
-    return {kv, call.pages + r * call.page_row_stride, call.slot_stride, call.page_columns, layer.kv_width};
   int64_t slot = call.slot ? call.slot[r] : 0, line = call.line ? call.line[r] : r;
+  if (call.pages)
+    return {kv, call.pages + line * call.page_row_stride, call.slot_stride, call.page_columns, layer.kv_width};
   return {kv + slot * call.slot_stride + line * call.line_stride, nullptr, 0, 0, layer.kv_width};
 }
 

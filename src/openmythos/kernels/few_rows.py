@@ -142,9 +142,9 @@ class Places:
     """Where the tokens of all rows are, and what they see: columns `first` to `column`.
 
     Row r reads and writes kv[slot[r], line[r]]; without them that is kv[0, r]. With `pages`
-    [rows, blocks] kv is [pages, columns of a page, kv_width], and a row's columns are those of its
-    pages, one page after the other. Rows in which `writes` is False see the keys and values that
-    are in their column already.
+    [lines, blocks] kv is [pages, columns of a page, kv_width], and a row's columns are those of the
+    pages of its line, by default r, one page after the other. Rows in which `writes` is False see
+    the keys and values that are in their column already.
     """
 
     kv: Tensor  # [slots, lines, columns, kv_width]
@@ -214,12 +214,12 @@ class _Attention:
             self.seen = self.seen & places.mask[:, : len(index)]
         # Where all columns of a row are: a page and a column of it, or a slot, a line and a column.
         self.where: tuple[Tensor, ...]
+        line = here if places.line is None else places.line
         if places.pages is not None:
             page, column = index // kv.shape[1], index % kv.shape[1]
-            self.where = (places.pages[:, page], column.expand(rows, -1))
+            self.where = (places.pages[line][:, page], column.expand(rows, -1))
         else:
             slot = torch.zeros_like(here) if places.slot is None else places.slot
-            line = here if places.line is None else places.line
             wide = (rows, len(index))
             self.where = (
                 slot[:, None].expand(wide),

@@ -309,6 +309,12 @@ class PreparedLayer:
         self._kept = (layer, kept)
         self._layer_at, self._call_at = ctypes.byref(layer), ctypes.byref(call)
 
+    def some(self, x: Tensor, out: Tensor) -> None:
+        """out [rows, dim] of x for as many rows as x has, the first of those arranged."""
+        call = self._call
+        call.x, call.out, call.rows = x.data_ptr(), out.data_ptr(), x.shape[0]
+        self._run(self._layer_at, self._call_at)
+
     def __call__(self, x: Tensor, column: int | None = None) -> Tensor:
         """The output of x [rows, dim], contiguous; with `column`, at this column in every row."""
         self._call.x = x.data_ptr()

@@ -5,7 +5,6 @@ All layers have the same kv_width, so one pool serves every layer and loop. A se
 its cache policy; a block is `page_tokens` tokens. A sequence with fewer loops has fewer planes.
 """
 
-import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from openmythos.nn.cache import CachePolicy
+from openmythos.nn.layout import AttentionContext
 from openmythos.nn.view import Project
 from openmythos.types import KeyValues
 
@@ -93,6 +93,11 @@ class PageTables:
         self._tables = torch.zeros(rows, 1, 1, dtype=torch.long, device=device)
         self._free = list(range(rows - 1, -1, -1))
 
+    @property
+    def tensor(self) -> Tensor:
+        """[rows, planes, blocks]; another one once there are more of them."""
+        return self._tables
+
     def open(self) -> int:
         """A table for a new row."""
         return self._free.pop()
@@ -169,44 +174,80 @@ class PlaneMap:
         return [(source + layer, start + layer) for start in starts for layer in range(width)]
 
 
-class Lookup:
-    """Where a batch of rows, each at its own position, finds and puts its keys and values."""
+class Batch:
+    """One new token for each of some rows: its id and position, and where its row has its pages.
+
+    What a layer without a native form needs of them as tensors is made when it is asked for.
+    """
 
     def __init__(
-        self, pool: PagePool, tables: PageTables, rows: list[int], positions: list[int]
+        self,
+        pool: PagePool,
+        tables: PageTables,
+        rows: list[int],
+        positions: list[int],
+        ids: list[int],
     ) -> None:
-        device, size = pool.storage.device, pool.page_tokens
-        self._pool, self._total = pool, max(positions) + 1
-        tables_of = torch.tensor(rows, device=device)
-        self._pages = tables.rows(tables_of, (self._total + size - 1) // size)
-        self._position = torch.tensor(positions, device=device)
+        """`rows`: the page table of each row; a row may occur at several positions."""
+        self.pool, self.tables = pool, tables
+        self.rows, self.positions, self.ids = rows, positions, ids
+        self.context: AttentionContext | None = None  # kept by who makes it
 
-    def select(self, rows: Tensor | slice) -> "Lookup":
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, places: Sequence[int]) -> "Batch":
         """Of these rows of the batch."""
-        chosen = copy.copy(self)
-        chosen._pages, chosen._position = self._pages[rows], self._position[rows]
-        return chosen
+        chosen = (
+            [numbers[place] for place in places]
+            for numbers in (self.rows, self.positions, self.ids)
+        )
+        return Batch(self.pool, self.tables, *chosen)
 
-    def views(
-        self, start: Sequence[int], layers: int, writes: Sequence[bool] | None = None
-    ) -> list[Paged]:
-        """A view per layer: each row's planes from `start` on; rows that do not write read only."""
-        device, mask = self._pages.device, None
-        if min(start) == max(start):
-            pages = self._pages[:, start[0] : start[0] + layers].unbind(1)
-        else:
-            planes = torch.tensor([[x + layer for x in start] for layer in range(layers)])
-            rows = torch.arange(len(start), device=device)
-            pages = self._pages[rows, planes.to(device)].unbind()
-        if writes is not None and not all(writes):
-            mask = torch.tensor(writes, device=device)
-        return [Paged(self._pool, each, self._position, self._total, mask) for each in pages]
+    def planes(self, start: Sequence[int], writes: Sequence[bool] | None = None) -> "Planes":
+        """Those of a stage, each row's from `start` on; rows that do not write read only."""
+        return Planes(self, start, None if writes is None or all(writes) else writes)
+
+    @functools.cached_property
+    def position(self) -> Tensor:
+        """[rows]"""
+        return torch.tensor(self.positions, device=self.pool.storage.device)
+
+    @functools.cached_property
+    def pages(self) -> Tensor:
+        """[rows, planes, blocks]"""
+        blocks = -(-(max(self.positions) + 1) // self.pool.page_tokens)
+        return self.tables.rows(torch.tensor(self.rows, device=self.position.device), blocks)
 
     def duplicate(self, row: int, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the keys and values of a row's own position from planes to planes."""
         if not pairs:
             return
-        size, at = self._pool.page_tokens, self._position[row]
-        pages = self._pages[row, torch.tensor(pairs, device=at.device), at // size]
+        size, at = self.pool.page_tokens, self.position[row]
+        pages = self.pages[row, torch.tensor(pairs, device=at.device), at // size]
         source, target = (pages * size + at % size).T
-        self._pool.columns.index_copy_(0, target, self._pool.columns.index_select(0, source))
+        self.pool.columns.index_copy_(0, target, self.pool.columns.index_select(0, source))
+
+
+@dataclass(slots=True)
+class Planes:
+    """The planes of a stage's layers, one per layer, that each row of a batch reads and writes."""
+
+    batch: Batch
+    start: Sequence[int]  # the first one of each row
+    writes: Sequence[bool] | None  # None: all rows write
+
+    def views(self, layers: int) -> list[Paged]:
+        """A view per layer."""
+        batch, start, mask = self.batch, self.start, None
+        device = batch.pages.device
+        if min(start) == max(start):
+            pages = batch.pages[:, start[0] : start[0] + layers].unbind(1)
+        else:
+            planes = torch.tensor([[x + layer for x in start] for layer in range(layers)])
+            rows = torch.arange(len(start), device=device)
+            pages = batch.pages[rows, planes.to(device)].unbind()
+        if self.writes is not None:
+            mask = torch.tensor(self.writes, device=device)
+        total = max(batch.positions) + 1
+        return [Paged(batch.pool, each, batch.position, total, mask) for each in pages]
