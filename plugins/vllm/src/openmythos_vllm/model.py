@@ -103,10 +103,12 @@ class OpenMythosForCausalLM(nn.Module):
             planes=iter(self.planes),
             total=len(input_ids),
         )
-        state, inputs = self.stages.encode(context, [NoCache()] * prelude)
+        views = [LayerView(context)] * prelude
+        x, _ = self.native.prelude(self.native.embedded(input_ids[None]), views)
+        state, inputs = self.native.recurrent.start(x, context)
         state = self._looped(state, inputs, self._loops(input_ids))
         context = replace(context, planes=iter(self.planes[self._count() - coda :]))
-        hidden = self.stages.output(state)
+        hidden, _ = self.native.recurrent.readout(state)
         x, _ = self.native.coda(hidden, [LayerView(context)] * coda)
         return self.native.norm(x)[0]
 
@@ -127,7 +129,7 @@ class OpenMythosForCausalLM(nn.Module):
         """The state after every token's loops. Tokens that are done leave the later ones."""
         if isinstance(loops, int):
             for loop in range(loops):
-                state = self.stages.loop(state, inputs, loop, self._views(state, loop))
+                state, _ = self.native.recurrent.step(state, inputs, loop, self._views(state, loop))
             return state
         done, columns = state, torch.arange(len(loops), device=loops.device)
         for loop in range(int(loops.max())):
@@ -136,7 +138,7 @@ class OpenMythosForCausalLM(nn.Module):
                 state = state.map(lambda x, running=running: x[:, running])
                 inputs = inputs.pick(running[None], len(loops))
                 columns, loops = columns[running], loops[running]
-            state = self.stages.loop(state, inputs, loop, self._views(state, loop))
+            state, _ = self.native.recurrent.step(state, inputs, loop, self._views(state, loop))
         return _put(done, state, columns)
 
     def _views(self, state: LoopState, loop: int) -> list[KVView]:
