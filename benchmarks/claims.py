@@ -36,6 +36,7 @@ IN_DOCS_ONLY = {
     "inside-the-loop",
     "linear-frontier",
     "capacity-and-manipulation",
+    "latent-reasoning",
 }
 
 
@@ -292,7 +293,9 @@ BELIEVE = (
     "every learning rate that was tried, where a learned map of state and input does not; the "
     "training loss alone does not show the difference after so few steps. Where single facts and "
     "chains are learned together, experts add facts and no depth, loops add depth and no facts; a"
-    " wider layer without experts adds facts, too. On text a small model uses its loops only "
+    " wider layer without experts adds facts, too. Where the answer is the only target, loops do "
+    "not get beyond three or four lookups, while latents, whose curriculum sees the steps, follow "
+    "six. On text a small model uses its loops only "
     "where no layer outside of the loop does their work; there the loss falls along an "
     "exponential until about the trained depth, and many more loops do no harm. With layers "
     "outside it is lower at every number of loops. Nothing here says that looping beats layers on"

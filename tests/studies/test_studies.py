@@ -56,7 +56,6 @@ NOT_RUN_YET = {
     "looped-scaling",
     "loops-against-tokens",
     "iso-parameter-text",
-    "latent-reasoning",
     "stopping",
     "experts-by-loop",
     "bounded-state",
