@@ -20,7 +20,7 @@ from openmythos.recurrence.exit_rules import FixedExit, StateChangeExit
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native.library("few_rows") is None, reason="no C++ compiler")
 
 PADDED = torch.tensor([[True] * 5, [False, False, True, True, True]])
 Change = Callable[[OpenMythos, KVCache], object]

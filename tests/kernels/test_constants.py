@@ -10,7 +10,7 @@ from openmythos.kernels import native
 from openmythos.kernels.constants import Kept
 from openmythos.recurrence.injection import LTI
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native.library("few_rows") is None, reason="no C++ compiler")
 
 
 def test_computed_once_for_the_same_numbers() -> None:

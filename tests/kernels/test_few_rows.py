@@ -29,7 +29,7 @@ DIM, COLUMNS, SLOTS = 40, 140, 3
 ROWS = 7  # one tile of four rows, one of two and one of one
 
 needs_compiler = pytest.mark.skipif(
-    native.library() is None, reason="no C++ compiler: nothing to compare"
+    native.library("few_rows") is None, reason="no C++ compiler: nothing to compare"
 )
 
 
@@ -336,20 +336,20 @@ def test_without_a_compiler_the_library_is_none_and_one_line_says_so(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     caplog.set_level(logging.INFO)
-    assert native.library.__wrapped__() is None
+    assert native.library.__wrapped__("few_rows") is None
     assert [record.message for record in caplog.records] == [
-        "decoding uses torch's operators, not the native kernel: there is no C++ compiler "
+        "torch's operators are used, not the native kernel few_rows: there is no C++ compiler "
         "(c++, g++, clang++ or $CXX)"
     ]
 
 
 @needs_compiler
 def test_a_failing_compiler_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = tmp_path / "wrong.cpp"
-    source.write_text("#error on purpose\n")
-    monkeypatch.setattr(native, "SOURCE", source)
+    (tmp_path / "wrong.cpp").write_text("#error on purpose\n")
+    (tmp_path / "vectors.h").touch()
+    monkeypatch.setattr(native, "SOURCES", tmp_path)
     with pytest.raises(native.BuildError, match="on purpose"):
-        native.build(tmp_path / "cache")
+        native.build("wrong", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -357,7 +357,7 @@ BUILD = """
 import sys
 from pathlib import Path
 from openmythos.kernels import native
-print(native.build(Path(sys.argv[1]), ("-O0",)))
+print(native.build("few_rows", Path(sys.argv[1]), ("-O0",)))
 """
 
 

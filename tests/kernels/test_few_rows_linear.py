@@ -6,7 +6,7 @@ import torch
 from openmythos import kernels
 from openmythos.kernels import few_rows_native, linear, native
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native.library("few_rows") is None, reason="no C++ compiler")
 
 
 @pytest.fixture

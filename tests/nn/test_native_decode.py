@@ -24,7 +24,7 @@ from openmythos.nn.value_embedding import NoValueEmbeddings
 from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.recurrence.loop_lora import LoopLoRA
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(native.library("few_rows") is None, reason="no C++ compiler")
 
 PROMPT = random_tokens(3, 5)
 # The second row has two tokens of padding on the left.

@@ -32,6 +32,10 @@ _NAMES = {
 # they return where there is no compiler.
 _WITHOUT_NATIVE = {
     f"{PACKAGE}.kernels.few_rows_native": {"accepts": "False", "accepts_input": "False"},
+    f"{PACKAGE}.kernels.elementwise": {
+        "accepts": "False",  # so that the others are never called
+        **dict.fromkeys(("norm", "norm_backward", "gate", "gate_backward", "rotate"), "None"),
+    },
     f"{PACKAGE}.kernels.linear": {"linear": "F.linear(x, weight)"},
     f"{PACKAGE}.nn.few_rows": {"native_layer": "None"},
     f"{PACKAGE}.inference.native_step": {"native_step": "None"},
@@ -98,7 +102,8 @@ def _returning(text: str, values: Mapping[str, str]) -> str:
     lines, nodes = text.splitlines(), ast.parse(text).body
     found = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
     for node in sorted((found[name] for name in values), key=lambda node: -node.lineno):
-        arguments = ", ".join(argument.arg for argument in node.args.args)
+        rest = [f"*{node.args.vararg.arg}"] if node.args.vararg else []
+        arguments = ", ".join([*(argument.arg for argument in node.args.args), *rest])
         short = (f"def {node.name}({arguments}):", f"    return {values[node.name]}")
         lines[node.lineno - 1 : node.end_lineno] = short
     return "\n".join(lines)

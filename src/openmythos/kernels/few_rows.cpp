@@ -12,31 +12,9 @@
 #include <memory>
 #include <vector>
 
-#if defined(__FMA__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
-#else
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#endif
-#define UNROLL _Pragma("GCC unroll 16")
+#include "vectors.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 // Keys that attention reads at a time: they stay in the first-level cache for scores and values.
 constexpr int64_t KEYS = 64;
@@ -138,93 +116,6 @@ Rows part(Rows rows, int64_t count, int64_t offset) {
   Rows pointers = scratch.take<float*>(count);
   for (int64_t r = 0; r < count; r++) pointers[r] = rows[r] + offset;
   return pointers;
-}
-
-// Vectors ----------------------------------------------------------------------------------------
-
-inline Floats load(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline Floats load(const uint16_t* p) {  // a bf16 number is the upper half of an fp32 number
-  Halves halves;
-  std::memcpy(&halves, p, sizeof halves);
-  return (Floats)(__builtin_convertvector(halves, Words) << 16);
-}
-
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-
-inline float number(float x) { return x; }
-
-inline float number(uint16_t x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-inline uint16_t to_bf16(float x) {  // to the nearest, ties to even, as torch does
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7fc0;
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-template <class W>
-Floats load_some(const W* p, int64_t count) {  // count < LANES numbers, then zeros
-  W numbers[LANES] = {};
-  std::copy(p, p + count, numbers);
-  return load(numbers);
-}
-
-// a b + c. The build turns off the compiler's own contraction: it would round the same sum in one
-// way in one tile and in another way in the next.
-inline Floats fma(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__) && defined(__AVX__)
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__ARM_NEON)
-  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-  return a * b + c;
-#endif
-}
-
-inline Floats fill(float x) { return Floats{} + x; }
-
-// Reduces the lanes of a vector by halves, each half as a vector.
-template <class F>
-inline float reduce(Floats v, F f) {
-  float x[LANES];
-  store(x, v);
-  for (int half = LANES / 2; half; half /= 2)
-    UNROLL for (int i = 0; i < half; i++) x[i] = f(x[i], x[i + half]);
-  return x[0];
-}
-
-inline float total(Floats v) {
-  return reduce(v, [](float a, float b) { return a + b; });
-}
-
-inline float largest(Floats v) {
-  return reduce(v, [](float a, float b) { return a > b ? a : b; });
-}
-
-// exp(x) to about 1e-7, 0 below -87: 2^n exp(r) with |r| <= ln(2) / 2 and exp(r)'s Taylor series.
-inline Floats exp_of(Floats x) {
-  const Floats low = fill(-87.0f), high = fill(88.0f), magic = fill(12582912.0f);
-  Words is_zero = x < low;
-  x = is_zero ? low : x;
-  x = x > high ? high : x;
-  Floats rounded = x * 1.44269504f + magic;  // its low bits hold n
-  Floats n = rounded - magic;
-  Floats r = x - n * 0.693145752f - n * 1.42860677e-6f;
-  Floats y = fill(1.0f / 5040);
-  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = fma(y, r, fill(c));
-  return (Floats)(((Words)y + ((Words)rounded << 23)) & ~is_zero);
 }
 
 // Matrix products --------------------------------------------------------------------------------

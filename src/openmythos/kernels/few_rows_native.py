@@ -93,7 +93,7 @@ class _Call(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    found = native.library()
+    found = native.library("few_rows")
     if found is None:
         return None
     found.few_rows_size.restype, found.few_rows_size.argtypes = c_int64, [c_int64]
@@ -126,9 +126,7 @@ def accepts_input(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and _is_plain(x)
         and not torch.is_autocast_enabled("cpu")
-        # Neither torch.func nor a mode that counts or replaces operators sees a native call.
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
+        and not native.unseen()
     )
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos import kernels
+from openmythos.kernels import elementwise
 from openmythos.kernels.precision import as_autocast
 
 # Numbers of [g | u] in a piece of the backward pass on a CPU: 256 KiB in fp32.
@@ -32,12 +33,16 @@ def gated_linear(gated: Tensor, weight: Tensor) -> Tensor:
 
 def activated(gated: Tensor) -> Tensor:
     """silu(g) * u of gated = [g | u], without gradient."""
+    if elementwise.accepts(gated):
+        return elementwise.gate(gated)
     gate, up = gated.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 def gradients(grad: Tensor, gated: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of gated, silu(g) * u) from the gradient of silu(g) * u, which is overwritten."""
+    if elementwise.accepts(gated, grad):
+        return elementwise.gate_backward(grad, gated)
     if gated.device.type != "cpu" or torch.compiler.is_compiling():
         gate, up = gated.chunk(2, dim=-1)
         silu = F.silu(gate)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos import kernels
+from openmythos.kernels import elementwise
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,8 +41,10 @@ def _tensor(eps: float, dtype: torch.dtype) -> Tensor:
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, 1 / sqrt(mean(x^2) + eps)), the latter [..., 1] in fp32 at least.
 
-    Uses few operators, hence eps as a tensor: a decoded token runs dozens of norms.
+    In torch it uses few operators, hence eps as a tensor: a decoded token runs dozens of norms.
     """
+    if elementwise.accepts(x, weight):
+        return elementwise.norm(x, weight, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     scale = torch.addcmul(_tensor(eps, wide), length, length, value=1 / x.shape[-1]).rsqrt_()
@@ -66,6 +69,8 @@ class _RMSNorm(torch.autograd.Function):
     @kernels.first_order
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
+        if elementwise.accepts(x, weight, grad):
+            return *elementwise.norm_backward(grad, x, weight, scale), None
         shape, dim, dtype = x.shape, x.shape[-1], x.dtype
         x, grad, scale = (t.to(scale.dtype).reshape(-1, t.shape[-1]) for t in (x, grad, scale))
         wide = weight.to(scale.dtype)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from openmythos import kernels
+from openmythos.kernels import elementwise
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -22,10 +23,18 @@ def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         return x
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     tuned = kernels.fast(x.device)
-    if tuned is None or not tuned.own_forms or not torch.is_grad_enabled():
+    if tuned is None or not tuned.own_forms:
         return reference(x, cos, sin)
+    if not torch.is_grad_enabled():
+        return _turned(x, cos, sin)
     rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+    if x.ndim == 4 and cos.shape[-2:] == x.shape[-2:] and elementwise.accepts(x, cos, sin):
+        return elementwise.rotate(x, cos, sin, inverse=inverse)
+    return reference(x, cos, -sin if inverse else sin)
 
 
 class _Rotation(torch.autograd.Function):
@@ -34,9 +43,9 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
-        return reference(x, cos, sin)
+        return _turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
-        return reference(grad, cos, -sin), None, None
+        return _turned(grad, cos, sin, inverse=True), None, None
