@@ -4,7 +4,7 @@
     python benchmarks/serve.py figures
 
 rows      many requests of equal length at once, against `generate` one by one, which is also
-          measured without the native kernel
+          measured without the native kernel, and as one batch: what an engine can reach at best
 static    outputs of 16 to 128 tokens, against batches that wait for their longest
 depths    2, 4, 8 or 16 loops by request, against rows that wait for the deepest of them
 equal     the same with equal depths
@@ -190,6 +190,9 @@ def rows(model: OpenMythos, workload: Workload, rounds: int) -> dict[str, Any]:
         "generate by torch's layers": lambda: by_torch(model, asked),
     }
     for count in (8, 16, 32):
+        contenders[f"generate, {count} together"] = lambda count=count: static_batches(
+            model, asked[:count], count
+        )
         contenders[f"{count} rows"] = lambda count=count: served(
             model, asked[:count], engine_limits(count)
         )
@@ -295,6 +298,7 @@ def measure(section: str, workload: Workload, rounds: int) -> dict[str, Any]:
     model = OpenMythos(workload.config(), seed=0).eval()
     asked = requests(workload, 2, prompt=(9, 9), new=(9, 9), depths=(2, 4))
     served(model, asked, engine_limits(2))  # builds the kernel
+    one_by_one(model, asked)  # the first pass of a prompt by torch takes a quarter of a second
     return SECTIONS[section](model, workload, rounds)
 
 
