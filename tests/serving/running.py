@@ -34,6 +34,7 @@ class Server:
         )
         self.log: list[str] = []
         self.url = ""
+        self.patience = 60.0  # seconds that `ask` waits for an answer
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -66,7 +67,7 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.url + path, data, {"content-type": "application/json"} | headers)
         try:
-            with urlopen(request, timeout=60) as answer:
+            with urlopen(request, timeout=self.patience) as answer:
                 return answer.status, json.load(answer)
         except HTTPError as error:
             return error.code, json.load(error)
