@@ -37,6 +37,7 @@ IN_DOCS_ONLY = {
     "linear-frontier",
     "capacity-and-manipulation",
     "latent-reasoning",
+    "universal-transformer",
 }
 
 

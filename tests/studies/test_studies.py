@@ -67,7 +67,6 @@ NOT_RUN_YET = {
     "ltg-as-published",
     "looped-layers",
     "in-context-hops",
-    "universal-transformer",
     "two-hops-in-english",
 }
 RUN = [name for name in runner.STUDIES if name not in NOT_RUN_YET]
