@@ -248,7 +248,7 @@ def seed_device(seed: int, device: torch.device) -> None:
     torch.manual_seed also asks every other backend, which takes a millisecond.
     """
     torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):
         torch.get_device_module(device).manual_seed(seed)
 
 

@@ -29,7 +29,7 @@ _NAMES = {
     MODEL_MODULE: "modeling_openmythos",
 }
 # A bundle has no C++ source, nor what would compile and call it: these functions return in it what
-# they return where there is no compiler.
+# they return where there is no compiler, and a class refuses to be made.
 _WITHOUT_NATIVE = {
     f"{PACKAGE}.kernels.few_rows_native": {"accepts": "False", "accepts_input": "False"},
     f"{PACKAGE}.kernels.elementwise": {
@@ -39,6 +39,7 @@ _WITHOUT_NATIVE = {
     f"{PACKAGE}.kernels.linear": {"linear": "F.linear(x, weight)"},
     f"{PACKAGE}.nn.few_rows": {"native_layer": "None"},
     f"{PACKAGE}.inference.native_step": {"native_step": "None"},
+    f"{PACKAGE}.model.stages": {"Stages": "an engine needs the package openmythos"},
 }
 _SHAPES = "jaxtyping"  # its aliases are plain tensors in a bundle
 _LICENCE = "SPDX-License-Identifier: Apache-2.0"
@@ -98,10 +99,20 @@ class _Module:
 
 
 def _returning(text: str, values: Mapping[str, str]) -> str:
-    """A module's text in which some functions, by name, do nothing but return an expression."""
+    """A module's text in which some functions, by name, do nothing but return an expression.
+
+    Of classes it is the message of the error that making one raises.
+    """
     lines, nodes = text.splitlines(), ast.parse(text).body
-    found = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+    found = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     for node in sorted((found[name] for name in values), key=lambda node: -node.lineno):
+        if isinstance(node, ast.ClassDef):
+            lines[node.lineno - 1 : node.end_lineno] = (
+                f"class {node.name}:",
+                "    def __init__(self, *_: object) -> None:",
+                f"        raise RuntimeError({values[node.name]!r})",
+            )
+            continue
         rest = [f"*{node.args.vararg.arg}"] if node.args.vararg else []
         arguments = ", ".join([*(argument.arg for argument in node.args.args), *rest])
         short = (f"def {node.name}({arguments}):", f"    return {values[node.name]}")
