@@ -529,12 +529,12 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "prompt of bytes": (["generate", "run", "--prompt", "\udcff"], ["prompt: is not UTF-8 text"]),
     "no study": (["study"], ["study: needs a name; known: depth-extrapolation"]),
     "a report of changed runs": (
-        ["study", "stability", "--report-only", "--quick"],
+        ["study", "bounded-state", "--report-only", "--quick"],
         ["report_only = True: cannot be combined with --quick or --set"],
     ),
     "a report of no runs": (
-        ["study", "stability", "--report-only", "--out", "nowhere"],
-        ["nowhere/stability/results.json: is not there: no runs to judge"],
+        ["study", "bounded-state", "--report-only", "--out", "nowhere"],
+        ["nowhere/bounded-state/results.json: is not there: no runs to judge"],
     ),
     "missing tokenizer": (
         ["data", "prepare", "--data", "text", "--tokenizer", "nope", "--out", "new"],

@@ -27,7 +27,7 @@ from openmythos.studies import adaptive_computation as adaptive
 from openmythos.studies import depth_extrapolation as depth
 from openmythos.studies import depth_lora as lora
 from openmythos.studies import expert_routing as routing
-from openmythos.studies import loop_use, runner, stability
+from openmythos.studies import loop_use, runner
 from openmythos.studies import systematic_generalization as systematic
 from openmythos.studies import test_time_depth as depth_of_text
 from openmythos.studies import what_makes_it_extrapolate as what
@@ -58,7 +58,6 @@ NOT_RUN_YET = {
     "iso-parameter-text",
     "stopping",
     "experts-by-loop",
-    "bounded-state",
     "unseen-compositions",
     "longer-chains",
     "contrastive-loops",
@@ -387,7 +386,6 @@ def test_every_study_runs_quick_with_figure_and_report(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "worker_pool", Here)
-    monkeypatch.setattr(stability, "RATES", stability.RATES[:1])
     study = runner.get(name)
     finding = runner.run_study(study, tmp_path, seeds=1, quick=True)
     assert finding.sentence and len({tuple(row) for row in finding.table}) == 1
@@ -507,68 +505,6 @@ def test_ranks_share_what_is_equal() -> None:
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
     found = adaptive.spearman(up, torch.arange(4.0))
     assert found == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-
-
-def text_run(
-    name: str,
-    losses: list[float | None],
-    seed: int = 0,
-    *,
-    radius: float = 1.0,
-    size: float | None = 1.0,
-) -> RunResult:
-    rate = float(name.split()[-1])
-    curve = {"losses": losses, "radius": radius, "largest_gradient": 1.0}
-    curve["state_rms"] = {"1": 1.0, "64": size}
-    return run_of(name, curve, seed, rate=rate)
-
-
-def test_what_diverges_is_not_finite_or_far_above_its_best() -> None:
-    falling = [6.0 - 0.1 * i for i in range(40)]
-    name = "add, per batch, 0.001"
-    assert not stability.diverged(text_run(name, falling))
-    assert stability.diverged(text_run(name, [*falling, None]))
-    assert stability.diverged(text_run(name, [*falling[:20], *[4.6] * 20]))
-    assert not stability.diverged(text_run(name, [*falling[:20], *[4.3] * 20]))
-    assert stability.final_loss(text_run(name, [None])) == float("inf")
-
-
-def test_stability_tells_the_mechanism_from_the_loss() -> None:
-    good: list[float | None] = [6.0 - 0.1 * i for i in range(40)]
-    bad = [*good[:20], None]
-
-    def results(diverging: set[str], exploding: set[str], size: float | None = None) -> Any:
-        return [
-            text_run(
-                arm.name,
-                bad if kind in diverging else good,
-                seed,
-                radius=1.5 if kind in exploding else 0.9,
-                size=size if kind in exploding else 3.0,
-            )
-            for arm in stability.arms()
-            for kind in [arm.name.split(",")[0]]
-            for seed in (0, 1)
-        ]
-
-    others = {"add", "concat", "none"}
-    both = stability.judge(results(others, {"concat"}))
-    assert both.verdict == "holds" and "The mechanism holds" in both.sentence
-    assert len(both.table) == 16
-    alone = stability.judge(results(set(), {"concat"}))
-    assert alone.verdict == "holds in part"
-    assert "16 of 16 runs learn a linear part with spectral radius rho > 1 (up to 1.5)" in (
-        alone.sentence
-    )
-    assert "of LTI rho is at most 0.900, and the state overflows in 0 of 16" in alone.sentence
-    assert "The training loss diverges in 0 of 64 runs" in alone.sentence
-    assert stability.judge(results(set(), set())).verdict == "does not hold here"
-    # A radius above 1 alone, or LTI exploding too, is not the mechanism.
-    for exploding, size in (({"concat"}, 1e9), ({"LTI", "concat"}, None)):
-        finding = stability.judge(results(set(), exploding, size))
-        assert finding.verdict == "does not hold here"
-        assert "The mechanism does not show" in finding.sentence
-    assert stability.judge(results({"LTI", *others}, set())).verdict == "does not hold here"
 
 
 def depth_runs(gain: float, **changes: float) -> list[RunResult]:

@@ -286,8 +286,10 @@ STUDY = Study(
         ("what fails", "training loss of concat", "see the table"),
     ),
     caption=(
-        "Loss at 8 loops and spectral radius of the linear part by learning rate; below, the size "
-        "of the state by loops, a panel per rate."
+        "Above: at the highest rate both forms of concat learn a linear part with rho near 10 and "
+        "no text; LTI and a free diagonal stay below 1. Below: the state of LTI is as large after "
+        "64 loops as after 8, that of concat overflows where its rho is above 1, that of add grows "
+        "eightfold at every rate."
     ),
     deviations=(
         "Looked at before the first run, after the rule was fixed: one run each of LTI and of "
@@ -295,7 +297,10 @@ STUDY = Study(
         "loss is 1% lower.",
     ),
     not_shown=(
-        "Divergence of the training loss at the paper's size and length.",
+        "That the constraint of LTI is needed: a diagonal without it, from the same start, stays "
+        "bounded in all runs. At rates up to 0.004 concat from random matrices does, too, and its "
+        "loss is lower than LTI's by 0.03 to 0.17 nats.",
+        "Divergence of the training loss at the paper's size and length: all losses are finite.",
         "Learning rates tuned for each injection: all have the same three.",
         "Concat with a norm after each loop, as Huginn has it.",
     ),
