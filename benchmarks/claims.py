@@ -38,6 +38,7 @@ IN_DOCS_ONLY = {
     "capacity-and-manipulation",
     "latent-reasoning",
     "universal-transformer",
+    "contrastive-loops",
 }
 
 

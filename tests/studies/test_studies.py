@@ -60,7 +60,6 @@ NOT_RUN_YET = {
     "experts-by-loop",
     "unseen-compositions",
     "longer-chains",
-    "contrastive-loops",
     "what-extrapolation-needs",
     "lora-between-loops",
     "ltg-as-published",
