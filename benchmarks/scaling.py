@@ -29,6 +29,7 @@ from openmythos.analysis import plots
 from openmythos.files import write_json
 from openmythos.machine import describe, keep_freed_memory
 from openmythos.nn.layout import TokenLayout, attention_context
+from openmythos.nn.view import LayerView
 from openmythos.recurrence import schedule
 from openmythos.recurrence.exit_rules import StateChangeExit
 from openmythos.recurrence.schedule import LoopPlan
@@ -85,7 +86,7 @@ def outside_the_loop(rounds: int) -> float:
     def run() -> None:
         x = model.embed(tokens)
         for layer in (*model.prelude, *model.coda):
-            x = layer(x, context).x
+            x, _ = layer(x, LayerView(context))
         torch.nn.functional.linear(model.norm(x), model.head_weight)
 
     return interleaved({0: run}, rounds)[0]
