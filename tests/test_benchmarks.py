@@ -216,6 +216,7 @@ def test_a_line_is_found_again() -> None:
 
 
 def test_halted_positions_are_the_share_asked_for() -> None:
+    assert scaling.outside_the_loop(rounds=1) > 0
     halted = scaling._Halted(0.75, batch=2, seq=16)
     running = halted.update(None, torch.ones(2, 16, dtype=torch.bool), 0)
     assert running.sum(dim=1).tolist() == [4, 4]
