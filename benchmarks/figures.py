@@ -50,11 +50,14 @@ def speed_ratios(
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}x"))
             axes.xaxis.set_minor_locator(NullLocator())
         grid[0][0].invert_yaxis()
-        for unused in grid.flat[len(panels) :]:
-            figure.delaxes(unused)
+        for number in range(len(panels), rows * columns):
+            figure.delaxes(grid.flat[number])
+            grid.flat[number - columns].tick_params(labelbottom=True)
         figure.supxlabel(f"times as fast as {reference} (line: equal)", fontsize=11)
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
+        unique: dict[str, Any] = {}
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            unique |= dict(zip(labels, handles, strict=True))
         figure.legend(
             list(unique.values()), list(unique), loc="outside upper left", ncols=2 * columns
         )
