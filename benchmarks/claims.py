@@ -245,6 +245,13 @@ def results_page(results: Path) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     missing = [name for name in STUDIES if name not in done]
     lines += ["", f"Not run yet: {', '.join(missing)}.", ""] if missing else [""]
+    for path in sorted(results.glob("unfinished/*/results.json")):
+        name = path.parent.name
+        lines += [
+            f"{name} has {len(load(path.parent, path.name)['runs'])} runs and no verdict; "
+            f"`openmythos study {name} --seeds 5 --out results/unfinished` goes on.",
+            "",
+        ]
     lines += ["## What to believe", "", BELIEVE, "", "## How verdicts are made", "", VERDICTS, ""]
     for name, data in done.items():
         lines += screen(name, data)

@@ -278,6 +278,14 @@ def test_stored_runs_can_be_extended(name: str) -> None:
         runner.require_resumable(Path(), stored, runner.get(name).arms())
 
 
+def test_runs_of_unfinished_studies_can_be_extended() -> None:
+    for path in (RESULTS / "unfinished").glob("*/results.json"):
+        assert path.parent.name in NOT_RUN_YET
+        stored = load(path)
+        assert stored is not None and stored.runs
+        runner.require_resumable(Path(), stored, runner.get(path.parent.name).arms())
+
+
 def test_runs_on_the_source_of_another_python_are_not_extended(tmp_path: Path) -> None:
     study = runner.get("test-time-depth")
     shutil.copy(RESULTS / study.name / "results.json", tmp_path)
