@@ -21,7 +21,7 @@ from openmythos.nn.block import Block, Layers
 from openmythos.nn.cache import KVCache
 from openmythos.nn.few_rows import DecodedLayer, native_layer
 from openmythos.nn.layout import rope_tables
-from openmythos.nn.linear import NO_DELTAS, Deltas
+from openmythos.nn.linear import NO_DELTAS, Deltas, addresses
 from openmythos.recurrence.exit_rules import ExitRule, FixedExit, LoopStates
 from openmythos.recurrence.loop import RecurrentBlock
 from openmythos.types import Hidden, LoopCounts, NextLogits, TokenIds
@@ -66,7 +66,7 @@ class NativeStep:
         self._prelude = self._arranged(layers[:recurrent], cache.views("prelude", 1))
         self._coda = self._arranged(layers[coda:], cache.views("coda", 1))
         deltas = [block.conditioning(loop)[1] for loop in range(num_loops)]
-        self._deltas, self._memory = deltas, _memory(deltas[0])
+        self._deltas, self._memory = deltas, addresses(deltas[0])
         self._loops = [
             self._arranged(layers[recurrent:coda], cache.views("recurrent", 1, loop), own)
             for loop, own in enumerate(deltas)
@@ -106,7 +106,7 @@ class NativeStep:
             and cache.valid is self._valid
             and all(a is b for a, b in zip(slots, self._slots, strict=True))
             and all(a is b for a, b in zip(layers, self._layers, strict=True))
-            and _memory(self.model.recurrent.conditioning(0)[1]) == self._memory
+            and addresses(self.model.recurrent.conditioning(0)[1]) == self._memory
         )
 
     def __call__(
@@ -148,11 +148,6 @@ class NativeStep:
             torch.index_select(self._table, 0, self._positions[:, 0], out=self._angles)
         if self._first is not None:
             self._first.fill_(max(0, column - self.model.attention.window + 1))
-
-
-def _memory(deltas: Deltas) -> list[int]:
-    """Where the numbers of deltas are."""
-    return [x.data_ptr() for delta in deltas.values() for x in (delta.down, delta.up)]
 
 
 def _run(layers: Sequence["PreparedLayer"], x: Hidden, column: int) -> Hidden:

@@ -13,8 +13,8 @@ from torch import Tensor
 from openmythos import kernels
 from openmythos.kernels import native
 
-# The native forms use one thread. With more than two, not measured, torch computes larger tensors:
-# it divides those of more numbers than this.
+# The native forms use one thread. With more than two threads (not measured), torch computes tensors
+# of more numbers than this, since it divides them among its threads.
 MOST_NUMBERS = 1 << 15
 # Below, the forward pass of the native form takes as long as torch's.
 FEWEST = 1 << 12

@@ -44,6 +44,11 @@ Deltas = Mapping[str, LowRank]
 NO_DELTAS: Deltas = {}
 
 
+def addresses(deltas: Deltas) -> list[int]:
+    """Where the numbers of deltas are in memory; others mean that they were replaced."""
+    return [x.data_ptr() for delta in deltas.values() for x in (delta.down, delta.up)]
+
+
 def per_row(deltas: Deltas) -> bool:
     """Whether the deltas have a batch dimension: one delta per row."""
     return any(delta.down.ndim == 3 for delta in deltas.values())

@@ -12,7 +12,7 @@ from torch import Tensor
 from openmythos.kernels.few_rows import Places
 from openmythos.kernels.few_rows_native import MOST_ROWS, PreparedLayer
 from openmythos.nn.few_rows import DecodedLayer
-from openmythos.nn.linear import NO_DELTAS, Deltas, LowRank
+from openmythos.nn.linear import NO_DELTAS, Deltas, LowRank, addresses
 from openmythos.nn.pages import Batch, PagePool, PageTables, Planes
 from openmythos.types import Hidden
 
@@ -58,7 +58,7 @@ class PagedLayers:
         self._angles = None if rotary is None else rotary.new_zeros(MOST_ROWS, rotary.shape[1])
         self._batch: Batch | None = None  # whose positions are set
         self._between = torch.empty(MOST_ROWS, 1, width, dtype=dtype)
-        self._memory = _memory(deltas)
+        self._memory = addresses(deltas)
         own = {key: LowRank(x.down, x.up, self._change.tensor) for key, x in deltas.items()}
         self._calls = {
             name: self._arranged(layers, own if name == "recurrent" else NO_DELTAS)
@@ -103,7 +103,7 @@ class PagedLayers:
             and batch.tables.tensor is self._tables
             and rotary is self._rotary
             and dtype == self._dtype
-            and (deltas is None or _memory(deltas) == self._memory)
+            and (deltas is None or addresses(deltas) == self._memory)
             and all(a is b for a, b in zip(layers, self._parts[part], strict=True))
         )
 
@@ -149,8 +149,3 @@ def can_arrange(deltas: Deltas) -> bool:
     """Whether rows differ only in which of the same deltas they have."""
     which = [delta.which for delta in deltas.values()]
     return all(one is not None and one is which[0] for one in which)
-
-
-def _memory(deltas: Deltas) -> list[int]:
-    """Where the numbers of deltas are."""
-    return [x.data_ptr() for delta in deltas.values() for x in (delta.down, delta.up)]
