@@ -14,12 +14,6 @@ namespace {
 // numbers lose digits.
 constexpr int64_t TOGETHER = 64;
 
-inline void store_some(float* p, Floats v, int64_t count) {
-  float numbers[LANES];
-  store(numbers, v);
-  std::copy(numbers, numbers + count, p);
-}
-
 // f(i, load, store) for every LANES numbers from i on; of the last, fewer are read and written.
 template <class F>
 inline void over(int64_t count, F f) {

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__FMA__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -69,6 +69,36 @@ Floats load_some(const W* p, int64_t count) {  // count < LANES numbers, then ze
   std::copy(p, p + count, numbers);
   return load(numbers);
 }
+
+#if defined(__AVX512F__)
+inline __mmask16 first_of(int64_t count) { return __mmask16((1u << count) - 1); }
+
+inline Floats load_some(const float* p, int64_t count) {
+  return (Floats)_mm512_maskz_loadu_ps(first_of(count), p);
+}
+
+inline void store_some(float* p, Floats v, int64_t count) {
+  _mm512_mask_storeu_ps(p, first_of(count), (__m512)v);
+}
+#elif defined(__AVX__)
+inline __m256i first_of(int64_t count) {
+  return (__m256i)(Words{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(count));
+}
+
+inline Floats load_some(const float* p, int64_t count) {
+  return (Floats)_mm256_maskload_ps(p, first_of(count));
+}
+
+inline void store_some(float* p, Floats v, int64_t count) {
+  _mm256_maskstore_ps(p, first_of(count), (__m256)v);
+}
+#else
+inline void store_some(float* p, Floats v, int64_t count) {
+  float numbers[LANES];
+  store(numbers, v);
+  std::copy(numbers, numbers + count, p);
+}
+#endif
 
 // a b + c. The build turns off the compiler's own contraction: it would round the same sum in one
 // way in one tile and in another way in the next.
