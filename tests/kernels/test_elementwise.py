@@ -98,3 +98,26 @@ def test_what_has_no_native_form_is_left_to_torch() -> None:
     seen = []
     torch.func.vmap(lambda row: (seen.append(elementwise.accepts(row)), row)[1])(x)
     assert seen == [False]
+
+
+class _AllForms(torch.nn.Module):
+    def forward(self, x: Tensor, tables: Tensor) -> Tensor:
+        weight = x.new_ones(x.shape[-1])
+        x = gated.activated(norm.rms_norm(x, weight, EPS))
+        return rope.rotate(x[:, None, None], tables, tables)
+
+
+def test_compiled_code_is_for_any_number_of_rows() -> None:
+    """On both sides of the size from which on the native forms are used."""
+    few, many = (elementwise.FEWEST // width for width in (600, 100))
+    rows = torch.export.Dim("rows", min=2, max=many)
+    shapes = {"x": {0: rows}, "tables": {}}
+    tables = drawn(1, 1, 1, 300)
+    with torch.no_grad():
+        model = _AllForms()
+        program = torch.export.export(
+            model, (drawn(few, 600), tables), dynamic_shapes=shapes, strict=False
+        )
+        for count in (2, few, many):
+            x = drawn(count, 600)
+            torch.testing.assert_close(program.module()(x, tables), model(x, tables))

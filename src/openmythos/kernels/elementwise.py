@@ -37,15 +37,19 @@ def _library() -> ctypes.CDLL | None:
     return found
 
 
-def accepts(*tensors: Tensor) -> bool:
-    """Whether the native forms may compute with these tensors now; the first is the largest."""
+def accepts(*tensors: Tensor, fewest: int = 1) -> bool:
+    """Whether the native forms may compute with these tensors now; the first is the largest.
+
+    Not with fewer than `fewest` numbers in the first.
+    """
     return (
+        # First: to compare the size of a tensor would tie compiled code to some sizes.
         kernels.native_wanted()
+        and tensors[0].numel() >= fewest
         and all(
             type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.float32
             for x in tensors
         )
-        and tensors[0].numel() > 0
         and (tensors[0].numel() <= MOST_NUMBERS or torch.get_num_threads() <= 2)
         and not native.unseen()
         and _library() is not None

@@ -33,7 +33,7 @@ def gated_linear(gated: Tensor, weight: Tensor) -> Tensor:
 
 def activated(gated: Tensor) -> Tensor:
     """silu(g) * u of gated = [g | u], without gradient."""
-    if gated.numel() >= elementwise.FEWEST and elementwise.accepts(gated):
+    if elementwise.accepts(gated, fewest=elementwise.FEWEST):
         return elementwise.gate(gated)
     gate, up = gated.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

@@ -26,17 +26,18 @@ def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     if tuned is None or not tuned.own_forms:
         return reference(x, cos, sin)
     if not torch.is_grad_enabled():
-        if x.numel() < elementwise.FEWEST:
-            return reference(x, cos, sin)
-        return _turned(x, cos, sin)
+        return _turned(x, cos, sin, fewest=elementwise.FEWEST)
     rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    fits = x.ndim == 4 and cos.shape in ((len(x), 1, *x.shape[2:]), (1, 1, *x.shape[2:]))
-    if fits and cos.shape == sin.shape and elementwise.accepts(x, cos, sin):
-        return elementwise.rotate(x, cos, sin, inverse=inverse)
+def _turned(
+    x: Tensor, cos: Tensor, sin: Tensor, *, fewest: int = 1, inverse: bool = False
+) -> Tensor:
+    if elementwise.accepts(x, cos, sin, fewest=fewest) and x.ndim == 4:
+        tables = (len(x), 1, *x.shape[2:]), (1, 1, *x.shape[2:])
+        if cos.shape in tables and cos.shape == sin.shape:
+            return elementwise.rotate(x, cos, sin, inverse=inverse)
     return reference(x, cos, -sin if inverse else sin)
 
 
