@@ -196,7 +196,7 @@ class Ours(Contender):
 
             model = OpenMythos(self.model.config, seed=0).eval()
             model.to(self.model.device, None if self.precision == "fp32" else torch.bfloat16)
-            self.decoder = CompiledModel(model, say=print)
+            self.decoder = CompiledModel(model, say=_said)
         return self.decoder
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
@@ -214,6 +214,13 @@ class Ours(Contender):
 
     def cache_bytes(self, cache: Any) -> int:
         return cache.nbytes
+
+
+def _said(line: str) -> None:
+    """Print a line of the compiled model; an error if it goes on without compiled code."""
+    print(line)
+    if "is not compiled" in line:
+        raise RuntimeError(line)
 
 
 class Bf16Weights(Ours):
