@@ -43,11 +43,16 @@ def emulate_avx2() -> None:
 def processor_kind(device: torch.device = _CPU) -> str:
     """The instructions that torch uses on a CPU, such as avx512-bf16, or the name of a GPU.
 
+    avx512-amx also has bf16.
+
     A GPU's name is cut after its number: "NVIDIA H100 80GB HBM3" is h100.
     """
     if device.type == "cuda":
         return gpu_kind(torch.cuda.get_device_name(device))
-    return torch.backends.cpu.get_cpu_capability().lower() + "-bf16" * computes_bf16(_CPU)
+    widest = torch.backends.cpu.get_cpu_capability().lower()
+    if widest == "avx512" and torch.cpu._is_amx_tile_supported():
+        return "avx512-amx"
+    return widest + "-bf16" * computes_bf16(_CPU)
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -6,8 +6,9 @@ server    `openmythos serve` with 32 streams, over HTTP as events and as one ans
           same engines without HTTP, and against `generate` one by one
 replicas  two engines of one thread against one engine of two
 overload  requests that arrive at random, at 50, 100 and 150% of what 64 clients in turn get
-others    engine, one thread, against `generate` of transformers with static batches: DeepSeek-V3,
-          which has the shapes of the workload without its loops, and a Llama (see `yardsticks`)
+others    engine, one thread, against transformers: `generate` as one batch of DeepSeek-V3, which
+          has the shapes of the workload without its loops, and of a Llama (see `yardsticks`), and
+          that Llama with its continuous batching, which knows no latent attention
 
 Workload S, weights that are not trained. The clients of the server run on the same cores.
 """
@@ -300,6 +301,7 @@ def _parts(numbers: Sequence[float]) -> dict[str, float]:
 
 def others(workload: Workload, rounds: int) -> Found:
     from peers import DeepSeek
+    from transformers import ContinuousBatchingConfig, GenerationConfig
     from yardsticks import dense_llama
 
     work, model = asked(workload, 16), OpenMythos(workload.config(), seed=0).eval()
@@ -321,12 +323,30 @@ def others(workload: Workload, rounds: int) -> Found:
             )
         return Outcome(out.shape[0] * (out.shape[1] - PROMPT), time.perf_counter() - start)
 
+    def batched_continuously(theirs: Any) -> Outcome:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = theirs.generate_batch(
+                prompts.tolist(),
+                generation_config=GenerationConfig(
+                    max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+                ),
+                continuous_batching_config=ContinuousBatchingConfig(
+                    page_size=32, num_blocks=128, max_batch_tokens=len(work) * PROMPT
+                ),
+                warmup=False,
+            )
+        tokens = sum(len(answer.generated_tokens) for answer in out.values())
+        assert tokens == len(work) * NEW, tokens  # an error of a request is only logged
+        return Outcome(tokens, time.perf_counter() - start)
+
     deepseek, llama = DeepSeek(workload).model.eval(), dense_llama(workload)
     return take_turns(
         {
             "DeepSeek-V3, static cache": lambda: generate(deepseek, "static"),
             "DeepSeek-V3, dynamic cache": lambda: generate(deepseek, "dynamic"),
             "Llama, static cache": lambda: generate(llama, "static"),
+            "Llama, continuous batching": lambda: batched_continuously(llama),
             "engine, 16 rows": lambda: by_clock(lambda: served(model, work, engine_limits(16))),
         },
         rounds,

@@ -173,6 +173,7 @@ def test_hardware_says_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch
     capability = torch.backends.cpu.get_cpu_capability()
     assert found["capability"] == capability
     assert found["threads"] == torch.get_num_threads()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for native, suffix in ((True, "-bf16"), (False, "")):
         for module in (machine, host):
             monkeypatch.setattr(module, "bf16_is_native", lambda _=CPU, native=native: native)
@@ -181,7 +182,7 @@ def test_hardware_says_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_second_kind_of_processor_is_a_column(tmp_path: Path) -> None:
-    for kind in speed_claims.KINDS:
+    for kind in ("avx512-bf16", "avx2"):
         found = speed_claims.load(claims.ROOT / "results", "bench/avx512-bf16/bench-S.json")
         if kind == "avx2":
             for run in found["results"]:

@@ -1,6 +1,8 @@
-"""Tokens per second of a model in vLLM with this plugin and without it, taking turns.
+"""Tokens per second of a model in vLLM with this plugin, and beside it, taking turns.
 
-Without it vLLM runs an export by its backend for models of transformers. One thread each; medians.
+`latent` and `grouped`: against vLLM without the plugin, which then runs an export by its backend
+for models of transformers. `S` and `M`, the shapes of benchmarks/bench.py: against OpenMythos' own
+engine. One thread each; medians.
 
     python plugins/vllm/bench.py latent --out results/serve/vllm-latent.json
 """
@@ -14,10 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LOOPS, PROMPT, NEW, CONTEXT = 8, 64, 48, 256
+LOOPS = {"latent": 8, "grouped": 8, "S": 4, "M": 8}
+PROMPT, NEW, CONTEXT = 64, 48, 256
+WORDS = 256  # prompts are of these tokens
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STREAMS = (1, 8, 32)
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -39,6 +45,12 @@ def build(kind: str, folder: Path) -> None:
     from openmythos.nn.grouped_query import GroupedQueryAttention
     from openmythos.nn.latent_attention import LatentAttention
 
+    if kind in ("S", "M"):
+        sys.path.insert(0, str(BENCHMARKS))
+        from contenders import WORKLOADS
+
+        export.write(OpenMythos(WORKLOADS[kind].config(), seed=0), folder)
+        return
     parts: dict[str, Any] = {
         # 48, not the preset's 32: without the plugin a head must be one of vLLM's sizes.
         "latent": {"attention": LatentAttention(nope_head_dim=48)},
@@ -50,15 +62,57 @@ def build(kind: str, folder: Path) -> None:
     export.write(OpenMythos(MythosConfig(**parts[kind]), seed=0), folder)
 
 
-def serve(path: str, folder: str) -> None:
-    """Read jobs from stdin: the loops of each stream, 0: the engine's. Answer with seconds."""
+def serve(path: str, folder: str, num_loops: str) -> None:
+    """Read jobs from stdin: the loops of each stream, 0: num_loops. Answer with seconds."""
+    work = own_engine(folder, int(num_loops)) if path == "engine" else vllm(path, folder, num_loops)
+    draw = random.Random(0)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        prompts = [[draw.randrange(WORDS) for _ in range(PROMPT)] for _ in asked]
+        start = time.perf_counter()
+        tokens = work(prompts, asked)
+        seconds = time.perf_counter() - start
+        assert tokens == NEW * len(asked), (tokens, asked)
+        print(seconds, flush=True)
+
+
+Work = Callable[[list[list[int]], list[int]], int]  # (prompts, loops of each) -> new tokens
+
+
+def own_engine(folder: str, num_loops: int) -> Work:
+    import torch
+
+    import openmythos
+    from openmythos.inference.engine import Engine
+    from openmythos.inference.generation import Request
+    from openmythos.inference.request import EngineLimits, EngineRequest, NewToken
+    from openmythos.machine import keep_freed_memory
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    model = openmythos.load(folder)
+
+    def work(prompts: list[list[int]], asked: list[int]) -> int:
+        engine, tokens = Engine(model, EngineLimits(max_rows=max(STREAMS))), 0
+        for prompt, loops in zip(prompts, asked, strict=True):
+            options = Request(max_new_tokens=NEW, num_loops=loops or num_loops)
+            engine.add(EngineRequest(prompt=tuple(prompt), options=options))
+        while not engine.idle:
+            tokens += sum(isinstance(event, NewToken) for event in engine.step())
+        return tokens
+
+    return work
+
+
+def vllm(path: str, folder: str, num_loops: str) -> Work:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         folder,
         model_impl="auto" if path == "plugin" else "transformers",
         trust_remote_code=path != "plugin",
-        hf_overrides={"num_loops": LOOPS},
+        hf_overrides={"num_loops": int(num_loops)},
         skip_tokenizer_init=True,
         dtype="float32",
         enforce_eager=True,
@@ -66,11 +120,9 @@ def serve(path: str, folder: str) -> None:
         max_num_seqs=max(STREAMS),
         enable_prefix_caching=False,
     )
-    draw = random.Random(0)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        rows = [{"prompt_token_ids": [draw.randrange(256) for _ in range(PROMPT)]} for _ in asked]
+
+    def work(prompts: list[list[int]], asked: list[int]) -> int:
+        rows = [{"prompt_token_ids": prompt} for prompt in prompts]
         params = [
             SamplingParams(
                 temperature=0,
@@ -81,16 +133,17 @@ def serve(path: str, folder: str) -> None:
             )
             for loops in asked
         ]
-        start = time.perf_counter()
-        llm.generate(rows, params, use_tqdm=False)
-        print(time.perf_counter() - start, flush=True)
+        found = llm.generate(rows, params, use_tqdm=False)
+        return sum(len(one.outputs[0].token_ids) for one in found)
+
+    return work
 
 
 class Contender:
     """An engine in a process of its own."""
 
-    def __init__(self, path: str, folder: Path) -> None:
-        command = [sys.executable, __file__, "--serve", path, str(folder)]
+    def __init__(self, path: str, folder: Path, num_loops: int) -> None:
+        command = [sys.executable, __file__, "--serve", path, str(folder), str(num_loops)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, env=os.environ | SETTINGS, text=True, **pipes)
         self._until("ready")
@@ -111,18 +164,22 @@ class Contender:
 
 
 def main() -> None:
+    from openmythos.machine import describe
+
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", choices=("latent", "grouped"))
+    parser.add_argument("model", choices=tuple(LOOPS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         build(args.model, folder := Path(place) / "model")
-        engines = {path: Contender(path, folder) for path in ("plugin", "transformers")}
+        loops_of, other = LOOPS[args.model], "engine" if args.model in "SM" else "transformers"
+        engines = {path: Contender(path, folder, loops_of) for path in ("plugin", other)}
         jobs = {(path, f"{n} streams"): [0] * n for path in engines for n in STREAMS}
         n = STREAMS[-1]
-        jobs |= {("plugin", f"{n} streams, half with 2 loops"): [2, LOOPS] * (n // 2)}
-        jobs |= {("plugin", f"{n} streams, all with 2 loops"): [2] * n}
+        for path in engines.keys() - {"transformers"}:  # which has no loops by request
+            jobs[path, f"{n} streams, half with 2 loops"] = [2, loops_of] * (n // 2)
+            jobs[path, f"{n} streams, all with 2 loops"] = [2] * n
         found: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
         for turn in range(args.rounds + 1):
             for (path, name), loops in jobs.items():
@@ -132,7 +189,8 @@ def main() -> None:
     rates: dict[str, dict[str, float]] = {path: {} for path in engines}
     for (path, name), values in found.items():
         rates[path][name] = round(statistics.median(values), 1)
-    result = {"model": args.model, "num_loops": LOOPS, "prompt": PROMPT, "new": NEW, "rates": rates}
+    result = {"model": args.model, "num_loops": loops_of, "prompt": PROMPT, "new": NEW}
+    result |= {"hardware": describe(), "rates": rates}
     print(text := json.dumps(result, indent=2))
     if args.out:
         args.out.write_text(text + "\n")

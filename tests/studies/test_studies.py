@@ -27,7 +27,7 @@ from openmythos.studies import adaptive_computation as adaptive
 from openmythos.studies import depth_extrapolation as depth
 from openmythos.studies import depth_lora as lora
 from openmythos.studies import expert_routing as routing
-from openmythos.studies import loop_use, runner
+from openmythos.studies import learning, loop_use, runner
 from openmythos.studies import systematic_generalization as systematic
 from openmythos.studies import test_time_depth as depth_of_text
 from openmythos.studies import what_makes_it_extrapolate as what
@@ -90,12 +90,12 @@ def test_arms_are_matched_as_their_names_say() -> None:
 
 def test_a_stack_is_a_plain_transformer() -> None:
     """No loop, no injection: the state is the residual stream of a pre-norm transformer."""
-    model = OpenMythos(depth.stacked(4, 32), seed=0).eval()
+    model = OpenMythos(learning.stacked(4, 32), seed=0).eval()
     tokens = torch.randint(20, (2, 9))
     out = model(tokens, num_loops=1)
     x = model.embed(tokens)
     layout = token_layout(model.config, tokens, None, None, None)
-    assert model.config.attention.window == depth.WINDOW
+    assert model.config.attention.window == learning.WINDOW
     context = attention_context(layout, model.config.attention, 32)
     for layer in (*model.prelude, *model.recurrent.layers, *model.coda):
         x, _ = layer(x, LayerView(context))

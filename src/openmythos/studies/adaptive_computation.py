@@ -23,8 +23,7 @@ from openmythos.recurrence.exit_rules import (
 from openmythos.recurrence.halting import ACT
 from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.loop_sampling import PoissonLoops
-from openmythos.studies.depth_extrapolation import looped
-from openmythos.studies.learning import on_task
+from openmythos.studies.learning import looped, on_task
 from openmythos.studies.statistics import percent, plus_minus
 from openmythos.studies.study import (
     Arm,

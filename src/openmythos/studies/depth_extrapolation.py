@@ -6,14 +6,9 @@ from typing import Any
 
 from openmythos.analysis import study_plots
 from openmythos.eval.accuracy import accuracy_map
-from openmythos.model import presets
-from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.nn.feed_forward import SwiGLU
-from openmythos.recurrence.initial_state import EncodedState
-from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.learning import TASK_TRAINING, looped, on_task, stacked
 from openmythos.studies.statistics import percent
 from openmythos.studies.study import (
     Arm,
@@ -31,31 +26,8 @@ HOPS = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 LOOPS = (5, 10, 15, 20, 25, 30, 35, 40, 50, 60, 70, 80, 100, 120)
 # The most loops that training ever runs: 20 hops and six more.
 TRAINED_LOOPS = 26
-WINDOW = 8
 LOOPED = "looped"
 PADDED, SHORT = "looped, padded read-out", "looped, trained to 5"
-
-
-def looped(window: int = WINDOW) -> MythosConfig:
-    """The model of recipe hops; a window of 0 sees all tokens."""
-    config = presets.hops()
-    return replace(config, attention=replace(config.attention, window=window))
-
-
-def stacked(layers: int, dim: int, window: int = WINDOW) -> MythosConfig:
-    """A model without loops: `layers` unshared layers, run once; a window of 0 sees all tokens."""
-    feed_forward = SwiGLU(hidden_dim=dim * 21 // 8 // 8 * 8)
-    return replace(
-        looped(window),
-        dim=dim,
-        prelude_layers=layers - 2,
-        num_loops=1,
-        feed_forward=feed_forward,
-        recurrent_feed_forward=feed_forward,
-        injection=NoInjection(),
-        state_init=EncodedState(),
-        prelude_norm=False,
-    )
 
 
 def stack(name: str, layers: int, dim: int, why: str) -> Arm:

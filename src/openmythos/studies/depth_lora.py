@@ -16,8 +16,8 @@ from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies.depth_extrapolation import best, looped
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.depth_extrapolation import best
+from openmythos.studies.learning import TASK_TRAINING, looped, on_task
 from openmythos.studies.statistics import differs, percent, plus_minus
 from openmythos.studies.study import (
     Arm,

@@ -27,8 +27,7 @@ from openmythos.nn.feed_forward import SwiGLU
 from openmythos.nn.moe import MoE
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
-from openmythos.studies.depth_extrapolation import looped
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.learning import TASK_TRAINING, looped, on_task
 from openmythos.studies.statistics import below, paired, plus_minus
 from openmythos.studies.study import (
     Arm,

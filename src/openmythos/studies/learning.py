@@ -1,14 +1,19 @@
-"""The runs of arms that learn a task of hops."""
+"""The models and runs of arms that learn a task of hops."""
 
 from dataclasses import replace
 from typing import Any
 
+from openmythos.model import presets
 from openmythos.model.config import MythosConfig
+from openmythos.nn.feed_forward import SwiGLU
+from openmythos.recurrence.initial_state import EncodedState
+from openmythos.recurrence.injections import NoInjection
 from openmythos.tasks import Task
 from openmythos.train.config import RunConfig, TaskData, TiedLoops, TrainConfig
 from openmythos.train.optim import WSD, AdamW
 from openmythos.train.task_source import longest
 
+WINDOW = 8
 TASK_TRAINING = TrainConfig(
     num_steps=1600,
     batch_size=32,
@@ -17,6 +22,28 @@ TASK_TRAINING = TrainConfig(
     schedule=WSD(warmup=0.03, decay=0.3, final=0.05),
     precision="fp32",  # the same on every machine
 )
+
+
+def looped(window: int = WINDOW) -> MythosConfig:
+    """The model of recipe hops; a window of 0 sees all tokens."""
+    config = presets.hops()
+    return replace(config, attention=replace(config.attention, window=window))
+
+
+def stacked(layers: int, dim: int, window: int = WINDOW) -> MythosConfig:
+    """A model without loops: `layers` unshared layers, run once; a window of 0 sees all tokens."""
+    feed_forward = SwiGLU(hidden_dim=dim * 21 // 8 // 8 * 8)
+    return replace(
+        looped(window),
+        dim=dim,
+        prelude_layers=layers - 2,
+        num_loops=1,
+        feed_forward=feed_forward,
+        recurrent_feed_forward=feed_forward,
+        injection=NoInjection(),
+        state_init=EncodedState(),
+        prelude_norm=False,
+    )
 
 
 def on_task(

@@ -13,8 +13,7 @@ from openmythos.eval.accuracy import ASKED_SEED
 from openmythos.eval.likelihood import logits_by_loops
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies.depth_extrapolation import looped
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.learning import TASK_TRAINING, looped, on_task
 from openmythos.studies.statistics import percent, plus_minus
 from openmythos.studies.study import (
     Arm,

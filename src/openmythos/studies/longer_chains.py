@@ -11,8 +11,7 @@ from openmythos.eval.accuracy import accuracy_map
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies.depth_extrapolation import looped, stacked
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.learning import TASK_TRAINING, looped, on_task, stacked
 from openmythos.studies.statistics import percent
 from openmythos.studies.study import (
     Arm,

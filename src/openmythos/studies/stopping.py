@@ -25,8 +25,7 @@ from openmythos.recurrence.exit_rules import (
     StateChangeExit,
 )
 from openmythos.recurrence.halting import ACT, ExitGate, Halting
-from openmythos.studies.depth_extrapolation import looped
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.learning import TASK_TRAINING, looped, on_task
 from openmythos.studies.statistics import percent, plus_minus
 from openmythos.studies.study import (
     Arm,

@@ -16,8 +16,7 @@ from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_sampling import FixedLoops, UniformLoops
-from openmythos.studies.depth_extrapolation import looped, stacked
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.learning import TASK_TRAINING, looped, on_task, stacked
 from openmythos.studies.statistics import percent
 from openmythos.studies.study import (
     Arm,

@@ -10,8 +10,7 @@ from openmythos.eval.accuracy import accuracy_map
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injections import Add, Concat, Diagonal, NoInjection
-from openmythos.studies.depth_extrapolation import looped
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.learning import TASK_TRAINING, looped, on_task
 from openmythos.studies.longer_chains import loops_for
 from openmythos.studies.statistics import percent
 from openmythos.studies.study import (

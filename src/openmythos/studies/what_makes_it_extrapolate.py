@@ -15,8 +15,8 @@ from openmythos.recurrence.injections import Add, Concat, NoInjection
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops, UniformLoops
-from openmythos.studies.depth_extrapolation import best, looped
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.depth_extrapolation import best
+from openmythos.studies.learning import TASK_TRAINING, looped, on_task
 from openmythos.studies.statistics import mean_and_half_width, percent, plus_minus
 from openmythos.studies.study import (
     Arm,
