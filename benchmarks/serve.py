@@ -341,7 +341,8 @@ def draw(folder: Path) -> None:
             if one["accepted"]:
                 asked, _, draft = contender.rpartition(", ")
                 tokens, shallow = draft.split(" drafted with ")
-                points = gains.setdefault(asked, {}).setdefault(f"drafts of {shallow} loops", {})
+                name_of = f"drafts of {shallow} loop{'s' * (shallow != '1')}"
+                points = gains.setdefault(asked, {}).setdefault(name_of, {})
                 points[int(tokens)] = one["ratio"]
             elif section in TITLES and contender.endswith("rows") and one["ratio"] != 1:
                 bars[contender.removeprefix("engine, ")] = {name: one["ratio"]}
