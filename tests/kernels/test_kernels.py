@@ -19,7 +19,7 @@ from openmythos import kernels
 from openmythos.kernels import attention as attention_kernels
 from openmythos.kernels import experts as expert_kernels
 from openmythos.kernels import gated as gated_kernels
-from openmythos.kernels.attention import FEW_KEYS, attention
+from openmythos.kernels.attention import FEW_KEYS, FUSED_KEYS, attention
 from openmythos.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from openmythos.kernels.experts import (
     SortedRows,
@@ -160,7 +160,7 @@ CASES = {
     "attention, window": attend(7, window=3),
     "attention, padded": attend(5, start=2, mask="padded"),
     "attention, packed queries": attend(3, start=6, mask="packed"),
-    "attention, two blocks": attend(65),
+    "attention, blocks": attend(FUSED_KEYS + 20),
     "attention, many keys": attend(FEW_KEYS + 70, batch=1),
     "attention, blocks after keys": attend(150, start=90, window=100),
     "attention, blocks in a window": attend(150, start=FEW_KEYS, window=7, batch=1),
@@ -226,6 +226,7 @@ def test_fast_equals_reference_in_pieces(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(expert_kernels, "ROWS_IN_TURN", 0)
     monkeypatch.setattr(gated_kernels, "CACHED", 6)
     monkeypatch.setattr(attention_kernels, "CACHED_SCORES", 3 * 64 * 7)  # three of four heads
+    monkeypatch.setattr(attention_kernels, "FUSED_KEYS", 0)
     assert_fast_equals_reference(CASES[name], torch.float32, CASES[name].run)
 
 

@@ -113,8 +113,9 @@ def _returning(text: str, values: Mapping[str, str]) -> str:
                 f"        raise RuntimeError({values[node.name]!r})",
             )
             continue
-        rest = [f"*{node.args.vararg.arg}"] if node.args.vararg else []
-        arguments = ", ".join([*(argument.arg for argument in node.args.args), *rest])
+        given, named = node.args, [f"{argument.arg}=None" for argument in node.args.kwonlyargs]
+        rest = [f"*{given.vararg.arg}" if given.vararg else "*"] if given.vararg or named else []
+        arguments = ", ".join([*(argument.arg for argument in given.args), *rest, *named])
         short = (f"def {node.name}({arguments}):", f"    return {values[node.name]}")
         lines[node.lineno - 1 : node.end_lineno] = short
     return "\n".join(lines)

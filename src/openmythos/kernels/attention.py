@@ -1,9 +1,8 @@
 """Softmax attention: softmax(scale q k^T) v, for causal and masked queries.
 
-On a CPU, several queries are computed in blocks, each with the keys that it may see. torch's fused
-CPU kernel is about as fast as matmuls in its fp32 forward pass, but its backward pass and its bf16
-path are far slower. Matmuls on blocks of queries are fast in all of them, and skip the keys after a
-block or before its window.
+On a CPU, several queries with many keys are computed in blocks, each with the keys that it may see.
+Matmuls on blocks of queries skip the keys after a block or before its window, and are fast in bf16,
+where torch's fused kernel is not. With few keys in fp32 the fused kernel is faster.
 """
 
 import itertools
@@ -17,6 +16,8 @@ from openmythos import kernels
 from openmythos.kernels.precision import as_autocast
 from openmythos.types import AttentionMask, AttentionOutput, Keys, Queries, Values
 
+# Up to so many keys, torch's fused kernel is faster than blocks in fp32, forward and backward.
+FUSED_KEYS = 128
 # A block has 64 queries with up to this many keys, 128 with more.
 FEW_KEYS = 512
 # Attention weights are saved for the backward pass up to this many keys, else recomputed.
@@ -65,6 +66,7 @@ def attention(
         and query.shape[2] > 1
         and (is_causal or mask is not None)
         and not packed
+        and not _fused(query, key)
         # torch.compile specialises on the length: fine in training, where it is constant.
         and (torch.is_grad_enabled() or not torch.compiler.is_compiling())
     ):
@@ -84,6 +86,10 @@ def attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[..., :value_dim]
+
+
+def _fused(query: Tensor, key: Tensor) -> bool:
+    return key.shape[2] <= FUSED_KEYS and as_autocast(query).dtype.itemsize >= 4
 
 
 def blockwise_attention(
