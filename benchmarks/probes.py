@@ -60,7 +60,7 @@ def attention(dtype: torch.dtype, batch: int, seq: int, key_dim: int, value_dim:
     def both_ways(run: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(run(), (query, key, value), grad)
 
-    return alternate({"torch": both_ways(torchs), "ours": both_ways(blocks)})
+    return alternate({"torch": both_ways(torchs), "blocks": both_ways(blocks)})
 
 
 def cross_entropy(dtype: torch.dtype, tokens: int, dim: int, vocab: int) -> Any:
@@ -116,6 +116,8 @@ def main() -> None:
         dtypes["bf16"] = torch.bfloat16
     for name, dtype in dtypes.items():
         for batch, seq, key_dim, value_dim in (
+            (32, 21, 16, 16),
+            (8, 128, 24, 24),
             (8, 256, 48, 32),
             (2, 512, 96, 64),
             (1, 2048, 96, 64),
