@@ -103,6 +103,24 @@ def gather() -> Any:
     return alternate({"x[rows]": lambda: x[rows], "index_select": lambda: x.index_select(0, rows)})
 
 
+def two_maps(first: int, second: int) -> Any:
+    """A hundred times, for one row of 256 numbers: two linear maps, or one and its parts."""
+    x, a, b = torch.randn(1, 256), torch.randn(first, 256), torch.randn(second, 256)
+    both = torch.cat((a, b))
+
+    @torch.inference_mode()
+    def often(run: Callable[[], object]) -> None:
+        for _ in range(100):
+            run()
+
+    return alternate(
+        {
+            "two maps": lambda: often(lambda: (F.linear(x, a), F.linear(x, b))),
+            "one, split": lambda: often(lambda: F.linear(x, both).split((first, second), dim=-1)),
+        }
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/bench") / processor_kind())
@@ -110,6 +128,8 @@ def main() -> None:
     torch.set_num_threads(1)
     machine = describe()
     found: dict[str, dict[str, float]] = {"4096 rows of 256 numbers": gather()}
+    found["100 times one row to 128 and 80 numbers"] = two_maps(128, 80)
+    found["100 times one row to 16 and 512 numbers"] = two_maps(16, 512)
     dtypes = {"fp32": torch.float32}
     if bf16_is_native():
         found["bf16 product of ~350 x 256 x 256"] = new_shapes()
