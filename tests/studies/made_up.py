@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from openmythos.studies import longer_chains
 from openmythos.studies.study import RunResult
 
 
@@ -23,3 +24,25 @@ def run_of(
 def two_runs(arm: str, curve: Mapping[str, Any], *, parameters: int = 1000) -> list[RunResult]:
     """The same curve with seeds 0 and 1."""
     return [run_of(arm, curve, seed, parameters=parameters) for seed in (0, 1)]
+
+
+def chain_runs(later: float = 0.0, **changes: float) -> list[RunResult]:
+    """Runs of longer-chains: all is solved but what layers were not trained on.
+
+    `changes` are shares by arm and hops, as `to_5_10`; `later` is lost with three times the loops.
+    """
+    found = []
+    for name in (arm.name for arm in longer_chains.arms()):
+        shares = dict.fromkeys(longer_chains.HOPS, 1.0)
+        if "layers" in name:
+            shares = {n: float(n <= longer_chains.LEARNED[name]) for n in shares}
+        for key, value in changes.items():
+            arm, hops = key.rsplit("_", 1)
+            if getattr(longer_chains, arm.upper()) == name:
+                shares[int(hops)] = value
+        curve = {
+            "right": {str(n): share for n, share in shares.items()},
+            "later": {str(n): share - later for n, share in shares.items()},
+        }
+        found += two_runs(name, curve)
+    return found

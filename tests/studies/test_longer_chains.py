@@ -3,31 +3,11 @@
 from typing import Any
 
 import pytest
-from studies.made_up import two_runs
+from studies.made_up import chain_runs
 
 from openmythos.studies import longer_chains as study
-from openmythos.studies.study import RunResult
 
 ARMS = {arm.name: arm for arm in study.arms()}
-
-
-def runs(later: float = 0.0, **changes: float) -> list[RunResult]:
-    """All is solved but what layers were not trained on; `changes` by arm and hops, as to_5_10."""
-    found = []
-    for name in ARMS:
-        shares = {n: 1.0 for n in study.HOPS}
-        if "layers" in name:
-            shares = {n: float(n <= study.LEARNED[name]) for n in study.HOPS}
-        for key, value in changes.items():
-            arm, hops = key.rsplit("_", 1)
-            if getattr(study, arm.upper()) == name:
-                shares[int(hops)] = value
-        curve: dict[str, Any] = {
-            "right": {str(n): share for n, share in shares.items()},
-            "later": {str(n): share - later for n, share in shares.items()},
-        }
-        found += two_runs(name, curve)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -44,7 +24,7 @@ def runs(later: float = 0.0, **changes: float) -> list[RunResult]:
     ],
 )
 def test_loops_extrapolate_from_an_equal_fit(changes: Any, verdict: str) -> None:
-    finding = study.judge(runs(**changes))
+    finding = study.judge(chain_runs(**changes))
     assert finding.verdict == verdict, finding.sentence
     assert len(finding.table) == len(ARMS)
     assert len(f"{study.STUDY.headline} {finding.brief}".split()) <= 25

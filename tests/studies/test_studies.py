@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
-from studies.made_up import run_of, two_runs
+from studies.made_up import chain_runs, run_of, two_runs
 
 from openmythos import OpenMythos
 from openmythos.analysis import plots
@@ -24,10 +24,10 @@ from openmythos.nn.layout import attention_context
 from openmythos.nn.view import LayerView
 from openmythos.planning import cost
 from openmythos.studies import adaptive_computation as adaptive
-from openmythos.studies import depth_extrapolation as depth
 from openmythos.studies import depth_lora as lora
 from openmythos.studies import expert_routing as routing
 from openmythos.studies import learning, loop_use, runner
+from openmythos.studies import longer_chains as chains
 from openmythos.studies import systematic_generalization as systematic
 from openmythos.studies import test_time_depth as depth_of_text
 from openmythos.studies import what_makes_it_extrapolate as what
@@ -49,7 +49,7 @@ from openmythos.studies.study import (
     factors_of,
 )
 
-ARMS = {arm.name: arm for arm in depth.arms()}
+ARMS = {arm.name: arm for arm in chains.arms()}
 RESULTS = Path(__file__).parents[2] / "results"
 # Studies whose rule is fixed, and whose runs are still to be made.
 NOT_RUN_YET = {
@@ -59,7 +59,6 @@ NOT_RUN_YET = {
     "stopping",
     "experts-by-loop",
     "unseen-compositions",
-    "longer-chains",
     "what-extrapolation-needs",
     "lora-between-loops",
     "ltg-as-published",
@@ -73,19 +72,6 @@ RUN = [name for name in runner.STUDIES if name not in NOT_RUN_YET]
 def test_no_results_are_lost() -> None:
     without = {name for name in runner.STUDIES if not (RESULTS / name / "results.json").exists()}
     assert without == NOT_RUN_YET
-
-
-def test_arms_are_matched_as_their_names_say() -> None:
-    counts = {name: cost.parameters(arm.model).total for name, arm in ARMS.items()}
-    base = counts[depth.LOOPED]
-    assert counts["3 layers, equal parameters"] == pytest.approx(base, rel=0.05)
-    assert counts["22 layers, equal parameters"] == pytest.approx(base, rel=0.1)
-    assert counts["22 layers, 7x the parameters"] == pytest.approx(7 * base, rel=0.1)
-    assert ARMS[depth.LOOPED].model.effective_depth(20) == 22
-    for name, arm in ARMS.items():
-        if "layers" in name:
-            assert arm.model.effective_depth(1) == int(name.split()[0])
-            assert arm.run.train.num_steps == 3 * ARMS[depth.LOOPED].run.train.num_steps
 
 
 def test_a_stack_is_a_plain_transformer() -> None:
@@ -102,57 +88,22 @@ def test_a_stack_is_a_plain_transformer() -> None:
     torch.testing.assert_close(out.logits, model.norm(x) @ model.head_weight.T)
 
 
-def curve(at_30: float, at_60: float, later: float = 0.0) -> dict[str, dict[str, float]]:
-    """Accuracies of a run: chance up to 20 loops, then as given, less `later` from 80 loops on."""
-
-    def row(share: float) -> dict[str, float]:
-        return {str(n): 0.05 if n <= 20 else share - (later if n >= 80 else 0) for n in depth.LOOPS}
-
-    return {str(h): row(at_60 if h > 40 else at_30) for h in depth.HOPS}
-
-
-def runs_of(looped: dict[str, Any], stack_at_30: float) -> list[RunResult]:
-    def run(name: str, seed: int, found: Mapping[str, Any]) -> RunResult:
-        return run_of(name, found, seed)
-
-    stack = {str(h): {"1": 1.0 if h <= 10 else stack_at_30} for h in depth.HOPS}
-    return [
-        run(name, seed, stack if "layers" in name else looped) for name in ARMS for seed in (0, 1)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("looped", "stack", "verdict"),
-    [
-        (curve(1.0, 0.97), 0.05, "holds"),
-        (curve(0.98, 0.97), 0.05, "holds in part"),
-        (curve(1.0, 0.9), 0.05, "holds in part"),
-        (curve(1.0, 0.97, later=0.1), 0.05, "holds in part"),
-        (curve(1.0, 0.97), 0.4, "holds in part"),
-        (curve(0.3, 0.05), 0.05, "does not hold here"),
-        (curve(0.6, 0.05), 0.7, "does not hold here"),
-    ],
-)
-def test_the_verdict_is_that_of_the_rule(looped: Any, stack: float, verdict: str) -> None:
-    finding = depth.judge(runs_of(looped, stack))
-    assert finding.verdict == verdict
-    assert len(finding.table) == len(ARMS)
-
-
 def test_a_report_says_claim_verdict_and_what_is_not_shown(tmp_path: Path) -> None:
-    results = runs_of(curve(1.0, 0.97), 0.05)
+    results = chain_runs()
     machine = {"commit": "0" * 40, "dirty": True, "cpu": "a processor", "capability": "AVX2"}
-    hops = Column("5 hops", lambda run: depth.best(run, 5), percent, ".2f")
+    hops = Column("5 hops", lambda run: chains.right(run, 5), percent, ".2f")
     study = replace(
-        depth.STUDY, columns=(hops,), setups=(("size", "30 M", "148 k"),), caption="Dots: seeds."
+        chains.STUDY, columns=(hops,), setups=(("size", "30 M", "148 k"),), caption="Dots: seeds."
     )
     rule = rule_of(study, machine)
-    stored = Stored(rule=rule, hardware=machine, runs=results, finding=depth.judge(results))
+    stored = Stored(rule=rule, hardware=machine, runs=results, finding=chains.judge(results))
     text = report_markdown(study, stored)
-    assert depth.STUDY.claim in text and "**Verdict: holds.**" in text
-    assert all(point in text for point in depth.STUDY.not_shown)
+    assert chains.STUDY.claim in text and "**Verdict: holds.**" in text
+    assert all(point in text for point in chains.STUDY.not_shown)
     assert text.count("\n| ") == 2 + 2 * (1 + len(ARMS))
-    assert "| size | 30 M | 148 k |" in text and "| looped | 1.00, 1.00 | 1,000 |" in text
+    assert (
+        "| size | 30 M | 148 k |" in text and "| looped, to 20 hops | 1.00, 1.00 | 1,000 |" in text
+    )
     assert "with uncommitted changes" in text and "*Dots: seeds.*" in text
     assert str(rule["words"]) in text and "changed after the first run" not in text
     assert "each on one thread of a processor (AVX2), at commit" in text
@@ -166,10 +117,10 @@ def test_a_report_says_claim_verdict_and_what_is_not_shown(tmp_path: Path) -> No
     assert "The verdict rule or its bars changed after the first run" in report_markdown(
         study, moved
     )
-    figure, rows = depth.draw(results)
+    figure, rows = chains.draw(results)
     runner.plots.save_figure(figure, tmp_path / "figure.png", rows)
     assert imread(tmp_path / "figure.png").std() > 0.01
-    assert len(rows) == sum(len(row) for r in results for row in r.curve.values())
+    assert len(rows) == sum(len(shares) for r in results for shares in r.curve.values())
 
 
 def test_intervals() -> None:
@@ -193,9 +144,9 @@ def test_intervals() -> None:
 def test_quick_runs_everything_once_and_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two = [ARMS[depth.LOOPED], replace(ARMS["3 layers, equal parameters"], most_seeds=1)]
+    two = [ARMS[chains.TO_20], replace(ARMS[chains.STACK_10], rates=(), most_seeds=1)]
     finding = Finding("holds", "", [{"arm": "one"}], "")
-    study = replace(depth.STUDY, arms=lambda: two, judge=lambda _runs: finding)
+    study = replace(chains.STUDY, arms=lambda: two, judge=lambda _runs: finding)
     # What the processes of the pool import has its name only.
     monkeypatch.setattr(runner, "rule_of", lambda study, machine: {"words": "", "commit": "0"})
     monkeypatch.setattr(runner, "report_markdown", lambda study, stored: stored.rule["commit"])
@@ -216,7 +167,7 @@ def test_quick_runs_everything_once_and_keeps_it(
         *("figure.csv", "figure.png", "report.md", "results.json")
     ]
     first = read_json(tmp_path / "results.json")
-    assert {r["arm"] for r in first["runs"]} == {depth.LOOPED, "3 layers, equal parameters"}
+    assert {r["arm"] for r in first["runs"]} == {chains.TO_20, chains.STACK_10}
     assert all(r["training_flops"] > 0 and r["seconds"] > 0 for r in first["runs"])
     assert all(1.0 < r["validation"] < 10.0 for r in first["runs"])
     monkeypatch.setattr(runner, "worker_pool", Here)
@@ -230,7 +181,7 @@ def test_quick_runs_everything_once_and_keeps_it(
     run()  # fewer seeds lose nothing
     more = read_json(tmp_path / "results.json")
     assert [(r["arm"], r["seed"]) for r in more["runs"]] == [
-        *((depth.LOOPED, 0), (depth.LOOPED, 1), ("3 layers, equal parameters", 0)),
+        *((chains.TO_20, 0), (chains.TO_20, 1), (chains.STACK_10, 0)),
     ]
     # Each seed has facts of its own.
     worlds = [r["settings"]["data"]["task"]["facts_seed"] for r in more["runs"]]
@@ -323,8 +274,8 @@ def test_runs_of_another_study_or_edition_are_refused(committed: Path, tmp_path:
 
 
 def test_unknown_studies_are_named() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'depth-extrapolation'"):
-        runner.get("depth-extrapolatio")
+    with pytest.raises(ConfigError, match="did you mean 'longer-chains'"):
+        runner.get("longer-chain")
 
 
 class Here(Executor):
@@ -342,7 +293,7 @@ def test_rates_are_chosen_inside_a_grid_that_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mean of three seeds is least at 4, beyond the grid of 1 and 2; at 8 a seed diverges."""
-    arm = replace(ARMS["3 layers, equal parameters"], rates=(1.0, 2.0))
+    arm = replace(ARMS[chains.STACK_10], rates=(1.0, 2.0))
     losses: dict[float, tuple[float | None, ...]] = {
         1.0: (0.7, 0.7, 0.7),
         2.0: (0.5, 0.1, 0.8),
@@ -356,10 +307,11 @@ def test_rates_are_chosen_inside_a_grid_that_grows(
         return RunResult(arm.name, seed, to_dict(arm.run), {}, 1, 1.0, 2.0, "", loss)
 
     study = replace(
-        depth.STUDY,
+        chains.STUDY,
         arms=lambda: [arm],
         judge=lambda _runs: Finding("holds", "", [{"arm": "one"}], ""),
         draw=lambda _runs: (plots.new_figure(), [{"arm": "one"}]),
+        columns=(),
     )
     monkeypatch.setattr(runner, "run_arm", made_up)
     monkeypatch.setattr(runner, "worker_pool", Here)
@@ -377,7 +329,7 @@ def test_rates_are_chosen_inside_a_grid_that_grows(
     assert totals[0] == 3 and totals[-1] == 5
 
 
-# Beside depth-extrapolation above; the others, those of text too, are alike.
+# Beside longer-chains above; the others, those of text too, are alike.
 QUICK = {"systematic-generalization"}
 
 
@@ -386,7 +338,7 @@ QUICK = {"systematic-generalization"}
     [
         pytest.param(name, marks=[pytest.mark.slow] if name not in QUICK else [])
         for name in runner.STUDIES
-        if name != depth.STUDY.name
+        if name != chains.STUDY.name
     ],
 )
 def test_every_study_runs_quick_with_figure_and_report(

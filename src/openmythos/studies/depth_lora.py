@@ -16,7 +16,6 @@ from openmythos.recurrence.injection import LTI
 from openmythos.recurrence.injections import NoInjection
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies.depth_extrapolation import best
 from openmythos.studies.learning import TASK_TRAINING, looped, on_task
 from openmythos.studies.statistics import differs, percent, plus_minus
 from openmythos.studies.study import (
@@ -27,6 +26,7 @@ from openmythos.studies.study import (
     Verdict,
     as_sentence,
     bands_note,
+    best,
     by_arm,
     curve_of,
     factors_of,

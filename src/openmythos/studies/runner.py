@@ -28,7 +28,6 @@ from openmythos.studies import (
     breadth_and_depth,
     capacity_and_manipulation,
     contrastive_loops,
-    depth_extrapolation,
     depth_lora,
     expert_routing,
     experts_by_loop,
@@ -71,7 +70,6 @@ _DIVERGED = 1e9  # the validation loss of a run whose loss is not finite
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
-        depth_extrapolation.STUDY,
         what_makes_it_extrapolate.STUDY,
         parameter_efficiency.STUDY,
         systematic_generalization.STUDY,

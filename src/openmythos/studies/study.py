@@ -292,6 +292,11 @@ def grid_of(stored: Mapping[str, Any]) -> Grid:
     return {int(hops): curve_of(row) for hops, row in stored.items()}
 
 
+def best(result: RunResult, hops: int) -> float:
+    """The highest accuracy at so many hops, over loops; 0 if they were not asked."""
+    return max(grid_of(result.curve).get(hops, {}).values(), default=0.0)
+
+
 def to_json(grid: Mapping[int, Any]) -> dict[str, Any]:
     """A curve or a grid as JSON, where keys are strings."""
     return {str(n): to_json(x) if isinstance(x, Mapping) else x for n, x in grid.items()}

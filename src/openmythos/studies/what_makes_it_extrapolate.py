@@ -15,7 +15,6 @@ from openmythos.recurrence.injections import Add, Concat, NoInjection
 from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.loop_sampling import FixedLoops, PoissonLoops, UniformLoops
-from openmythos.studies.depth_extrapolation import best
 from openmythos.studies.learning import TASK_TRAINING, looped, on_task
 from openmythos.studies.statistics import mean_and_half_width, percent, plus_minus
 from openmythos.studies.study import (
@@ -24,6 +23,7 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     Verdict,
+    best,
     by_arm,
     factors_of,
     grid_of,
@@ -317,7 +317,7 @@ STUDY = Study(
     paper="none: this project's own hypothesis",
     source="a hypothesis of this project",
     method=(
-        "k-hop as in depth-extrapolation, trained on 1 to 10 hops; each arm changes one part of "
+        "k-hop as in longer-chains, trained on 1 to 10 hops; each arm changes one part of "
         "the base (LTI injection, window of 8, loops = hops + uniform(0 to 6), gradient through "
         "all loops) and takes the best of three learning rates, tried on another seed with a third "
         "of the steps. Base, injections, full attention and ACT are also trained at the rate that "
