@@ -45,7 +45,6 @@ from openmythos.studies import (
     ltg_as_published,
     parameter_efficiency,
     stopping,
-    systematic_generalization,
     test_time_depth,
     two_hops_in_english,
     universal_transformer,
@@ -72,7 +71,6 @@ STUDIES: dict[str, Study] = {
     for study in (
         what_makes_it_extrapolate.STUDY,
         parameter_efficiency.STUDY,
-        systematic_generalization.STUDY,
         bounded_state.STUDY,
         test_time_depth.STUDY,
         loop_use.STUDY,
