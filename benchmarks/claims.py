@@ -39,6 +39,7 @@ IN_DOCS_ONLY = {
     "latent-reasoning",
     "universal-transformer",
     "contrastive-loops",
+    "loops-against-tokens",
 }
 
 

@@ -53,7 +53,6 @@ RESULTS = Path(__file__).parents[2] / "results"
 # Studies whose rule is fixed, and whose runs are still to be made.
 NOT_RUN_YET = {
     "looped-scaling",
-    "loops-against-tokens",
     "iso-parameter-text",
     "stopping",
     "experts-by-loop",
