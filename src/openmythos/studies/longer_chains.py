@@ -189,8 +189,9 @@ STUDY = Study(
         ("loops at inference", "best, or by entropy", "a rule fixed beforehand"),
     ),
     caption=(
-        "Chains answered right, at 1.2 loops per hop and 6 more (left), and at three times as many "
-        "(right)."
+        "A loop that was trained on chains of 20 answers 60, one trained on 10 answers 15 to 30, and "
+        "one trained on 5 nothing longer. 22 layers learn 10 and fail at 15. Chains answered right, "
+        "at 1.2 loops per hop and 6 more (left), and at three times as many (right)."
     ),
     not_shown=(
         "Language: the task is synthetic and its facts fit in the weights.",
