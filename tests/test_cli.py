@@ -527,7 +527,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["out = 'empty.txt': empty.txt is not a folder"],
     ),
     "prompt of bytes": (["generate", "run", "--prompt", "\udcff"], ["prompt: is not UTF-8 text"]),
-    "no study": (["study"], ["study: needs a name; known: what-makes-it-extrapolate"]),
+    "no study": (["study"], ["study: needs a name; known: longer-chains"]),
     "a report of changed runs": (
         ["study", "bounded-state", "--report-only", "--quick"],
         ["report_only = True: cannot be combined with --quick or --set"],

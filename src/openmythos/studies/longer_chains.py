@@ -135,7 +135,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"{fits[STACK_20]:.1%} there and {mean(STACK_20, 30):.1%} at 30."
     )
     brief = (
-        f"20 to 60 hops: {mean(TO_20, 60):.0%}; 10 to 15: {mean(TO_10, 15):.0%}, layers "
+        f"20 to 60 hops: {mean(TO_20, 60):.1%}; 10 to 15: {mean(TO_10, 15):.0%}, layers "
         f"{mean(STACK_10, 15):.0%}; 5 to 10: {mean(TO_5, 10):.0%}."
     )
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
@@ -189,9 +189,9 @@ STUDY = Study(
         ("loops at inference", "best, or by entropy", "a rule fixed beforehand"),
     ),
     caption=(
-        "A loop that was trained on chains of 20 answers 60, one trained on 10 answers 15 to 30, and "
-        "one trained on 5 nothing longer. 22 layers learn 10 and fail at 15. Chains answered right, "
-        "at 1.2 loops per hop and 6 more (left), and at three times as many (right)."
+        "A loop that was trained on chains of 20 answers 60, one trained on 10 answers 15 to 30, "
+        "and one trained on 5 nothing longer. 22 layers learn 10 and fail at 15. Chains answered "
+        "right, at 1.2 loops per hop and 6 more (left), and at three times as many (right)."
     ),
     not_shown=(
         "Language: the task is synthetic and its facts fit in the weights.",

@@ -69,8 +69,10 @@ _DIVERGED = 1e9  # the validation loss of a run whose loss is not finite
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
+        longer_chains.STUDY,
         what_makes_it_extrapolate.STUDY,
         parameter_efficiency.STUDY,
+        unseen_compositions.STUDY,
         bounded_state.STUDY,
         test_time_depth.STUDY,
         loop_use.STUDY,
@@ -84,8 +86,6 @@ STUDIES: dict[str, Study] = {
         latent_reasoning.STUDY,
         looped_scaling.STUDY,
         iso_parameter_text.STUDY,
-        unseen_compositions.STUDY,
-        longer_chains.STUDY,
         linear_frontier.STUDY,
         contrastive_loops.STUDY,
         what_extrapolation_needs.STUDY,
