@@ -135,8 +135,8 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"{fits[STACK_20]:.1%} there and {mean(STACK_20, 30):.1%} at 30."
     )
     brief = (
-        f"20 to 60 hops: {mean(TO_20, 60):.1%}; 10 to 15: {mean(TO_10, 15):.0%}, layers "
-        f"{mean(STACK_10, 15):.0%}; 5 to 10: {mean(TO_5, 10):.0%}."
+        f"20 to 60 hops: {mean(TO_20, 60):.1%}, 10 to 15: {mean(TO_10, 15):.0%}, "
+        f"5 to 10: {mean(TO_5, 10):.0%}."
     )
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 

@@ -191,7 +191,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
     )
     brief = (
         f"{100 * mean[LOOPED]:.0f}% of pairs never composed, layers {100 * mean[layers]:.0f}%; "
-        f"three phases in {ordered} of {len(main)} seeds."
+        f"phases: {ordered} of {len(main)}."
     )
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 
