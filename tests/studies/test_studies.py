@@ -24,7 +24,6 @@ from openmythos.nn.layout import attention_context
 from openmythos.nn.view import LayerView
 from openmythos.planning import cost
 from openmythos.studies import adaptive_computation as adaptive
-from openmythos.studies import depth_lora as lora
 from openmythos.studies import expert_routing as routing
 from openmythos.studies import learning, loop_use, runner
 from openmythos.studies import longer_chains as chains
@@ -57,7 +56,6 @@ NOT_RUN_YET = {
     "stopping",
     "experts-by-loop",
     "what-extrapolation-needs",
-    "lora-between-loops",
     "ltg-as-published",
     "looped-layers",
     "in-context-hops",
@@ -424,7 +422,7 @@ def test_arms_that_have_factors_differ_in_them(name: str) -> None:
     assert len({arm.name for arm in arms}) == len(arms)
     factors = [tuple(arm.factors.items()) for arm in arms if arm.factors]
     assert all(arm.factors.keys() == arms[-1].factors.keys() for arm in arms if arm.factors)
-    if name in ("depth-lora", "what-makes-it-extrapolate"):
+    if name == "what-makes-it-extrapolate":
         assert len(set(factors)) == len(arms)
 
 
@@ -491,32 +489,6 @@ def test_a_model_that_does_not_use_its_loops_tests_no_law_of_loops() -> None:
     assert "groups of 2" in str(used.table[0].keys())
 
 
-def lora_runs(untied: tuple[float, float], rank_8: float = 4.1) -> list[RunResult]:
-    """Rank 0 has a loss of 4.4 and 4.5 nats, and solves all hops."""
-
-    def run(arm: Arm, seed: int) -> RunResult:
-        if arm.name.startswith("k-hop"):
-            curve: Any = {str(h): {"20": 1.0} for h in lora.HOPS}
-        elif arm.name == lora.UNTIED:
-            curve = {"1": untied[seed]}
-        else:
-            loss = rank_8 if arm.name.endswith("8") else 4.4 + 0.1 * seed
-            curve = {str(n): loss for n in lora.LOOPS}
-        return run_of(arm.name, curve, seed)
-
-    return [run(arm, seed) for arm in lora.arms() for seed in (0, 1)]
-
-
-def test_where_sharing_costs_nothing_there_is_nothing_to_win_back() -> None:
-    assert lora.judge(lora_runs((4.0, 4.1))).verdict == "holds"
-    assert lora.judge(lora_runs((4.0, 4.1), rank_8=4.6)).verdict == "does not hold here"
-    for untied in ((4.7, 4.8), (4.3, 4.49)):  # less than sharing; more in the mean, but not surely
-        finding = lora.judge(lora_runs(untied))
-        assert finding.verdict == "premise not met", untied
-        assert "not met." in finding.sentence
-    assert "Sharing costs nothing here" in lora.judge(lora_runs((4.7, 4.8))).brief
-
-
 def test_a_mixture_beats_dense_by_pairs_or_not_at_all() -> None:
     def judged(dense: tuple[float, float]) -> Finding:
         curve = {"max_violation": 0.1, "jaccard": 0.4, "union_over_top_k": 1.5}
@@ -566,6 +538,3 @@ def test_a_law_is_recognised_beyond_what_it_was_fitted_on() -> None:
 def test_controls_of_the_text_studies_are_matched() -> None:
     counts = {arm.name: cost.parameters(arm.model) for arm in routing.arms()}
     assert counts[routing.DENSE].total == pytest.approx(counts[routing.BALANCED].active, rel=0.05)
-    models = {arm.name: arm.model for arm in lora.arms()}
-    looped = models["text, rank 0"].effective_depth(lora.TRAINED)
-    assert models[lora.UNTIED].effective_depth(1) == looped

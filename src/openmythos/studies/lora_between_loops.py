@@ -118,8 +118,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"{as_sentence(statements)} Rank {SHOWN} adds {more:.0%} of parameters."
     )
     brief = (
-        f"Full rank saves {whole:+.3f} nats, rank {SHOWN} {by_rank[SHOWN]:+.3f} for {more:.0%} "
-        "more parameters."
+        f"Full rank saves {whole:+.3f} nats; rank {SHOWN} {by_rank[SHOWN]:+.3f}, {more:.0%} larger."
     )
     return Finding(by_bars(statements, premise=met), sentence, table_of(results, COLUMNS), brief)
 
