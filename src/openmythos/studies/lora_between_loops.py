@@ -168,11 +168,17 @@ STUDY = Study(
         ("LoRA", "truncated SVD of the differences", "zero and random, trained"),
         ("size", "1 to 2 B", "0.2 M"),
     ),
-    caption="Held-out loss by loops at inference.",
+    caption=(
+        "Sharing costs nothing here: at the four loops of training, weights of their own per loop "
+        "are no better than shared ones, and with more or fewer loops only shared weights hold. "
+        "Held-out loss by loops at inference."
+    ),
     not_shown=(
         "The paper's experiment: turning a trained model into a looped one.",
         "What is best beyond the trained loops: only the last pair is used.",
         "Ranks at equal parameters: a wider shared layer is not an arm.",
+        "Rank 8 at a learning rate of its own: it has that of shared weights, at which its seeds "
+        "differ widely.",
     ),
     arms=arms,
     measure=measure,
