@@ -43,7 +43,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
     In torch it uses few operators, hence eps as a tensor: a decoded token runs dozens of norms.
     """
-    if elementwise.accepts(x, weight, fewest=elementwise.FEWEST):
+    if x.numel() >= elementwise.FEWEST and elementwise.accepts(x, weight):
         return elementwise.norm(x, weight, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
