@@ -297,9 +297,8 @@ def screen(name: str, data: Any) -> Iterator[str]:
 BELIEVE = (
     "These are models of 10^5 to 10^6 parameters, trained for minutes. On chains of lookups a "
     "block that is looped does what stacks of layers of the same size do not: it answers chains "
-    "three times as long as any it was trained on, when it is looped longer. That needs local "
-    "attention and a target at every step of the chain; with full attention, a read-out behind "
-    "padding, or training on five hops alone it fails. It composes nine of ten pairs of facts that "
+    "three times as long as any it was trained on, when it is looped longer. With full attention, "
+    "or trained on five hops alone, it does not. It composes nine of ten pairs of facts that "
     "training only ever asked alone, where six layers, as good on all other pairs, compose one of "
     "five. LTI injection keeps the state bounded at "
     "every learning rate that was tried, eight times deeper than trained; a learned map of state "

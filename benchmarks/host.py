@@ -43,9 +43,7 @@ def emulate_avx2() -> None:
 def processor_kind(device: torch.device = _CPU) -> str:
     """The instructions that torch uses on a CPU, such as avx512-bf16, or the name of a GPU.
 
-    avx512-amx also has bf16.
-
-    A GPU's name is cut after its number: "NVIDIA H100 80GB HBM3" is h100.
+    avx512-amx has bf16, too. A GPU's name is cut after its number: "NVIDIA H100 80GB HBM3" is h100.
     """
     if device.type == "cuda":
         return gpu_kind(torch.cuda.get_device_name(device))

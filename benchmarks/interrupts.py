@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], float]] = {
         ("generate", "{run}", "--max-new-tokens", "60", "--num-loops", "5000"),
         12.0,
     ),
-    "study": (("study", "longer-chains", "--out", "{new}"), 30.0),
+    "study": (("study", "depth-extrapolation", "--out", "{new}"), 30.0),
     "tokenizer": (("tokenizer", "--vocab-size", "32000", "--out", "{new}"), 12.0),
     "data prepare": (
         ("data", "prepare", "--data", "stdlib", "--tokenizer", "{run}", "--out", "{new}"),

@@ -527,7 +527,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["out = 'empty.txt': empty.txt is not a folder"],
     ),
     "prompt of bytes": (["generate", "run", "--prompt", "\udcff"], ["prompt: is not UTF-8 text"]),
-    "no study": (["study"], ["study: needs a name; known: longer-chains"]),
+    "no study": (["study"], ["study: needs a name; known: depth-extrapolation"]),
     "a report of changed runs": (
         ["study", "bounded-state", "--report-only", "--quick"],
         ["report_only = True: cannot be combined with --quick or --set"],
@@ -753,7 +753,7 @@ def test_wrong_arguments_are_explained(
 
 
 def test_studies_are_listed_and_unknown_ones_refused(call: Call) -> None:
-    assert "longer-chains: A looped model" in call("study", "--list").out
-    for argv in (["study", "depth"], ["study"], ["study", "longer-chains", "--seeds", "0"]):
+    assert "depth-extrapolation: A looped model" in call("study", "--list").out
+    for argv in (["study", "depth"], ["study"], ["study", "depth-extrapolation", "--seeds", "0"]):
         result = call(*argv)
         assert result.code == 2 and result.err.count("\n") == 1

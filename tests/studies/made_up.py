@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from openmythos.studies import longer_chains
+from openmythos.studies import depth_extrapolation
 from openmythos.studies.study import RunResult
 
 
@@ -27,18 +27,18 @@ def two_runs(arm: str, curve: Mapping[str, Any], *, parameters: int = 1000) -> l
 
 
 def chain_runs(later: float = 0.0, **changes: float) -> list[RunResult]:
-    """Runs of longer-chains: all is solved but what layers were not trained on.
+    """Runs of depth-extrapolation: all is solved but what layers were not trained on.
 
     `changes` are shares by arm and hops, as `to_5_10`; `later` is lost with three times the loops.
     """
     found = []
-    for name in (arm.name for arm in longer_chains.arms()):
-        shares = dict.fromkeys(longer_chains.HOPS, 1.0)
+    for name in (arm.name for arm in depth_extrapolation.arms()):
+        shares = dict.fromkeys(depth_extrapolation.HOPS, 1.0)
         if "layers" in name:
-            shares = {n: float(n <= longer_chains.LEARNED[name]) for n in shares}
+            shares = {n: float(n <= depth_extrapolation.LEARNED[name]) for n in shares}
         for key, value in changes.items():
             arm, hops = key.rsplit("_", 1)
-            if getattr(longer_chains, arm.upper()) == name:
+            if getattr(depth_extrapolation, arm.upper()) == name:
                 shares[int(hops)] = value
         curve = {
             "right": {str(n): share for n, share in shares.items()},

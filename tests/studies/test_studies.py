@@ -24,9 +24,9 @@ from openmythos.nn.layout import attention_context
 from openmythos.nn.view import LayerView
 from openmythos.planning import cost
 from openmythos.studies import adaptive_computation as adaptive
+from openmythos.studies import depth_extrapolation as chains
 from openmythos.studies import expert_routing as routing
 from openmythos.studies import learning, loop_use, runner
-from openmythos.studies import longer_chains as chains
 from openmythos.studies import test_time_depth as depth_of_text
 from openmythos.studies import what_makes_it_extrapolate as what
 from openmythos.studies.report import report_markdown
@@ -269,8 +269,8 @@ def test_runs_of_another_study_or_edition_are_refused(committed: Path, tmp_path:
 
 
 def test_unknown_studies_are_named() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'longer-chains'"):
-        runner.get("longer-chain")
+    with pytest.raises(ConfigError, match="did you mean 'depth-extrapolation'"):
+        runner.get("depth-extrapolatio")
 
 
 class Here(Executor):
@@ -324,7 +324,7 @@ def test_rates_are_chosen_inside_a_grid_that_grows(
     assert totals[0] == 3 and totals[-1] == 5
 
 
-# Beside longer-chains above; the others, those of text too, are alike.
+# Beside depth-extrapolation above; the others, those of text too, are alike.
 QUICK = {"unseen-compositions"}
 
 

@@ -25,7 +25,7 @@ from openmythos.recurrence.loop_sampling import (
     PoissonLoops,
     UniformLoops,
 )
-from openmythos.studies import longer_chains
+from openmythos.studies import depth_extrapolation
 from openmythos.studies.learning import TASK_TRAINING, on_task
 from openmythos.tasks import KHop, Parity, Reachability, SystematicHops, Task
 from openmythos.train.checkpoint import list_checkpoints
@@ -260,7 +260,7 @@ def test_only_hops_that_the_task_and_the_context_have_are_asked(tmp_path: Path) 
 
 
 def test_the_recipe_is_the_main_arm_of_its_study() -> None:
-    (arm,) = (a for a in longer_chains.arms() if a.name == longer_chains.TO_20)
+    (arm,) = (a for a in depth_extrapolation.arms() if a.name == depth_extrapolation.TO_20)
     recipe = catalogue.get("hops")
     own = {name: getattr(recipe.train, name) for name in ("log_every", "save_every")}
     assert replace(arm.run, train=replace(arm.run.train, **own)) == recipe

@@ -359,7 +359,7 @@ class Demo:
             OUT.print(f"\nIn {folder}: config.toml, metrics.jsonl, eval.json, loss.png, hops.png")
             OUT.print(
                 "It was trained on at most 20 hops and 26 loops: `openmythos study "
-                "longer-chains` has seeds, controls and where it fails.\n"
+                "depth-extrapolation` has seeds, controls and where it fails.\n"
             )
         return finished
 

@@ -79,7 +79,7 @@ def demo() -> RunConfig:
 def hops() -> RunConfig:
     """Half a minute on one core: a task, chains of up to 20 lookups in memorised tables.
 
-    The main model of study longer-chains; `openmythos eval` tests it on longer chains. It
+    The main model of study depth-extrapolation; `openmythos eval` tests it on longer chains. It
     trains in fp32, because it is too small to gain from bf16.
     """
     return RunConfig(

@@ -314,7 +314,7 @@ STUDY = Study(
     paper="KL and entropy: 15 loops where 37 hops need them (30 M)",
     source="OpenMythos announcement; ACT (Graves 2016); Huginn's exit rules",
     method=(
-        "k-hop as in longer-chains, trained on 1 to 20 hops; untrained exit rules (two loops "
+        "k-hop as in depth-extrapolation, trained on 1 to 20 hops; untrained exit rules (two loops "
         "in a row below a threshold, judged over the whole prefix or at each token alone) on one "
         "model, ACT with three ponder costs on models of its own; at most 80 loops; 400 unseen "
         "chains at each of 5, 10, 20, 30 and 40 hops. The best fixed number of loops is the one, "

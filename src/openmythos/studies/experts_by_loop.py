@@ -280,7 +280,7 @@ STUDY = Study(
     source="OpenMythos announcement; DeepSeek-V3 (arXiv 2412.19437); Scaling Laws for Looped MoE",
     method=(
         "The text model that needs its loops, with 16 experts top-2 and one shared, 600 steps; and "
-        "the k-hop model of longer-chains with such experts, trained to 10 hops. The causal "
+        "the k-hop model of depth-extrapolation with such experts, trained to 10 hops. The causal "
         "test: in a pass, every loop is made to use the experts that the first loop (or the one "
         "before) chose, weighted by its own scores. Choices of 64 held-out windows in 8 loops. A "
         "router per loop is the shared one plus a matrix per loop."

@@ -283,7 +283,7 @@ STUDY = Study(
         "of this width did not learn to read edges that stand in the question (ProsQA's form), "
         "written out in steps, in 12,000 steps of 32 problems (a trial before any run).",
         "Loops with a target at every step, which answer longer chains than these in "
-        "longer-chains; nor longer training: loops still vary between seeds (5 to 25%).",
+        "depth-extrapolation; nor longer training: loops still vary between seeds (5 to 25%).",
         "Learning rates tuned for every arm.",
     ),
     arms=arms,

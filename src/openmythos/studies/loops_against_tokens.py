@@ -234,7 +234,7 @@ STUDY = Study(
     paper="none: T loops can simulate T steps of a chain of thought (Saunshi et al., a proof)",
     source="OpenMythos announcement; Saunshi et al. (arXiv 2502.17416), Coconut (arXiv 2412.06769)",
     method=(
-        "k-hop as in longer-chains, trained on 1 to 20 hops for 1600 steps. Loops: one "
+        "k-hop as in depth-extrapolation, trained on 1 to 20 hops for 1600 steps. Loops: one "
         "layer between a prelude and a coda, as many loops as hops. Tokens: three layers of their "
         "own, full attention, that write the entity after every hop, decoded greedily with a "
         "cache; the question is padded, so that each relation stands at a fixed distance. Neither: "

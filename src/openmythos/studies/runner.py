@@ -28,6 +28,7 @@ from openmythos.studies import (
     breadth_and_depth,
     capacity_and_manipulation,
     contrastive_loops,
+    depth_extrapolation,
     expert_routing,
     experts_by_loop,
     in_context_hops,
@@ -35,7 +36,6 @@ from openmythos.studies import (
     iso_parameter_text,
     latent_reasoning,
     linear_frontier,
-    longer_chains,
     loop_use,
     looped_layers,
     looped_scaling,
@@ -68,7 +68,7 @@ _DIVERGED = 1e9  # the validation loss of a run whose loss is not finite
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
-        longer_chains.STUDY,
+        depth_extrapolation.STUDY,
         what_makes_it_extrapolate.STUDY,
         parameter_efficiency.STUDY,
         unseen_compositions.STUDY,

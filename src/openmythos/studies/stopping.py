@@ -359,7 +359,7 @@ STUDY = Study(
     source="OpenMythos announcement; ACT (arXiv 1603.08983); Huginn (arXiv 2502.05171); "
     "PonderNet (arXiv 2107.05407); Ouro (arXiv 2510.25741)",
     method=(
-        "k-hop as in longer-chains, trained on 1 to 20 hops; 200 unseen chains at each of 5, "
+        "k-hop as in depth-extrapolation, trained on 1 to 20 hops; 200 unseen chains at each of 5, "
         "10, 20, 30 and 40 hops, at most 80 loops. Six exit rules that need no training, in three "
         "scopes: sequence (all positions go on until the last has converged), prefix (a position "
         "stops, frozen, once it and all before it have converged) and token (each by itself). ACT "

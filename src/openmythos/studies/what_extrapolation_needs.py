@@ -10,8 +10,8 @@ from openmythos.eval.accuracy import accuracy_map
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injections import Add, Concat, Diagonal, NoInjection
+from openmythos.studies.depth_extrapolation import loops_for
 from openmythos.studies.learning import TASK_TRAINING, looped, on_task
-from openmythos.studies.longer_chains import loops_for
 from openmythos.studies.statistics import percent
 from openmythos.studies.study import (
     Arm,
@@ -199,9 +199,9 @@ STUDY = Study(
     paper="none: a hypothesis of this project",
     source="this project; injection of Parcae (arXiv 2604.12946), task of Loop, Think & Generalize",
     method=(
-        f"k-hop as in longer-chains, trained to {TRAINED} hops for {STEPS} steps with one learning "
-        f"rate schedule; every {STEPS // SNAPSHOTS} steps 200 unseen chains of 10 to 30 hops are "
-        "asked, at 1.2 loops per hop and 6 more, and at 80 loops. Six injections with a window of "
+        f"k-hop as in depth-extrapolation, trained to {TRAINED} hops for {STEPS} steps with one "
+        f"learning rate schedule; every {STEPS // SNAPSHOTS} steps 200 unseen chains of 10 to 30 hops "
+        "are asked, at 1.2 loops per hop and 6 more, and at 80 loops. Six injections with a window of "
         "8 tokens at the rate 3e-3; LTI with window and with full attention at 3e-3 and 1.5e-3. "
         "Free diagonal and concat from the identity start where LTI starts, and are not "
         "constrained: they tell the constraint from the initialisation."

@@ -317,7 +317,7 @@ STUDY = Study(
     paper="none: this project's own hypothesis",
     source="a hypothesis of this project",
     method=(
-        "k-hop as in longer-chains, trained on 1 to 10 hops; each arm changes one part of "
+        "k-hop as in depth-extrapolation, trained on 1 to 10 hops; each arm changes one part of "
         "the base (LTI injection, window of 8, loops = hops + uniform(0 to 6), gradient through "
         "all loops) and takes the best of three learning rates, tried on another seed with a third "
         "of the steps. Base, injections, full attention and ACT are also trained at the rate that "

@@ -170,7 +170,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
 
 
 STUDY = Study(
-    name="longer-chains",
+    name="depth-extrapolation",
     claim="A looped model answers longer chains than it was trained on by looping more.",
     headline="More loops answer longer chains (Loop, Think & Generalize)",
     paper="20-22 hops trained, up to 40 answered; also 5 to 10 (30 M parameters)",

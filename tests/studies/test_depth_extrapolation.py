@@ -1,11 +1,11 @@
-"""longer-chains: the rule on made-up runs, and the loops of its rule."""
+"""depth-extrapolation: the rule on made-up runs, and the loops of its rule."""
 
 from typing import Any
 
 import pytest
 from studies.made_up import chain_runs
 
-from openmythos.studies import longer_chains as study
+from openmythos.studies import depth_extrapolation as study
 
 ARMS = {arm.name: arm for arm in study.arms()}
 
