@@ -201,9 +201,9 @@ STUDY = Study(
     source="arXiv 2607.20594",
     method=(
         "k-hop as in depth-extrapolation (20 entities, 4 relations, drawn anew for every seed; "
-        "window 8), trained to 12 hops at a fixed 8, 12 or 18 loops, 2000 steps. 300 chains of 60 "
-        "hops are read at 1 to 60 loops; the frontier is the largest number of hops up to which each is "
-        "right in at least 90%. Its line is fitted up to where it is largest."
+        "window 8), trained to 12 hops at a fixed 8, 12 or 18 loops, 2000 steps. 300 chains of "
+        "60 hops are read at 1 to 60 loops; the frontier is the largest number of hops up to "
+        "which each is right in at least 90%. Its line is fitted up to where it is largest."
     ),
     setups=(
         ("task", "algorithmic tasks along a sequence", "chains of lookups"),

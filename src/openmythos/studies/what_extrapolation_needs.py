@@ -200,11 +200,11 @@ STUDY = Study(
     source="this project; injection of Parcae (arXiv 2604.12946), task of Loop, Think & Generalize",
     method=(
         f"k-hop as in depth-extrapolation, trained to {TRAINED} hops for {STEPS} steps with one "
-        f"learning rate schedule; every {STEPS // SNAPSHOTS} steps 200 unseen chains of 10 to 30 hops "
-        "are asked, at 1.2 loops per hop and 6 more, and at 80 loops. Six injections with a window of "
-        "8 tokens at the rate 3e-3; LTI with window and with full attention at 3e-3 and 1.5e-3. "
-        "Free diagonal and concat from the identity start where LTI starts, and are not "
-        "constrained: they tell the constraint from the initialisation."
+        f"learning rate schedule; every {STEPS // SNAPSHOTS} steps 200 unseen chains of 10 to 30"
+        " hops are asked, at 1.2 loops per hop and 6 more, and at 80 loops. Six injections with"
+        " a window of 8 tokens at the rate 3e-3; LTI with window and with full attention at "
+        "3e-3 and 1.5e-3. Free diagonal and concat from the identity start where LTI starts, "
+        "and are not constrained: they tell the constraint from the initialisation."
     ),
     caption="Chains of 20 hops answered right by steps of training on 1 to 10 hops.",
     not_shown=(
