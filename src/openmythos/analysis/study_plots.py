@@ -5,12 +5,13 @@ Values of several seeds are drawn as their mean and range.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from openmythos.analysis.plots import GREY, looks, new_figure, style
 
 Figure = Any  # matplotlib's, which only `plots` imports
+MOST_MARKERS = 20  # on a line
 TRAINED = {"color": "#D9D9D9", "linewidth": 6, "zorder": 0.9}  # marks the trained range
 
 
@@ -104,17 +105,24 @@ def line_panels(
     percent: bool = False,
     same_y: bool = False,
     ticks: bool = False,
+    laws: Collection[str] = (),
     note: str = "",
 ) -> Figure:
     """Panels side by side: lines of values against x; `percent` shows fractions as percent.
 
-    `ticks`: x ticks at the data only. `note`: a line of text below. A panel whose names differ from
-    those of the first panel gets its own legend.
+    Where x are names, a panel has a dot per value. `ticks`: x ticks at the data only. `laws`: lines
+    that are computed, not measured; they are dashed. `note`: a line of text below. A panel whose
+    names of lines differ from the first's gets its own legend.
     """
     with style():
         figure, row = _row(len(panels), 4.2 * len(panels) + 0.6, 3.9, percent or same_y)
         for place, (axes, (title, lines)) in enumerate(zip(row, panels.items(), strict=True)):
-            _mean_and_range(axes, lines, 100 if percent else 1)
+            names = list(dict.fromkeys(x for points in lines.values() for x in points))
+            named = all(isinstance(x, str) for x in names)
+            if named:
+                _strips(axes, lines, names)
+            else:
+                _mean_and_range(axes, lines, 100 if percent else 1, laws=laws)
             axes.set_title(title, fontsize=10.5, loc="left")
             axes.set_xlabel(x_labels[place % len(x_labels)])
             axes.set_ylabel(y_labels[place % len(y_labels)])
@@ -122,7 +130,7 @@ def line_panels(
                 axes.set_ylim(-3, 103)
             if log_x:
                 _log_x(axes, {x for points in lines.values() for x in points})
-            if ticks:
+            if ticks and not named:
                 axes.set_xticks(sorted({x for points in lines.values() for x in points}))
             if place == 0 or list(lines) != list(next(iter(panels.values()))):
                 axes.legend(fontsize=9)
@@ -304,12 +312,18 @@ def _mean_and_range(
     scale: int,
     *,
     bands: bool = True,
+    laws: Collection[str] = (),
 ) -> None:
     """A line per name through the means at each x, and a band for the range."""
     for look, (name, points) in zip(looks(), lines.items(), strict=False):
         xs = sorted(points)
         means = [scale * sum(points[x]) / len(points[x]) for x in xs]
-        axes.plot(xs, means, **look, linewidth=2, label=name)
+        if name in laws:
+            dashed = {"color": look["color"], "linestyle": "--", "zorder": 2.5}
+            axes.plot(xs, means, **dashed, linewidth=1.5, label=name)
+            continue
+        every = math.ceil(len(xs) / MOST_MARKERS)
+        axes.plot(xs, means, **look, linewidth=2, markevery=every, label=name)
         if bands:
             low = [scale * min(points[x]) for x in xs]
             high = [scale * max(points[x]) for x in xs]

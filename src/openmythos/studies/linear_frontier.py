@@ -177,14 +177,17 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     halts, points = lines_of(
         results, lambda run: {hops: 100 * halted(run, hops) for hops in ASKED}, "hops", "right [%]"
     )
+    laws = []
     for name in by_arm(results):
         v = predicted(name)
+        laws.append(f"n / T = {v:.2g}")
         for loops in (1, min(MEASURED[-1], int(LONGEST / v))):
-            frontier.add(f"n / T = {v:.2g}", loops, v * loops)
+            frontier.add(laws[-1], loops, v * loops)
     figure = study_plots.line_panels(
         {"hops solved (90% right at all up to there)": frontier, "ceil(hops T / n) loops": halts},
         x_labels=["num_loops at inference", "hops"],
         y_labels=["frontier [hops]", "right [%]"],
+        laws=laws,
         note=bands_note(results),
     )
     return figure, rows + points
@@ -211,7 +214,7 @@ STUDY = Study(
     ),
     caption=(
         "Left: hops that are solved by loops at inference go along a line, as training asks for "
-        "(plain lines), but for 8 loops, in which 12 hops are not learned. Right: chains right "
+        "(dashed), but for 8 loops, in which 12 hops are not learned. Right: chains right "
         "after as many loops as those lines ask for: only the slowest model stays right far beyond "
         "training."
     ),

@@ -213,13 +213,13 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
             by_hops.add(run.arm, hops, 100 * share)
             rows.append(place | {"hops": hops, "accuracy": share})
         for batch, spent in curve_of(run.curve["milliseconds"]).items():
-            by_batch.add(run.arm, batch, spent / batch)
+            by_batch.add(run.arm, f"batch of {batch}", spent / batch)
             rows.append(
                 place | {"batch": batch, "milliseconds": spent, "flops": run.curve["flops"]}
             )
     figure = study_plots.line_panels(
         {"": by_hops, f"{MOST} hops": by_batch},
-        x_labels=["hops, and loops or tokens", "batch"],
+        x_labels=["hops, and loops or tokens", "a dot per seed"],
         y_labels=["right [%]", "CPU time per answer [ms]"],
         ticks=True,
         note=bands_note(results),

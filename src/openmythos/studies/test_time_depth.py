@@ -226,6 +226,7 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         x_labels=["num_loops at inference"],
         y_labels=["loss above that at 6 loops [nats]"],
         log_x=True,
+        laws=LAWS,
         note=bands_note(results),
     )
     return figure, rows
