@@ -12,6 +12,7 @@ from openmythos.analysis.plots import GREY, looks, new_figure, style
 
 Figure = Any  # matplotlib's, which only `plots` imports
 MOST_MARKERS = 20  # on a line
+DIGIT = 0.03  # of the axis: width of a digit of a tick's label, with room around
 TRAINED = {"color": "#D9D9D9", "linewidth": 6, "zorder": 0.9}  # marks the trained range
 
 
@@ -104,34 +105,29 @@ def line_panels(
     log_x: bool = False,
     percent: bool = False,
     same_y: bool = False,
-    ticks: bool = False,
     laws: Collection[str] = (),
     note: str = "",
 ) -> Figure:
     """Panels side by side: lines of values against x; `percent` shows fractions as percent.
 
-    Where x are names, a panel has a dot per value. `ticks`: x ticks at the data only. `laws`: lines
-    that are computed, not measured; they are dashed. `note`: a line of text below. A panel whose
-    names of lines differ from the first's gets its own legend.
+    Where x are names, a panel has a dot per value. `laws`: lines that are computed, not measured;
+    they are dashed. `note`: a line of text below. A panel whose names of lines differ from the
+    first's gets its own legend.
     """
     with style():
         figure, row = _row(len(panels), 4.2 * len(panels) + 0.6, 3.9, percent or same_y)
         for place, (axes, (title, lines)) in enumerate(zip(row, panels.items(), strict=True)):
-            names = list(dict.fromkeys(x for points in lines.values() for x in points))
-            named = all(isinstance(x, str) for x in names)
-            if named:
-                _strips(axes, lines, names)
+            xs = list(dict.fromkeys(x for points in lines.values() for x in points))
+            if all(isinstance(x, str) for x in xs):
+                _strips(axes, lines, xs)
             else:
                 _mean_and_range(axes, lines, 100 if percent else 1, laws=laws)
+                _x_ticks(axes, sorted(xs), log=log_x)
             axes.set_title(title, fontsize=10.5, loc="left")
             axes.set_xlabel(x_labels[place % len(x_labels)])
             axes.set_ylabel(y_labels[place % len(y_labels)])
             if percent:
                 axes.set_ylim(-3, 103)
-            if log_x:
-                _log_x(axes, {x for points in lines.values() for x in points})
-            if ticks and not named:
-                axes.set_xticks(sorted({x for points in lines.values() for x in points}))
             if place == 0 or list(lines) != list(next(iter(panels.values()))):
                 axes.legend(fontsize=9)
         if note:
@@ -296,6 +292,16 @@ def _strips(
         axes.plot(*zip(*placed, strict=True), look["marker"], **dots, label=name)
     axes.set_xticks(range(len(xs)), [x if isinstance(x, str) else f"{x:g}" for x in xs])
     axes.grid(visible=False, axis="x")
+
+
+def _x_ticks(axes: Any, xs: Sequence[float], *, log: bool) -> None:
+    """Ticks at the data if they are few and far enough apart; a log axis has its own."""
+    if log:
+        _log_x(axes, set(xs))
+        return
+    room = DIGIT * (xs[-1] - xs[0]) * max(len(f"{x:g}") for x in xs)
+    if all(b - a > room for a, b in itertools.pairwise(xs)):
+        axes.set_xticks(xs)
 
 
 def _log_x(axes: Any, xs: set[Any]) -> None:

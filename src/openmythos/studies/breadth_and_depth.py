@@ -291,7 +291,6 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         x_labels=["num_loops at inference", "hops"],
         y_labels=["right [%]"],
         percent=True,
-        ticks=True,
         note=bands_note(results),
     )
     return figure, rows

@@ -120,7 +120,6 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         x_labels=["hops"],
         y_labels=["right [%]"],
         percent=True,
-        ticks=True,
         note=bands_note(results),
     )
     return figure, rows

@@ -221,7 +221,6 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         {"": by_hops, f"{MOST} hops": by_batch},
         x_labels=["hops, and loops or tokens", "a dot per seed"],
         y_labels=["right [%]", "CPU time per answer [ms]"],
-        ticks=True,
         note=bands_note(results),
     )
     return figure, rows

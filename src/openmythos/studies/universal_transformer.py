@@ -181,7 +181,6 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
         panels | {"loops until ACT halts": halts},
         x_labels=["letters"],
         y_labels=["right [%]", "right [%]", "loops"],
-        ticks=True,
         note=bands_note(results),
     )
     return figure, rows
