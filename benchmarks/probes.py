@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from openmythos.files import write_json
+from openmythos.kernels import few_keys
 from openmythos.kernels.attention import blockwise_attention
 from openmythos.kernels.cross_entropy import linear_cross_entropy
 from openmythos.machine import bf16_is_native, describe
@@ -60,7 +61,13 @@ def attention(dtype: torch.dtype, batch: int, seq: int, key_dim: int, value_dim:
     def both_ways(run: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(run(), (query, key, value), grad)
 
-    return alternate({"torch": both_ways(torchs), "blocks": both_ways(blocks)})
+    def own() -> Tensor:
+        return few_keys.attention(query, key, value, None, is_causal=True, scale=scale)
+
+    runs = {"torch": torchs, "blocks": blocks}
+    if few_keys.accepts(query, key, value):
+        runs["native"] = own
+    return alternate({name: both_ways(run) for name, run in runs.items()})
 
 
 def cross_entropy(dtype: torch.dtype, tokens: int, dim: int, vocab: int) -> Any:

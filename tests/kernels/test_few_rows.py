@@ -383,10 +383,12 @@ from hypothesis import settings
 settings.register_profile("any time", deadline=None)  # the first call compiles
 settings.load_profile("any time")
 import test_elementwise
+import test_few_keys
 import test_few_rows as tests
 test_elementwise.test_norm()
 test_elementwise.test_gate()
 test_elementwise.test_rotation()
+test_few_keys.test_it_equals_the_reference()
 for attention, feed_forward in tests.PAIRS:
     tests.test_native_layer_equals_the_reference(attention, feed_forward, ("norm",))
     tests.test_a_row_alone_has_the_same_bits_as_in_a_batch(attention, feed_forward)

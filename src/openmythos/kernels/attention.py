@@ -2,7 +2,8 @@
 
 On a CPU, several queries with many keys are computed in blocks, each with the keys that it may see.
 Matmuls on blocks of queries skip the keys after a block or before its window, and are fast in bf16,
-where torch's fused kernel is not. With few keys in fp32 the fused kernel is faster.
+where torch's fused kernel is not. With few keys in fp32 the form of `few_keys` is faster, and where
+it cannot be used, torch's fused kernel.
 """
 
 import itertools
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos import kernels
+from openmythos.kernels import few_keys
 from openmythos.kernels.precision import as_autocast
 from openmythos.types import AttentionMask, AttentionOutput, Keys, Queries, Values
 
@@ -61,12 +63,16 @@ def attention(
     tuned = kernels.fast(query.device)
     if tuned is None:
         return reference(query, key, value, mask=mask, is_causal=is_causal, scale=scale)
+    in_fp32 = as_autocast(query).dtype.itemsize >= 4
+    if in_fp32 and few_keys.accepts(query, key, value):
+        causal = is_causal or (mask is not None and not packed)
+        return few_keys.attention(query, key, value, mask, is_causal=causal, scale=scale)
     if (
         tuned.blocks
         and query.shape[2] > 1
         and (is_causal or mask is not None)
         and not packed
-        and not _fused(query, key)
+        and not (in_fp32 and key.shape[2] <= FUSED_KEYS)
         # torch.compile specialises on the length: fine in training, where it is constant.
         and (torch.is_grad_enabled() or not torch.compiler.is_compiling())
     ):
@@ -86,10 +92,6 @@ def attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[..., :value_dim]
-
-
-def _fused(query: Tensor, key: Tensor) -> bool:
-    return key.shape[2] <= FUSED_KEYS and as_autocast(query).dtype.itemsize >= 4
 
 
 def blockwise_attention(

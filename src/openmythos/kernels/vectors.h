@@ -116,22 +116,51 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 
 inline Floats fill(float x) { return Floats{} + x; }
 
+#if defined(__AVX512F__)
+#define EACH_LANE(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), \
+                     f(12), f(13), f(14), f(15)
+#elif defined(__AVX__)
+#define EACH_LANE(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)
+#else
+#define EACH_LANE(f) f(0), f(1), f(2), f(3)
+#endif
+
 // Reduces the lanes of a vector by halves, each half as a vector.
-template <class F>
+template <int HALF = LANES / 2, class F>
 inline float reduce(Floats v, F f) {
-  float x[LANES];
-  store(x, v);
-  for (int half = LANES / 2; half; half /= 2)
-    UNROLL for (int i = 0; i < half; i++) x[i] = f(x[i], x[i + half]);
-  return x[0];
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else {
+#define OTHER(lane) (lane ^ HALF)
+    return reduce<HALF / 2>(f(v, SHUFFLE(v, v, EACH_LANE(OTHER))), f);
+#undef OTHER
+  }
 }
 
 inline float total(Floats v) {
-  return reduce(v, [](float a, float b) { return a + b; });
+  return reduce(v, [](Floats a, Floats b) { return a + b; });
 }
 
 inline float largest(Floats v) {
-  return reduce(v, [](float a, float b) { return a > b ? a : b; });
+  return reduce(v, [](Floats a, Floats b) { return a > b ? a : b; });
+}
+
+// Transposes LANES vectors in place: blocks of 1, 2, 4, ... lanes change sides.
+template <int BLOCK = 1>
+inline void transpose(Floats (&rows)[LANES]) {
+  if constexpr (BLOCK < LANES) {
+    UNROLL for (int i = 0; i < LANES; i++) {
+      if (i & BLOCK) continue;
+      Floats a = rows[i], b = rows[i + BLOCK];
+#define UPPER(lane) (lane & BLOCK ? LANES + lane - BLOCK : lane)
+#define LOWER(lane) (lane & BLOCK ? LANES + lane : lane + BLOCK)
+      rows[i] = SHUFFLE(a, b, EACH_LANE(UPPER));
+      rows[i + BLOCK] = SHUFFLE(a, b, EACH_LANE(LOWER));
+#undef UPPER
+#undef LOWER
+    }
+    transpose<BLOCK * 2>(rows);
+  }
 }
 
 // exp(x) to about 1e-7, 0 below -87: 2^n exp(r) with |r| <= ln(2) / 2 and exp(r)'s Taylor series.
