@@ -36,6 +36,7 @@ _WITHOUT_NATIVE = {
         "accepts": "False",  # so that the others are never called
         **dict.fromkeys(("norm", "norm_backward", "gate", "gate_backward", "rotate"), "None"),
     },
+    f"{PACKAGE}.kernels.few_keys": {"accepts": "False", "attention": "None"},
     f"{PACKAGE}.kernels.linear": {"linear": "F.linear(x, weight)"},
     f"{PACKAGE}.nn.few_rows": {"native_layer": "None"},
     f"{PACKAGE}.inference.native_step": {"native_step": "None"},
