@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 # hypothesis of this project's own, or are details of a claim.
 IN_DOCS_ONLY = {
     "loop-use",
-    "what-makes-it-extrapolate",
+    "what-extrapolation-needs",
     "inside-the-loop",
     "linear-frontier",
     "capacity-and-manipulation",
@@ -298,20 +298,20 @@ BELIEVE = (
     "These are models of 10^5 to 10^6 parameters, trained for minutes. On chains of lookups a "
     "block that is looped does what stacks of layers of the same size do not: it answers chains "
     "three times as long as any it was trained on, when it is looped longer. With full attention, "
-    "or trained on five hops alone, it does not. It composes nine of ten pairs of facts that "
-    "training only ever asked alone, where six layers, as good on all other pairs, compose one of "
-    "five. LTI injection keeps the state bounded at "
-    "every learning rate that was tried, eight times deeper than trained; a learned map of state "
-    "and input does not at the highest, and learns nothing there, but is no worse at lower ones; "
-    "a diagonal without LTI's constraint is as good as LTI. Where single facts and "
-    "chains are learned together, experts add facts and no depth, loops add depth and no facts; a"
-    " wider layer without experts adds facts, too. Where the answer is the only target, loops do "
-    "not get beyond three or four lookups, while latents, whose curriculum sees the steps, follow "
-    "six. On text a small model uses its loops only "
-    "where no layer outside of the loop does their work; there the loss falls along an "
-    "exponential until about the trained depth, and many more loops do no harm. With layers "
-    "outside it is lower at every number of loops. Nothing here says that looping beats layers on"
-    " language at equal compute, or at any other size."
+    "or trained on five hops alone, it does not. With LTI injection or a free diagonal it learns "
+    "to sooner than with a learned map of state and input, which gets there, too. It composes nine "
+    "of ten pairs of facts that training only ever asked alone, where six layers, as good on all "
+    "other pairs, compose one of five. LTI injection keeps the state bounded at every learning "
+    "rate that was tried, eight times deeper than trained; a learned map of state and input does "
+    "not at the highest, and learns nothing there, but is no worse at lower ones; a diagonal "
+    "without LTI's constraint is as good as LTI. Where single facts and chains are learned "
+    "together, experts add facts and no depth, loops add depth and no facts; a wider layer without "
+    "experts adds facts, too. Where the answer is the only target, loops do not get beyond three "
+    "or four lookups, while latents, whose curriculum sees the steps, follow six. On text a small "
+    "model uses its loops only where no layer outside of the loop does their work; there the loss "
+    "falls along an exponential until about the trained depth, and many more loops do no harm. "
+    "With layers outside it is lower at every number of loops. Nothing here says that looping "
+    "beats layers on language at equal compute, or at any other size."
 )
 
 VERDICTS = (

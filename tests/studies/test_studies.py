@@ -28,7 +28,6 @@ from openmythos.studies import depth_extrapolation as chains
 from openmythos.studies import expert_routing as routing
 from openmythos.studies import learning, loop_use, runner
 from openmythos.studies import test_time_depth as depth_of_text
-from openmythos.studies import what_makes_it_extrapolate as what
 from openmythos.studies.report import report_markdown
 from openmythos.studies.statistics import (
     clopper_pearson,
@@ -44,7 +43,6 @@ from openmythos.studies.study import (
     Column,
     Finding,
     RunResult,
-    factors_of,
 )
 
 ARMS = {arm.name: arm for arm in chains.arms()}
@@ -55,7 +53,6 @@ NOT_RUN_YET = {
     "iso-parameter-text",
     "stopping",
     "experts-by-loop",
-    "what-extrapolation-needs",
     "ltg-as-published",
     "looped-layers",
     "in-context-hops",
@@ -347,61 +344,6 @@ def test_every_study_runs_quick_with_figure_and_report(
     assert study.claim in (tmp_path / "report.md").read_text()
 
 
-def test_what_a_change_does_is_paired_by_seed() -> None:
-    """A run's curve is one accuracy for all hops and loops."""
-
-    def runs(by_arm: Mapping[str, tuple[float, float]]) -> list[RunResult]:
-        return [
-            run_of(name, {str(h): {"40": shares[seed]} for h in what.HOPS}, seed)
-            for name, shares in by_arm.items()
-            for seed in (0, 1)
-        ]
-
-    names = [arm.name for arm in what.arms()]
-    same = dict.fromkeys(names, (0.9, 0.8))
-    factors = factors_of(what.arms())
-    carry = {name for name in names if factors[name]["change"] in what.CARRIES}
-    claimed = same | dict.fromkeys(carry, (0.2, 0.1))
-    found = what.effects(runs(claimed))
-    assert found["injection: add"] == pytest.approx([-0.7, -0.7])
-    assert what.judge(runs(claimed)).verdict == "holds"
-    assert what.judge(runs(same)).verdict == "does not hold here"  # nothing carries
-    assert what.judge(runs(claimed | {"LoopLoRA": (0.5, 0.4)})).verdict == "holds in part"
-    harmful = {name: (0.2, 0.1) for name in names if name not in {what.BASE, *carry}}
-    assert what.judge(runs(same | harmful)).verdict == "does not hold here"
-    # An interval that reaches the tolerance is no evidence that a part is needed.
-    unsure = what.judge(runs(claimed | {"injection: add": (0.9, 0.1)}))
-    assert unsure.verdict == "holds in part" and "not as claimed: injection: add" in unsure.sentence
-    # What costs at equal steps and not after more is learned faster, not needed.
-    later = what.judge(runs(claimed | {"injection: concat, 3x steps": (0.9, 0.8)}))
-    assert later.verdict == "holds in part"
-    assert "LTI is faster, not needed: injection: concat" in later.sentence
-    assert "concat reaches 85.0% with 3x steps" in later.brief
-
-
-def test_the_same_runs_are_counted_once() -> None:
-    """Trying rates in full may lead an arm to the rate it had."""
-
-    def run(name: str, share: float, rate: float) -> RunResult:
-        curve = {str(h): {"40": share, "80": share / 2} for h in what.HOPS}
-        return run_of(name, curve, rate=rate)
-
-    add, concat = "injection: add", "injection: concat"
-    results = [
-        *(run(what.BASE, 0.9, 3e-3), run(what.BASE + what.FULL, 0.8, 1e-3)),
-        *(run(add, 0.2, 3e-3), run(add + what.FULL, 0.2, 3e-3)),
-        *(run(concat, 0.2, 3e-3), run(concat + what.FULL, 0.3, 1e-3)),
-    ]
-    found = what.effects(results)
-    assert set(found) == {what.BASE + what.FULL, add, concat, concat + what.FULL}
-    assert found[concat + what.FULL] == pytest.approx([-0.5])  # against the base so trained
-    finding = what.judge(results)
-    assert "injection: add (-70), injection: concat (-70, at a rate" in finding.sentence
-    (again,) = (row for row in finding.table if row["arm"] == add + what.FULL)
-    assert again["change beyond training [points]"] == "the runs above again"
-    assert what.overthinking(results[:1]) == (0.9, 0.45)
-
-
 def adaptive_runs(loops: Mapping[int, float], accuracy: float) -> list[RunResult]:
     """One rule that uses so many loops; a fixed number of loops solves what has fewer hops."""
     curve = {
@@ -420,10 +362,7 @@ def test_arms_that_have_factors_differ_in_them(name: str) -> None:
     """Grouping by factors cannot mistake an arm for another."""
     arms = list(runner.get(name).arms())
     assert len({arm.name for arm in arms}) == len(arms)
-    factors = [tuple(arm.factors.items()) for arm in arms if arm.factors]
     assert all(arm.factors.keys() == arms[-1].factors.keys() for arm in arms if arm.factors)
-    if name == "what-makes-it-extrapolate":
-        assert len(set(factors)) == len(arms)
 
 
 def test_stopping_is_judged_against_fixed_loops_of_equal_cost() -> None:

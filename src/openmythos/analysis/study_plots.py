@@ -155,46 +155,6 @@ def dot_panels(
     return figure
 
 
-def comparisons(
-    shares: Mapping[str, Mapping[str, Sequence[float | int]]],
-    before_after: Mapping[str, Mapping[str, tuple[float | int, float | int]]],
-    *,
-    order: Sequence[str],
-    x_label: str,
-    change_label: str,
-) -> Figure:
-    """A row per name. A panel per comparison shows a dot per seed and the mean. The last panel
-    connects the mean before (filled) and after (hollow), in the colour of the comparison."""
-    places = {name: place for place, name in enumerate(order)}
-    with style():
-        count = len(shares) + 1
-        figure, row = _row(count, 2.5 * count + 1.9, 0.3 * len(order) + 1.4, True)
-        for axes, look, (title, values) in zip(row, looks(), shares.items(), strict=False):
-            for name, dots in values.items():
-                at = places[name]
-                axes.plot(dots, [at] * len(dots), "o", color=look["color"], markersize=4, alpha=0.5)
-                mean = sum(dots) / len(dots)
-                axes.plot([mean], [at], "|", color=look["color"], markersize=14, markeredgewidth=2)
-            axes.set_title(title, fontsize=10, loc="left", color=look["color"])
-            axes.set_xlabel(x_label)
-        last = row[-1]
-        for number, (look, values) in enumerate(zip(looks(), before_after.values(), strict=False)):
-            for name, (before, after) in values.items():
-                # Several comparisons of one name are drawn one below the other.
-                mine = [k for k, each in enumerate(before_after.values()) if name in each]
-                y = places[name] + 0.22 * (mine.index(number) - (len(mine) - 1) / 2)
-                last.plot([before, after], [y, y], color=look["color"], linewidth=1.5)
-                last.plot([before], [y], "o", color=look["color"], markersize=4)
-                last.plot(*([after], [y], "o"), color=look["color"], markersize=4, mfc="white")
-        last.set_title("overthinking", fontsize=10, loc="left")
-        last.set_xlabel(change_label)
-        row[0].set_yticks(range(len(order)), list(order))
-        row[0].set_ylim(len(order) - 0.5, -0.5)
-        for axes in row:
-            axes.set_xlim(-3, 103)
-    return figure
-
-
 def stability(
     loss: Mapping[str, Mapping[float, Sequence[float | int]]],
     radii: Mapping[str, Mapping[float, Sequence[float | int]]],

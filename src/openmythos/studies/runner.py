@@ -49,7 +49,6 @@ from openmythos.studies import (
     universal_transformer,
     unseen_compositions,
     what_extrapolation_needs,
-    what_makes_it_extrapolate,
 )
 from openmythos.studies.report import report_markdown
 from openmythos.studies.storage import Stored, load, rule_of, save
@@ -69,7 +68,7 @@ STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
         depth_extrapolation.STUDY,
-        what_makes_it_extrapolate.STUDY,
+        what_extrapolation_needs.STUDY,
         parameter_efficiency.STUDY,
         unseen_compositions.STUDY,
         bounded_state.STUDY,
@@ -87,7 +86,6 @@ STUDIES: dict[str, Study] = {
         iso_parameter_text.STUDY,
         linear_frontier.STUDY,
         contrastive_loops.STUDY,
-        what_extrapolation_needs.STUDY,
         inside_the_loop.STUDY,
         capacity_and_manipulation.STUDY,
         ltg_as_published.STUDY,

@@ -206,14 +206,19 @@ STUDY = Study(
         "3e-3 and 1.5e-3. Free diagonal and concat from the identity start where LTI starts, "
         "and are not constrained: they tell the constraint from the initialisation."
     ),
-    caption="Chains of 20 hops answered right by steps of training on 1 to 10 hops.",
+    caption=(
+        "LTI and a free diagonal rise some 1,000 steps before concat, which is at 95% soon after "
+        "them; add and no injection are still rising after 2,800 steps. Full attention stays below "
+        "40% in every seed, and falls again. Chains of 20 hops answered right, by steps of "
+        "training on 1 to 10 hops."
+    ),
     not_shown=(
         "Learning rates tuned for each injection: all have the one that LTI was first tried with, "
         "and steps to a bar depend on it.",
         "Decayed learning rates at each snapshot: the schedule is that of the whole training, so "
         "that a training planned to end there would be further.",
-        "Other parts of the recipe (experts, loop embeddings, LoRA per loop, ACT, noise): the "
-        "first edition (what-makes-it-extrapolate) tried them at half of the steps.",
+        "Whether add and no injection get there with still more steps: their share is rising.",
+        "Other parts of the recipe: experts, loop embeddings, LoRA per loop, ACT, noise.",
     ),
     arms=arms,
     measure=measure,
