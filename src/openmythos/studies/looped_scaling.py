@@ -359,15 +359,17 @@ STUDY = Study(
         ("text", "FineWeb-Edu", "24 MB, at most 5 M tokens seen"),
     ),
     caption=(
-        "Left: held-out loss by mean loops in training, at equal training FLOPs. Right: by loops "
-        "at inference, for the largest budget."
+        "At each of the three budgets one loop is best: more tokens are worth more than more "
+        "loops. What 2 loops cost falls from 0.20 to 0.07 nats as compute grows 9 times, what 8 "
+        "cost from 0.63 to 0.33. Left: held-out loss by mean loops in training, at equal training "
+        "FLOPs. Right: by loops at inference, for the largest budget."
     ),
     not_shown=(
         "Models that grow with compute: this one is so small that loops are the only way to "
         "compute more per token.",
         "The exponent of tokens: at a fixed size it follows from that of loops.",
         "Budgets beyond a factor of 9, and more than two seeds: the bootstrap draws from these.",
-        "The best loops if they lie beyond 1 or 8, to which the parabola is clipped.",
+        "Whether more than one loop is best at still larger budgets: what loops cost is falling.",
         "Learning rates tuned at every budget; truncated backpropagation.",
     ),
     arms=arms,
