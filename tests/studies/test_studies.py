@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from openmythos.model.inputs import token_layout
 from openmythos.nn.layout import attention_context
 from openmythos.nn.view import LayerView
 from openmythos.planning import cost
-from openmythos.studies import adaptive_computation as adaptive
 from openmythos.studies import depth_extrapolation as chains
 from openmythos.studies import expert_routing as routing
 from openmythos.studies import learning, loop_use, runner
@@ -49,7 +47,6 @@ ARMS = {arm.name: arm for arm in chains.arms()}
 RESULTS = Path(__file__).parents[2] / "results"
 # Studies whose rule is fixed, and whose runs are still to be made.
 NOT_RUN_YET = {
-    "stopping",
     "experts-by-loop",
     "ltg-as-published",
     "looped-layers",
@@ -342,60 +339,12 @@ def test_every_study_runs_quick_with_figure_and_report(
     assert study.claim in (tmp_path / "report.md").read_text()
 
 
-def adaptive_runs(loops: Mapping[int, float], accuracy: float) -> list[RunResult]:
-    """One rule that uses so many loops; a fixed number of loops solves what has fewer hops."""
-    curve = {
-        "rules": {
-            "all loops": {str(h): [1.0, 80.0] for h in loops},
-            "rule": {str(h): [accuracy, used] for h, used in loops.items()},
-        },
-        "fixed": {str(h): {str(n): float(n >= h) for n in adaptive.FIXED} for h in loops},
-        "spearman": {"all loops": 0.0, "rule": 1.0},
-    }
-    return two_runs(adaptive.LOOPED, curve)
-
-
 @pytest.mark.parametrize("name", runner.STUDIES)
 def test_arms_that_have_factors_differ_in_them(name: str) -> None:
     """Grouping by factors cannot mistake an arm for another."""
     arms = list(runner.get(name).arms())
     assert len({arm.name for arm in arms}) == len(arms)
     assert all(arm.factors.keys() == arms[-1].factors.keys() for arm in arms if arm.factors)
-
-
-def test_stopping_is_judged_against_fixed_loops_of_equal_cost() -> None:
-    near = {h: h + 3.0 for h in adaptive.HOPS}
-    (row,) = adaptive.judge(adaptive_runs(near, 1.0)).table
-    # 24 loops in the mean: a fixed number that costs no more solves 5, 10 and 20 hops of five.
-    assert row["of fixed loops at that cost [%]"] == "60.0 ± 0.0"
-    assert row["mean loops"] == "24.0 ± 0.0"
-    assert adaptive.judge(adaptive_runs(near, 1.0)).verdict == "holds"
-    late = {h: h + 6.0 for h in adaptive.HOPS}
-    assert adaptive.judge(adaptive_runs(late, 1.0)).verdict == "holds in part"
-    assert adaptive.judge(adaptive_runs(near, 0.9)).verdict == "holds in part"
-    same = dict.fromkeys(adaptive.HOPS, 45.0)
-    assert adaptive.judge(adaptive_runs(same, 1.0)).verdict == "does not hold here"
-
-
-def test_a_column_has_one_unit() -> None:
-    curve = {"rules": {"all loops": [4.5, 16.0]}, "fixed": {"1": 4.6, "16": 4.5}, "spearman": {}}
-    texts = two_runs(adaptive.TEXT, curve)
-    hops = adaptive_runs({h: h + 3.0 for h in adaptive.HOPS}, 1.0)
-    on_hops, on_text = adaptive.judge([*hops, *texts]).table
-    assert on_hops.keys() == on_text.keys()
-    assert on_text["loss [nats]"] == "4.500 ± 0.000" and on_text["accuracy [%]"] == "-"
-    assert on_hops["loss [nats]"] == "-" and on_hops["accuracy [%]"] == "100.0 ± 0.0"
-    assert not any("nats" in cell for row in (on_hops, on_text) for cell in row.values())
-
-
-def test_ranks_share_what_is_equal() -> None:
-    up = torch.tensor([1.0, 2.0, 2.0, 9.0])
-    assert adaptive.spearman(up, up) == pytest.approx(1.0)
-    assert adaptive.spearman(up, -up) == pytest.approx(-1.0)
-    assert adaptive.spearman(up, torch.ones(4)) == 0.0
-    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
-    found = adaptive.spearman(up, torch.arange(4.0))
-    assert found == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
 
 
 def depth_runs(gain: float, **changes: float) -> list[RunResult]:

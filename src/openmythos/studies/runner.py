@@ -23,7 +23,6 @@ from openmythos.machine import choose_device, describe, device_name, keep_freed_
 from openmythos.planning import cost
 from openmythos.processes import worker_pool
 from openmythos.studies import (
-    adaptive_computation,
     bounded_state,
     breadth_and_depth,
     capacity_and_manipulation,
@@ -76,7 +75,6 @@ STUDIES: dict[str, Study] = {
         loop_use.STUDY,
         expert_routing.STUDY,
         lora_between_loops.STUDY,
-        adaptive_computation.STUDY,
         stopping.STUDY,
         experts_by_loop.STUDY,
         breadth_and_depth.STUDY,
