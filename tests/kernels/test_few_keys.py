@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,6 +33,7 @@ def masked(kind: str, batch: int, seq: int, total: int) -> Tensor:
     return seen
 
 
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 2),

@@ -280,7 +280,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
         f"learned halts that pass: {', '.join(halts) or 'none'}": bool(halts),
     }
     brief = f"{len(names)} of {len(whole)} rules for whole sequences pass, {len(frozen)} of "
-    brief += f"{len(single)} that freeze positions, {len(halts)} of {len(learned)} learned."
+    brief += f"{len(single)} for positions, {len(halts)} of {len(learned)} learned."
     table = [_row(name, each) for name, each in found.items()]
     if TEXT in by_arm(results):
         table += _text_rows(by_arm(results)[TEXT])
