@@ -340,8 +340,7 @@ def test_every_study_runs_quick_with_figure_and_report(
 
 
 @pytest.mark.parametrize("name", runner.STUDIES)
-def test_arms_that_have_factors_differ_in_them(name: str) -> None:
-    """Grouping by factors cannot mistake an arm for another."""
+def test_arms_have_names_of_their_own_and_the_same_factors(name: str) -> None:
     arms = list(runner.get(name).arms())
     assert len({arm.name for arm in arms}) == len(arms)
     assert all(arm.factors.keys() == arms[-1].factors.keys() for arm in arms if arm.factors)

@@ -14,18 +14,6 @@ namespace {
 // numbers lose digits.
 constexpr int64_t TOGETHER = 64;
 
-// f(i, load, store) for every LANES numbers from i on; of the last, fewer are read and written.
-template <class F>
-inline void over(int64_t count, F f) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES)
-    f(i, [](const float* p) { return load(p); }, [](float* p, Floats v) { store(p, v); });
-  int64_t rest = count - i;
-  if (rest)
-    f(i, [rest](const float* p) { return load_some(p, rest); },
-      [rest](float* p, Floats v) { store_some(p, v, rest); });
-}
-
 // Below, silu(g) is 0 to the last digit of fp32, and exp(-g) overflows.
 inline Floats bounded(Floats gate) {
   const Floats low = fill(-88.0f);

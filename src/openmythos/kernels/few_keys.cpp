@@ -66,17 +66,6 @@ void product(Matrix a, Matrix b, float* c, int64_t down, int64_t rows, int64_t c
   }
 }
 
-// f(i, load, store) for every LANES numbers from i on; of the last, fewer are read and written.
-template <class F>
-inline void over(int64_t count, F f) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES)
-    f(i, [](const float* p) { return load(p); }, [](float* p, Floats v) { store(p, v); });
-  if (int64_t rest = count - i)
-    f(i, [rest](const float* p) { return load_some(p, rest); },
-      [rest](float* p, Floats v) { store_some(p, v, rest); });
-}
-
 // Rows whose width is a multiple of LANES: those in memory, or a copy padded with zeros in `room`.
 Matrix whole(Matrix from, int64_t rows, int64_t width, float* room) {
   if (width % LANES == 0) return from;

@@ -100,6 +100,18 @@ inline void store_some(float* p, Floats v, int64_t count) {
 }
 #endif
 
+// f(i, load, store) for every LANES numbers from i on; of the last, fewer are read and written.
+template <class F>
+inline void over(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES)
+    f(i, [](const float* p) { return load(p); }, [](float* p, Floats v) { store(p, v); });
+  int64_t rest = count - i;
+  if (rest)
+    f(i, [rest](const float* p) { return load_some(p, rest); },
+      [rest](float* p, Floats v) { store_some(p, v, rest); });
+}
+
 // a b + c. The build turns off the compiler's own contraction: it would round the same sum in one
 // way in one tile and in another way in the next.
 inline Floats fma(Floats a, Floats b, Floats c) {
