@@ -267,7 +267,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
-    """Loss by layers or loops, a panel per number of tokens."""
+    """Loss by layers or loops with the fitted law, a panel per number of tokens."""
     panels = study_plots.Panels()
     rows: list[dict[str, object]] = []
     for run in results:
@@ -279,12 +279,19 @@ def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
             for kind in kinds:
                 line = "layers" if kind == "layers" else "loops of one layer"
                 panels.add(panel, line, depth, nats(run))
+    groups, laws = by_arm(results), ("law, layers", "law, loops")
+    law = fitted({name: [nats(run) for run in groups[name]] for name in shapes()})
+    for shape in shapes().values():
+        depth = max(shape.layers, shape.loops)
+        for line in laws if depth == 1 else (laws[shape.loops > 1],):
+            panels.add(f"{shape.tokens:g} M tokens", line, depth, law.loss(shape))
     figure = study_plots.line_panels(
         panels,
         x_labels=["layers, or loops of one layer"],
         y_labels=["held-out loss [nats / token]"],
         log_x=True,
         same_y=True,
+        laws=laws,
         note=bands_note(results),
     )
     return figure, rows
@@ -313,7 +320,7 @@ STUDY = Study(
         "To loop a layer saves a fraction of what layers of their own save: 4 loops are worth 1.3 "
         "layers, and with the most tokens hardly more than one. LTI injection, which is not drawn, "
         "saves another 0.05 nats at 0.7 M tokens. Held-out loss by layers, or by loops of one "
-        "layer; a panel per number of training tokens."
+        "layer, and the fitted law (dashed); a panel per number of training tokens."
     ),
     not_shown=(
         "Layers outside of the loop: all of these models are loop.",
