@@ -274,7 +274,6 @@ def screen(name: str, data: Any) -> Iterator[str]:
     """What one study asked, found, and does not show."""
     study, finding = STUDIES[name], data["finding"]
     seconds = sum(run["seconds"] for run in (*data["runs"], *data["trials"]))
-    older = data.get("edition", 1) == 1
     yield from (f"## {name}", "", f"**{study.claim}** ({study.source})", "")
     yield from (f"**{finding['verdict'].capitalize()}.** {finding['sentence']}", "")
     yield from (f"![{study.headline}](../results/{name}/figure.png)", "")
@@ -286,11 +285,10 @@ def screen(name: str, data: Any) -> Iterator[str]:
         yield from (*(f"- {what}: {paper}; here {here}" for what, paper, here in study.setups), "")
     yield from ("Not shown:", "")
     yield from (f"- {point}" for point in study.not_shown)
-    clock = "by the clock" if older else "of CPU time"
     yield from (
         "",
         f"`openmythos study {name}`, {len(data['runs'])} runs and {len(data['trials'])} trials in "
-        f"{seconds / 60:.0f} minutes {clock}. Table, every seed, learning rates and deviations: "
+        f"{seconds / 60:.0f} minutes of CPU time. Table, every seed, rates and deviations: "
         f"[report](../results/{name}/report.md).",
         "",
     )
@@ -331,9 +329,7 @@ VERDICTS = (
     "validation text or problems that are never reported; the grid grows until its best is "
     "inside. Each seed has its own table of facts. Success counts come with the interval of "
     "Clopper and Pearson, other numbers with Student's t over seeds, and arms are compared by "
-    "paired differences. `--report-only` judges the kept runs again and trains nothing. Studies "
-    "whose report says *first edition* are older: they chose rates on the data that they report, "
-    "share one table of facts, and have rules of their own for a claim that holds in part."
+    "paired differences. `--report-only` judges the kept runs again and trains nothing."
 )
 
 

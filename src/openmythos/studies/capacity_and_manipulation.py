@@ -14,8 +14,7 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.nn.feed_forward import SwiGLU
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies import parameter_efficiency
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.learning import TASK_TRAINING, looped_block, on_task
 from openmythos.studies.statistics import percent, plus_minus
 from openmythos.studies.study import (
     Arm,
@@ -48,7 +47,7 @@ def name_of(task: str, layers: int, loops: int) -> str:
 def model(task: KHop, layers: int, loops: int) -> MythosConfig:
     """A block of `layers` layers of width 32, run `loops` times."""
     feed_forward = SwiGLU(hidden_dim=96)
-    base = replace(parameter_efficiency.model(task, layers, loops), dim=WIDTH)
+    base = replace(looped_block(task, layers, loops), dim=WIDTH)
     return replace(base, feed_forward=feed_forward, recurrent_feed_forward=feed_forward)
 
 

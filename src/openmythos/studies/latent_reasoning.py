@@ -18,8 +18,7 @@ from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
 from openmythos.planning.cost import Flops
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies import parameter_efficiency
-from openmythos.studies.learning import TASK_TRAINING, on_task
+from openmythos.studies.learning import TASK_TRAINING, looped_block, on_task
 from openmythos.studies.loops_against_tokens import MFLOP, milliseconds
 from openmythos.studies.statistics import mcnemar, percent, plus_minus
 from openmythos.studies.study import (
@@ -77,7 +76,7 @@ def arms() -> list[Arm]:
 
 
 def _run(thoughts: Thoughts, layers: int = 2, loops: int = 1) -> RunConfig:
-    model: MythosConfig = parameter_efficiency.model(TASK, layers, loops)
+    model: MythosConfig = looped_block(TASK, layers, loops)
     model = replace(model, vocab_size=TASK.vocab_size + 1)  # a blank in every arm
     training = replace(
         TASK_TRAINING,

@@ -6,8 +6,10 @@ from typing import Any
 from openmythos.model import presets
 from openmythos.model.config import MythosConfig
 from openmythos.nn.feed_forward import SwiGLU
+from openmythos.nn.grouped_query import GroupedQueryAttention
 from openmythos.recurrence.initial_state import EncodedState
 from openmythos.recurrence.injections import NoInjection
+from openmythos.recurrence.loop_lora import NoLoopLoRA
 from openmythos.tasks import Task
 from openmythos.train.config import RunConfig, TaskData, TiedLoops, TrainConfig
 from openmythos.train.optim import WSD, AdamW
@@ -43,6 +45,28 @@ def stacked(layers: int, dim: int, window: int = WINDOW) -> MythosConfig:
         injection=NoInjection(),
         state_init=EncodedState(),
         prelude_norm=False,
+    )
+
+
+def looped_block(task: Task, layers: int, loops: int) -> MythosConfig:
+    """A block of `layers` layers, run `loops` times: no prelude, coda or injection."""
+    feed_forward = SwiGLU(hidden_dim=168)
+    return MythosConfig(
+        vocab_size=task.vocab_size,
+        dim=64,
+        context=128,
+        prelude_layers=0,
+        recurrent_layers=layers,
+        coda_layers=0,
+        num_loops=loops,
+        attention=GroupedQueryAttention(num_heads=4, num_kv_heads=4),
+        feed_forward=feed_forward,
+        recurrent_feed_forward=feed_forward,
+        injection=NoInjection(),
+        loop_lora=NoLoopLoRA(),
+        state_init=EncodedState(),
+        prelude_norm=False,
+        zero_init_outputs=False,
     )
 
 

@@ -11,8 +11,7 @@ from openmythos.analysis import study_plots
 from openmythos.eval.accuracy import ASKED_SEED
 from openmythos.model.mythos import OpenMythos
 from openmythos.recurrence.loop_sampling import FixedLoops
-from openmythos.studies.learning import TASK_TRAINING, on_task
-from openmythos.studies.parameter_efficiency import model
+from openmythos.studies.learning import TASK_TRAINING, looped_block, on_task
 from openmythos.studies.statistics import percent, succeeded
 from openmythos.studies.study import (
     Arm,
@@ -68,7 +67,7 @@ def _arm(name: str, shape: tuple[int, int], **fields: Any) -> Arm:
     return Arm(
         name=name_of(name, shape),
         factors={"task": name, "shape": f"{shape[0]} x {shape[1]}"},
-        run=on_task(model(task, *shape), task, training, **hops),
+        run=on_task(looped_block(task, *shape), task, training, **hops),
         **fields,
     )
 
@@ -174,8 +173,7 @@ STUDY = Study(
     not_shown=(
         "The papers' sizes, and language.",
         "Rates that are safe for the worst seed: one trial seed may miss a rate at the cliff.",
-        "Blocks of several layers looped: the first edition (parameter-efficiency) has 2 x 3 and "
-        "3 x 2.",
+        "Blocks of several layers looped, such as 2 x 3 and 3 x 2.",
     ),
     arms=arms,
     measure=measure,

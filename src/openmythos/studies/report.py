@@ -8,12 +8,6 @@ from openmythos.config import ConfigError
 from openmythos.studies.storage import Stored, rule_of
 from openmythos.studies.study import RunResult, Study, Trial, by_arm, table_of
 
-_OLDER = (
-    "These runs are of the first edition of the studies: learning rates were chosen on the "
-    "held-out text or problems that are reported, all seeds share one set of facts, and minutes "
-    "are of the wall clock on a shared machine."
-)
-
 
 def report_markdown(study: Study, stored: Stored) -> str:
     """The text of report.md."""
@@ -76,9 +70,8 @@ def _every_seed(study: Study, results: Sequence[RunResult]) -> Iterator[str]:
         return
     rows = table_of(results, study.columns, each=True)
     for row, runs in zip(rows, by_arm(results).values(), strict=True):
-        flops = runs[0].training_flops
         row["parameters"] = f"{runs[0].parameters:,}"
-        row["training FLOPs"] = "?" if flops is None else f"{flops:.2e}"
+        row["training FLOPs"] = f"{runs[0].training_flops:.2e}"
         row["learning rate"] = f"{runs[0].rate:g}"
         row["CPU minutes"] = f"{sum(run.seconds for run in runs) / 60 / len(runs):.1f}"
     yield from markdown_table(rows)
@@ -88,21 +81,17 @@ def _tuning(stored: Stored) -> Iterator[str]:
     """The learning rates tried, and how well each did."""
     if not stored.trials:
         return
-    if stored.first_edition:
-        yield "Fit of the training range (share right, or minus the loss), seeds that no run has."
-    else:
-        yield (
-            "Validation loss at each rate, trained at full length with seeds, and facts, that no "
-            "run has; its text or problems are never reported. A grid grows until its best is "
-            "inside, or three times."
-        )
+    yield (
+        "Validation loss at each rate, trained at full length with seeds, and facts, that no run "
+        "has; its text or problems are never reported. A grid grows until its best is inside, or "
+        "three times."
+    )
     yield ""
     by_name: dict[str, list[Trial]] = {}
     for trial in sorted(stored.trials, key=lambda trial: trial.rate):
         by_name.setdefault(trial.arm, []).append(trial)
-    sign = 1 if stored.first_edition else -1
     for arm, trials in by_name.items():
-        yield f"- {arm}: " + ", ".join(f"{t.rate:g}: {sign * t.fit:.3f}" for t in trials)
+        yield f"- {arm}: " + ", ".join(f"{t.rate:g}: {-t.fit:.3f}" for t in trials)
 
 
 def _deviations(study: Study, stored: Stored) -> list[str]:
@@ -113,7 +102,7 @@ def _deviations(study: Study, stored: Stored) -> list[str]:
             f"The verdict rule or its bars changed after the first run: they were those of commit "
             f"{rule['commit'][:10]}."
         )
-    return [*points, *([_OLDER] if stored.first_edition else [])]
+    return points
 
 
 def _again(study: Study, stored: Stored) -> Iterator[str]:
@@ -121,12 +110,11 @@ def _again(study: Study, stored: Stored) -> Iterator[str]:
     minutes = (sum(r.seconds for r in runs) + sum(t.seconds for t in trials)) / 60
     seeds = 1 + max(run.seed for run in runs)
     commits = ", ".join(dict.fromkeys(run.commit[:10] for run in runs))
-    clock = "by the clock" if stored.first_edition else "of CPU time"
     yield f"    openmythos study {study.name} --seeds {seeds}"
     yield ""
     yield (
         f"{len(runs)} runs and {len(trials)} trials of learning rates took {minutes:.0f} minutes "
-        f"{clock}, each on one thread of {_machines(runs, machine)}, at commit "
+        f"of CPU time, each on one thread of {_machines(runs, machine)}, at commit "
         f"{commits}{', with uncommitted changes' if machine.get('dirty') else ''}."
     )
     if stored.rule:

@@ -28,7 +28,6 @@ from openmythos.studies import (
     capacity_and_manipulation,
     contrastive_loops,
     depth_extrapolation,
-    expert_routing,
     experts_by_loop,
     in_context_hops,
     inside_the_loop,
@@ -41,7 +40,6 @@ from openmythos.studies import (
     loops_against_tokens,
     lora_between_loops,
     ltg_as_published,
-    parameter_efficiency,
     stopping,
     test_time_depth,
     two_hops_in_english,
@@ -68,15 +66,14 @@ STUDIES: dict[str, Study] = {
     for study in (
         depth_extrapolation.STUDY,
         what_extrapolation_needs.STUDY,
-        parameter_efficiency.STUDY,
+        looped_layers.STUDY,
         unseen_compositions.STUDY,
         bounded_state.STUDY,
         test_time_depth.STUDY,
         loop_use.STUDY,
-        expert_routing.STUDY,
+        experts_by_loop.STUDY,
         lora_between_loops.STUDY,
         stopping.STUDY,
-        experts_by_loop.STUDY,
         breadth_and_depth.STUDY,
         loops_against_tokens.STUDY,
         latent_reasoning.STUDY,
@@ -87,7 +84,6 @@ STUDIES: dict[str, Study] = {
         inside_the_loop.STUDY,
         capacity_and_manipulation.STUDY,
         ltg_as_published.STUDY,
-        looped_layers.STUDY,
         in_context_hops.STUDY,
         universal_transformer.STUDY,
         two_hops_in_english.STUDY,
@@ -338,11 +334,6 @@ def require_resumable(out: Path, stored: Stored, arms: Sequence[Arm]) -> None:
     """Raise a ConfigError unless these arms can go on with what is stored."""
     for found in (stored.trials, stored.runs):
         _require_own(out, found, _at_rates_of(found, arms))
-    if stored.first_edition:
-        raise ConfigError(
-            f"{out}/results.json: was made by an older procedure (see its report); "
-            "choose another --out, or judge what is there with --report-only"
-        )
 
 
 def _require_same_text(

@@ -12,27 +12,16 @@ from typing import Any
 from openmythos.files import read_json, write_json
 from openmythos.studies.study import Finding, RunResult, Study, Trial
 
-EDITION = 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What results.json holds.
+    """What results.json holds."""
 
-    Runs of the first edition were tuned on the text or problems that they report, all had the same
-    facts, and their seconds are of the wall clock.
-    """
-
-    edition: int = EDITION
     rule: Mapping[str, Any] = field(default_factory=dict)  # of `rule_of`, before the first run
     hardware: Mapping[str, Any] = field(default_factory=dict)
     runs: Sequence[RunResult] = ()
     trials: Sequence[Trial] = ()
     finding: Finding | None = None
-
-    @property
-    def first_edition(self) -> bool:
-        return self.edition == 1
 
 
 def rule_of(study: Study, machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,8 +54,7 @@ def load(path: Path) -> Stored | None:
     data = read_json(path)
     finding = data["finding"]
     return Stored(
-        edition=data.get("edition", 1),
-        rule=data.get("rule", {}),
+        rule=data["rule"],
         hardware=data["hardware"],
         runs=[RunResult(**run) for run in data["runs"]],
         trials=[Trial(**trial) for trial in data["trials"]],
@@ -80,7 +68,6 @@ def save(out: Path, study: Study, stored: Stored) -> None:
         {
             "study": study.name,
             "claim": study.claim,
-            "edition": stored.edition,
             "rule": stored.rule,
             "hardware": stored.hardware,
             "finding": None if stored.finding is None else asdict(stored.finding),
@@ -92,7 +79,7 @@ def save(out: Path, study: Study, stored: Stored) -> None:
 
 
 def _as_json(result: RunResult) -> dict[str, Any]:
-    """A run; without what is not known of it, as in the first edition."""
+    """A run, without what is not known of it."""
     optional = {"validation": None, "machine": ""}
     return {
         name: value

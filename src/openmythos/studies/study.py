@@ -5,19 +5,17 @@ interrupted study resumes where it stopped.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from openmythos.analysis.study_plots import Lines
-from openmythos.config import ConfigError, apply_overrides, from_dict, to_dict
+from openmythos.config import ConfigError, apply_overrides, from_dict
 from openmythos.data.tokenizer import BPE
 from openmythos.model.config import MythosConfig
 from openmythos.model.mythos import OpenMythos
-from openmythos.studies.learning import TASK_TRAINING
 from openmythos.studies.statistics import percent, plus_minus
-from openmythos.studies.text import RATES, on_text
 from openmythos.tasks import Task, TaskWithFacts
-from openmythos.train.config import RunConfig, TaskData, TextData, TrainConfig
+from openmythos.train.config import RunConfig, TaskData, TextData
 from openmythos.train.task_source import fitted
 
 # "holds": every bar is met. "holds in part": the central bar is met, and at least half of all.
@@ -48,15 +46,10 @@ class Arm:
     most_seeds: int = 0
     tuned_as: str = ""
 
-    @classmethod
-    def on_text(cls, name: str, model: MythosConfig, training: TrainConfig) -> "Arm":
-        """An arm that learns text, with the learning rates `RATES` to choose from."""
-        return cls(name=name, run=on_text(model, training), rates=RATES)
-
     def has(self, settings: Mapping[str, Any]) -> bool:
         """Whether stored settings are this arm's in any world; missing fields have defaults."""
         try:
-            return _in_world(config_of(settings), 0) == _in_world(self.run, 0)
+            return _in_world(from_dict(RunConfig, settings), 0) == _in_world(self.run, 0)
         except ConfigError:
             return False
 
@@ -113,24 +106,6 @@ def _in_world(run: RunConfig, seed: int) -> RunConfig:
     return run
 
 
-def config_of(settings: Mapping[str, Any]) -> RunConfig:
-    """The run that the settings of results.json describe.
-
-    Older results name the task and how it is learned instead of data and training.
-    """
-    if "learning" not in settings:
-        return from_dict(RunConfig, settings)
-    model, task, learning = (settings[name] for name in ("model", "task", "learning"))
-    if learning["kind"] == "text":
-        parts = {"tokenizer": task["tokenizer"], "data": task["data"], "train": learning["train"]}
-        return from_dict(RunConfig, {"model": model, **parts})
-    names = {f.name for f in fields(TaskData)}
-    data = {n: value for n, value in learning.items() if n in names} | {"task": task}
-    own = {n: value for n, value in learning.items() if n not in names}
-    train = to_dict(TASK_TRAINING) | own | {"seq_len": 1}
-    return fitted(from_dict(RunConfig, {"model": model, "data": data, "train": train}))
-
-
 @dataclass(frozen=True)
 class RunResult:
     """One arm with one seed."""
@@ -140,19 +115,18 @@ class RunResult:
     settings: Mapping[str, Any]
     curve: Mapping[str, Any]  # what the study's measure found
     parameters: int
-    training_flops: int | float | None  # None: counted wrongly at the time, not derivable
+    training_flops: int | float
     seconds: int | float  # of CPU time, training and measuring
     commit: str
     # Mean loss per token or answer at the training's loops, on text or problems never reported.
-    # None: not finite, or not measured (first edition).
+    # None: not finite.
     validation: float | None = None
     machine: str = ""  # what it ran on; "": not recorded
 
     @property
     def rate(self) -> float:
         """The learning rate it was learned with."""
-        learning = self.settings.get("learning", self.settings)
-        return float(learning.get("train", learning)["optimizer"]["lr"])
+        return float(self.settings["train"]["optimizer"]["lr"])
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,7 @@ from openmythos.train.optim import WSD, AdamW, Muon
 from openmythos.train.run import open_data
 from openmythos.train.trainer import StepMetrics, Trainer
 
-RATES = (1e-3, 2e-3, 4e-3)
 VOCAB_SIZE = 1024
-
-
 PARTS = ("train", "validation", "held_out")
 MEAN_LOOPS = 6  # of the model that needs its loops
 
@@ -61,7 +58,7 @@ def text_model(injection: Injection) -> MythosConfig:
 
 
 def text_training(loops: LoopSampling) -> TrainConfig:
-    """300 steps of 8 x 128 tokens; its learning rate is one of RATES."""
+    """300 steps of 8 x 128 tokens."""
     return TrainConfig(
         num_steps=300,
         batch_size=8,
