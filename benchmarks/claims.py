@@ -10,7 +10,6 @@ import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from speed_claims import (
     bench_rows,
@@ -24,6 +23,8 @@ from speed_claims import (
     speed_tables,
 )
 
+from openmythos.studies import storage
+from openmythos.studies.report import beside_the_paper, deviations
 from openmythos.studies.runner import STUDIES
 from openmythos.studies.statistics import mean_and_half_width
 
@@ -222,9 +223,9 @@ def replaced(text: str, name: str, content: str) -> str:
 def results_page(results: Path) -> str:
     """docs/results.md: a scoreboard, then a screen per study that leads to its report."""
     done = {
-        name: load(results, f"{name}/results.json")
+        name: stored
         for name in STUDIES
-        if (results / name / "report.md").exists()
+        if (stored := storage.load(results / name / "results.json")) and stored.finding
     }
     lines = [
         "# Results",
@@ -237,13 +238,13 @@ def results_page(results: Path) -> str:
         "| claim | paper | here | verdict | seeds |",
         "|---|---|---|---|---|",
     ]
-    for name, data in done.items():
+    for name, stored in done.items():
         cells = (
             f"[{STUDIES[name].headline}](#{name})",
             STUDIES[name].paper,
-            data["finding"]["brief"],
-            f"**{data['finding']['verdict']}**",
-            f"{len({run['seed'] for run in data['runs']})}",
+            stored.finding.brief,
+            f"**{stored.finding.verdict}**",
+            f"{len({run.seed for run in stored.runs})}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     missing = [name for name in STUDIES if name not in done]
@@ -256,8 +257,8 @@ def results_page(results: Path) -> str:
             "",
         ]
     lines += ["## What to believe", "", BELIEVE, "", "## How verdicts are made", "", VERDICTS, ""]
-    for name, data in done.items():
-        lines += screen(name, data)
+    for name, stored in done.items():
+        lines += screen(name, stored)
     lines += [
         "## Other claims",
         "",
@@ -270,25 +271,26 @@ def results_page(results: Path) -> str:
     return "\n".join(lines)
 
 
-def screen(name: str, data: Any) -> Iterator[str]:
+def screen(name: str, stored: storage.Stored) -> Iterator[str]:
     """What one study asked, found, and does not show."""
-    study, finding = STUDIES[name], data["finding"]
-    seconds = sum(run["seconds"] for run in (*data["runs"], *data["trials"]))
+    study, finding = STUDIES[name], stored.finding
+    assert finding is not None
+    seconds = sum(one.seconds for one in (*stored.runs, *stored.trials))
     yield from (f"## {name}", "", f"**{study.claim}** ({study.source})", "")
-    yield from (f"**{finding['verdict'].capitalize()}.** {finding['sentence']}", "")
+    yield from (f"**{finding.verdict.capitalize()}.** {finding.sentence}", "")
     yield from (f"![{study.headline}](../results/{name}/figure.png)", "")
     if study.caption:
         yield from (f"*{study.caption}*", "")
-    if not study.paper.startswith("none"):
-        yield from (f"Paper: {study.paper}.", "")
-    if study.setups:
-        yield from (*(f"- {what}: {paper}; here {here}" for what, paper, here in study.setups), "")
+    if beside := [*beside_the_paper(study, finding)]:
+        yield from (*beside, "")
+    if changed := deviations(study, stored):
+        yield from ("Deviations:", "", *(f"- {point}" for point in changed), "")
     yield from ("Not shown:", "")
     yield from (f"- {point}" for point in study.not_shown)
     yield from (
         "",
-        f"`openmythos study {name}`, {len(data['runs'])} runs and {len(data['trials'])} trials in "
-        f"{seconds / 60:.0f} minutes of CPU time. Table, every seed, rates and deviations: "
+        f"`openmythos study {name}`, {len(stored.runs)} runs and {len(stored.trials)} trials in "
+        f"{seconds / 60:.0f} minutes of CPU time. Table, every seed and learning rates: "
         f"[report](../results/{name}/report.md).",
         "",
     )

@@ -86,7 +86,9 @@ def test_a_report_says_claim_verdict_and_what_is_not_shown(tmp_path: Path) -> No
     text = report_markdown(study, stored)
     assert chains.STUDY.claim in text and "**Verdict: holds.**" in text
     assert all(point in text for point in chains.STUDY.not_shown)
-    assert text.count("\n| ") == 2 + 2 * (1 + len(ARMS))
+    assert text.count("\n| ") == 3 + 2 * (1 + len(ARMS))
+    paper, here = chains.STUDY.paper, chains.judge(results).brief
+    assert f"| result | {paper} | {here.rstrip('.')} |" in text
     assert (
         "| size | 30 M | 148 k |" in text and "| looped, to 20 hops | 1.00, 1.00 | 1,000 |" in text
     )

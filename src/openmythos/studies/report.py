@@ -6,7 +6,7 @@ from typing import Any
 
 from openmythos.config import ConfigError
 from openmythos.studies.storage import Stored, rule_of
-from openmythos.studies.study import RunResult, Study, Trial, by_arm, table_of
+from openmythos.studies.study import Finding, RunResult, Study, Trial, by_arm, table_of
 
 
 def report_markdown(study: Study, stored: Stored) -> str:
@@ -28,12 +28,11 @@ def report_markdown(study: Study, stored: Stored) -> str:
         "counts of successes with the interval of Clopper and Pearson. Bands in the figure: "
         "minimum to maximum of the seeds.",
         "",
-        *_section("Set-ups", _setups(study)),
-        *markdown_table(finding.table),
-        "",
+        *_section("Paper and here", beside_the_paper(study, finding)),
+        *_section("Measured", markdown_table(finding.table)),
         *_section("Every seed", _every_seed(study, results)),
         *_section("Learning rates", _tuning(stored)),
-        *_section("Deviations", _points(_deviations(study, stored))),
+        *_section("Deviations", _points(deviations(study, stored))),
         *_section("Not shown", _points(study.not_shown)),
         *_section("Run it again", _again(study, stored)),
     ]
@@ -58,11 +57,13 @@ def _seeds(results: Sequence[RunResult]) -> str:
     return listed + (f" (some arms also {', '.join(map(str, sorted(more)))})" if more else "")
 
 
-def _setups(study: Study) -> Iterator[str]:
-    if study.setups:
-        yield from markdown_table(
-            [{"": what, "paper": paper, "here": here} for what, paper, here in study.setups]
-        )
+def beside_the_paper(study: Study, finding: Finding) -> Iterator[str]:
+    """A table of the paper's result and set-up beside ours."""
+    rows = [*study.setups]
+    if not study.paper.startswith("none"):
+        rows.insert(0, ("result", study.paper, finding.brief.rstrip(".")))
+    if rows:
+        yield from markdown_table([{"": what, "paper": p, "here": h} for what, p, h in rows])
 
 
 def _every_seed(study: Study, results: Sequence[RunResult]) -> Iterator[str]:
@@ -94,7 +95,8 @@ def _tuning(stored: Stored) -> Iterator[str]:
         yield f"- {arm}: " + ", ".join(f"{t.rate:g}: {-t.fit:.3f}" for t in trials)
 
 
-def _deviations(study: Study, stored: Stored) -> list[str]:
+def deviations(study: Study, stored: Stored) -> list[str]:
+    """What was changed after the first runs: written by hand, and whether the rule was."""
     points = [*study.deviations]
     rule = stored.rule
     if rule and rule["sha256"] != rule_of(study, stored.hardware)["sha256"]:
