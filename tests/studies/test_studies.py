@@ -48,7 +48,6 @@ NOT_RUN_YET = {
     "loop-use",
     "experts-by-loop",
     "ltg-as-published",
-    "looped-layers",
     "in-context-hops",
     "two-hops-in-english",
 }

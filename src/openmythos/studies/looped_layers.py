@@ -103,26 +103,29 @@ def judge(results: Sequence[RunResult]) -> Finding:
     most one seed fewer than 6 layers do. The first of them is central."""
     groups = by_arm(results)
     statements: dict[str, bool] = {}
-    unfit, parts = [], []
+    unfit, parts, untested = [], [], []
     for task in TASKS:
         deep, looped, once = (groups[name_of(task, shape)] for shape in SHAPES)
         low = statistics.mean(map(accuracy, once))
         if solves(deep) < ENOUGH * len(deep) or low > LOW:
             unfit.append(f"{task} (6 layers {solves(deep)} of {len(deep)}, one layer {low:.0%})")
+            shares = (statistics.mean(map(accuracy, runs)) for runs in (looped, deep))
+            untested.append("{} {:.0%}, 6 layers {:.0%}".format(task, *shares))
             continue
         fine = solves(looped) >= max(ENOUGH * len(looped), solves(deep) - FEWER)
         statements[
             f"{task}: 1 x 6 solves it in {solves(looped)} of {len(looped)} seeds, 6 x 1 in "
             f"{solves(deep)}; 1 x 1 answers {low:.0%}"
         ] = fine
-        parts.append(f"{task} {solves(looped)} of {len(looped)} seeds, 6 layers {solves(deep)}")
+        parts.append(f"{task} {solves(looped)}/{len(looped)}")
     met = len(statements) >= 2
     left = f" Tasks that do not test it: {', '.join(unfit)}." if unfit else ""
     sentence = (
         "The premise is two tasks that 6 layers solve and one does not: "
         f"{'met' if met else 'not met'}. {as_sentence(statements)}{left}"
     )
-    brief = f"1 x 6 solves {'; '.join(parts)}." if parts else "No task tests it."
+    solved = f"Solved by seeds: {', '.join(parts)}" if parts else "No task tests it"
+    brief = f"{'; '.join([solved, *untested])}."
     verdict = by_bars(statements or {"": False}, premise=met)
     return Finding(verdict, sentence, table_of(results, COLUMNS), brief)
 
@@ -169,8 +172,18 @@ STUDY = Study(
         ("sums", "8 to 32 operands of 3 digits", "2 operands of 3 digits"),
         ("group words", "as i-GSM and math tasks; S_5 here from Barrington", "6 letters"),
     ),
-    caption="Problems answered right by layers and loops: a dot per seed.",
+    caption=(
+        "One layer looped 6 times solves p-hop and sums as 6 layers do, where one layer run once "
+        "fails. On words of S_5, which neither solves in these steps, it stays 25 points behind. "
+        "Problems answered right; a dot per seed."
+    ),
+    deviations=(
+        "After the runs, the line for the table of all studies was made to name the task that "
+        "does not count, S_5. The bars and the verdict are as they were.",
+    ),
     not_shown=(
+        "That it holds where 6 layers are not perfect: on words of S_5, which the rule leaves out "
+        "for that, the loop is behind in every seed. Longer training was not tried.",
         "The papers' sizes, and language.",
         "Rates that are safe for the worst seed: one trial seed may miss a rate at the cliff.",
         "Blocks of several layers looped, such as 2 x 3 and 3 x 2.",
