@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -179,6 +180,33 @@ def test_hardware_says_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch
             monkeypatch.setattr(module, "bf16_is_native", lambda _=CPU, native=native: native)
         assert machine.describe()["bf16_is_native"] is native
         assert host.processor_kind() == capability.lower() + suffix
+
+
+def test_the_commit_is_that_of_the_code_and_of_no_other_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    own = machine.describe()
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "another project")
+    other = git("rev-parse", "HEAD")
+    monkeypatch.chdir(tmp_path)  # called from another project
+    assert (machine.describe()["commit"], machine.describe()["dirty"]) == (
+        own["commit"],
+        own["dirty"],
+    )
+    assert own["commit"] != other
+    inside = tmp_path / "site-packages" / "machine.py"  # installed inside another project
+    inside.parent.mkdir()
+    monkeypatch.setattr(machine, "__file__", str(inside))
+    assert machine.describe()["commit"] == "unknown" and not machine.describe()["dirty"]
+    inside.write_text("")
+    git("add", "site-packages")  # a project that keeps its libraries
+    assert machine.describe()["commit"] == other
 
 
 def test_a_second_kind_of_processor_is_a_column(tmp_path: Path) -> None:

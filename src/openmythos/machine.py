@@ -255,9 +255,12 @@ def seed_device(seed: int, device: torch.device) -> None:
 def describe() -> dict[str, str | int | bool | None]:
     """Commit and hardware, for result files; call it before the work, in case HEAD moves.
 
-    "dirty": whether src/ differs from the commit.
+    The commit is that of the code that runs, wherever it is called from; "unknown" outside of a
+    checkout. "dirty": whether the package differs from it.
     """
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", "src")
+    checked_out = _git("ls-files", Path(__file__).name)  # else the repository is somebody else's
+    commit = _git("rev-parse", "HEAD") if checked_out else ""
+    changes = _git("status", "--porcelain", "--", ".") if checked_out else ""
     return {
         "commit": commit or "unknown",
         "dirty": bool(changes),
@@ -272,9 +275,10 @@ def describe() -> dict[str, str | int | bool | None]:
 
 
 def _git(*words: str) -> str:
-    """What a git command prints; nothing where there is no git."""
+    """What a git command prints in the package's folder; nothing where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
-        return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
 

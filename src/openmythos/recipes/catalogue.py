@@ -39,7 +39,7 @@ def demo() -> RunConfig:
     """About two minutes on two cores: the whole architecture at 1.4 M parameters.
 
     All layers are in the loop and the head is tied to the embedding. With a prelude and a coda, or
-    with an untied head, loops bring nothing in so short a training (`openmythos study loop-use`).
+    with an untied head, loops bring little in so short a training (`openmythos study loop-use`).
     Muon reaches a lower loss than AdamW in as many steps (same study). Because there are few steps,
     its learning rate is high and the router bias is updated faster than by default.
     """
