@@ -3,11 +3,18 @@
     python benchmarks/demo_seeds.py --seeds 3
 
 All numbers on the demo in the README come from here. A seed changes initial weights, data order and
-sampled loops; corpus, split and tokenizer stay the same.
+sampled loops; corpus, split and tokenizer stay the same. `--set` changes the recipe, as in
+`openmythos train`; the demo with LoRA per loop instead of an embedding of the loop is
+
+    python benchmarks/demo_seeds.py --seeds 3 --out results/demo-lora --set \\
+        model.loop_embedding=none model.loop_lora=lora model.loop_lora.rank=4 \\
+        model.loop_lora.num_loops=8
 """
 
 import argparse
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -17,16 +24,16 @@ import torch
 
 from openmythos.analysis import plots
 from openmythos.cli.commands import DEMO_LOOPS as LOOPS
-from openmythos.config import to_dict
+from openmythos.config import apply_overrides, to_dict
 from openmythos.files import write_json
 from openmythos.machine import describe, keep_freed_memory
 from openmythos.recipes import catalogue, report
+from openmythos.train.config import RunConfig
 from openmythos.train.run import Run, train
 
 
-def run_seed(seed: int) -> dict[str, object]:
+def run_seed(config: RunConfig, seed: int) -> dict[str, object]:
     """Train and evaluate one seed in a temporary run folder."""
-    config = catalogue.get("demo")
     config = replace(config, train=replace(config.train, seed=seed))
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / "run", config)
@@ -48,10 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
     options = parser.parse_args()
+    config = apply_overrides(catalogue.get("demo"), options.changes)
     keep_freed_memory()
     machine = describe()
-    runs = [run_seed(seed) for seed in range(options.seeds)]
+    runs = [run_seed(config, seed) for seed in range(options.seeds)]
     curves = {
         f"seed {run['seed']}": {loop: run["held_out"][str(loop)]["bits_per_byte"] for loop in LOOPS}
         for run in runs
@@ -59,8 +68,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(
         {
-            "command": f"python benchmarks/demo_seeds.py --seeds {options.seeds}",
-            "config": to_dict(catalogue.get("demo")),
+            "command": shlex.join(["python", "benchmarks/demo_seeds.py", *sys.argv[1:]]),
+            "config": to_dict(config),
             "hardware": machine,
             "threads": torch.get_num_threads(),
             "runs": runs,
@@ -70,7 +79,7 @@ def main() -> None:
     figure = plots.loss_against_loops(
         curves,
         references=runs[0]["compressors_bits_per_byte"],
-        trained_loops=float(catalogue.get("demo").train.loops.mean_loops),
+        trained_loops=float(config.train.loops.mean_loops),
     )
     rows = [
         {"seed": name.removeprefix("seed "), "num_loops": loop, "bits_per_byte": bits}
