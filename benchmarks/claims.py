@@ -55,9 +55,9 @@ def study_rows(results: Path) -> Iterator[str]:
             yield row(study.headline, finding["brief"], verdict)
 
 
-def demo_numbers(results: Path) -> tuple[dict[int, list[float]], int]:
+def demo_numbers(results: Path, name: str = "demo") -> tuple[dict[int, list[float]], int]:
     """(held-out bits per byte of every seed by loops, number of loops with the best mean)."""
-    runs = load(results, "demo/results.json")["runs"]
+    runs = load(results, f"{name}/results.json")["runs"]
     bits = {
         int(loops): [run["held_out"][loops]["bits_per_byte"] for run in runs]
         for loops in sorted(runs[0]["held_out"], key=int)
@@ -113,6 +113,13 @@ def demo_rows(results: Path) -> Iterator[str]:
         ("" if mean + half < 0 else "**no**, not after so short a training: ")
         + f"{counted(more)} against {first}: {plus_minus(change, '+')} bits per byte",
         "same",
+    )
+    lora = demo_numbers(results, "demo-lora")[0]
+    change = [ours - theirs for ours, theirs in zip(bits[last], lora[last], strict=True)]
+    yield row(
+        "an embedding of the loop suits the demo model better than LoRA per loop",
+        f"{plus_minus(change, '+')} bits per byte at {counted(last)}",
+        "the same with `--set` as its `--help` says ([results](results/demo-lora/results.json))",
     )
 
 

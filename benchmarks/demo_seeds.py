@@ -52,7 +52,9 @@ def run_seed(config: RunConfig, seed: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
