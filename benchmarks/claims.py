@@ -114,8 +114,12 @@ def demo_rows(results: Path) -> Iterator[str]:
         + f"{counted(more)} against {first}: {plus_minus(change, '+')} bits per byte",
         "same",
     )
-    lora = demo_numbers(results, "demo-lora")[0]
-    change = [ours - theirs for ours, theirs in zip(bits[last], lora[last], strict=True)]
+
+
+def demo_conditioning_rows(results: Path) -> Iterator[str]:
+    (ours, _), (lora, _) = demo_numbers(results), demo_numbers(results, "demo-lora")
+    last = max(ours)
+    change = [a - b for a, b in zip(ours[last], lora[last], strict=True)]
     yield row(
         "an embedding of the loop suits the demo model better than LoRA per loop",
         f"{plus_minus(change, '+')} bits per byte at {counted(last)}",
@@ -272,7 +276,7 @@ def results_page(results: Path) -> str:
         "Speed, memory and cache are in [performance.md](performance.md), what tests hold in "
         "[architecture.md](architecture.md).",
         "",
-        in_docs(table(demo_rows(results), scale_rows(results))),
+        in_docs(table(demo_rows(results), demo_conditioning_rows(results), scale_rows(results))),
         "",
     ]
     return "\n".join(lines)
