@@ -195,8 +195,14 @@ STUDY = Study(
         ("mastery", "accuracy on validation chains", "on the chains of training, drawn anew"),
         ("stop", "KL and entropy", "12 loops, fixed before"),
     ),
-    caption="Chains answered right by hops, at 2 to 12 loops.",
+    caption=(
+        "After training on up to 10 hops, 8 loops answer these and 11; 12 loops, more than in "
+        "training, add nothing, and a third of 12 hops is answered. Fewer loops answer fewer hops: "
+        "4 loops 8, 2 loops 4, a model trained with one loop 4, too. Chains answered right by hops."
+    ),
     not_shown=(
+        "More than 12 hops, the columns of a question. It learns all 10 hops of training, so that "
+        "12 is two beyond these, one beyond its reach; in training columns 11 and 12 are padding.",
         "The paper's size and length of training.",
         "Learning rates: one, from no trial.",
     ),
