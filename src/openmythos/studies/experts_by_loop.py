@@ -1,6 +1,5 @@
 """Do loops use experts of their own, does it matter, and does bias balancing spread the load?"""
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -66,7 +65,6 @@ ASKED_HOPS, TRAINED_HOPS = 10, 10
 PUBLISHED = 1.42  # distinct experts / top_k in 4 loops: Meta's looped MoE of 8 experts a group
 COSTS_NATS, COSTS_POINTS = 0.02, 0.2  # of being forced to the first loop's experts
 IN_ALL, IN_EACH = 0.2, 0.5  # MaxVio over all loops, and in the worst loop
-WINDOWS = 256
 
 
 def arms() -> list[Arm]:
@@ -127,8 +125,9 @@ def measure(trained: OpenMythos | TextRun, arm: Arm, quick: bool) -> dict[str, A
     """Loss or accuracy with the experts as chosen and forced; choices by loop."""
     if isinstance(trained, TextRun):
         model = trained.model.eval()
-        windows = evaluation_windows(trained.held_out, 128, batch_size=16)
-        batches = list(itertools.islice(windows, 1 if quick else WINDOWS // 16))
+        batches = list(evaluation_windows(trained.held_out, 128, batch_size=16))
+        # From everywhere in the text: a load that is even in all is not so in each document.
+        batches = batches[:1] if quick else batches[::2]
         scores = [(b.tokens, b.targets, b.weights) for b in batches]
     else:
         model = trained.eval()
@@ -147,8 +146,8 @@ def measure(trained: OpenMythos | TextRun, arm: Arm, quick: bool) -> dict[str, A
             count += float(weights.sum())
         found["score"][name] = total / count
     if routed:
-        tokens = torch.cat([tokens for tokens, _, _ in scores][:4])
-        found |= _choices(chosen_experts(model, tokens, LOOPS))
+        chosen = [chosen_experts(model, tokens, LOOPS) for tokens, _, _ in scores]
+        found |= _choices(torch.cat(chosen, dim=1))
     return found
 
 
@@ -295,8 +294,9 @@ STUDY = Study(
         "The text model that needs its loops, with 16 experts top-2 and one shared, 600 steps; and "
         "the k-hop model of depth-extrapolation with such experts, trained to 10 hops. The causal "
         "test: in a pass, every loop is made to use the experts that the first loop (or the one "
-        "before) chose, weighted by its own scores. Choices of 64 held-out windows in 8 loops. A "
-        "router per loop is the shared one plus a matrix per loop."
+        "before) chose, weighted by its own scores. Choices in 8 loops. Loss and choices on every "
+        "second batch of all held-out text. A router per loop is the shared one plus a matrix per "
+        "loop."
     ),
     setups=(
         ("model", "8 experts a group, 0.3 B active of 1.3 B (Meta)", "16 experts, 0.4 M"),
@@ -313,6 +313,9 @@ STUDY = Study(
     deviations=(
         "It replaces expert-routing, whose text model hardly used its loops, and which had no "
         "causal test; its bar, a Jaccard index of at most 0.5, is of no paper.",
+        "All runs were made a second time, with the same rule. The first took the choices from 64 "
+        "windows in a row, which are of a few documents: a MaxVio of 1.71 there, though the load "
+        "over all text was far more even. The loss was of the first 256 windows.",
         "After the runs came the third panel of the figure, and, in the line for the table of all "
         "studies, what the experts of the loop before cost. Bars and verdict are as they were.",
         "Arms of the mixture use the rate tuned for the shared router; the bias step is constant.",
