@@ -305,7 +305,7 @@ STUDY = Study(
     ),
     caption=(
         "On text a token changes its experts after the first loop and hardly ever later: the first "
-        "loop's experts cost 0.02 to 0.07 nats, those of the loop before nothing, unless every "
+        "loop's experts cost 0.01 to 0.05 nats, those of the loop before nothing, unless every "
         "loop has a router of its own, which does not lower the loss (right). On chains experts go "
         "on drifting (middle): the first loop's cost 33 points, those of the loop before none, "
         "too. Left: distinct experts that a token meets, beside the published numbers."
