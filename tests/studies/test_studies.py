@@ -295,6 +295,7 @@ def test_rates_are_chosen_inside_a_grid_that_grows(
     monkeypatch.setattr(runner, "run_arm", made_up)
     monkeypatch.setattr(runner, "worker_pool", Here)
     monkeypatch.setattr(runner, "rule_of", lambda *_: {})
+    monkeypatch.setattr(runner, "report_markdown", lambda *_: "")
     monkeypatch.setattr(runner, "get", lambda _: study)
     monkeypatch.setattr(Arm, "quick", lambda arm: arm)
     totals: list[int] = []

@@ -21,6 +21,7 @@ from openmythos.studies.study import (
     by_arm,
     by_bars,
     curve_of,
+    lines_of,
     table_of,
     to_json,
 )
@@ -146,14 +147,7 @@ def judge(results: Sequence[RunResult]) -> Finding:
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
     """Held-out loss against loops: what takes the gain away, and what does not."""
-    groups = by_arm(results)
-    rows: list[dict[str, object]] = []
-    lines = study_plots.Lines()
-    for name, runs in groups.items():
-        for run in runs:
-            for loops, loss in curve_of(run.curve).items():
-                lines.add(name, loops, loss)
-                rows.append({"arm": name, "seed": run.seed, "loops": loops, "nats": loss})
+    lines, rows = lines_of(results, lambda run: curve_of(run.curve), "loops", "nats")
     panels = {
         "expected to take the gain away": (BASE, *TAKES),
         "expected to leave it": (BASE, *LEAVES, ADAMW),
@@ -186,7 +180,7 @@ STUDY = Study(
     caption=(
         "Left: a prelude and coda, or an untied head, reach with one loop what the base reaches "
         "with six, and leave loops little to do. Right: experts and zero-initialised outputs "
-        "change nothing; latent attention and, at the base's rate, LoRA per loop gain less, at a "
+        "change little; latent attention and, at the base's rate, LoRA per loop gain less, at a "
         "higher loss. Held-out loss by loops at inference."
     ),
     not_shown=(

@@ -99,7 +99,7 @@ def deviations(study: Study, stored: Stored) -> list[str]:
     """What was changed after the first runs: written by hand, and whether the rule was."""
     points = [*study.deviations]
     rule = stored.rule
-    if rule and rule["sha256"] != rule_of(study, stored.hardware)["sha256"]:
+    if rule["sha256"] != rule_of(study, stored.hardware)["sha256"]:
         points.append(
             f"The verdict rule or its bars changed after the first run: they were those of commit "
             f"{rule['commit'][:10]}."
@@ -119,9 +119,8 @@ def _again(study: Study, stored: Stored) -> Iterator[str]:
         f"of CPU time, each on one thread of {_machines(runs, machine)}, at commit "
         f"{commits}{', with uncommitted changes' if machine.get('dirty') else ''}."
     )
-    if stored.rule:
-        yield ""
-        yield f"Rule, fixed at commit {stored.rule['commit'][:10]}: {stored.rule['words']}"
+    yield ""
+    yield f"Rule, fixed at commit {stored.rule['commit'][:10]}: {stored.rule['words']}"
 
 
 def _machines(runs: Sequence[RunResult], machine: Mapping[str, Any]) -> str:

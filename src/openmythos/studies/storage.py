@@ -17,7 +17,7 @@ from openmythos.studies.study import Finding, RunResult, Study, Trial
 class Stored:
     """What results.json holds."""
 
-    rule: Mapping[str, Any] = field(default_factory=dict)  # of `rule_of`, before the first run
+    rule: Mapping[str, Any]  # of `rule_of`, before the first run
     hardware: Mapping[str, Any] = field(default_factory=dict)
     runs: Sequence[RunResult] = ()
     trials: Sequence[Trial] = ()
