@@ -171,9 +171,18 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 @functools.cache
 def bf16_slowdown(device: torch.device) -> float:
-    """Time of a small matrix product in bf16 / time in fp32; measured once per process."""
+    """Time of a small matrix product in bf16 / time in fp32; measured once per process.
+
+    On a CPU with one thread: where other processes keep the cores busy, threads wait for each
+    other, and fp32 on two looked a thousand times slower than it is (56 ms, not 0.05).
+    """
     width = _PROBE_WIDTH.get(device.type, 1024)
-    fp32, bf16 = (_product_seconds(device, x, width) for x in (torch.float32, torch.bfloat16))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        fp32, bf16 = (_product_seconds(device, x, width) for x in (torch.float32, torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
     return bf16 / fp32
 
 
