@@ -29,6 +29,7 @@ from openmythos.nn.block import Attention, FeedForward
 from openmythos.nn.cache import CachePolicy
 from openmythos.nn.feed_forward import GELU, GeGLU
 from openmythos.nn.grouped_query import GroupedQueryAttention
+from openmythos.nn.moe import MoE
 from openmythos.nn.value_embedding import GatedValueEmbeddings
 from openmythos.nn.view import LayerView
 from openmythos.recurrence.exit_rules import ExitRule
@@ -78,7 +79,7 @@ EDGES: dict[str, Any] = {
 
 # Members and fields left out of the pairwise covering; they occur in `OPTIONS`.
 UNPAIRED = {"exit_gate", "geglu", "gelu", "sine_hash"}
-UNPAIRED |= {"qk_norm_kind", "qk_bias", "bias", "orthogonal", "readout"}
+UNPAIRED |= {"qk_norm_kind", "qk_bias", "bias", "orthogonal", "readout", "bias_decays"}
 
 
 def tiny(cls: type, **changes: Any) -> Any:
@@ -270,6 +271,7 @@ OPTIONS: list[dict[str, Any]] = [
     },
     {"halting": ExitGate(threshold=0.6, readout="freeze"), "state_init": SineHashState()},
     {"halting": ExitGate(readout="expected")},
+    {"feed_forward": tiny(MoE, bias_loops=2), "recurrent_feed_forward": tiny(MoE, bias_loops=2)},
 ]
 
 

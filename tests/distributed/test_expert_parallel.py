@@ -50,7 +50,7 @@ HALTING = replace(MODEL, halting=ACT(bias_init=-0.5))
 EVERYWHERE = replace(
     MODEL,
     feed_forward=MoE(num_experts=2, top_k=1, expert_dim=16),
-    recurrent_feed_forward=MoE(num_experts=6, top_k=2, expert_dim=16),
+    recurrent_feed_forward=MoE(num_experts=6, top_k=2, expert_dim=16, bias_loops=2),
 )
 # (ranks, model, training) by name; `experts` is 2 in all.
 CASES: dict[str, tuple[int, Any, TrainConfig]] = {

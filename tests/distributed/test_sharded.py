@@ -98,9 +98,9 @@ def first_step(shards: Path, per: Any) -> dict[str, Any]:
 
     update = model.update_router_bias
 
-    def note_counts(counts: dict[str, torch.Tensor]) -> None:
+    def note_counts(counts: dict[str, torch.Tensor], scale: float) -> None:
         heard["counts"] = {name: count.clone() for name, count in counts.items()}
-        update(counts)
+        update(counts, scale)
 
     model.losses = note_loops  # type: ignore[method-assign]
     model.update_router_bias = note_counts  # type: ignore[method-assign, assignment]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from variants import VOCAB, members, name_of, tiny_config, tiny_model, variations
+from variants import VOCAB, members, name_of, tiny, tiny_config, tiny_model, variations
 
 from openmythos import kernels
 from openmythos.config import ConfigError
@@ -31,6 +31,7 @@ from openmythos.model.stages import Stages
 from openmythos.nn.block import Attention
 from openmythos.nn.cache import ExactCache, FirstLoopCache, GroupedLoopCache, LastLoopCache
 from openmythos.nn.grouped_query import GroupedQueryAttention
+from openmythos.nn.moe import MoE
 from openmythos.recurrence.exit_rules import (
     ArgmaxExit,
     FixedExit,
@@ -104,6 +105,7 @@ MODELS = st.builds(
     attention=st.sampled_from(variations(Attention)),
     halting=st.sampled_from([*members(Halting), ExitGate(threshold=0.6, readout="freeze")]),
     loop_embedding=st.sampled_from([NoLoopEmbedding(), LoopEmbedding(num_loops=3)]),
+    recurrent_feed_forward=st.sampled_from([tiny(MoE), tiny(MoE, bias_loops=2)]),
     recurrent_layers=st.integers(1, 2),
     coda_layers=st.integers(0, 2),
     prelude_layers=st.integers(0, 1),

@@ -86,11 +86,11 @@ def dense(hidden: int, activation: Any = "silu", *, gated: bool = True) -> Dense
     return DenseWeights(up=up, down=matrix(DIM, hidden), activation=activation, gated=gated)
 
 
-def moe(*, softmax: bool, normalize: bool, shared: bool) -> ExpertsWeights:
+def moe(*, softmax: bool, normalize: bool, shared: bool, loops: int = 0) -> ExpertsWeights:
     experts, hidden = 6, 16
     return ExpertsWeights(
         router=matrix(experts, DIM),
-        router_bias=torch.randn(experts) / 5,
+        router_bias=torch.randn(*[loops] * bool(loops), experts) / 5,
         gate_up=torch.stack([matrix(2 * hidden, DIM) for _ in range(experts)]),
         down=torch.stack([matrix(DIM, hidden) for _ in range(experts)]),
         top_k=2,
@@ -118,6 +118,7 @@ FEED_FORWARDS = {
     "gelu": lambda: dense(5, "gelu", gated=False),
     "moe, sigmoid, shared": lambda: moe(softmax=False, normalize=True, shared=True),
     "moe, softmax": lambda: moe(softmax=True, normalize=False, shared=False),
+    "moe, biases of 3 loops": lambda: moe(softmax=False, normalize=True, shared=False, loops=3),
 }
 # Every kind of either, most of them with the latent attention or the SwiGLU.
 PAIRS = [(a, "swiglu") for a in ATTENTIONS] + [("latent, qk_norm", f) for f in FEED_FORWARDS]
@@ -155,6 +156,7 @@ def places(weights: LayerWeights, rotary: int, *, hidden: bool) -> Places:
         mask=mask if hidden else None,
         cos=cos if rotary else None,
         sin=sin if rotary else None,
+        loop=torch.randint(0, 5, (ROWS,)),
     )
 
 
@@ -197,7 +199,7 @@ def row_of(part: Any, r: int) -> Any:
     if isinstance(part, Tensor):
         return part[r : r + 1].contiguous()
     if isinstance(part, Places):
-        names = ("column", "slot", "line", "pages", "first", "writes", "mask", "cos", "sin")
+        names = ("column", "slot", "line", "pages", "first", "writes", "mask", "cos", "sin", "loop")
         return replace(part, **{name: row_of(getattr(part, name), r) for name in names})
     return part
 

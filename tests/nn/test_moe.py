@@ -367,6 +367,24 @@ def test_update_moves_every_bias_by_the_rate_towards_balance() -> None:
     assert layer.router.router_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
 
 
+def test_update_balances_every_loop_by_itself() -> None:
+    layer = build(num_experts=4, bias_rate=0.25, bias_loops=3)
+    layer.router.router_bias.zero_()
+    layer.update_router_bias(torch.tensor([[8.0, 0, 4, 4], [1, 2, 2, 3], [0, 0, 0, 0]]))
+    wanted = [[-0.25, 0.25, 0.0, 0.0], [0.25, 0.0, 0.0, -0.25], [0.0] * 4]
+    assert layer.router.router_bias.tolist() == wanted
+
+
+@pytest.mark.parametrize(("decays", "moved"), [(False, 0.25), (True, 0.125)])
+def test_the_step_of_the_bias_follows_the_learning_rate_if_asked(
+    decays: bool, moved: float
+) -> None:
+    layer = build(num_experts=4, bias_rate=0.25, bias_decays=decays)
+    layer.router.router_bias.zero_()
+    layer.update_router_bias(torch.tensor([8.0, 0.0, 4.0, 4.0]), scale=0.5)
+    assert layer.router.router_bias.tolist() == [-moved, moved, 0.0, 0.0]
+
+
 def test_a_rate_of_zero_switches_the_bias_off() -> None:
     layer = build(bias_rate=0.0)
     before = layer.router.router_bias.clone()

@@ -1,6 +1,7 @@
 """The loop itself: truncated backprop, depths per sequence, checkpoints, statistics, states."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from openmythos.recurrence.loop_embedding import LoopEmbedding
 from openmythos.recurrence.loop_lora import LoopLoRA
 from openmythos.recurrence.schedule import LoopPlan
 
+BIAS = "recurrent.layers.0.feed_forward.router.router_bias"
 CONDITIONED: dict[str, Any] = {
     "loop_embedding": LoopEmbedding(num_loops=3),
     "loop_lora": LoopLoRA(num_loops=3, targets=("*",)),
@@ -271,6 +273,35 @@ def test_router_statistics_are_summed_over_loops(halting: Any, checkpoint_loops:
     for name in ("prelude.0", "coda.0"):
         assert out.router[name].tokens == 3 * SEQ
     assert model.eval()(random_tokens(3)).router == {}
+
+
+@torch.no_grad()
+def test_a_loop_is_routed_and_counted_by_a_bias_of_its_own() -> None:
+    """Against one shared bias that is set by hand before every loop; the last is used beyond."""
+    mixture = MoE(num_experts=6, expert_dim=16, bias_loops=2)
+    model = tiny_model(tiny_config(recurrent_feed_forward=mixture)).train()
+    shared = tiny_model(tiny_config(recurrent_feed_forward=replace(mixture, bias_loops=1)))
+    biases = torch.randn(2, 6)
+    values = model.state_dict() | {BIAS: torch.zeros(6)}
+    shared.load_state_dict(values)
+    model.load_state_dict(values | {BIAS: biases})
+    tokens, depths = random_tokens(3), torch.tensor([4, 1, 3])
+    out = model(tokens, num_loops=depths, backprop_loops=2)
+    router = shared.get_submodule(BIAS.removesuffix(".router_bias"))
+    loops = iter([0, 1, 1, 1])
+
+    def set_bias(*_: Any) -> None:
+        router.router_bias.copy_(biases[next(loops)])
+
+    handle = router.register_forward_pre_hook(set_bias)
+    wanted, own = expert_calls(shared, lambda: shared(tokens, num_loops=depths))
+    handle.remove()
+    torch.testing.assert_close(out.logits, wanted.logits)
+    stats = out.router["recurrent.layers.0"]
+    by_loop = [x.flatten().bincount(minlength=6) for x in (own[0][0], torch.cat(own[0][1:]))]
+    assert stats.counts.tolist() == torch.stack(by_loop).tolist()
+    load = sum(by_loop)
+    assert stats.max_violation() == pytest.approx(float(load.max() / load.float().mean() - 1))
 
 
 def test_the_forward_pass_changes_no_buffer_or_parameter() -> None:

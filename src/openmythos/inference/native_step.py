@@ -68,7 +68,7 @@ class NativeStep:
         deltas = [block.conditioning(loop)[1] for loop in range(num_loops)]
         self._deltas, self._memory = deltas, addresses(deltas[0])
         self._loops = [
-            self._arranged(layers[recurrent:coda], cache.views("recurrent", 1, loop), own)
+            self._arranged(layers[recurrent:coda], cache.views("recurrent", 1, loop), own, loop)
             for loop, own in enumerate(deltas)
         ]
 
@@ -77,6 +77,7 @@ class NativeStep:
         layers: Sequence[DecodedLayer],
         views: Sequence["Cached"],
         deltas: Deltas = NO_DELTAS,
+        loop: int = 0,
     ) -> list["PreparedLayer"]:
         cos = sin = None
         if self._angles is not None:
@@ -91,6 +92,7 @@ class NativeStep:
                 mask=self._valid if bool(self._padding.any()) else None,
                 cos=cos,
                 sin=sin,
+                loop=loop,
             )
             shape = (len(view.storage), self.model.width)
             out = view.storage.new_empty(shape, dtype=self._dtype)

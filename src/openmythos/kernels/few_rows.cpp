@@ -45,6 +45,7 @@ struct Layer {
   int64_t dim, kv_width, heads, kv_heads;
   int64_t nope_dim, value_dim, latent_dim;  // grouped: value_dim is head_dim
   int64_t experts, top_k, expert_dim;   // experts = 0: the feed-forward is dense
+  int64_t bias_loops;                   // router_bias: [bias_loops, experts], the last also beyond
   Map query_down, query, kv_down, key, value, kv_up, output, router, up, down;  // up: [gate | up]
   Norm query_latent_norm, kv_latent_norm, query_norm, key_norm;
   Norm attention_norm, attention_branch_norm, attention_sum_norm;
@@ -58,14 +59,15 @@ struct Layer {
 struct Call {
   const void* x;
   void *out, *kv;  // kv: [slots, lines, columns, kv_width] with the strides below
-  const int64_t *slot, *line, *column, *first;  // [rows]; null: 0, r, same_column, 0
+  // [rows]; null: 0, r, same_column, 0, same_loop
+  const int64_t *slot, *line, *column, *first, *loop;
   // Null, or [lines, blocks] with lines page_row_stride apart: kv is [pages, page_columns, kv_width]
   // with pages slot_stride apart, and column c of row r is in page pages[line, c / page_columns].
   const int64_t* pages;
   const uint8_t *writes, *mask;                 // [rows], [rows or 1, >= column + 1]; may be null
   const float *cos, *sin;                       // [rows or 1, rotary]; null: not rotated
   int64_t rows, rotary_dim, same_column, slot_stride, line_stride, mask_stride, table_stride;
-  int64_t page_columns, page_row_stride;
+  int64_t page_columns, page_row_stride, same_loop;
   int32_t dtype, kv_dtype;
 };
 
@@ -672,7 +674,7 @@ void route(const Layer& layer, const float* scores, const float* bias, int32_t* 
     int32_t best = -1;
     float most = 0;
     for (int32_t e = 0; e < layer.experts; e++) {
-      float score = scores[e] + (bias ? bias[e] : 0);
+      float score = scores[e] + bias[e];
       bool taken = std::find(chosen, chosen + k, e) != chosen + k;
       if (!taken && (best < 0 || score > most)) best = e, most = score;
     }
@@ -685,15 +687,18 @@ void route(const Layer& layer, const float* scores, const float* bias, int32_t* 
 }
 
 // y += sum_i weight_i expert_i(x), expert by expert, each for all rows that chose it.
-void routed_experts(const Layer& layer, Rows x, Rows y, int64_t rows) {
+void routed_experts(const Layer& layer, const Call& call, Rows x, Rows y, int64_t rows) {
   int64_t top_k = layer.top_k, hidden = layer.expert_dim, dim = layer.dim;
   Rows logits = apply(layer.router, x, rows);
-  const float* bias = as_floats(layer.router_bias, layer.router_bias_dtype, layer.experts);
+  int64_t last = layer.bias_loops - 1;
+  const float* bias =
+      as_floats(layer.router_bias, layer.router_bias_dtype, layer.bias_loops * layer.experts);
   int32_t* chosen = scratch.take<int32_t>(rows * top_k);
   float* weights = scratch.take<float>(rows * top_k);
   for (int64_t r = 0; r < rows; r++) {
     scores_of(layer, logits[r]);
-    route(layer, logits[r], bias, chosen + r * top_k, weights + r * top_k);
+    int64_t loop = std::min(call.loop ? call.loop[r] : call.same_loop, last);
+    route(layer, logits[r], bias + loop * layer.experts, chosen + r * top_k, weights + r * top_k);
   }
   Rows some_x = scratch.take<float*>(rows), some_y = scratch.take<float*>(rows);
   float* share = scratch.take<float>(rows);
@@ -715,7 +720,7 @@ void routed_experts(const Layer& layer, Rows x, Rows y, int64_t rows) {
   }
 }
 
-Rows feed_forward(const Layer& layer, Rows x, int64_t rows) {
+Rows feed_forward(const Layer& layer, const Call& call, Rows x, int64_t rows) {
   Rows y = new_rows(rows, layer.dim);
   if (layer.dense) {  // the whole feed-forward, or the shared experts
     Rows hidden = apply(layer.up, x, rows);
@@ -724,7 +729,7 @@ Rows feed_forward(const Layer& layer, Rows x, int64_t rows) {
   } else {
     for (int64_t r = 0; r < rows; r++) std::fill(y[r], y[r] + layer.dim, 0.0f);
   }
-  if (layer.experts) routed_experts(layer, x, y, rows);
+  if (layer.experts) routed_experts(layer, call, x, y, rows);
   return y;
 }
 
@@ -796,7 +801,7 @@ void few_rows_layer(const Layer* layer, const Call* call) {
                                           : grouped_attention(*layer, *call, input);
   Rows update = apply(layer->output, heads, rows);
   add(layer->attention_branch_norm, layer->attention_sum_norm, x, update, rows, dim);
-  update = feed_forward(*layer, normed(layer->feed_forward_norm, x, rows, dim), rows);
+  update = feed_forward(*layer, *call, normed(layer->feed_forward_norm, x, rows, dim), rows);
   add(layer->feed_forward_branch_norm, layer->feed_forward_sum_norm, x, update, rows, dim);
   write_rows(x, call->out, call->dtype, rows, dim);
 }

@@ -113,7 +113,7 @@ class ExpertsWeights:
     """Routed experts and shared ones; see `nn.moe`."""
 
     router: Tensor  # [num_experts, dim]
-    router_bias: Tensor
+    router_bias: Tensor  # [num_experts], or [loops, num_experts]: the last row also beyond
     gate_up: Tensor  # [num_experts, 2 * expert_dim, dim]
     down: Tensor  # [num_experts, dim, expert_dim]
     top_k: int
@@ -157,6 +157,7 @@ class Places:
     mask: Tensor | None = None  # [rows or 1, column + 1 or more], False: hidden
     cos: Tensor | None = None  # [rows or 1, rotary_dim]; see `nn.layout.rope_tables`
     sin: Tensor | None = None
+    loop: Tensor | int = 0  # [rows] or of all rows, from 0; it says which router bias is added
 
 
 def reference(x: Tensor, layer: LayerWeights, places: Places, deltas: Deltas) -> Tensor:
@@ -165,7 +166,8 @@ def reference(x: Tensor, layer: LayerWeights, places: Places, deltas: Deltas) ->
     update = attended(_normed(layer.attention_norm, x[:, None]))[:, 0]
     x = x + _normed(layer.attention_branch_norm, update)
     x = _normed(layer.attention_sum_norm, x)
-    update = _feed_forward(layer.feed_forward, _normed(layer.feed_forward_norm, x), deltas)
+    normed = _normed(layer.feed_forward_norm, x)
+    update = _feed_forward(layer.feed_forward, normed, deltas, places.loop)
     x = x + _normed(layer.feed_forward_branch_norm, update)
     return _normed(layer.feed_forward_sum_norm, x)
 
@@ -293,12 +295,16 @@ class _Attention:
         return self._rotated(x if bias is None else x + bias.view(-1, 1, size).to(x.dtype))
 
 
-def _feed_forward(w: DenseWeights | ExpertsWeights, x: Tensor, deltas: Deltas) -> Tensor:
+def _feed_forward(
+    w: DenseWeights | ExpertsWeights, x: Tensor, deltas: Deltas, loop: Tensor | int
+) -> Tensor:
     if isinstance(w, DenseWeights):
         return _dense(w, x, deltas)
     logits = _linear(x[:, None], w.router, deltas.get("router"))[:, 0]
     scores = logits.softmax(dim=-1) if w.softmax else logits.sigmoid()
-    chosen = (scores + w.router_bias.to(scores.dtype)).topk(w.top_k, dim=-1).indices
+    bias = w.router_bias.view(-1, scores.shape[-1])
+    bias = bias[torch.as_tensor(loop, device=bias.device).clamp_max(len(bias) - 1)]
+    chosen = (scores + bias.to(scores.dtype)).topk(w.top_k, dim=-1).indices
     weights = scores.gather(1, chosen)
     if w.normalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)

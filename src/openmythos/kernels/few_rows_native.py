@@ -51,7 +51,9 @@ class _Norm(ctypes.Structure):
     ]
 
 
-_SIZES = "dim kv_width heads kv_heads nope_dim value_dim latent_dim experts top_k expert_dim"
+_SIZES = (
+    "dim kv_width heads kv_heads nope_dim value_dim latent_dim experts top_k expert_dim bias_loops"
+)
 _MAPS = "query_down query kv_down key value kv_up output router up down"
 _HEAD_NORMS = "query_latent_norm kv_latent_norm query_norm key_norm"
 _LAYER_NORMS = (
@@ -76,10 +78,10 @@ class _Layer(ctypes.Structure):
     ]
 
 
-_ARRAYS = "x out kv slot line column first pages writes mask cos sin"
+_ARRAYS = "x out kv slot line column first loop pages writes mask cos sin"
 _COUNTS = (
     "rows rotary_dim same_column slot_stride line_stride mask_stride table_stride "
-    "page_columns page_row_stride"
+    "page_columns page_row_stride same_loop"
 )
 
 
@@ -242,6 +244,7 @@ def _feed_forward(w: DenseWeights | ExpertsWeights | None) -> dict[str, Any]:
             "top_k": w.top_k,
             "expert_dim": w.down.shape[2],
             "router": _map(w.router),
+            "bias_loops": w.router_bias.numel() // len(w.down),
             "router_bias": w.router_bias.data_ptr(),
             "router_bias_dtype": _DTYPES[w.router_bias.dtype],
             "expert_up": w.gate_up.data_ptr(),
@@ -331,12 +334,15 @@ def _call(out: Tensor, places: Places) -> tuple[_Call, tuple[Any, ...]]:
     column, writes = places.column, places.writes
     if writes is False:
         writes = _no_writes(rows)
-    given = (places.slot, places.line, places.first, column, writes)
+    names = ("slot", "line", "first", "column", "loop", "writes")
+    given = (places.slot, places.line, places.first, column, places.loop, writes)
     kept = [_of_rows(one, rows) if isinstance(one, Tensor) else None for one in given]
-    for name, array in zip(("slot", "line", "first", "column", "writes"), kept, strict=True):
+    for name, array in zip(names, kept, strict=True):
         setattr(call, name, _pointer(array))
     if not isinstance(column, Tensor):
         call.same_column = column
+    if not isinstance(places.loop, Tensor):
+        call.same_loop = places.loop
     if places.pages is not None:
         call.page_columns, call.page_row_stride = kv.shape[1], _row_stride(places.pages)
         call.pages = places.pages.data_ptr()

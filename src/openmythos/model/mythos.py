@@ -194,9 +194,12 @@ class OpenMythos(Decodable, Pretrained):
             part.compile(**options)
 
     @torch.no_grad()
-    def update_router_bias(self, counts: Mapping[str, Tensor]) -> None:
-        """Update every router's bias from the expert counts of a step, by layer name."""
+    def update_router_bias(self, counts: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Update every router's bias from the expert counts of a step, by layer name.
+
+        `scale`: the learning rate of this step / its highest value.
+        """
         for name, count in counts.items():
             layer = self.get_submodule(name)
             assert isinstance(layer, Block)
-            layer.feed_forward.update_router_bias(count)
+            layer.feed_forward.update_router_bias(count, scale)

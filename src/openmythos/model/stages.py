@@ -109,7 +109,8 @@ class Stages:
         u, embedding = block.injection(state.hidden, inputs.drive), block.conditioning.embedding
         if embedding is not None:
             u = u + embedding(loop).to(u.dtype)
-        return state._replace(hidden=block.loop_norm(layers.run("recurrent", u, planes, deltas)))
+        hidden = layers.run("recurrent", u, planes, deltas, loops)
+        return state._replace(hidden=block.loop_norm(hidden))
 
     def output(self, state: LoopState) -> Hidden:
         """The coda's input if the loops end here."""

@@ -22,7 +22,7 @@ Activation = Callable[[Tensor], Tensor]
 class RouterStats(NamedTuple):
     """Router statistics, summed over the routed tokens of one or more calls; `plus` adds two."""
 
-    counts: Tensor  # [num_experts] tokens sent to each expert
+    counts: Tensor  # [num_experts] tokens sent to each expert; [loops, num_experts] by loop
     balance: Tensor  # sum over sequences of sum_i f_i P_i (1 = perfect balance)
     z: Tensor  # sum over tokens of logsumexp(router logits)^2
     sequences: Tensor  # number of summed sequences
@@ -34,9 +34,9 @@ class RouterStats(NamedTuple):
         return RouterStats(*(a + b for a, b in zip(self, other, strict=True)))
 
     def max_violation(self) -> Tensor:
-        """MaxVio = (largest load - mean load) / mean load (arXiv 2408.15664)."""
-        mean = self.counts.mean()
-        return (self.counts.max() - mean) / mean
+        """MaxVio = (largest load - mean load) / mean load (arXiv 2408.15664), over all loops."""
+        load = self.counts.view(-1, self.counts.shape[-1]).sum(dim=0)
+        return (load.max() - load.mean()) / load.mean()
 
 
 class FeedForwardLayer(nn.Module, ABC):
@@ -49,10 +49,13 @@ class FeedForwardLayer(nn.Module, ABC):
     - `active` [batch, seq], or None: positions with False are not computed, and their update is 0.
       `only_active` does this for any dense layer;
     - `collects`: return router statistics, if the layer has a router;
-    - `expert_weights`: what `shared_weights` returned before the loops, or None.
+    - `expert_weights`: what `shared_weights` returned before the loops, or None;
+    - `loop`: index of the loop as a tensor, for a layer with `asks_loop`.
 
     `forward` changes no state, so that it may be repeated under activation checkpointing.
     """
+
+    asks_loop = False
 
     @abstractmethod
     def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]: ...
@@ -65,8 +68,11 @@ class FeedForwardLayer(nn.Module, ABC):
         """The router's auxiliary loss, from the means of `balance` and `z`; 0 if dense."""
         return torch.zeros_like(balance)
 
-    def update_router_bias(self, counts: Tensor) -> None:
-        """Balance the load after a training step, by `RouterStats.counts`; no effect if dense."""
+    def update_router_bias(self, counts: Tensor, scale: float = 1.0) -> None:
+        """Balance the load after a training step, by `RouterStats.counts`; no effect if dense.
+
+        `scale`: the learning rate of this step / its highest value.
+        """
 
 
 def only_active(

@@ -67,6 +67,8 @@ def decode(block: Block, x: Tensor, view: LayerView) -> Tensor | None:
         return None
     if not few_rows_native.accepts(x, places.kv):
         return None
+    if view.loop is not None:
+        places.loop = int(view.loop) if len(view.loop) == 1 else view.loop
     layer = native_layer(block)
     if layer is None:
         return None

@@ -36,8 +36,10 @@ class MoE:
     """num_experts routed experts of width expert_dim, top_k of them per token, plus shared ones.
 
     The weight of a chosen expert is its score, normalised over the chosen, times route_scale.
-    bias_rate moves router_bias per step (0 = off); balance_weight and z_weight scale the
-    sequence-wise balance loss and the router z-loss in training.
+    bias_rate moves router_bias per step (0 = off), with bias_decays times the learning rate's
+    schedule. The first bias_loops loops have a bias of their own each, later ones that of the last
+    (1: all loops share one). balance_weight and z_weight scale the sequence-wise balance loss and
+    the router z-loss in training.
     """
 
     kind: Literal["moe"] = "moe"
@@ -49,6 +51,8 @@ class MoE:
     normalize_top_k: bool = True
     route_scale: float = 1.0
     bias_rate: float = 1e-3
+    bias_decays: bool = False
+    bias_loops: int = 1
     balance_weight: float = 1e-4
     z_weight: float = 0.0
 
@@ -69,6 +73,7 @@ class MoE:
             self.top_k,
             f"must be at most num_experts = {self.num_experts}",
         )
+        require_int("bias_loops", self.bias_loops, minimum=1, maximum=MAX_PARTS)
         require_number("route_scale", self.route_scale, above=0, at_most=1e6)
         for name in ("bias_rate", "balance_weight", "z_weight"):
             require_number(name, getattr(self, name), at_least=0, at_most=1e6)
@@ -102,7 +107,8 @@ class Routing(NamedTuple):
 class Router(Linear):
     """scores s = sigmoid(W x) or softmax(W x); the top_k of s + router_bias are chosen.
 
-    A `Linear`, so that a LoopLoRA can adapt the router in every loop.
+    `router_bias` is [num_experts], or [bias_loops, num_experts] if bias_loops > 1. A `Linear`, so
+    that a LoopLoRA can adapt the router in every loop.
     """
 
     decays = False
@@ -111,13 +117,14 @@ class Router(Linear):
     def __init__(self, config: MoE, dim: int) -> None:
         super().__init__(dim, config.num_experts, bias=False)
         self.config = config
-        self.register_buffer("router_bias", torch.zeros(config.num_experts))
+        by_loop = (config.bias_loops,) if config.bias_loops > 1 else ()
+        self.register_buffer("router_bias", torch.zeros(*by_loop, config.num_experts))
 
     def fills(self) -> dict[str, Fill]:
         return {"router_bias": constant(0.0)}
 
     def forward(  # type: ignore[override]
-        self, tokens: Tokens, deltas: Deltas = NO_DELTAS
+        self, tokens: Tokens, deltas: Deltas = NO_DELTAS, loop: Tensor | None = None
     ) -> Routing:
         c = self.config
         # In fp32 at least: rounding flips choices, and this matmul is cheap.
@@ -128,7 +135,7 @@ class Router(Linear):
             if delta is not None:
                 logits = logits + delta.to(wide.dtype).times(wide)
         scores = logits.sigmoid() if c.score == "sigmoid" else logits.softmax(dim=-1)
-        biased = scores.detach() + self.router_bias.to(scores.dtype)
+        biased = scores.detach() + self._bias(loop, len(scores)).to(scores.dtype)
         chosen = biased.topk(c.top_k, dim=-1).indices
         weights = scores.gather(1, chosen)
         if c.normalize_top_k:
@@ -136,6 +143,19 @@ class Router(Linear):
         if c.route_scale != 1:
             weights = weights * c.route_scale
         return Routing(weights, chosen, scores, logits)
+
+    def rows(self, loop: Tensor | None) -> Tensor:
+        """The rows of `router_bias` for loop indices, [1] or [batch]; without them the first."""
+        if loop is None:
+            return torch.zeros(1, dtype=torch.long, device=self.router_bias.device)
+        return loop.clamp_max(self.config.bias_loops - 1)
+
+    def _bias(self, loop: Tensor | None, tokens: int) -> Tensor:
+        """[num_experts], or [tokens, num_experts] if each of the rows has its own loop."""
+        if self.config.bias_loops == 1:
+            return self.router_bias
+        bias = self.router_bias[self.rows(loop)]
+        return bias.repeat_interleave(tokens // len(bias), dim=0) if len(bias) > 1 else bias
 
 
 class Experts(nn.Module):
@@ -164,6 +184,7 @@ class MoELayer(FeedForwardLayer):
             else None
         )
         self.dispatcher: TokenDispatcher | None = None
+        self.asks_loop = config.bias_loops > 1
 
     residual_outputs = ("experts.down",)
 
@@ -185,10 +206,10 @@ class MoELayer(FeedForwardLayer):
     def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]:
         tokens, places = x.flatten(0, 1), None
         if view.active is None:
-            routing = self.router(tokens, view.deltas)
+            routing = self.router(tokens, view.deltas, view.loop)
         else:
             places = view.active.flatten().nonzero()[:, 0]
-            tokens, routing = self._route_some(tokens, places, view.deltas)
+            tokens, routing = self._route_some(tokens, places, view)
         weights = self.shared_weights() if view.expert_weights is None else view.expert_weights
         inputs = (tokens, routing.weights, routing.chosen, weights)
         if self.dispatcher is None:
@@ -198,16 +219,21 @@ class MoELayer(FeedForwardLayer):
         out = out.view(x.shape) if places is None else at_places(out, places, x.shape)
         if self.shared_expert is not None:
             out = out + self.shared_expert(x, view)[0]
-        return out, self._stats(routing, places, x.shape) if view.collects else None
+        return out, self._stats(routing, places, x.shape, view.loop) if view.collects else None
 
-    def _route_some(self, tokens: Tensor, places: Tensor, deltas: Deltas) -> tuple[Tensor, Routing]:
+    def _route_some(
+        self, tokens: Tensor, places: Tensor, view: LayerView
+    ) -> tuple[Tensor, Routing]:
         """The tokens at `places`, and their routing."""
-        some = tokens.index_select(0, places)
-        if per_row(deltas):  # packing would mix tokens of different rows
-            return some, self.router(tokens, deltas).select(places)
-        return some, self.router(some, deltas)
+        some, loop = tokens.index_select(0, places), view.loop
+        if per_row(view.deltas) or (loop is not None and len(loop) > 1):
+            # Packing would mix tokens of different rows.
+            return some, self.router(tokens, view.deltas, loop).select(places)
+        return some, self.router(some, view.deltas, loop)
 
-    def _stats(self, routing: Routing, places: Tensor | None, shape: torch.Size) -> RouterStats:
+    def _stats(
+        self, routing: Routing, places: Tensor | None, shape: torch.Size, loop: Tensor | None
+    ) -> RouterStats:
         """Per sequence f_i = num_experts / top_k * share of choices, P_i = mean score of expert i.
 
         Scores are normalised to sum to 1 over the experts.
@@ -221,8 +247,12 @@ class MoELayer(FeedForwardLayer):
         probabilities, choices = (t.view(shape).sum(dim=1) for t in (probability, chosen))
         size = choices.sum(dim=-1) / c.top_k
         products = (choices * probabilities).sum(dim=-1) * c.num_experts / c.top_k
+        counts = choices.sum(dim=0)
+        if c.bias_loops > 1:
+            rows = self.router.rows(loop).expand(len(choices))
+            counts = counts.new_zeros(c.bias_loops, c.num_experts).index_add(0, rows, choices)
         return RouterStats(
-            counts=choices.sum(dim=0),
+            counts=counts,
             balance=(products / size.square().clamp_min(1)).sum(),
             z=routing.logits.logsumexp(dim=-1).square().sum(),
             sequences=(size > 0).sum().to(scores.dtype),
@@ -233,7 +263,8 @@ class MoELayer(FeedForwardLayer):
         return self.config.balance_weight * balance + self.config.z_weight * z
 
     @torch.no_grad()
-    def update_router_bias(self, counts: Tensor) -> None:
+    def update_router_bias(self, counts: Tensor, scale: float = 1.0) -> None:
         """b_i += bias_rate * sign(mean load - load_i), from the counts of one training step."""
-        bias = self.router.router_bias
-        bias += self.config.bias_rate * torch.sign(counts.mean() - counts).to(bias.dtype)
+        bias, c = self.router.router_bias, self.config
+        rate = c.bias_rate * scale if c.bias_decays else c.bias_rate
+        bias += rate * torch.sign(counts.mean(dim=-1, keepdim=True) - counts).to(bias.dtype)

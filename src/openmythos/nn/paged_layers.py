@@ -52,7 +52,7 @@ class PagedLayers:
         self._parts, self._pool, self._tables = parts, pool, tables.tensor
         self._rotary, self._window = rotary, window
         self._position, self._line, self._first = _Numbers(), _Numbers(), _Numbers()
-        self._change = _Numbers()
+        self._change, self._loop = _Numbers(), _Numbers()
         self._writes = torch.ones(MOST_ROWS, dtype=torch.bool)
         self._all_write = True
         self._angles = None if rotary is None else rotary.new_zeros(MOST_ROWS, rotary.shape[1])
@@ -61,11 +61,15 @@ class PagedLayers:
         self._memory = addresses(deltas)
         own = {key: LowRank(x.down, x.up, self._change.tensor) for key, x in deltas.items()}
         self._calls = {
-            name: self._arranged(layers, own if name == "recurrent" else NO_DELTAS)
+            name: self._arranged(layers, own, self._loop.tensor)
+            if name == "recurrent"
+            else self._arranged(layers, NO_DELTAS, 0)
             for name, layers in parts.items()
         }
 
-    def _arranged(self, layers: Sequence[DecodedLayer], deltas: Deltas) -> list[PreparedLayer]:
+    def _arranged(
+        self, layers: Sequence[DecodedLayer], deltas: Deltas, loop: Tensor | int
+    ) -> list[PreparedLayer]:
         cos = sin = None
         if self._angles is not None:
             cos, sin = self._angles.chunk(2, dim=-1)
@@ -82,6 +86,7 @@ class PagedLayers:
                     writes=self._writes,
                     cos=cos,
                     sin=sin,
+                    loop=loop,
                 ),
                 deltas,
             )
@@ -107,8 +112,15 @@ class PagedLayers:
             and all(a is b for a, b in zip(layers, self._parts[part], strict=True))
         )
 
-    def run(self, part: str, x: Hidden, planes: Planes, deltas: Deltas = NO_DELTAS) -> Hidden:
-        """x [rows, 1, dim] through the layers of a part; `deltas` of each row."""
+    def run(
+        self,
+        part: str,
+        x: Hidden,
+        planes: Planes,
+        deltas: Deltas = NO_DELTAS,
+        loops: Sequence[int] = (),
+    ) -> Hidden:
+        """x [rows, 1, dim] through the layers of a part; `deltas` and `loops` of each row."""
         calls = self._calls[part]
         if not calls:
             return x
@@ -121,6 +133,7 @@ class PagedLayers:
             assert delta.which is not None
             self._change.tensor[: len(batch)] = delta.which
             break
+        self._loop.set(loops)
         if planes.writes is not None:
             self._writes[: len(batch)] = torch.tensor(planes.writes)
         elif not self._all_write:

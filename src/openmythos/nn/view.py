@@ -129,6 +129,8 @@ class LayerView:
     `active` [batch, seq] is False where the feed-forward is skipped; None: computed everywhere.
     `expert_weights` are shared by the loops of a pass. With `collects` the layer returns router
     statistics, as in training. `last_only`: the output is computed at the last position alone.
+    `loop`: index of the loop, [1], or of each row's own [batch]; None outside the recurrent block
+    and where no layer asks for it (`FeedForwardLayer.asks_loop`).
     """
 
     context: AttentionContext
@@ -138,3 +140,4 @@ class LayerView:
     active: Mask | None = None
     collects: bool = False
     last_only: bool = False
+    loop: Tensor | None = None

@@ -101,7 +101,7 @@ class RecurrentBlock(Scheduled):
         u = self.injection(state.hidden, inputs.drive)
         embedding, deltas = self.conditioning(loop)
         u = u if embedding is None else u + embedding.to(u.dtype)
-        views = inputs.views(state, deltas, kv)
+        views = inputs.views(state, deltas, kv, self._index(loop, u))
         hidden, router = self.layers(u, views)
         hidden = self.loop_norm(hidden)
         if state.active is None:
@@ -111,6 +111,12 @@ class RecurrentBlock(Scheduled):
         if self.halting is not None:
             halt, active = self.halting.update(halt, active, hidden, loop)
         return state.moved(hidden, active, halt, views), router
+
+    def _index(self, loop: int | LoopCounts, like: Tensor) -> Tensor | None:
+        """The loop's index as layers see it, [1] or [batch]; None if none asks for it."""
+        if not any(cast("Block", layer).feed_forward.asks_loop for layer in self.layers):
+            return None
+        return loop if isinstance(loop, Tensor) else like.new_full((1,), loop, dtype=torch.long)
 
     def readout(self, state: LoopState) -> tuple[Hidden, Tensor | None]:
         """(the coda's input if the loops end here, ponder cost [batch, seq])."""

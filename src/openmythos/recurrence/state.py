@@ -73,7 +73,11 @@ class LoopInputs:
         return replace(self, drive=drive, context=context, columns=columns)
 
     def views(
-        self, state: LoopState, deltas: Deltas, kv: Sequence[KVView] | None
+        self,
+        state: LoopState,
+        deltas: Deltas,
+        kv: Sequence[KVView] | None,
+        loop: Tensor | None = None,
     ) -> list[LayerView]:
         """What each layer sees in one loop; `kv` has a view per layer, None: no cache."""
         sources = [NoCache()] * len(self.expert_weights) if kv is None else kv
@@ -88,7 +92,7 @@ class LoopInputs:
             ]
         computed = None if self.keeps_shape else active
         return [
-            LayerView(self.context, source, deltas, weights, computed, self.collects)
+            LayerView(self.context, source, deltas, weights, computed, self.collects, loop=loop)
             for source, weights in zip(sources, self.expert_weights, strict=True)
         ]
 

@@ -208,7 +208,7 @@ class Trainer:
         self._changing = True
         if finite:
             self.optimizers.step(scale, self.step / self.config.num_steps)
-            self.model.update_router_bias(counts)
+            self.model.update_router_bias(counts, scale)
         self.model.zero_grad(set_to_none=True)
         return norm, finite
 
