@@ -16,7 +16,6 @@ from openmythos.tasks import (
     PHop,
     PointerChasing,
     Reachability,
-    SystematicHops,
     TaskBatch,
     WrittenHops,
 )
@@ -35,7 +34,6 @@ TASKS: list[Any] = [
     Parity(),
     Parity(supervision="prefix"),
     Reachability(num_nodes=16),
-    SystematicHops(),
     FactsAndChains(num_subjects=12, num_attributes=7),
     WrittenHops(max_hops=8),
 ]
@@ -180,27 +178,6 @@ def test_only_the_right_candidate_is_reachable_and_both_are_as_deep(hops: int) -
         assert depth[answer] == hops
         first += candidates[0] == answer
     assert 8 < first < 32
-
-
-def test_parts_of_the_systematic_split_do_not_mix() -> None:
-    task = SystematicHops()
-    alone, held_out, facts = task.is_alone(), task.is_held_out(), task.hops.facts()
-    assert int(alone.sum()) == 40 and int(held_out.sum()) == round(0.3 * 50 * 64)
-    for part in ("train", "held_out", "ood"):
-        tokens = draw(task, 2, batch=60, part=part).tokens
-        tokens = tokens[tokens[:, 2] != task.hops.padding]
-        start, first, second = tokens[:, 0], tokens[:, 1] - 50, tokens[:, 2] - 50
-        asked_alone = torch.stack((alone[first, start], alone[second, facts[first, start]]))
-        assert asked_alone.all() if part == "ood" else not asked_alone.any()
-        if part != "ood":
-            assert (held_out[start, first, second] == (part == "held_out")).all()
-    rows = draw(task, 4, batch=50)
-    ended = (rows.tokens == task.hops.padding).any(dim=1)
-    assert int(ended.sum()) == 20 and rows.answer_at[ended].eq(1).all()
-    assert rows.targets[ended, 2:].eq(IGNORE).all() and not rows.targets[~ended].eq(IGNORE).any()
-    assert rows.targets[:, 0].equal(rows.tokens[:, 0])
-    single = draw(task, 1, batch=400).tokens
-    assert alone[single[:, 1] - 50, single[:, 0]].any()
 
 
 def test_facts_and_chains_are_those_of_their_tables() -> None:

@@ -27,7 +27,7 @@ from openmythos.recurrence.loop_sampling import (
 )
 from openmythos.studies import depth_extrapolation
 from openmythos.studies.learning import TASK_TRAINING, on_task
-from openmythos.tasks import KHop, Parity, Reachability, SystematicHops, Task
+from openmythos.tasks import FactPairs, KHop, Parity, Reachability, Task
 from openmythos.train.checkpoint import list_checkpoints
 from openmythos.train.config import RunConfig, TaskData, TextData, TiedLoops, TrainConfig
 from openmythos.train.metrics import read_metrics
@@ -43,7 +43,7 @@ EASY = TaskData(max_hops=6, mastery=1e-3)
 SMALL = replace(
     TASK_TRAINING, num_steps=12, batch_size=8, loops=TiedLoops(extra=2), seed=3, device="cpu"
 )
-SPLIT = SystematicHops(num_entities=6, num_relations=3)
+SPLIT = FactPairs(num_entities=12, num_relations=6, per_fact=3.0)
 EXPERTS = MoE(num_experts=4, top_k=2, expert_dim=16, num_shared_experts=1)
 DRAWN = PoissonLoops(mean_loops=4.0, max_loops=8)
 # As they were when the studies had a training loop of their own.
@@ -63,11 +63,11 @@ ARMS: dict[str, tuple[MythosConfig, Task, TrainConfig, dict[str, Any]]] = {
         {},
     ),
     "act": (replace(BASE, halting=ACT(ponder_weight=1e-3)), KHop(), SMALL, {}),
-    "systematic": (
+    "pairs": (
         replace(BASE, vocab_size=SPLIT.vocab_size),
         SPLIT,
         replace(SMALL, loops=TiedLoops(extra=3)),
-        {"min_hops": 2, "first_hops": 3, "max_hops": 5},
+        {"min_hops": 1, "first_hops": 2, "max_hops": 2},
     ),
 }
 

@@ -12,7 +12,6 @@ from openmythos.tasks.english import EnglishPairs
 from openmythos.tasks.facts import FactsAndChains
 from openmythos.tasks.graphs import Reachability
 from openmythos.tasks.pairs import FactPairs
-from openmythos.tasks.split import SystematicHops
 from openmythos.tasks.thought import WrittenHops
 
 Task = (
@@ -23,7 +22,6 @@ Task = (
     | Addition
     | Parity
     | Reachability
-    | SystematicHops
     | FactPairs
     | EnglishPairs
     | FactsAndChains
@@ -31,7 +29,7 @@ Task = (
 )
 
 # Tasks whose answers rest on facts drawn from their facts_seed.
-TaskWithFacts = KHop | SystematicHops | FactPairs | EnglishPairs | FactsAndChains | WrittenHops
+TaskWithFacts = KHop | FactPairs | EnglishPairs | FactsAndChains | WrittenHops
 
 
 @runtime_checkable
@@ -57,7 +55,6 @@ __all__ = [
     "PointerChasing",
     "Reachability",
     "Solvable",
-    "SystematicHops",
     "Task",
     "TaskBatch",
     "TaskWithFacts",

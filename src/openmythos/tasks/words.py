@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from openmythos.config import require
-from openmythos.tasks import KHop, SystematicHops, Task
+from openmythos.tasks import FactPairs, KHop, Task
 
 PAD = "pad"
 
 
 def words(task: Task) -> tuple[str, ...]:
     """One word per token id: e0 e1 ... r0 r1 ... pad ask for chains of facts, else t0 t1 ..."""
-    if isinstance(task, KHop | SystematicHops):
+    if isinstance(task, KHop | FactPairs):
         entities = (f"e{i}" for i in range(task.num_entities))
         relations = (f"r{i}" for i in range(task.num_relations))
         return (*entities, *relations, PAD, "ask")

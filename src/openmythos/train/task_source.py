@@ -35,7 +35,7 @@ class TaskSource(BatchSource):
     A batch is a function of (seed, step, rank) and of the steps at which the curriculum grew, which
     are the saved state. All steps share one random stream, and the number of draws of a step
     depends on its hops. For an earlier step, or to resume, the draws are repeated from step 0 on.
-    If rows differ in their number of targets (`SystematicHops`), the loss weighs ranks and
+    If rows differ in their number of targets (`FactPairs`), the loss weighs ranks and
     micro-batches equally, not targets.
     """
 
