@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from openmythos.analysis import study_plots
 from openmythos.eval.likelihood import logits_by_loops
@@ -76,20 +75,27 @@ def _task(run: RunConfig) -> EnglishPairs:
 def ask(
     model: OpenMythos, task: EnglishPairs, part: Part, way: int, loops: Sequence[int], most: int
 ) -> dict[int, tuple[float, float]]:
-    """(share right, mean nats) of a part in one way of writing, by loops."""
+    """(share right, mean probability of the answer) of a part in one way of writing, by loops."""
     batch = task.asked(part, most, way).to(model.device)
     answers, found = batch.answers(), {}
     for count, logits in logits_by_loops(model.eval(), batch.tokens, loops).items():
         last = logits[torch.arange(len(answers)), batch.answer_at].float()
         right = (last.argmax(dim=-1) == answers).float().mean()
-        found[count] = float(right), float(F.cross_entropy(last, answers))
+        likely = last.softmax(dim=-1).gather(1, answers[:, None]).mean()
+        found[count] = float(right), float(likely)
     return found
 
 
 def score(model: OpenMythos, run: RunConfig) -> float:
-    """Loss on ood pairs of the trial's own facts, which no reported run has, known way."""
+    """1 - mean probability of the answers, over pairs of training and ood pairs, known way.
+
+    Of the trial's own facts, which no reported run has. A loss of ood pairs alone is lowest where
+    nothing is learned: a model that has learned the pairs of training is sure, and often wrong.
+    """
     loops = DRAWN.max_loops if run.model.num_loops > 1 else 1
-    return ask(model, _task(run), "ood", KNOWN, (loops,), MOST)[loops][1]
+    parts: tuple[Part, ...] = ("train", "ood")
+    asked = [ask(model, _task(run), part, KNOWN, (loops,), MOST)[loops][1] for part in parts]
+    return 1 - statistics.mean(asked)
 
 
 def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
@@ -183,9 +189,15 @@ STUDY = Study(
         "of A is', each in one of four ways; two hops are never asked in the fourth way in "
         "training. The only target is the answer. A block of two layers of width 64 looped 2 to 8 "
         "times with full attention, 8 and 2 layers; 3000 steps of 128 sentences, 40% of them "
-        "single facts, weight decay 0.9. Best of three rates by the ood loss in one other world."
+        "single facts, weight decay 0.9. Best of three rates by the mean probability of the "
+        "answers to training's and ood pairs in one other world."
     ),
     caption="Pairs answered right: asked in training, held out, and of facts never composed (ood).",
+    deviations=(
+        "In a first run rates were chosen by the ood loss. It is lowest where nothing is learned "
+        "(a rate of 0.024, all arms at 1 to 6% of all pairs), so that the premise failed. The "
+        "score was replaced, and all was run anew; the rule is as it was.",
+    ),
     not_shown=(
         "Natural text: the sentences are of eight patterns, and names and relations are tokens.",
         "An upper bound by written steps.",
