@@ -59,7 +59,7 @@ EXPERTS = MoE(
     balance_weight=0.0,
 )
 SHARED, EMBEDDED, PER_LOOP = "shared router", "loop embedding", "a router per loop"
-BIASES, DECAYING = "a bias per loop", "bias step decays"
+BIASES, DECAYING, BOTH = "a bias per loop", "bias step decays", "both"
 BALANCE_LOSS, UNBALANCED = "balance loss", "no balancing"
 ACTIVE, TOTAL, HOPS = "dense, equal active", "dense, equal in all", "k-hop"
 ASKED_HOPS, TRAINED_HOPS = 10, 10
@@ -80,6 +80,9 @@ def arms() -> list[Arm]:
         PER_LOOP: replace(mixture, loop_lora=per_loop),
         BIASES: replace(base, recurrent_feed_forward=replace(EXPERTS, bias_loops=LOOPS)),
         DECAYING: replace(base, recurrent_feed_forward=replace(EXPERTS, bias_decays=True)),
+        BOTH: replace(
+            base, recurrent_feed_forward=replace(EXPERTS, bias_loops=LOOPS, bias_decays=True)
+        ),
         BALANCE_LOSS: replace(base, recurrent_feed_forward=replace(unbiased, balance_weight=1e-2)),
         UNBALANCED: replace(base, recurrent_feed_forward=unbiased),
     }
