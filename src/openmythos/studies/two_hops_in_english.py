@@ -29,7 +29,6 @@ from openmythos.studies.study import (
 from openmythos.tasks import EnglishPairs
 from openmythos.tasks.english import TWO
 from openmythos.tasks.pairs import PARTS, Part
-from openmythos.train.config import RunConfig
 from openmythos.train.optim import WSD, AdamW
 
 TASK = EnglishPairs()
@@ -43,68 +42,48 @@ FITS, COMPOSES, NEVER = 0.95, 0.5, 0.15
 
 def arms() -> list[Arm]:
     loop = replace(looped(window=0), prelude_layers=0, coda_layers=0, recurrent_layers=2)
-    rates: dict[str, Any] = {"rates": (7.5e-4, 1.5e-3, 3e-3), "trial_seeds": 1}
     return [
-        _arm(LOOPED, loop, **rates),
-        _arm(DEEP, stacked(8, 64, window=0), why="depth without sharing", **rates),
-        _arm(SHALLOW, stacked(2, 64, window=0), why="parameters", tuned_as=DEEP),
+        _arm(LOOPED, loop),
+        _arm(DEEP, stacked(8, 64, window=0), why="depth without sharing"),
+        _arm(SHALLOW, stacked(2, 64, window=0), why="parameters"),
     ]
 
 
-def _arm(name: str, model: MythosConfig, **fields: Any) -> Arm:
+def _arm(name: str, model: MythosConfig, why: str = "") -> Arm:
     training = replace(
         TASK_TRAINING,
-        num_steps=3000,
+        num_steps=6000,
         batch_size=128,
         loops=DRAWN if model.num_loops > 1 else FixedLoops(mean_loops=1),
-        optimizer=AdamW(lr=3e-3, weight_decay=0.9, decay_embeddings=True, beta1=0.9, beta2=0.98),
+        optimizer=AdamW(lr=1.5e-3, weight_decay=0.1, decay_embeddings=True, beta2=0.98),
         schedule=WSD(warmup=0.02, decay=0.6, final=0.03),
     )
     sized = replace(model, vocab_size=TASK.vocab_size)
     run = on_task(sized, TASK, training, min_hops=2, first_hops=2, max_hops=2)
-    return Arm(name=name, run=run, **fields)
-
-
-def _task(run: RunConfig) -> EnglishPairs:
-    task = getattr(run.data, "task", None)
-    assert isinstance(task, EnglishPairs)
-    return task
+    return Arm(name=name, run=run, why=why)
 
 
 @torch.no_grad()
 def ask(
     model: OpenMythos, task: EnglishPairs, part: Part, way: int, loops: Sequence[int], most: int
-) -> dict[int, tuple[float, float]]:
-    """(share right, mean probability of the answer) of a part in one way of writing, by loops."""
+) -> dict[int, float]:
+    """Share right of a part in one way of writing, by loops."""
     batch = task.asked(part, most, way).to(model.device)
     answers, found = batch.answers(), {}
     for count, logits in logits_by_loops(model.eval(), batch.tokens, loops).items():
         last = logits[torch.arange(len(answers)), batch.answer_at].float()
-        right = (last.argmax(dim=-1) == answers).float().mean()
-        likely = last.softmax(dim=-1).gather(1, answers[:, None]).mean()
-        found[count] = float(right), float(likely)
+        found[count] = float((last.argmax(dim=-1) == answers).float().mean())
     return found
-
-
-def score(model: OpenMythos, run: RunConfig) -> float:
-    """1 - mean probability of the answers, over pairs of training and ood pairs, known way.
-
-    Of the trial's own facts, which no reported run has. A loss of ood pairs alone is lowest where
-    nothing is learned: a model that has learned the pairs of training is sure, and often wrong.
-    """
-    loops = DRAWN.max_loops if run.model.num_loops > 1 else 1
-    parts: tuple[Part, ...] = ("train", "ood")
-    asked = [ask(model, _task(run), part, KNOWN, (loops,), MOST)[loops][1] for part in parts]
-    return 1 - statistics.mean(asked)
 
 
 def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
     """Share of pairs right by part, way of writing and loops."""
     loops = (1,) if arm.model.num_loops == 1 else LOOPS[:2] if quick else LOOPS
-    task, most = _task(arm.run), 20 if quick else MOST
+    task, most = arm.task, 20 if quick else MOST
+    assert isinstance(task, EnglishPairs)
     return {
         f"{part}, {name}": {
-            str(n): right for n, (right, _) in ask(model, task, part, way, loops, most).items()
+            str(n): right for n, right in ask(model, task, part, way, loops, most).items()
         }
         for part in PARTS
         for name, way in (("known", KNOWN), ("new", NEW))
@@ -188,15 +167,16 @@ STUDY = Study(
         "The facts and pairs of unseen-compositions as sentences of words, such as 'the S of the R "
         "of A is', each in one of four ways; two hops are never asked in the fourth way in "
         "training. The only target is the answer. A block of two layers of width 64 looped 2 to 8 "
-        "times with full attention, 8 and 2 layers; 3000 steps of 128 sentences, 40% of them "
-        "single facts, weight decay 0.9. Best of three rates by the mean probability of the "
-        "answers to training's and ood pairs in one other world."
+        "times with full attention, 8 and 2 layers; 6000 steps of 128 sentences, 40% of them "
+        "single facts, weight decay 0.1, one rate for all."
     ),
     caption="Pairs answered right: asked in training, held out, and of facts never composed (ood).",
     deviations=(
-        "In a first run rates were chosen by the ood loss. It is lowest where nothing is learned "
-        "(a rate of 0.024, all arms at 1 to 6% of all pairs), so that the premise failed. The "
-        "score was replaced, and all was run anew; the rule is as it was.",
+        "In a first run, of 3000 steps with a weight decay of 0.9, rates were chosen by the ood "
+        "loss. It is lowest where nothing is learned (a rate of 0.024, all arms at 1 to 6% of all "
+        "pairs), so that the premise failed. Steps, decay and rate are now those with which, on a "
+        "table of facts that no run has, 8 layers learned what training asks, and the loop was on "
+        "its way there (3000 steps). They answered 5% of held-out pairs. The rule is as it was.",
     ),
     not_shown=(
         "Natural text: the sentences are of eight patterns, and names and relations are tokens.",
@@ -207,5 +187,4 @@ STUDY = Study(
     judge=judge,
     draw=draw,
     columns=COLUMNS,
-    score=score,
 )
