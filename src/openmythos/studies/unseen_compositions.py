@@ -265,7 +265,8 @@ STUDY = Study(
     ),
     caption=(
         "From 8 loops on, the looped model composes nine of ten pairs whose facts training only "
-        "ever asked alone (ood); six layers, which answer all held-out pairs too, one of five. "
+        "ever asked alone (ood); six layers, which answer all held-out pairs too, one of five, two "
+        "layers of as many parameters, which do so as well, none. "
         "Left: the looped model while it learns; the ood pairs come last, without a pause before. "
         "Right: ood pairs by loops at inference."
     ),
