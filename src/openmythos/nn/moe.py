@@ -135,7 +135,8 @@ class Router(Linear):
             if delta is not None:
                 logits = logits + delta.to(wide.dtype).times(wide)
         scores = logits.sigmoid() if c.score == "sigmoid" else logits.softmax(dim=-1)
-        biased = scores.detach() + self._bias(loop, len(scores)).to(scores.dtype)
+        bias = self.router_bias if c.bias_loops == 1 else self._bias_of(loop, len(scores))
+        biased = scores.detach() + bias.to(scores.dtype)
         chosen = biased.topk(c.top_k, dim=-1).indices
         weights = scores.gather(1, chosen)
         if c.normalize_top_k:
@@ -150,10 +151,8 @@ class Router(Linear):
             return torch.zeros(1, dtype=torch.long, device=self.router_bias.device)
         return loop.clamp_max(self.config.bias_loops - 1)
 
-    def _bias(self, loop: Tensor | None, tokens: int) -> Tensor:
-        """[num_experts], or [tokens, num_experts] if each of the rows has its own loop."""
-        if self.config.bias_loops == 1:
-            return self.router_bias
+    def _bias_of(self, loop: Tensor | None, tokens: int) -> Tensor:
+        """[1, num_experts], or [tokens, num_experts] if each of the rows has its own loop."""
         bias = self.router_bias[self.rows(loop)]
         return bias.repeat_interleave(tokens // len(bias), dim=0) if len(bias) > 1 else bias
 

@@ -51,6 +51,7 @@ class RecurrentBlock(Scheduled):
         self.injection = injection
         self.layers = Layers(layers)
         self.conditioning = conditioning(self.layers)
+        self._asks_loop = any(layer.feed_forward.asks_loop for layer in layers)
         self.loop_norm = loop_norm
         self.readout_norm = readout_norm
         self.readout_map = readout_map
@@ -101,7 +102,10 @@ class RecurrentBlock(Scheduled):
         u = self.injection(state.hidden, inputs.drive)
         embedding, deltas = self.conditioning(loop)
         u = u if embedding is None else u + embedding.to(u.dtype)
-        views = inputs.views(state, deltas, kv, self._index(loop, u))
+        index = None
+        if self._asks_loop:
+            index = loop if isinstance(loop, Tensor) else u.new_full((1,), loop, dtype=torch.long)
+        views = inputs.views(state, deltas, kv, index)
         hidden, router = self.layers(u, views)
         hidden = self.loop_norm(hidden)
         if state.active is None:
@@ -111,12 +115,6 @@ class RecurrentBlock(Scheduled):
         if self.halting is not None:
             halt, active = self.halting.update(halt, active, hidden, loop)
         return state.moved(hidden, active, halt, views), router
-
-    def _index(self, loop: int | LoopCounts, like: Tensor) -> Tensor | None:
-        """The loop's index as layers see it, [1] or [batch]; None if none asks for it."""
-        if not any(cast("Block", layer).feed_forward.asks_loop for layer in self.layers):
-            return None
-        return loop if isinstance(loop, Tensor) else like.new_full((1,), loop, dtype=torch.long)
 
     def readout(self, state: LoopState) -> tuple[Hidden, Tensor | None]:
         """(the coda's input if the loops end here, ponder cost [batch, seq])."""
