@@ -40,25 +40,24 @@ FITS, GOES, FAILS = 0.99, 0.9, 0.4
 
 def arms() -> list[Arm]:
     """All with full attention: a walk leads to any place of the question."""
-    rates = {"rates": (1e-3, 2e-3, 4e-3), "trial_seeds": 1}
     return [
-        _arm(LOOPED, looped(window=0), **rates),
-        _arm(DEEP, stacked(12, 64, window=0), why="depth without sharing", **rates),
-        _arm(EQUAL, stacked(3, 64, window=0), why="parameters", tuned_as=DEEP),
+        _arm(LOOPED, looped(window=0), 2e-3),
+        _arm(DEEP, stacked(12, 64, window=0), 1e-3, why="depth without sharing"),
+        _arm(EQUAL, stacked(3, 64, window=0), 1e-3, why="parameters"),
     ]
 
 
-def _arm(name: str, model: MythosConfig, **fields: Any) -> Arm:
+def _arm(name: str, model: MythosConfig, rate: float, why: str = "") -> Arm:
     training = replace(
         TASK_TRAINING,
-        num_steps=4000,
+        num_steps=8000,
         loops=DRAWN if model.num_loops > 1 else FixedLoops(mean_loops=1),
-        optimizer=AdamW(lr=2e-3, weight_decay=0.05, beta2=0.98),
+        optimizer=AdamW(lr=rate, weight_decay=0.05, beta2=0.98),
     )
     sized = replace(model, vocab_size=TASK.vocab_size)
-    return Arm(
-        name=name, run=on_task(sized, TASK, training, first_hops=1, max_hops=TRAINED), **fields
-    )
+    # All hops from the start: rows of one hop have one target each, from which it learns slowly.
+    run = on_task(sized, TASK, training, first_hops=TRAINED, max_hops=TRAINED)
+    return Arm(name=name, run=run, why=why)
 
 
 def measure(model: OpenMythos, arm: Arm, quick: bool) -> dict[str, Any]:
@@ -135,11 +134,18 @@ STUDY = Study(
         "The question holds 12 pairs that form one cycle, in random order with a mark after each, "
         "a start and 1 to 5 step tokens; the target at each is where so many steps lead. A "
         "prelude, a recurrent and a coda layer of width 64 with full attention, loops uniform "
-        "from 2 to 10 per batch, whatever the hops; 12 and 3 layers of the same width. 4000 steps "
-        "of 32, with a curriculum on the hops; best of three rates for the loop and for 12 layers."
+        "from 2 to 10 per batch, whatever the hops; 12 and 3 layers of the same width. 8000 steps "
+        "of 32, all numbers of hops from the start; a rate of 2e-3 for the loop, 1e-3 for layers."
     ),
     caption="Walks answered right by their hops: 10 loops up to 5 hops, 16 beyond.",
+    deviations=(
+        "Two trials of learning rates came first, of 4000 steps with a curriculum that begins with "
+        "single hops: both loops were still learning the first hops (losses of 1.8 and 1.9 of "
+        "2.5). So the steps were doubled, the curriculum given up, and rates fixed: there was no "
+        "time for trials at this length. The rule is as it was.",
+    ),
     not_shown=(
+        "Tuned learning rates.",
         "Facts that are partly in the weights.",
         "More than 12 entities, or names that training never had.",
     ),
