@@ -60,6 +60,7 @@ EXPERTS = MoE(
 )
 SHARED, EMBEDDED, PER_LOOP = "shared router", "loop embedding", "a router per loop"
 BIASES, DECAYING, BOTH = "a bias per loop", "bias step decays", "both"
+EMBEDDED_BOTH = "both, loop embedding"
 BALANCE_LOSS, UNBALANCED = "balance loss", "no balancing"
 ACTIVE, TOTAL, HOPS = "dense, equal active", "dense, equal in all", "k-hop"
 ASKED_HOPS, TRAINED_HOPS = 10, 10
@@ -76,13 +77,15 @@ def arms() -> list[Arm]:
     active = EXPERTS.expert_dim * (EXPERTS.top_k + EXPERTS.num_shared_experts)
     total = EXPERTS.expert_dim * (EXPERTS.num_experts + EXPERTS.num_shared_experts)
     unbiased = replace(EXPERTS, bias_rate=0.0)
+    by_loop = replace(EXPERTS, bias_loops=LOOPS, bias_decays=True)
     models = {
         EMBEDDED: replace(mixture, loop_embedding=LoopEmbedding(num_loops=LOOPS)),
         PER_LOOP: replace(mixture, loop_lora=per_loop),
         BIASES: replace(base, recurrent_feed_forward=replace(EXPERTS, bias_loops=LOOPS)),
         DECAYING: replace(base, recurrent_feed_forward=replace(EXPERTS, bias_decays=True)),
-        BOTH: replace(
-            base, recurrent_feed_forward=replace(EXPERTS, bias_loops=LOOPS, bias_decays=True)
+        BOTH: replace(base, recurrent_feed_forward=by_loop),
+        EMBEDDED_BOTH: replace(
+            base, recurrent_feed_forward=by_loop, loop_embedding=LoopEmbedding(num_loops=LOOPS)
         ),
         BALANCE_LOSS: replace(base, recurrent_feed_forward=replace(unbiased, balance_weight=1e-2)),
         UNBALANCED: replace(base, recurrent_feed_forward=unbiased),
