@@ -151,7 +151,7 @@ def dot_panels(
             axes.set_xlabel(x_label)
         row[0].set_ylabel(y_label)
         if len({kind for kinds in panels.values() for kind in kinds}) > 1:
-            row[0].legend(fontsize=9, loc="lower right")
+            row[0].legend(fontsize=9)
     return figure
 
 

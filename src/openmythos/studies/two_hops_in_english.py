@@ -170,7 +170,13 @@ STUDY = Study(
         "times with full attention, 8 and 2 layers; 6000 steps of 128 sentences, 40% of them "
         "single facts, weight decay 0.1, one rate for all."
     ),
-    caption="Pairs answered right: asked in training, held out, and of facts never composed (ood).",
+    caption=(
+        "All learn every pair that training asks. Held-out pairs, of facts that training composes "
+        "in other pairs, begin to be answered in one seed of three each by the loop (50%) and by 8 "
+        "layers (36%); pairs of facts never composed (ood) by none. Right: in a way of writing "
+        "that training never used for two hops the loop answers 9% of the pairs that it knows, 8 "
+        "layers 35%."
+    ),
     deviations=(
         "In a first run, of 3000 steps with a weight decay of 0.9, rates were chosen by the ood "
         "loss. It is lowest where nothing is learned (a rate of 0.024, all arms at 1 to 6% of all "
@@ -179,6 +185,10 @@ STUDY = Study(
         "its way there (3000 steps). They answered 5% of held-out pairs. The rule is as it was.",
     ),
     not_shown=(
+        "A training of thousands of epochs, after which such models are reported to compose; here "
+        "a pair is asked about a hundred times. In unseen-compositions, where the first hop is a "
+        "target, too, the loop composes nine of ten.",
+        "Learning rates tuned for each arm, other weight decays.",
         "Natural text: the sentences are of eight patterns, and names and relations are tokens.",
         "An upper bound by written steps.",
     ),
