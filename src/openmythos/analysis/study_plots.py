@@ -12,6 +12,7 @@ from openmythos.analysis.plots import GREY, looks, new_figure, style
 
 Figure = Any  # matplotlib's, which only `plots` imports
 MOST_MARKERS = 20  # on a line
+LONG_LEGEND = 9  # names; a longer one finds no room in a panel
 DIGIT = 0.03  # of the axis: width of a digit of a tick's label, with room around
 TRAINED = {"color": "#D9D9D9", "linewidth": 6, "zorder": 0.9}  # marks the trained range
 
@@ -111,9 +112,10 @@ def line_panels(
     """Panels side by side: lines of values against x; `percent` shows fractions as percent.
 
     Where x are names, a panel has a dot per value. `laws`: lines that are computed, not measured;
-    they are dashed. `note`: a line of text below. A panel whose names of lines differ from the
-    first's gets its own legend.
+    they are dashed. `note`: a line of text below. A panel gets its own legend if its lines are not
+    the first ones of the first panel, whose legend, if long, is beside all panels.
     """
+    first = list(next(iter(panels.values())))
     with style():
         figure, row = _row(len(panels), 4.2 * len(panels) + 0.6, 3.9, percent or same_y)
         for place, (axes, (title, lines)) in enumerate(zip(row, panels.items(), strict=True)):
@@ -128,7 +130,9 @@ def line_panels(
             axes.set_ylabel(y_labels[place % len(y_labels)])
             if percent:
                 axes.set_ylim(-3, 103)
-            if place == 0 or list(lines) != list(next(iter(panels.values()))):
+            if place == 0 and len(first) > LONG_LEGEND:
+                figure.legend(*axes.get_legend_handles_labels(), fontsize=9, loc="outside right")
+            elif place == 0 or list(lines) != first[: len(lines)]:
                 axes.legend(fontsize=9)
         if note:
             figure.supxlabel(note, fontsize=9, color=GREY)
