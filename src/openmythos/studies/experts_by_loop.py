@@ -337,9 +337,9 @@ STUDY = Study(
         "loop has a router of its own, which does not lower the loss (right). On chains experts go "
         "on drifting (middle): the first loop's cost 33 points, those of the loop before none, "
         "too. A balancing bias for every loop, with a step that decays like the learning rate "
-        "(both), spreads the load best, and at a lower loss than one bias with a constant step "
-        "(shared router); beside an embedding of the loop the two halve that over all loops and do "
-        "not lower the loss further (left)."
+        "(both), spreads the load best in the worst loop, and at a lower loss than one bias with a "
+        "constant step (shared router); beside an embedding of the loop the two halve MaxVio over "
+        "all loops and do not lower the loss further (left)."
     ),
     deviations=(
         "It replaces expert-routing, whose text model hardly used its loops, and which had no "
