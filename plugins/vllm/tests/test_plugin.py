@@ -57,7 +57,7 @@ PARTS: dict[str, dict[str, Any]] = {
             rope_head_dim=8,
             value_head_dim=12,
         ),
-        "recurrent_feed_forward": MoE(num_experts=4, top_k=2, expert_dim=32),
+        "recurrent_feed_forward": MoE(num_experts=4, top_k=2, expert_dim=32, bias_loops=2),
         "loop_lora": LoopLoRA(rank=2, num_loops=4, targets=("*",)),
         "tie_embeddings": False,
     },
@@ -93,9 +93,10 @@ def make(folder: Path, **parts: Any) -> tuple[OpenMythos, Path]:
     )
     model = OpenMythos(config, seed=1).eval()
     generator = torch.Generator().manual_seed(2)
+    biases = [x for name, x in model.named_buffers() if name.endswith("router_bias")]
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for tensor in (*model.parameters(), *biases):
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
     export.write(model, folder)
     return model, folder
 

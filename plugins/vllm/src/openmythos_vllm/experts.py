@@ -31,7 +31,8 @@ class FusedMoELayer(MoELayer):
 
     def forward(self, x: Hidden, view: LayerView) -> tuple[Hidden, RouterStats | None]:
         tokens = x.flatten(0, 1)
-        routing, out = self.router(tokens, view.deltas), torch.empty_like(tokens)
+        out = torch.empty_like(tokens)
+        routing = self.router(tokens, view.deltas, view.loop)
         ops.cpu_fused_moe(
             out,
             tokens.contiguous(),
