@@ -113,11 +113,14 @@ def line_panels(
 
     Where x are names, a panel has a dot per value. `laws`: lines that are computed, not measured;
     they are dashed. `note`: a line of text below. A panel gets its own legend if its lines are not
-    the first ones of the first panel, whose legend, if long, is beside all panels.
+    the first ones of the first panel, whose legend, if long or of dots alone, is beside all panels.
     """
-    first = list(next(iter(panels.values())))
+    one = next(iter(panels.values()))
+    first, only_dots = list(one), all(isinstance(x, str) for points in one.values() for x in points)
+    beside = len(first) > LONG_LEGEND or (only_dots and len(panels) == 1)
     with style():
-        figure, row = _row(len(panels), 4.2 * len(panels) + 0.6, 3.9, percent or same_y)
+        width = 4.2 * len(panels) + (2.8 if beside else 0.6)
+        figure, row = _row(len(panels), width, 3.9, percent or same_y)
         for place, (axes, (title, lines)) in enumerate(zip(row, panels.items(), strict=True)):
             xs = list(dict.fromkeys(x for points in lines.values() for x in points))
             if all(isinstance(x, str) for x in xs):
@@ -130,7 +133,7 @@ def line_panels(
             axes.set_ylabel(y_labels[place % len(y_labels)])
             if percent:
                 axes.set_ylim(-3, 103)
-            if place == 0 and len(first) > LONG_LEGEND:
+            if place == 0 and beside:
                 figure.legend(*axes.get_legend_handles_labels(), fontsize=9, loc="outside right")
             elif place == 0 or list(lines) != first[: len(lines)]:
                 axes.legend(fontsize=9)

@@ -17,11 +17,9 @@ from openmythos.studies.study import (
     RunResult,
     Study,
     as_sentence,
-    bands_note,
     by_arm,
     by_bars,
     curve_of,
-    lines_of,
     percent_columns,
     table_of,
     to_json,
@@ -112,14 +110,17 @@ COLUMNS = percent_columns("{} hops [%]", right, (1, 3, TRAINED, 6, FURTHER, 10))
 
 
 def draw(results: Sequence[RunResult]) -> tuple[Any, list[dict[str, object]]]:
-    """Accuracy by hops."""
-    lines, rows = lines_of(results, lambda run: curve_of(run.curve), "hops", "accuracy")
+    """Every seed's accuracy by hops: a mean would be of none of them."""
+    dots = study_plots.Lines()
+    rows: list[dict[str, object]] = []
+    for run in results:
+        for hops, share in curve_of(run.curve).items():
+            dots.add(run.arm, str(hops), 100 * share)
+            rows.append({"arm": run.arm, "seed": run.seed, "hops": hops, "accuracy": share})
     figure = study_plots.line_panels(
-        {f"trained on 1 to {TRAINED} hops": lines},
-        x_labels=["hops"],
+        {f"trained on 1 to {TRAINED} hops": dots},
+        x_labels=["hops; a dot per seed"],
         y_labels=["right [%]"],
-        percent=True,
-        note=bands_note(results),
     )
     return figure, rows
 
@@ -137,7 +138,12 @@ STUDY = Study(
         "from 2 to 10 per batch, whatever the hops; 12 and 3 layers of the same width. 8000 steps "
         "of 32, all numbers of hops from the start; a rate of 2e-3 for the loop, 1e-3 for layers."
     ),
-    caption="Walks answered right by their hops: 10 loops up to 5 hops, 16 beyond.",
+    caption=(
+        "In 8000 steps one loop of three learns all five hops of training, and then answers seven "
+        "(99%) and 64% of eight; the others are learning the third and the fifth, 12 layers the "
+        "third or fourth, 3 layers only the first. Walks answered right, with 10 loops up to 5 "
+        "hops, 16 beyond."
+    ),
     deviations=(
         "Two trials of learning rates came first, of 4000 steps with a curriculum that begins with "
         "single hops: both loops were still learning the first hops (losses of 1.8 and 1.9 of "
@@ -145,6 +151,7 @@ STUDY = Study(
         "time for trials at this length. The rule is as it was.",
     ),
     not_shown=(
+        "A training long enough: hops are learned one after the other, each at a time of its own.",
         "Tuned learning rates.",
         "Facts that are partly in the weights.",
         "More than 12 entities, or names that training never had.",
