@@ -323,7 +323,7 @@ BELIEVE = (
     "map of state and input, which gets there, too. It stops by itself a few loops after the "
     "answer is there, if a rule waits until the whole sequence has converged; trained gates do so, "
     "too, ACT does not. One layer looped six times does what six layers do on p-hop and on sums; "
-    "on words of S_5, which neither solves, it is 25 points behind. A looped layer composes nine "
+    "on words of S_5, which neither solves, it is 21 points behind. A looped layer composes nine "
     "of ten pairs of facts that training only ever asked alone, where six layers, as good on all "
     "other pairs, compose one of five. Asked in sentences, with the answer as the only target, "
     "neither composes such pairs. LTI injection keeps the state bounded at every learning rate "
