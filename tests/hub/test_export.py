@@ -19,7 +19,7 @@ from openmythos.config import from_dict
 from openmythos.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from openmythos.hub import export, export_bundle
 from openmythos.nn.grouped_query import GroupedQueryAttention
-from openmythos.tasks import Composition, KHop
+from openmythos.tasks import Composition, FactPairs, KHop
 from openmythos.tasks.words import words
 
 TEXTS = [
@@ -136,13 +136,13 @@ def test_the_tokenizer_file_encodes_like_the_tokenizer(tokenizer: Tokenizer) -> 
     assert files["generation_config.json"]["eos_token_id"] == tokenizer.bos_id
 
 
-@pytest.mark.parametrize("task", [KHop(), Composition()], ids=["k_hop", "composition"])
+@pytest.mark.parametrize("task", [KHop(), FactPairs(), Composition()], ids=lambda task: task.kind)
 def test_the_tokens_of_a_task_are_words(task: Any) -> None:
     from tokenizers import Tokenizer as Library
 
     files = export.Text(task=task).files(64)
     library = Library.from_str(json.dumps(files["tokenizer.json"]))
-    tokens = task.sample(1, 5, torch.Generator()).tokens[0].tolist()
+    tokens = task.sample(1, 2, torch.Generator()).tokens[0].tolist()
     known = words(task)
     assert len(known) == len(set(known)) == task.vocab_size
     assert library.encode(" ".join(known[token] for token in tokens)).ids == tokens

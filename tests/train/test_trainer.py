@@ -131,17 +131,22 @@ def test_micro_batches_take_the_same_steps(shards: TokenShards) -> None:
     assert [metric.gradient_norm for metric in pieces] == pytest.approx(norms, rel=1e-3)
 
 
-def test_router_bias_moves_after_each_step(shards: TokenShards) -> None:
-    moe = tiny(MoE, bias_rate=0.01)
+@pytest.mark.parametrize("decays", [False, True])
+def test_router_bias_moves_after_each_step(shards: TokenShards, decays: bool) -> None:
+    moe = tiny(MoE, bias_rate=0.01, bias_decays=decays)
     trainer = trainer_of(shards, replace(MODEL, recurrent_feed_forward=moe), num_steps=3)
     layer = trainer.model.recurrent.layers[0].feed_forward
     assert isinstance(layer, MoELayer)
     former = layer.router.router_bias.clone()
-    for _ in trainer.steps():
+    scales = []
+    for metrics in trainer.steps():
+        scales.append(metrics.lr_scale)
+        step = 0.01 * (metrics.lr_scale if decays else 1)
         moved = layer.router.router_bias - former
-        assert bool(((moved.abs() - 0.01).abs() < 1e-6).any())
-        assert bool((moved.abs() < 0.0101).all())
+        assert bool(((moved.abs() - step).abs() < 1e-6).any())
+        assert bool((moved.abs() < 1.01 * step).all())
         former = layer.router.router_bias.clone()
+    assert len(set(scales)) > 1
 
 
 def test_violation_falls_from_a_skewed_start(shards: TokenShards) -> None:

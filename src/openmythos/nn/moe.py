@@ -38,8 +38,8 @@ class MoE:
     The weight of a chosen expert is its score, normalised over the chosen, times route_scale.
     bias_rate moves router_bias per step (0 = off), with bias_decays times the learning rate's
     schedule. The first bias_loops loops have a bias of their own each, later ones that of the last
-    (1: all loops share one). balance_weight and z_weight scale the sequence-wise balance loss and
-    the router z-loss in training.
+    (1: all loops share one); a layer outside of the loop has the first. balance_weight and z_weight
+    scale the sequence-wise balance loss and the router z-loss in training.
     """
 
     kind: Literal["moe"] = "moe"

@@ -79,7 +79,10 @@ class LoopInputs:
         kv: Sequence[KVView] | None,
         loop: Tensor | None = None,
     ) -> list[LayerView]:
-        """What each layer sees in one loop; `kv` has a view per layer, None: no cache."""
+        """What each layer sees in one loop; `kv` has a view per layer, None: no cache.
+
+        `loop`: its index, as in `LayerView`.
+        """
         sources = [NoCache()] * len(self.expert_weights) if kv is None else kv
         active = None
         if state.active is not None:
